@@ -1,0 +1,55 @@
+# Every target sets up what it needs; a second call does no work twice.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+EXTRAS := wandb,examples
+
+export OMP_NUM_THREADS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-ddp test check format docs clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(VENV)/.demo  ## train and prune a CNN on scikit-learn's digits, show the result
+	$(BIN)/python examples/digits/demo.py
+
+demo-ddp: export OMP_NUM_THREADS = 1
+demo-ddp: $(VENV)/.demo  ## the same on two processes
+	$(BIN)/python examples/digits/demo.py --trainer.devices 2 --trainer.strategy ddp
+
+test: export OMP_NUM_THREADS = 1
+test: $(VENV)/.dev  ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.dev  ## format, lint, import layers, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.dev  ## build the documentation into docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+clean:  ## remove everything that was made
+	rm -rf $(VENV) runs docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# pip before 25.1 does not know dependency groups.
+$(VENV)/.pip:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade 'pip>=25.1'
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.pip pyproject.toml
+	$(PIP) install --quiet -e '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) install --quiet --group dev
+	touch $@

@@ -1,0 +1,30 @@
+"""Second-order pruning for PyTorch Lightning."""
+
+from lightning_woodfisher.callback import WoodFisherPruningCallback
+from lightning_woodfisher.errors import ConfigurationError, PruningError
+from lightning_woodfisher.fisher import FisherConfig
+from lightning_woodfisher.pruner import prune
+from lightning_woodfisher.report import PruningReport
+from lightning_woodfisher.schedule import (
+    ConstantSchedule,
+    OneShotSchedule,
+    PolynomialSchedule,
+    PruningSchedule,
+)
+from lightning_woodfisher.selection import SelectionConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigurationError",
+    "ConstantSchedule",
+    "FisherConfig",
+    "OneShotSchedule",
+    "PolynomialSchedule",
+    "PruningError",
+    "PruningReport",
+    "PruningSchedule",
+    "SelectionConfig",
+    "WoodFisherPruningCallback",
+    "prune",
+]

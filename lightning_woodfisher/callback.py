@@ -1,0 +1,497 @@
+"""The Lightning callback: when to prune. What a step does is in :mod:`.pruner`.
+
+Pruning happens in ``on_train_epoch_start`` (or ``on_train_batch_start`` for a schedule in
+optimizer steps), so that validation and checkpoints of the epoch see the pruned weights.
+"""
+
+from __future__ import annotations
+
+__all__ = ["WoodFisherPruningCallback"]
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+)
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_woodfisher.criteria import CriterionName
+from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.errors import ConfigurationError, PruningError
+from lightning_woodfisher.fisher import FisherConfig
+from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.loggers import announce, log_report, progress_bar
+from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.obs import Update
+from lightning_woodfisher.pruner import Pruner, PruningConfig, check_sparsity
+from lightning_woodfisher.report import PruningReport, format_table
+from lightning_woodfisher.schedule import (
+    ConstantSchedule,
+    Horizon,
+    PlannedStep,
+    PolynomialSchedule,
+    PruningSchedule,
+    Unit,
+)
+from lightning_woodfisher.selection import SelectionConfig, removal_counts
+from lightning_woodfisher.training_step import TrainingStepLoss
+
+_STATE_VERSION = 1
+
+
+class WoodFisherPruningCallback(pl.Callback):
+    """Prune a network with second-order information while it trains.
+
+    At the scheduled epochs (or optimizer steps) gradients of the training loss are
+    collected on every rank, exchanged, and turned into blocks of the inverse empirical
+    Fisher that are shared over the ranks; the weights of smallest saliency are set to
+    zero, and the others are updated to make up for them (Singh & Alistarh, "WoodFisher",
+    NeurIPS 2020). Pruned weights stay exactly zero through every optimizer step. The
+    model stays a plain model: no parametrisation, no renamed parameters.
+
+    Args:
+        target_sparsity: share of the selected weights that is zero at the end, in [0, 1).
+        schedule: when to prune and how far; by default the cubic ramp over the first
+            three quarters of training, with a step at every epoch.
+        fisher: how the Fisher is estimated.
+        selection: which weights may go and what they compete for.
+        criterion: ``"woodfisher"``, or ``"magnitude"`` as a baseline.
+        update: how the kept weights make up for the removed ones: ``"joint"`` minimises
+            the quadratic model, ``"independent"`` sums the single-weight updates as
+            published, ``"none"`` leaves them alone.
+        recompute_steps: reach each step's sparsity in this many parts, with fresh
+            gradients and a fresh inverse for each part.
+        loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to take
+            gradients of, for a ``training_step`` that does more than compute a loss.
+        dataloader: where gradient samples come from, in place of the training dataloader;
+            needed for iterable-style data.
+        measure_loss: measure the loss after each step on the same samples, to compare the
+            rise with the predicted one.
+        report_path: JSON file that receives the reports of all steps; rewritten after
+            each step.
+        seed: of the choice of samples and of anything random in the module.
+
+    Raises:
+        ConfigurationError: for a value that cannot work.
+    """
+
+    def __init__(
+        self,
+        target_sparsity: float = 0.9,
+        schedule: PruningSchedule | None = None,
+        fisher: FisherConfig = FisherConfig(),
+        selection: SelectionConfig = SelectionConfig(),
+        criterion: CriterionName = "woodfisher",
+        update: Update = "joint",
+        recompute_steps: int = 1,
+        loss_method: str | None = None,
+        dataloader: Iterable[Any] | None = None,
+        measure_loss: bool = True,
+        report_path: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_sparsity(target_sparsity)
+        self.target_sparsity = target_sparsity
+        self.schedule = schedule if schedule is not None else PolynomialSchedule()
+        self.config = PruningConfig(
+            fisher=fisher,
+            selection=selection,
+            criterion=criterion,
+            update=update,
+            recompute_steps=recompute_steps,
+            measure_loss=measure_loss,
+            seed=seed,
+        )
+        self.loss_method = loss_method
+        self.dataloader = dataloader
+        self.report_path = report_path
+        self.masks: Masks | None = None
+        self.reports: list[PruningReport] = []
+        self._plan: tuple[PlannedStep, ...] = ()
+        self._done: list[tuple[Unit, int]] = []
+        self._restored_masks: Mapping[str, Any] | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(target_sparsity={self.target_sparsity}, "
+            f"schedule={self.schedule!r}, criterion={self.config.criterion!r}, "
+            f"update={self.config.update!r}, fisher={self.config.fisher!r}, "
+            f"selection={self.config.selection!r})"
+        )
+
+    # ------------------------------------------------------------------ fit starts
+
+    def setup(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
+    ) -> None:
+        """Refuse what cannot work, before anything is loaded.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+            stage: only ``"fit"`` matters.
+
+        Raises:
+            ConfigurationError: for a strategy or a loss method that cannot work.
+        """
+        if stage != "fit":
+            return
+        _require_supported(trainer)
+        if self.loss_method is not None and not callable(
+            getattr(pl_module, self.loss_method, None)
+        ):
+            raise ConfigurationError(
+                f"loss_method={self.loss_method!r} is not a method of "
+                f"{type(pl_module).__name__}."
+            )
+        # Optimizers that are stepped bare, without Lightning's wrapper, count no steps.
+        if trainer.global_step == 0 and trainer.current_epoch == 0:
+            # A new run: whatever an earlier fit has left here does not belong to it.
+            # A checkpoint to resume from is loaded after this.
+            self.masks, self.reports, self._done = None, [], []
+            self._restored_masks = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Select the parameters and take over the masks of a checkpoint.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module, on its device.
+        """
+        selection = self.config.selection
+        parameters = prunable_parameters(
+            pl_module, selection.include, selection.exclude
+        )
+        old = self._restored_masks
+        if old is None and self.masks is not None:
+            old = self.masks.state_dict()
+        self.masks = Masks(parameters)
+        self._require_sole_owner(trainer)
+        if old is not None:
+            self.masks.load_state_dict(old)
+            self._require_masks_hold()
+        self._restored_masks = None
+
+    def on_train_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Plan the steps, show the plan, and guard the masks from the optimizers.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+        """
+        masks = self._get_masks()
+        self._plan = self._make_plan(trainer, masks)
+        fisher = self.config.fisher
+        if self._plan:
+            # Raises now when the data cannot give that many gradients.
+            self._source(trainer, pl_module).batches(
+                fisher.num_gradients, fisher.gradient_batch_size, self.config.seed
+            )
+            announce(trainer, self._describe_plan(masks))
+        for optimizer in trainer.optimizers:
+            post = optimizer.register_step_post_hook(lambda *_: masks.apply())
+            self._handles.append(post)
+            if not pl_module.automatic_optimization:
+                # on_before_optimizer_step may be passed by.
+                pre = optimizer.register_step_pre_hook(
+                    lambda *_: masks.apply_to_gradients()
+                )
+                self._handles.append(pre)
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_epoch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Prune when the schedule says so.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+        """
+        self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
+
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Prune when a schedule in optimizer steps says so.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+            batch: not used.
+            batch_idx: not used.
+        """
+        self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
+
+    def on_before_optimizer_step(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizer: Optimizer,
+    ) -> None:
+        """Keep pruned weights out of the clipping norm and of momentum.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+            optimizer: about to step.
+        """
+        self._get_masks().apply_to_gradients()
+
+    # ------------------------------------------------------------------ fit ends
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of the optimizers.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+        """
+        self._remove_hooks()
+
+    def on_exception(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Let go of the optimizers.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+            exception: what happened.
+        """
+        self._remove_hooks()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that the promised sparsity is there.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+
+        Raises:
+            PruningError: when it is not.
+        """
+        masks = self._get_masks()
+        masks.verify()
+        missed = [s for s in self._plan if (s.unit, s.position) not in self._done]
+        scope = self.config.selection.scope
+        weights = [p.numel() for p in masks.parameters.values()]
+        zeros = list(masks.zeros().values())
+        missing = removal_counts(scope, self.target_sparsity, weights, zeros)
+        if isinstance(self.schedule, ConstantSchedule) or not any(missing):
+            return
+        message = (
+            f"training ended at sparsity {masks.sparsity():.4f}, not at the target "
+            f"{self.target_sparsity}: {len(missed)} planned step(s) did not happen, the "
+            f"first at {missed[0].unit} {missed[0].position}."
+            if missed
+            else f"{sum(missing)} weights are missing from the target sparsity."
+        )
+        if trainer.interrupted:
+            rank_zero_warn(message)
+        else:
+            raise PruningError(f"{message} Train longer, or end the schedule earlier.")
+
+    # ------------------------------------------------------------------ checkpoint
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint; two callbacks differ by what they select."""
+        selection = self.config.selection
+        return self._generate_state_key(
+            include=selection.include, exclude=selection.exclude
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state for a checkpoint, in plain types that load without the package.
+
+        Returns:
+            Masks (bool tensors, True = kept), the steps done, their reports.
+        """
+        return {
+            "version": _STATE_VERSION,
+            "masks": {} if self.masks is None else self.masks.state_dict(),
+            "done": [[unit, position] for unit, position in self._done],
+            "reports": [report.to_dict() for report in self.reports],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint; masks take effect when fit starts.
+
+        Args:
+            state_dict: what :meth:`state_dict` gave.
+
+        Raises:
+            ConfigurationError: for the state of a later version of the package.
+        """
+        if state_dict["version"] > _STATE_VERSION:
+            raise ConfigurationError(
+                f"the checkpoint's pruning state has version {state_dict['version']}; this "
+                f"package reads up to {_STATE_VERSION}. Update lightning-woodfisher."
+            )
+        self._restored_masks = state_dict["masks"]
+        self._done = [(unit, position) for unit, position in state_dict["done"]]
+        self.reports = [PruningReport.from_dict(r) for r in state_dict["reports"]]
+
+    # ------------------------------------------------------------------ the step
+
+    def _prune_if_due(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        unit: Unit,
+        now: int,
+    ) -> None:
+        due = [
+            step
+            for step in self._plan
+            if step.unit == unit
+            and step.position <= now
+            and (unit, step.position) not in self._done
+        ]
+        if not due:
+            return
+        masks, target = self._get_masks(), due[-1]
+        if target.sparsity > masks.sparsity():
+            comm = Communicator(pl_module.device)
+            pruner = Pruner(masks, self.config, comm, progress_bar(trainer))
+            report = pruner.step(
+                self._source(trainer, pl_module), target.sparsity, target.position
+            )
+            masks.apply_to_optimizers(trainer.optimizers)
+            report = dataclasses.replace(
+                report, epoch=trainer.current_epoch, step=trainer.global_step
+            )
+            self.reports.append(report)
+            self._done += [(unit, step.position) for step in due]
+            self._publish(trainer, report)
+        else:
+            self._done += [(unit, step.position) for step in due]
+
+    def _publish(self, trainer: pl.Trainer, report: PruningReport) -> None:
+        log_report(trainer, report)
+        if self.report_path is not None and trainer.is_global_zero:
+            path = Path(self.report_path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            reports = [report.to_dict() for report in self.reports]
+            path.write_text(json.dumps(reports, indent=1))
+
+    def _source(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> TrainingStepLoss:
+        return TrainingStepLoss(trainer, pl_module, self.loss_method, self.dataloader)
+
+    def _get_masks(self) -> Masks:
+        if self.masks is None:
+            raise RuntimeError("masks exist from on_fit_start on")
+        return self.masks
+
+    def _make_plan(self, trainer: pl.Trainer, masks: Masks) -> tuple[PlannedStep, ...]:
+        if getattr(trainer, "fast_dev_run", False):
+            # One batch has no room for a schedule; try one whole step all the same.
+            return (PlannedStep("epoch", 0, self.target_sparsity),)
+        plan = self.schedule.plan(
+            self.target_sparsity, _horizon(trainer, self.schedule)
+        )
+        starts_sparse = getattr(self.schedule, "initial_sparsity", 0.0) > 0
+        if not self._done and (
+            starts_sparse or isinstance(self.schedule, ConstantSchedule)
+        ):
+            masks.take_zeros()
+        ahead = [step for step in plan if (step.unit, step.position) not in self._done]
+        if ahead and masks.sparsity() > ahead[-1].sparsity:
+            raise ConfigurationError(
+                f"the schedule asks for sparsity {ahead[-1].sparsity} in the end, but the "
+                f"selected weights have {masks.sparsity():.4f} already; raise "
+                "target_sparsity."
+            )
+        return plan
+
+    def _describe_plan(self, masks: Masks) -> str:
+        weights = sum(parameter.numel() for parameter in masks.parameters.values())
+        rows = []
+        for step in self._plan:
+            kept = weights - round(step.sparsity * weights)
+            state = "done" if (step.unit, step.position) in self._done else ""
+            where = f"{step.unit} {step.position}"
+            rows.append((where, f"{step.sparsity:.2%}", f"{kept:,}", state))
+        head = ("pruning at start of", "sparsity", "weights left", "")
+        return (
+            f"Pruning {weights:,} weights of {len(masks.parameters)} tensors by "
+            f"{self.config.criterion}:\n{format_table(head, rows)}"
+        )
+
+    def _require_sole_owner(self, trainer: pl.Trainer) -> None:
+        mine = {id(p): n for n, p in self._get_masks().parameters.items()}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if (
+                callback is not self
+                and isinstance(callback, WoodFisherPruningCallback)
+                and callback.masks is not None
+            ):
+                shared = [
+                    mine[id(p)]
+                    for p in callback.masks.parameters.values()
+                    if id(p) in mine
+                ]
+                if shared:
+                    raise ConfigurationError(
+                        f"two pruning callbacks select the same weights: "
+                        f"{', '.join(shared[:8])}; separate them with include and exclude."
+                    )
+
+    def _require_masks_hold(self) -> None:
+        violations = self._get_masks().violations()
+        if violations:
+            raise ConfigurationError(
+                "the checkpoint's weights and masks disagree: weights that its masks call "
+                f"pruned are not zero, by parameter: {violations}. Was it edited, or saved "
+                "from averaged weights?"
+            )
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _require_supported(trainer: pl.Trainer) -> None:
+    strategy = trainer.strategy
+    supported = isinstance(strategy, DDPStrategy | SingleDeviceStrategy)
+    if not supported or isinstance(strategy, DeepSpeedStrategy):
+        raise ConfigurationError(
+            f"strategy {type(strategy).__name__} shards or moves the parameters in a way "
+            "that pruning does not support yet; use a single device or 'ddp'."
+        )
+
+
+def _horizon(trainer: pl.Trainer, schedule: PruningSchedule) -> Horizon:
+    max_epochs = trainer.max_epochs
+    epochs = max_epochs if max_epochs is not None and max_epochs >= 0 else None
+    steps: int | None = trainer.max_steps if trainer.max_steps >= 0 else None
+    if getattr(schedule, "unit", "step") == "step":
+        # Asks the dataloaders for their length, so only where it is needed.
+        estimate = trainer.estimated_stepping_batches
+        steps = int(estimate) if math.isfinite(estimate) else None
+    return Horizon(epochs, steps)

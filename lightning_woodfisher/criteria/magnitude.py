@@ -1,0 +1,64 @@
+"""Magnitude pruning, the baseline: the smallest weights go, the others stay as they are."""
+
+from __future__ import annotations
+
+__all__ = ["Magnitude"]
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_woodfisher.criteria.base import Criterion
+from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.partition import Partition, make_partition
+
+
+class Magnitude(Criterion):
+    """Saliency |w|, no update."""
+
+    uses_gradients: ClassVar[bool] = False
+
+    def layout(self, segments: Sequence[int], world_size: int) -> Partition:
+        """Cut the weights into equal shares; there are no blocks to respect.
+
+        Args:
+            segments: active weights of each tensor.
+            world_size: number of ranks.
+
+        Returns:
+            The partition.
+        """
+        return make_partition(segments, 1, world_size)
+
+    def begin(self, partition: Partition, communicator: Communicator) -> None:
+        """Do nothing.
+
+        Args:
+            partition: not used.
+            communicator: not used.
+        """
+
+    def score(self, weights: Tensor) -> Tensor:
+        """Give the magnitudes.
+
+        Args:
+            weights: float64 ``[D_r]``.
+
+        Returns:
+            ``|w|``.
+        """
+        return weights.abs()
+
+    def compensate(self, weights: Tensor, removed: Tensor) -> Tensor:
+        """Remove without compensation.
+
+        Args:
+            weights: float64 ``[D_r]``.
+            removed: bool ``[D_r]``.
+
+        Returns:
+            −w where removed, 0 elsewhere.
+        """
+        return torch.where(removed, -weights, 0.0)

@@ -1,0 +1,264 @@
+"""Every collective of the package. On one rank each of them is the identity.
+
+Sums over ranks are exact: floating-point numbers are turned into 64-bit integers on a
+common scale first, because integer addition does not depend on the order. One rank and
+many therefore get the same bits.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Communicator", "Pending"]
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_woodfisher.errors import PruningError
+
+# Head room of the fixed-point sum: |sum| < 2**61 fits into int64 with rounding to spare.
+_FIXED_POINT_BITS = 61
+
+
+class Pending:
+    """A collective that may still be running.
+
+    Args:
+        result: tensor that holds the result once the work is done.
+        work: handle to wait for, None when nothing is running.
+        keep: tensors that must live until the work is done.
+    """
+
+    def __init__(self, result: Tensor, work: Any = None, keep: object = None) -> None:
+        self._result = result
+        self._work = work
+        self._keep = keep
+
+    def wait(self) -> Tensor:
+        """Wait for the collective.
+
+        Returns:
+            Its result.
+        """
+        if self._work is not None:
+            self._work.wait()
+            self._work = self._keep = None
+        return self._result
+
+
+class Communicator:
+    """The ranks of a job, as seen from one of them.
+
+    Args:
+        device: device of the tensors that are sent.
+        group: process group; None takes the default group when there is one.
+
+    Attributes:
+        rank: own rank.
+        world_size: number of ranks, R.
+        bytes_sent: bytes that this rank has sent to others in row exchanges and gathers.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", group: Any = None) -> None:
+        self.device = torch.device(device)
+        self._group = group
+        active = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank(group) if active else 0
+        self.world_size = dist.get_world_size(group) if active else 1
+        self.bytes_sent = 0
+
+    def exchange(
+        self,
+        row: Tensor | None,
+        sizes: Sequence[int],
+        senders: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> Pending:
+        """Send each rank its slice of our row and collect our slice of every row.
+
+        Args:
+            row: tensor of shape ``[D]``, or None when this rank has no row this time.
+            sizes: weights owned by each rank.
+            senders: ranks 0 .. senders-1 have a row.
+            dtype: of the rows, also where this rank has none.
+
+        Returns:
+            A pending tensor of shape ``[senders, D_r]``, row s from rank s.
+
+        Raises:
+            ValueError: on a single rank without a row.
+        """
+        if self.world_size == 1:
+            if row is None:
+                raise ValueError("a single rank must have a row")
+            return Pending(row.unsqueeze(0))
+        own = sizes[self.rank]
+        none = torch.empty(0, dtype=dtype, device=self.device)
+        send = none if row is None else row.contiguous()
+        send_sizes = [0] * self.world_size if row is None else list(sizes)
+        receive_sizes = [own if s < senders else 0 for s in range(self.world_size)]
+        received = torch.empty(senders * own, dtype=send.dtype, device=self.device)
+        work = dist.all_to_all_single(
+            received,
+            send,
+            receive_sizes,
+            send_sizes,
+            group=self._group,
+            async_op=True,
+        )
+        self.bytes_sent += (send.numel() - send_sizes[self.rank]) * send.element_size()
+        return Pending(received.view(senders, own), work, keep=send)
+
+    def gather_shards(self, shard: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Put the shards of all ranks one behind the other, on every rank.
+
+        Args:
+            shard: tensor of shape ``[D_r]``.
+            sizes: length of every rank's shard.
+
+        Returns:
+            Tensor of shape ``[D]``.
+        """
+        if self.world_size == 1:
+            return shard
+        longest = max(sizes)
+        padded = shard.new_zeros(longest)
+        padded[: shard.numel()] = shard
+        gathered = shard.new_empty(longest * self.world_size)
+        dist.all_gather_into_tensor(gathered, padded, group=self._group)
+        self.bytes_sent += (
+            (self.world_size - 1) * padded.numel() * padded.element_size()
+        )
+        rows = gathered.view(self.world_size, longest)
+        return torch.cat([rows[r, :size] for r, size in enumerate(sizes)])
+
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Collect a few numbers from every rank.
+
+        Args:
+            numbers: equally many on every rank.
+
+        Returns:
+            One list for each rank, in order.
+        """
+        if self.world_size == 1:
+            return [list(numbers)]
+        mine = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
+        everyone = mine.new_empty(self.world_size * mine.numel())
+        dist.all_gather_into_tensor(everyone, mine, group=self._group)
+        rows: list[list[float]] = everyone.view(self.world_size, -1).tolist()
+        return rows
+
+    def sum_integers(self, values: Tensor) -> Tensor:
+        """Add integer tensors over ranks, in place.
+
+        Args:
+            values: int64 tensor of equal shape on every rank.
+
+        Returns:
+            The same tensor, now the sum.
+        """
+        if self.world_size > 1:
+            dist.all_reduce(values, dist.ReduceOp.SUM, group=self._group)
+        return values
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Take the elementwise maximum over ranks, in place.
+
+        Args:
+            values: tensor of equal shape on every rank.
+
+        Returns:
+            The same tensor, now the maximum.
+        """
+        if self.world_size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+        return values
+
+    def sum_exactly(
+        self, parts: Iterable[Tensor], bound: Tensor, shape: Sequence[int]
+    ) -> Tensor:
+        """Add float64 tensors, whoever holds them, with a result that knows no order.
+
+        Each part is rounded to a multiple of ``bound * 2**-61`` (256 times finer than
+        float64 resolves at ``bound``) and added as an integer.
+
+        Args:
+            parts: this rank's summands, each of ``shape``.
+            bound: scalar; on each rank an upper bound of the magnitude of any partial
+                sum over *all* ranks. The largest one counts.
+            shape: shape of a summand.
+
+        Returns:
+            float64 tensor of ``shape``, bit-identical on every rank and for every way to
+            share the parts among ranks.
+
+        Raises:
+            PruningError: when the bound is not finite.
+        """
+        largest = float(self.maximum(bound.detach().double().reshape(1).clone()))
+        if not math.isfinite(largest):
+            raise PruningError(f"cannot add numbers bounded by {largest} over ranks")
+        exponent = _FIXED_POINT_BITS - (math.frexp(largest)[1] if largest > 0 else 0)
+        # The exponent of a float64 ends at 1023: scale in two steps.
+        half = exponent // 2
+        up, up_rest = math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)
+        total = torch.zeros(tuple(shape), dtype=torch.int64, device=self.device)
+        for part in parts:
+            total += (part * up * up_rest).round_().to(torch.int64)
+        self.sum_integers(total)
+        return total.double() / up / up_rest
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of rank 0, in place.
+
+        Args:
+            tensors: same shapes and order on every rank.
+        """
+        if self.world_size > 1:
+            for tensor in tensors:
+                # An NCCL broadcast needs the device of the group.
+                moved = tensor.to(self.device)
+                dist.broadcast(moved, 0, group=self._group)
+                if moved is not tensor:
+                    tensor.copy_(moved)
+
+    def require_equal(self, checksum: Tensor, what: str) -> None:
+        """Check that all ranks have computed the same.
+
+        Args:
+            checksum: int64 scalar.
+            what: named in the error.
+
+        Raises:
+            PruningError: when the ranks differ.
+        """
+        value = checksum.reshape(1)
+        extremes = self.maximum(torch.cat([value, ~value]))
+        if int(extremes[0]) != ~int(extremes[1]):
+            raise PruningError(f"the ranks disagree about {what}")
+
+    def agree(self, error: BaseException | None) -> None:
+        """Let every rank fail when one has failed, so that none waits for it forever.
+
+        Args:
+            error: what went wrong here, or None.
+
+        Raises:
+            PruningError: when only another rank has failed; the own error is raised as it
+                is.
+        """
+        if self.world_size > 1:
+            everyone: list[str | None] = [None] * self.world_size
+            mine = None if error is None else f"{type(error).__name__}: {error}"
+            failed = torch.tensor([error is not None], dtype=torch.int64)
+            if int(self.sum_integers(failed.to(self.device))):
+                dist.all_gather_object(everyone, mine, group=self._group)
+            if error is None and any(everyone):
+                rank, text = next((r, t) for r, t in enumerate(everyone) if t)
+                raise PruningError(f"rank {rank} failed: {text}")
+        if error is not None:
+            raise error

@@ -1,0 +1,30 @@
+"""The two errors that the package raises on purpose."""
+
+from __future__ import annotations
+
+__all__ = ["ConfigurationError", "PruningError", "nearest"]
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigurationError(ValueError):
+    """A setting that cannot work; the message names the value, the reason and the remedy."""
+
+
+class PruningError(RuntimeError):
+    """A pruning step failed; the model and the masks are as they were before the step."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name that is spelled most like ``name``.
+
+    Args:
+        name: what the user wrote.
+        known: the valid names.
+
+    Returns:
+        ``" Did you mean 'x'?"`` with a leading blank, or an empty string.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,126 @@
+"""Which tensors of a model are pruned: names, regular expressions and class paths."""
+
+from __future__ import annotations
+
+__all__ = ["prunable_parameters"]
+
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_woodfisher.errors import ConfigurationError, nearest
+
+# What is pruned when `include` says nothing.
+_DEFAULT_LAYERS = (nn.Linear, _ConvNd)
+# Tensors that a regular expression passes over: only their class path selects them.
+_NEVER_BY_NAME = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, _NormBase)
+
+
+def prunable_parameters(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Find the weights to prune.
+
+    A pattern is a class path of a layer (``torch.nn.Conv2d``, ``Conv2d`` or the path of
+    your own class; subclasses count) or else a regular expression that is searched in the
+    parameter's name (anchor it with ``^`` and ``$`` where needed).
+
+    Without ``include`` these are the weights of Linear and convolution layers. With it,
+    every trainable tensor of two or more dimensions that a pattern matches, save
+    normalisation and embedding weights, which only their class path selects. Biases
+    are never pruned. A tensor that is shared by several layers appears once, under its
+    first name.
+
+    Args:
+        model: the network.
+        include: patterns of what to prune; empty for the default.
+        exclude: patterns of what to leave dense.
+
+    Returns:
+        Parameters by name, in the order of ``model.named_parameters()``.
+
+    Raises:
+        ConfigurationError: when a pattern is not a regular expression or matches
+            nothing, or nothing is left to prune.
+    """
+    tensors = list(_tensors(model))
+    if not tensors:
+        raise ConfigurationError(
+            f"{type(model).__name__} has no trainable parameter of two or more "
+            "dimensions, so nothing can be pruned; is everything frozen?"
+        )
+    unmatched = {*include, *exclude}
+    chosen: dict[str, nn.Parameter] = {}
+    for parameter, owners in tensors:
+        included = [p for p in include if _matches(p, owners)]
+        excluded = [p for p in exclude if _matches(p, owners)]
+        unmatched -= {*included, *excluded}
+        by_default = any(isinstance(m, _DEFAULT_LAYERS) for _, m in owners)
+        if (included if include else by_default) and not excluded:
+            chosen[owners[0][0]] = parameter
+    names = [name for _, owners in tensors for name, _ in owners]
+    for pattern in (p for p in (*include, *exclude) if p in unmatched):
+        raise ConfigurationError(
+            f"The pattern {pattern!r} matches no trainable weight of "
+            f"{type(model).__name__}.{nearest(pattern, names)} Names: {_shorten(names)}"
+        )
+    if not chosen:
+        raise ConfigurationError(
+            f"Nothing to prune in {type(model).__name__}: include={list(include)} and "
+            f"exclude={list(exclude)} leave no weight. Names: {_shorten(names)}"
+        )
+    return chosen
+
+
+def _tensors(
+    model: nn.Module,
+) -> Iterator[tuple[nn.Parameter, list[tuple[str, nn.Module]]]]:
+    """Yield each distinct trainable matrix with every (name, layer) that uses it."""
+    uses: dict[object, tuple[nn.Parameter, list[tuple[str, nn.Module]]]] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            # LayerNorm has biases of several dimensions.
+            if parameter.dim() >= 2 and parameter.requires_grad and key != "bias":
+                name = f"{prefix}.{key}" if prefix else key
+                uses.setdefault(_storage(parameter), (parameter, []))[1].append(
+                    (name, module)
+                )
+    yield from uses.values()
+
+
+def _storage(parameter: nn.Parameter) -> object:
+    # Two Parameter objects may be views of one storage; a meta tensor has none.
+    if parameter.is_meta or parameter.numel() == 0:
+        return id(parameter)
+    return parameter.device, parameter.data_ptr(), parameter.shape
+
+
+def _matches(pattern: str, owners: list[tuple[str, nn.Module]]) -> bool:
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise ConfigurationError(
+            f"The pattern {pattern!r} is not a regular expression: {error}."
+        ) from error
+    return any(
+        pattern in _class_paths(module)
+        or (not isinstance(module, _NEVER_BY_NAME) and regex.search(name) is not None)
+        for name, module in owners
+    )
+
+
+def _class_paths(module: nn.Module) -> Iterator[str]:
+    for cls in type(module).__mro__:
+        if issubclass(cls, nn.Module) and cls is not nn.Module:
+            yield cls.__name__
+            yield f"{cls.__module__}.{cls.__qualname__}"
+            if getattr(nn, cls.__name__, None) is cls:
+                yield f"torch.nn.{cls.__name__}"
+
+
+def _shorten(names: list[str], most: int = 12) -> str:
+    shown = ", ".join(names[:most])
+    return f"{shown}, … ({len(names)} in all)" if len(names) > most else f"{shown}."

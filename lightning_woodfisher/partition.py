@@ -1,0 +1,173 @@
+"""Blocks of the Fisher matrix and the ranks that own them: pure data, no tensors.
+
+Legend of shape suffixes used in the package: D active weights, N gradients,
+B block size, K blocks, R ranks, L tensors (segments).
+
+The active (not yet pruned) weights of all selected tensors are numbered 0 .. D-1 in the
+order of the tensors. Each tensor is cut into blocks that never leave it; consecutive
+blocks of equal size form a *unit*, the smallest thing that is owned and computed.
+
+           tensor 0            tensor 1
+    | B B B B | B B B | b | B B B | B B B | b |      b is what is left over
+    |- unit --|- unit-|-u-|- unit-|- unit-|-u-|
+    '----- rank 0 ----'-------- rank 1 -------'
+
+Units do not depend on the number of ranks. Ranks take whole units, so every product
+is computed from the same numbers in the same order whatever the world size.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Partition", "Unit", "make_partition"]
+
+import bisect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+# A unit costs at most this share of the whole, so that R ranks can share evenly.
+_UNITS_WANTED = 192
+
+
+@dataclass(frozen=True)
+class Unit:
+    """``count`` consecutive blocks of ``size`` weights inside one tensor.
+
+    Attributes:
+        segment: index of the tensor.
+        start: first active weight.
+        size: weights in a block (B).
+        count: number of blocks (K).
+    """
+
+    segment: int
+    start: int
+    size: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        """One past the last active weight."""
+        return self.start + self.size * self.count
+
+
+@dataclass(frozen=True)
+class Partition:
+    """All units in order, and which rank owns which.
+
+    Attributes:
+        segments: active weights of each tensor.
+        units: every unit, in order of ``start``; together they cover 0 .. D-1.
+        bounds: rank r owns ``units[bounds[r]:bounds[r + 1]]``.
+    """
+
+    segments: tuple[int, ...]
+    units: tuple[Unit, ...]
+    bounds: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of active weights, D."""
+        return sum(self.segments)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks, R."""
+        return len(self.bounds) - 1
+
+    def owned(self, rank: int) -> tuple[Unit, ...]:
+        """List the units of one rank.
+
+        Args:
+            rank: the owner.
+
+        Returns:
+            Its units, possibly none.
+        """
+        return self.units[self.bounds[rank] : self.bounds[rank + 1]]
+
+    def shard(self, rank: int) -> slice:
+        """Locate the active weights of one rank.
+
+        Args:
+            rank: the owner.
+
+        Returns:
+            A contiguous slice of 0 .. D-1, possibly empty.
+        """
+        starts = [unit.start for unit in self.units] + [self.size]
+        return slice(starts[self.bounds[rank]], starts[self.bounds[rank + 1]])
+
+    def shard_sizes(self) -> list[int]:
+        """Count the active weights of every rank.
+
+        Returns:
+            R numbers that add up to D.
+        """
+        shards = [self.shard(rank) for rank in range(self.world_size)]
+        return [shard.stop - shard.start for shard in shards]
+
+
+def make_partition(
+    segments: Sequence[int],
+    block_size: int,
+    world_size: int,
+    cost: Callable[[int], float] = float,
+) -> Partition:
+    """Cut tensors into blocks and give the blocks to ranks.
+
+    A tensor of n active weights becomes blocks of ``block_size`` and one of what is left
+    over. Each rank owns a contiguous run of units of about equal cost.
+
+    Args:
+        segments: active weights of each tensor, zero allowed.
+        block_size: largest number of weights in a block, B.
+        world_size: number of ranks, R.
+        cost: work for one block of the given size; only ratios matter.
+
+    Returns:
+        The partition. Ranks beyond the number of units own nothing.
+    """
+    blocks = list(_blocks(segments, block_size))
+    total = sum(cost(size) * count for _, _, size, count in blocks)
+    units = tuple(
+        unit
+        for segment, start, size, count in blocks
+        for unit in _split(segment, start, size, count, total, cost(size))
+    )
+    ends = list(itertools.accumulate(cost(unit.size) * unit.count for unit in units))
+    # A boundary is put where the accumulated cost comes closest to r/R of the whole.
+    bounds = [0]
+    for rank in range(1, world_size):
+        wanted = total * rank / world_size
+        index = bisect.bisect_left(ends, wanted)
+        before = ends[index - 1] if index else 0.0
+        if index < len(ends) and ends[index] - wanted <= wanted - before:
+            index += 1
+        bounds.append(min(max(index, bounds[-1]), len(units)))
+    return Partition(tuple(segments), units, (*bounds, len(units)))
+
+
+def _blocks(
+    segments: Sequence[int], block_size: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (segment, start, size, count) runs of equal blocks."""
+    start = 0
+    for segment, weights in enumerate(segments):
+        if weights == 0:
+            continue
+        count, rest = divmod(weights, block_size)
+        if count:
+            yield segment, start, block_size, count
+        if rest:
+            yield segment, start + count * block_size, rest, 1
+        start += weights
+
+
+def _split(
+    segment: int, start: int, size: int, count: int, total: float, block_cost: float
+) -> Iterator[Unit]:
+    """Cut a run of equal blocks into units of at most the wanted cost."""
+    at_once = max(1, int(total / _UNITS_WANTED / block_cost))
+    for first in range(0, count, at_once):
+        yield Unit(segment, start + first * size, size, min(at_once, count - first))

@@ -1,0 +1,587 @@
+"""One pruning step from end to end, and :func:`prune` for a plain PyTorch model.
+
+    batch → rows [m, D] → exchange → rows [N, D_r] → Fisher blocks → saliency [D_r]
+          → exact threshold → mask → weight update [D_r] → gather → written in place
+
+The step is whole or absent: weights and masks are put back when anything fails.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Pruner", "PruningConfig", "PruningReport", "prune"]
+
+import bisect
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lightning_woodfisher.criteria import CRITERIA, Criterion, make_criterion
+from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
+from lightning_woodfisher.fisher import FisherConfig
+from lightning_woodfisher.gradients import (
+    FunctionLoss,
+    LossSource,
+    collect_gradients,
+    derive_seed,
+    iterate_chunks,
+    mean_loss,
+)
+from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.obs import Update
+from lightning_woodfisher.partition import Partition
+from lightning_woodfisher.report import LayerReport, PruningReport
+from lightning_woodfisher.selection import (
+    SelectionConfig,
+    removal_counts,
+    select_smallest,
+)
+
+# Rows enter the Fisher in chunks of this many, so that sums have the same grouping, and
+# therefore the same bits, for every world size.
+_ROWS_IN_CHUNK = 64
+_SAMPLES_EVALUATED_AT_ONCE = 64
+
+Progress = Callable[
+    [str, int], "contextlib.AbstractContextManager[Callable[[int], object]]"
+]
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How a step prunes; see :class:`~.WoodFisherPruningCallback` for the meaning."""
+
+    fisher: FisherConfig = field(default_factory=FisherConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    criterion: str = "woodfisher"
+    update: Update = "joint"
+    recompute_steps: int = 1
+    measure_loss: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            raise ConfigurationError(
+                f"criterion={self.criterion!r} is unknown; use one of "
+                f"{', '.join(CRITERIA)}.{nearest(self.criterion, CRITERIA)}"
+            )
+        if self.update not in get_args(Update):
+            raise ConfigurationError(
+                f"update={self.update!r} is unknown; use one of "
+                f"{', '.join(get_args(Update))}.{nearest(self.update, get_args(Update))}"
+            )
+        if self.recompute_steps < 1:
+            raise ConfigurationError(
+                f"recompute_steps={self.recompute_steps} must be at least 1."
+            )
+
+
+@dataclass(frozen=True)
+class _PartResult:
+    """What one part of a step leaves behind for the report; layers in order."""
+
+    thresholds: list[float | None]
+    predicted: list[float] | None
+    damping: float | None
+    raised_damping: dict[str, float]
+    fisher_bytes: int
+    losses_before: list[float]
+    losses_after: list[float]
+
+    @property
+    def measured(self) -> float | None:
+        """Rise of the mean loss."""
+        before, after = _mean(self.losses_before), _mean(self.losses_after)
+        return None if before is None or after is None else after - before
+
+
+class Pruner:
+    """Prunes the selected parameters of a model, step by step.
+
+    Args:
+        masks: what is selected and what is already pruned; changed by every step.
+        config: how to prune.
+        communicator: the ranks of the job.
+        progress: given a title and a total, a context that yields a counter.
+    """
+
+    def __init__(
+        self,
+        masks: Masks,
+        config: PruningConfig,
+        communicator: Communicator,
+        progress: Progress | None = None,
+    ) -> None:
+        self.masks = masks
+        self.config = config
+        self.comm = communicator
+        self._progress = progress or _no_progress
+        self._clock = _Clock()
+
+    def step(
+        self, source: LossSource, target_sparsity: float, position: int = 0
+    ) -> PruningReport:
+        """Prune to a sparsity.
+
+        Fewer zeros than there are is a :class:`ConfigurationError`, a step that fails a
+        :class:`PruningError`; after any exception the model is as it was before.
+
+        Args:
+            source: where gradients come from.
+            target_sparsity: share of the selected weights that is pruned afterwards.
+            position: of the step in training; enters the seed, so that each step draws
+                other samples and a repeated step the same.
+
+        Returns:
+            What happened; equal on all ranks but for the seconds.
+        """
+        self._require_same_start()
+        targets = self._targets_of_parts(target_sparsity)
+        zeros_before = self.masks.zeros()
+        sent_before = self.comm.bytes_sent
+        self._clock = _Clock()
+        with self._whole_or_absent(), source.session(self.config.fisher.model_mode):
+            parts = [
+                self._part(source, target, derive_seed(self.config.seed, position, i))
+                for i, target in enumerate(targets)
+            ]
+            self.masks.verify()
+        return self._report(
+            parts, target_sparsity, zeros_before, self.comm.bytes_sent - sent_before
+        )
+
+    def _require_same_start(self) -> None:
+        """Refuse ranks that hold different weights or masks."""
+        parameters = self.masks.parameters
+        dtype = _gather_dtype(parameters)
+        weights = torch.cat(
+            [p.detach().reshape(-1).to(dtype) for p in parameters.values()]
+        )
+        kept = torch.cat([self.masks.kept(name).reshape(-1) for name in parameters])
+        self.comm.require_equal(_checksum(weights), "the weights before the step")
+        self.comm.require_equal(_checksum(kept), "the masks before the step")
+
+    def _targets_of_parts(self, target_sparsity: float) -> list[float]:
+        """Sparsities of the parts: the kept share falls geometrically to the target."""
+        check_sparsity(target_sparsity)
+        before = self.masks.sparsity()
+        weights = sum(p.numel() for p in self.masks.parameters.values())
+        if round(target_sparsity * weights) < round(before * weights):
+            raise ConfigurationError(
+                f"target sparsity {target_sparsity} is below the {before:.4f} that the "
+                "selected weights have already; pruning can only add zeros."
+            )
+        number = self.config.recompute_steps
+        ratio = (1 - target_sparsity) / (1 - before)
+        inner = [1 - (1 - before) * ratio ** (i / number) for i in range(1, number)]
+        return [*inner, target_sparsity]
+
+    @contextlib.contextmanager
+    def _whole_or_absent(self) -> Iterator[None]:
+        """Put weights and masks back when the body fails."""
+        parameters = self.masks.parameters
+        weights = {name: p.detach().clone() for name, p in parameters.items()}
+        masks = self.masks.state_dict()
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(weights[name])
+            self.masks.load_state_dict(masks)
+            raise
+
+    def _part(self, source: LossSource, target: float, seed: int) -> _PartResult:
+        """Gradients, inverse, mask and update, once through."""
+        comm, clock = self.comm, self._clock
+        criterion = make_criterion(
+            self.config.criterion, self.config.fisher, self.config.update
+        )
+        active = _active_positions(self.masks)
+        partition = criterion.layout(
+            [len(positions) for positions in active.values()], comm.world_size
+        )
+        criterion.begin(partition, comm)
+        losses_before = self._observe(source, criterion, partition, active, seed)
+
+        with clock("factorize"):
+            weights = _gather(self.masks.parameters, active).to(torch.float64)
+            weights = weights[partition.shard(comm.rank)]
+            scores = self._together(lambda: criterion.score(weights))
+        with clock("select"):
+            layers = _layer_of_weights(partition, comm)
+            removed = self._select(scores, layers, target)
+            thresholds = self._largest_removed(scores, layers, removed)
+        with clock("update"):
+            change = self._together(lambda: criterion.compensate(weights, removed))
+            shares = criterion.predicted_increase(change)
+            predicted = (
+                shares if shares is None else _sum_by_layer(shares, partition, comm)
+            )
+        with clock("write"):
+            self._write(active, partition, weights + change, removed)
+        return _PartResult(
+            thresholds=thresholds,
+            predicted=None if predicted is None else predicted.tolist(),
+            damping=criterion.damping,
+            raised_damping=self._describe(
+                criterion.raised_damping(), active, partition
+            ),
+            fisher_bytes=criterion.state_bytes,
+            losses_before=losses_before,
+            losses_after=self._measure(source, seed),
+        )
+
+    def _observe(
+        self,
+        source: LossSource,
+        criterion: Criterion,
+        partition: Partition,
+        active: Mapping[str, Tensor],
+        seed: int,
+    ) -> list[float]:
+        """Feed the criterion; return the losses of the mini-batches."""
+        if not criterion.uses_gradients:
+            return self._measure(source, seed)
+        fisher = self.config.fisher
+        losses: list[float] = []
+        with (
+            self._clock("collect"),
+            self._progress("Collecting gradients", fisher.num_gradients) as tick,
+        ):
+            rows = collect_gradients(
+                source,
+                source.batches(fisher.num_gradients, fisher.gradient_batch_size, seed),
+                self.masks.parameters,
+                active,
+                partition.shard_sizes(),
+                fisher.num_gradients,
+                self.comm,
+                seed,
+                losses,
+                tick,
+            )
+            for chunk in iterate_chunks(rows, _ROWS_IN_CHUNK):
+                with self._clock("accumulate"):
+                    criterion.observe(chunk)
+        # The loss after the step is measured in groups, and so must be the one before.
+        return losses if self._group(source, seed) == 1 else self._measure(source, seed)
+
+    def _measure(self, source: LossSource, seed: int) -> list[float]:
+        """Losses of the samples that belong to a seed, at the present weights."""
+        if not self.config.measure_loss:
+            return []
+        fisher, group = self.config.fisher, self._group(source, seed)
+        count = fisher.num_gradients // group
+        with self._clock("measure"):
+            batches = source.batches(count, fisher.gradient_batch_size * group, seed)
+            return mean_loss(source, batches, count, self.comm, seed)
+
+    def _group(self, source: LossSource, seed: int) -> int:
+        """How many mini-batches are evaluated as one: small ones are slow one by one."""
+        fisher = self.config.fisher
+        count, size = fisher.num_gradients, fisher.gradient_batch_size
+        # In training mode BatchNorm makes the loss depend on the size of the batch.
+        if (
+            fisher.model_mode == "train"
+            or not source.batches(count, size, seed).regroupable
+        ):
+            return 1
+        most = max(1, _SAMPLES_EVALUATED_AT_ONCE // size)
+        return max(g for g in range(1, most + 1) if count % g == 0)
+
+    def _select(self, scores: Tensor, layers: Tensor, target: float) -> Tensor:
+        """Mark the weights to remove, bool ``[D_r]``."""
+        scope = self.config.selection.scope
+        zeros = self.masks.zeros()
+        weights = [p.numel() for p in self.masks.parameters.values()]
+        counts = removal_counts(scope, target, weights, list(zeros.values()))
+        groups = layers if scope == "layer" else None
+        return select_smallest(scores, groups, counts, self.comm)
+
+    def _largest_removed(
+        self, scores: Tensor, layers: Tensor, removed: Tensor
+    ) -> list[float | None]:
+        """Largest saliency that goes, by layer."""
+        largest = scores.new_full((len(self.masks.parameters),), -1.0)
+        largest.scatter_reduce_(0, layers[removed], scores[removed], "amax")
+        values: list[float] = self.comm.maximum(largest).tolist()
+        return [None if value < 0 else value for value in values]
+
+    @torch.no_grad()
+    def _write(
+        self,
+        active: Mapping[str, Tensor],
+        partition: Partition,
+        weights: Tensor,
+        removed: Tensor,
+    ) -> None:
+        """Share the new weights, check them, and write them in place with the masks."""
+        sizes = partition.shard_sizes()
+        dtype = _gather_dtype(self.masks.parameters)
+        # A kept weight may not underflow to zero silently, but a removed one is zero.
+        shard = torch.where(removed, 0.0, weights).to(dtype)
+        everything = self.comm.gather_shards(shard, sizes)
+        gone = self.comm.gather_shards(removed.to(torch.uint8), sizes).bool()
+        if not bool(everything.isfinite().all()):
+            raise PruningError(
+                f"{int((~everything.isfinite()).sum())} updated weights are not finite; "
+                "raise fisher.damping or recompute_steps, or lower the step's sparsity"
+            )
+        self.comm.require_equal(_checksum(everything), "the updated weights")
+        self.comm.require_equal(_checksum(gone), "the masks")
+        start = 0
+        pruned = {}
+        for name, parameter in self.masks.parameters.items():
+            stop = start + len(active[name])
+            flat = parameter.detach().reshape(-1).clone()
+            flat[active[name]] = everything[start:stop].to(flat.dtype)
+            parameter.copy_(flat.view(parameter.shape))
+            mask = torch.zeros_like(flat, dtype=torch.bool)
+            mask[active[name]] = gone[start:stop]
+            pruned[name] = mask.view(parameter.shape)
+            start = stop
+        self.masks.grow(pruned)
+
+    def _together(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute on every rank, or fail on every rank."""
+        error: Exception | None = None
+        result = torch.empty(0)
+        try:
+            result = compute()
+        except Exception as caught:
+            error = caught
+        self.comm.agree(error)
+        return result
+
+    def _describe(
+        self,
+        raised: Mapping[int, float],
+        active: Mapping[str, Tensor],
+        partition: Partition,
+    ) -> dict[str, float]:
+        """Name the blocks with raised damping, those of every rank."""
+        most = int(max(row[0] for row in self.comm.gather_numbers([len(raised)])))
+        pairs = [*raised.items(), *[(-1, 0.0)] * (most - len(raised))]
+        everyone = self.comm.gather_numbers([x for pair in pairs for x in pair])
+        names = list(active)
+        by_start = {unit.start: unit.segment for unit in partition.units}
+        starts = sorted(by_start)
+        found: dict[str, float] = {}
+        for row in everyone:
+            for first, value in zip(row[::2], row[1::2], strict=True):
+                if first >= 0:
+                    unit = starts[bisect.bisect_right(starts, first) - 1]
+                    found[f"{names[by_start[unit]]} from weight {int(first)}"] = value
+        return found
+
+    def _report(
+        self,
+        parts: list[_PartResult],
+        target_sparsity: float,
+        zeros_before: Mapping[str, int],
+        sent: int,
+    ) -> PruningReport:
+        last, zeros_after = parts[-1], self.masks.zeros()
+        numbers = self.comm.gather_numbers([sent, max(p.fisher_bytes for p in parts)])
+        layers = tuple(
+            LayerReport(
+                name=name,
+                shape=tuple(parameter.shape),
+                weights=parameter.numel(),
+                zeros_before=zeros_before[name],
+                zeros_after=zeros_after[name],
+                threshold=last.thresholds[i],
+                predicted_increase=_total(
+                    p.predicted and p.predicted[i] for p in parts
+                ),
+            )
+            for i, (name, parameter) in enumerate(self.masks.parameters.items())
+        )
+        return PruningReport(
+            criterion=self.config.criterion,
+            layers=layers,
+            target_sparsity=target_sparsity,
+            threshold=max((t for t in last.thresholds if t is not None), default=None),
+            damping=last.damping,
+            raised_damping={k: v for p in parts for k, v in p.raised_damping.items()},
+            predicted_increase=_total(p.predicted and sum(p.predicted) for p in parts),
+            measured_increase=_total(p.measured for p in parts),
+            loss_before=_mean(parts[0].losses_before),
+            loss_after=_mean(last.losses_after),
+            parts=len(parts),
+            num_gradients=self.config.fisher.num_gradients,
+            seconds=dict(self._clock.seconds),
+            bytes_exchanged=int(sum(row[0] for row in numbers)),
+            fisher_bytes=tuple(int(row[1]) for row in numbers),
+            world_size=self.comm.world_size,
+        )
+
+
+def prune(
+    model: nn.Module,
+    data: Dataset[Any] | Iterable[Any],
+    loss_fn: Callable[[Any, Any], Tensor],
+    *,
+    target_sparsity: float,
+    fisher: FisherConfig | None = None,
+    selection: SelectionConfig | None = None,
+    criterion: str = "woodfisher",
+    update: Update = "joint",
+    recompute_steps: int = 1,
+    measure_loss: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PruningReport:
+    """Prune a plain PyTorch model in place; no Trainer needed.
+
+    Weights that are exactly zero count as pruned and stay zero. With an initialised
+    ``torch.distributed``, call it on every rank with the same model and data: the work and
+    the memory are shared.
+
+    Args:
+        model: the network, changed in place; names and storages stay.
+        data: a map-style Dataset of samples, or an iterable of batches in the same order
+            on every rank.
+        loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
+        target_sparsity: share of the selected weights that is zero afterwards, [0, 1).
+        fisher: how the Fisher is estimated.
+        selection: which weights may go.
+        criterion: ``"woodfisher"`` or ``"magnitude"``.
+        update: ``"joint"``, ``"independent"`` or ``"none"``.
+        recompute_steps: reach the sparsity in this many parts, each with fresh gradients.
+        measure_loss: also measure the loss after the step on the same samples.
+        seed: of the samples and of anything random in the model.
+        progress: see :class:`Pruner`.
+
+    Returns:
+        What happened.
+    """
+    config = PruningConfig(
+        fisher=fisher or FisherConfig(),
+        selection=selection or SelectionConfig(),
+        criterion=criterion,
+        update=update,
+        recompute_steps=recompute_steps,
+        measure_loss=measure_loss,
+        seed=seed,
+    )
+    parameters = prunable_parameters(
+        model, config.selection.include, config.selection.exclude
+    )
+    masks = Masks(parameters)
+    masks.take_zeros()
+    device = next(iter(parameters.values())).device
+    pruner = Pruner(masks, config, Communicator(device), progress)
+    return pruner.step(FunctionLoss(model, data, loss_fn), target_sparsity)
+
+
+def check_sparsity(target_sparsity: float) -> None:
+    """Check a sparsity.
+
+    Args:
+        target_sparsity: share of zeros.
+
+    Raises:
+        ConfigurationError: outside [0, 1).
+    """
+    if not 0.0 <= target_sparsity < 1.0:
+        raise ConfigurationError(
+            f"target_sparsity={target_sparsity} is outside [0, 1); it is the share of zeros, "
+            "so 90 % is 0.9."
+        )
+
+
+class _Clock:
+    """Adds up wall-clock seconds by phase; an inner phase is not counted in the outer."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner = 0.0
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        outer_inner, self._inner = self._inner, 0.0
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent - self._inner
+            self._inner = outer_inner + spent
+
+
+@contextlib.contextmanager
+def _no_progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
+    yield lambda _: None
+
+
+def _active_positions(masks: Masks) -> dict[str, Tensor]:
+    """Positions of the weights not yet pruned in each flattened parameter."""
+    return {
+        name: torch.nonzero(masks.kept(name).reshape(-1)).squeeze(1)
+        for name in masks.parameters
+    }
+
+
+def _gather_dtype(parameters: Mapping[str, nn.Parameter]) -> torch.dtype:
+    double = any(p.dtype == torch.float64 for p in parameters.values())
+    return torch.float64 if double else torch.float32
+
+
+def _gather(
+    parameters: Mapping[str, nn.Parameter], active: Mapping[str, Tensor]
+) -> Tensor:
+    """All active weights in one vector ``[D]``."""
+    dtype = _gather_dtype(parameters)
+    return torch.cat(
+        [p.detach().reshape(-1)[active[n]].to(dtype) for n, p in parameters.items()]
+    )
+
+
+def _layer_of_weights(partition: Partition, comm: Communicator) -> Tensor:
+    """Index of the tensor that each weight of the shard belongs to, int64 ``[D_r]``."""
+    units = partition.owned(comm.rank)
+    ids = torch.tensor([unit.segment for unit in units], dtype=torch.int64)
+    lengths = torch.tensor(
+        [unit.stop - unit.start for unit in units], dtype=torch.int64
+    )
+    return ids.repeat_interleave(lengths).to(comm.device)
+
+
+def _sum_by_layer(values: Tensor, partition: Partition, comm: Communicator) -> Tensor:
+    """Add a shard vector up by layer, over ranks, float64 ``[L]``."""
+    offset = partition.shard(comm.rank).start
+    parts = []
+    for unit in partition.owned(comm.rank):
+        part = values.new_zeros(len(partition.segments))
+        part[unit.segment] = values[unit.start - offset : unit.stop - offset].sum()
+        parts.append(part)
+    largest = torch.stack([values.new_zeros(()), *(p.abs().max() for p in parts)]).max()
+    return comm.sum_exactly(
+        parts, largest * len(partition.units), (len(partition.segments),)
+    )
+
+
+def _checksum(values: Tensor) -> Tensor:
+    """Mix the bits of a tensor into one int64, wrapping around."""
+    kinds = {1: torch.uint8, 4: torch.int32, 8: torch.int64}
+    bits = values.contiguous().view(kinds[values.element_size()]).to(torch.int64)
+    index = torch.arange(1, len(bits) + 1, device=bits.device)
+    return ((bits + 1) * (index * 2654435761 + 97)).sum()
+
+
+def _mean(losses: list[float]) -> float | None:
+    return sum(losses) / len(losses) if losses else None
+
+
+def _total(values: Iterable[float | None | list[float]]) -> float | None:
+    present = [v for v in values if isinstance(v, float)]
+    return sum(present) if present else None

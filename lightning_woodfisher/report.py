@@ -1,0 +1,214 @@
+"""The numbers of one pruning step, frozen, and the names under which they are logged."""
+
+from __future__ import annotations
+
+__all__ = ["LayerReport", "PruningReport", "format_table"]
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a pruning step did to one parameter.
+
+    Attributes:
+        name: parameter name.
+        shape: its shape.
+        weights: number of weights.
+        zeros_before: pruned weights before the step.
+        zeros_after: pruned weights after it.
+        threshold: largest saliency that was removed, None when none was.
+        predicted_increase: rise of the loss that the quadratic model predicts for this
+            layer's share of the update; None for a criterion without a model of the loss.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    zeros_before: int
+    zeros_after: int
+    threshold: float | None
+    predicted_increase: float | None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of pruned weights after the step."""
+        return self.zeros_after / self.weights
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What one pruning step did.
+
+    Attributes:
+        criterion: name of the criterion.
+        layers: one report for each selected parameter.
+        target_sparsity: what the step was asked for.
+        threshold: largest saliency removed in the last part.
+        damping: λ as configured; None when the criterion has none.
+        raised_damping: blocks whose λ had to be raised, as ``"layer[first:last]"`` to λ.
+        predicted_increase: rise of the mean loss that the quadratic model predicts, summed
+            over parts; None without a model.
+        measured_increase: rise of the mean loss on the samples of the gradients, summed
+            over parts like ``predicted_increase``; None when not measured.
+        loss_before: mean loss before the first part, on the samples of its gradients.
+        loss_after: mean loss after the last part, on the samples of its gradients.
+        parts: number of parts (``recompute_steps``).
+        num_gradients: gradients taken in each part.
+        seconds: wall-clock seconds by phase.
+        bytes_exchanged: bytes that all ranks together have sent.
+        fisher_bytes: bytes of Fisher state on each rank, largest part.
+        world_size: number of ranks.
+        epoch: epoch at whose start it happened, None outside a Trainer.
+        step: optimizer steps done before it, None outside a Trainer.
+    """
+
+    criterion: str
+    layers: tuple[LayerReport, ...]
+    target_sparsity: float
+    threshold: float | None
+    damping: float | None
+    raised_damping: Mapping[str, float]
+    predicted_increase: float | None
+    measured_increase: float | None
+    loss_before: float | None
+    loss_after: float | None
+    parts: int
+    num_gradients: int
+    seconds: Mapping[str, float]
+    bytes_exchanged: int
+    fisher_bytes: tuple[int, ...]
+    world_size: int
+    epoch: int | None = None
+    step: int | None = None
+
+    @property
+    def weights(self) -> int:
+        """Number of selected weights."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def zeros(self) -> int:
+        """Number of pruned weights after the step."""
+        return sum(layer.zeros_after for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the selected weights that is pruned after the step."""
+        return self.zeros / self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to plain types, for JSON and checkpoints.
+
+        Returns:
+            Nested dicts, lists, numbers, strings and None.
+        """
+        plain = asdict(self)
+        plain["layers"] = [
+            {**asdict(layer), "shape": list(layer.shape)} for layer in self.layers
+        ]
+        plain["raised_damping"] = dict(self.raised_damping)
+        plain["seconds"] = dict(self.seconds)
+        plain["fisher_bytes"] = list(self.fisher_bytes)
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> PruningReport:
+        """Rebuild a report.
+
+        Args:
+            plain: what :meth:`to_dict` gave.
+
+        Returns:
+            An equal report.
+        """
+        layers = tuple(
+            LayerReport(**{**layer, "shape": tuple(layer["shape"])})
+            for layer in plain["layers"]
+        )
+        fisher_bytes = tuple(plain["fisher_bytes"])
+        return cls(**{**plain, "layers": layers, "fisher_bytes": fisher_bytes})
+
+    def metrics(self) -> dict[str, float]:
+        """Give the scalars for a logger.
+
+        Returns:
+            Numbers by name, all below ``pruning/``.
+        """
+        values: dict[str, float | None] = {
+            "sparsity": self.sparsity,
+            "target_sparsity": self.target_sparsity,
+            "threshold": self.threshold,
+            "damping": self.damping,
+            "blocks_with_raised_damping": float(len(self.raised_damping)),
+            "predicted_loss_increase": self.predicted_increase,
+            "measured_loss_increase": self.measured_increase,
+            "bytes_exchanged": float(self.bytes_exchanged),
+        }
+        values |= {f"seconds/{phase}": time for phase, time in self.seconds.items()}
+        values |= {f"sparsity/{layer.name}": layer.sparsity for layer in self.layers}
+        return {f"pruning/{k}": float(v) for k, v in values.items() if v is not None}
+
+    def to_table(self) -> str:
+        """Draw the layers as a text table.
+
+        Returns:
+            Lines of equal width, the totals last.
+        """
+        head = ("layer", "shape", "weights", "zeros", "sparsity", "predicted rise")
+        rows = [
+            (
+                layer.name,
+                "×".join(map(str, layer.shape)),
+                f"{layer.weights:,}",
+                f"{layer.zeros_after:,}",
+                f"{layer.sparsity:.2%}",
+                _number(layer.predicted_increase),
+            )
+            for layer in self.layers
+        ]
+        total = (
+            "total",
+            "",
+            f"{self.weights:,}",
+            f"{self.zeros:,}",
+            f"{self.sparsity:.2%}",
+            _number(self.predicted_increase),
+        )
+        return format_table(head, rows, total)
+
+
+def format_table(
+    head: tuple[str, ...],
+    rows: Sequence[tuple[str, ...]],
+    total: tuple[str, ...] | None = None,
+) -> str:
+    """Lay out a text table, first column to the left, the others to the right.
+
+    Args:
+        head: column titles.
+        rows: cells.
+        total: a last row below a rule.
+
+    Returns:
+        The lines of the table.
+    """
+    every = [head, *rows, *([total] if total else [])]
+    widths = [max(len(row[i]) for row in every) for i in range(len(head))]
+
+    def line(row: tuple[str, ...]) -> str:
+        first = row[0].ljust(widths[0])
+        rest = [
+            cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
+        ]
+        return "  ".join([first, *rest])
+
+    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+    lines = [line(head), rule, *map(line, rows)]
+    return "\n".join([*lines, rule, line(total)] if total else lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
