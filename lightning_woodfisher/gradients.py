@@ -21,6 +21,7 @@ __all__ = [
 
 import contextlib
 import hashlib
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -275,9 +276,12 @@ class FunctionLoss(LossSource):
         super().__init__(model)
         self._data = data
         self._loss_fn = loss_fn
+        self._read: tuple[tuple[int, int], list[Any]] | None = None
 
     def batches(self, count: int, size: int, seed: int) -> Batches:
         """Choose the mini-batches; an iterable gives them as they come.
+
+        An iterator, which can be read only once, has its last N batches kept in memory.
 
         Args:
             count: N.
@@ -290,6 +294,11 @@ class FunctionLoss(LossSource):
         data = self._data
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             return DatasetBatches(data, count, size, seed)
+        if isinstance(data, Iterator):
+            # It can be read only once, but the loss is measured on the same batches.
+            if self._read is None or self._read[0] != (count, seed):
+                self._read = (count, seed), list(itertools.islice(data, count))
+            return StreamBatches(self._read[1], count)
         return StreamBatches(data, count)
 
     def loss(self, batch: Any, index: int) -> Tensor:

@@ -179,6 +179,8 @@ class Pruner:
                 "selected weights have already; pruning can only add zeros."
             )
         number = self.config.recompute_steps
+        if before == 1.0:
+            return [target_sparsity]
         ratio = (1 - target_sparsity) / (1 - before)
         inner = [1 - (1 - before) * ratio ** (i / number) for i in range(1, number)]
         return [*inner, target_sparsity]

@@ -1,0 +1,233 @@
+"""Bad input gets a clear error before the first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fits import Classifier, Counting, loader, pruning, trainer
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
+from torch import nn
+
+from lightning_woodfisher import (
+    ConfigurationError,
+    FisherConfig,
+    OneShotSchedule,
+    PolynomialSchedule,
+    PruningError,
+    SelectionConfig,
+)
+
+
+class Bare(Counting):
+    """Has nothing that could be pruned."""
+
+    def __init__(self) -> None:
+        super().__init__(build=lambda: nn.Sequential(nn.Flatten(), nn.LayerNorm(64)))
+
+
+class Frozen(Counting):
+    def __init__(self) -> None:
+        super().__init__()
+        for parameter in self.parameters():
+            parameter.requires_grad_(parameter.dim() == 1)
+
+
+class Sparse(Counting):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[5].weight.data[:10] = 0.0
+
+
+def fisher(**options: Any) -> dict[str, Any]:
+    config = {"num_gradients": 6, "gradient_batch_size": 2, "block_size": 16}
+    return {"fisher": FisherConfig(**{**config, **options})}
+
+
+def selection(**options: Any) -> dict[str, Any]:
+    return {"selection": SelectionConfig(**options)}
+
+
+def ramp(*arguments: Any, **options: Any) -> dict[str, Any]:
+    return {"schedule": PolynomialSchedule(*arguments, **options)}
+
+
+def shot(*arguments: Any, **options: Any) -> dict[str, Any]:
+    return {"schedule": OneShotSchedule(*arguments, **options)}
+
+
+BAD: list[tuple[str, Callable[[], dict[str, Any]], Any, str]] = [
+    ("sparsity 1", lambda: {"target_sparsity": 1.0}, Counting, r"target_sparsity=1\.0"),
+    ("per cent", lambda: {"target_sparsity": 90}, Counting, "target_sparsity=90"),
+    ("negative", lambda: {"target_sparsity": -0.1}, Counting, r"target_sparsity=-0\.1"),
+    ("nan", lambda: {"target_sparsity": float("nan")}, Counting, "target_sparsity=nan"),
+    ("N = 0", lambda: fisher(num_gradients=0), Counting, "fisher.num_gradients=0"),
+    ("N < 0", lambda: fisher(num_gradients=-3), Counting, "fisher.num_gradients=-3"),
+    ("m = 0", lambda: fisher(gradient_batch_size=0), Counting, "gradient_batch_size=0"),
+    ("B = 0", lambda: fisher(block_size=0), Counting, "fisher.block_size=0"),
+    ("λ = 0", lambda: fisher(damping=0.0), Counting, r"fisher.damping=0\.0"),
+    ("λ < 0", lambda: fisher(damping=-1e-3), Counting, r"fisher.damping=-0\.001"),
+    ("λ = inf", lambda: fisher(damping=float("inf")), Counting, "fisher.damping=inf"),
+    ("λ = nan", lambda: fisher(damping=float("nan")), Counting, "fisher.damping=nan"),
+    ("mode", lambda: fisher(model_mode="test"), Counting, "model_mode='test'"),
+    ("engine", lambda: fisher(engine="fast"), Counting, "fisher.engine='fast'"),
+    ("scope", lambda: selection(scope="all"), Counting, "selection.scope='all'"),
+    ("criterion", lambda: {"criterion": "woodfischer"}, Counting, "mean 'woodfisher'"),
+    ("update", lambda: {"update": "jiont"}, Counting, "'jiont'.*mean 'joint'"),
+    ("parts", lambda: {"recompute_steps": 0}, Counting, "recompute_steps=0"),
+    ("include", lambda: selection(include=["nte.5"]), Counting, "'nte.5' matches no"),
+    ("exclude", lambda: selection(exclude=["LSTM"]), Counting, "'LSTM' matches no"),
+    ("pattern", lambda: selection(include=["net.("]), Counting, "regular expression"),
+    ("all excluded", lambda: selection(exclude=["net"]), Counting, "Nothing to prune"),
+    ("no matrix", dict, Bare, "Bare has no trainable parameter"),
+    ("frozen", dict, Frozen, "Frozen has no trainable parameter"),
+    ("no method", lambda: {"loss_method": "lossy"}, Counting, "loss_method='lossy'"),
+    ("ends first", lambda: ramp(3, 1), Counting, "end_epoch=1 < start_epoch=3"),
+    ("interval", lambda: ramp(0, 1, 0), Counting, "every_n_epochs=0"),
+    ("degree", lambda: ramp(0, 1, degree=0), Counting, "degree=0"),
+    ("start", lambda: ramp(-1), Counting, "start_epoch=-1"),
+    ("initial", lambda: ramp(initial_sparsity=1.5), Counting, r"initial_sparsity=1\.5"),
+    (
+        "units",
+        lambda: ramp(0, end_step=5),
+        Counting,
+        "either epochs or optimizer steps",
+    ),
+    ("both", lambda: shot(1, step=2), Counting, "epoch=1 and step=2"),
+    ("before", lambda: shot(-1), Counting, "epoch=-1"),
+    ("too late", lambda: shot(2), Counting, r"epoch 2, but training has only 2 epochs"),
+    ("ends too late", lambda: ramp(0, 9), Counting, "epoch 9, but .* only 2 epochs"),
+    ("step too late", lambda: shot(step=12), Counting, "step 12, but .* only 12 steps"),
+    (
+        "steps too late",
+        lambda: ramp(end_step=40),
+        Counting,
+        "step 40, but training has only 12 steps",
+    ),
+    (
+        "less than initial",
+        lambda: ramp(initial_sparsity=0.8),
+        Counting,
+        r"target_sparsity=0\.75 is below initial_sparsity=0\.8",
+    ),
+    (
+        "less than is there",
+        lambda: {**ramp(initial_sparsity=0.1), "target_sparsity": 0.2},
+        Sparse,
+        r"sparsity 0\.2 in the end, but .* have 0\.7877 already",
+    ),
+    (
+        "too few samples",
+        lambda: fisher(num_gradients=20, gradient_batch_size=3),
+        Counting,
+        r"num_gradients=20 times gradient_batch_size=3 needs 60 samples, .* has 48",
+    ),
+    (
+        "batch of more than all",
+        lambda: fisher(gradient_batch_size=50),
+        Counting,
+        "gradient_batch_size=50 exceeds the 48 samples",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "module", "message"),
+    [case[1:] for case in BAD],
+    ids=[case[0] for case in BAD],
+)
+def test_bad_input_is_refused_before_the_first_batch(
+    options: Callable[[], dict[str, Any]], module: Any, message: str
+) -> None:
+    made = module()
+    with pytest.raises(ConfigurationError, match=message):
+        trainer(pruning(**options())).fit(made, loader())
+    assert made.steps == 0
+
+
+def test_an_endless_training_needs_an_end_of_the_ramp() -> None:
+    made = Counting()
+    with pytest.raises(ConfigurationError, match="set end_epoch or limit the training"):
+        trainer(pruning(schedule=None), max_epochs=-1).fit(made, loader())
+    assert made.steps == 0
+
+
+def test_two_callbacks_on_the_same_weights_are_refused() -> None:
+    pruners = [
+        pruning(selection=SelectionConfig(include=include))
+        for include in (["Conv2d", "net.5"], ["Linear"])
+    ]
+    module = Counting()
+    with pytest.raises(
+        ConfigurationError, match=r"same weights: net\.5\.weight; .*exclude"
+    ):
+        trainer(*pruners).fit(module, loader())
+    assert module.steps == 0
+
+
+class Sharded(FSDPStrategy):
+    """A strategy of somebody else."""
+
+
+@pytest.mark.parametrize(
+    "kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, Sharded]
+)
+def test_a_strategy_that_shards_parameters_is_refused(kind: Any) -> None:
+    # They cannot run here, DeepSpeed is not even installed: the class decides.
+    fake = SimpleNamespace(strategy=kind.__new__(kind), global_step=0)
+    expected = f"strategy {kind.__name__} .*single device or 'ddp'"
+    with pytest.raises(ConfigurationError, match=expected):
+        pruning().setup(fake, Classifier(), "fit")
+    pruning().setup(fake, Classifier(), "validate")
+
+
+# ---------------------------------------------------------------- a step that cannot work
+
+
+def broken(kind: str) -> Classifier:
+    """A module whose training step is of no use."""
+
+    class Broken(Counting):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            if kind == "none":
+                return None
+            if kind == "detached":
+                return loss.detach().requires_grad_(False)
+            if kind == "vector":
+                return batch[0].flatten(1).mean(dim=1)
+            if kind == "text":
+                return {"los": loss}
+            if kind == "nan":
+                return loss * float("nan")
+            zero = (self.net[5].weight * 0.0).square().sum()
+            return loss + zero.sqrt()
+
+    return Broken()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("none", r"Broken.training_step returned NoneType .*loss_method="),
+        ("detached", "loss of gradient 0 has no graph"),
+        ("vector", r"returned a tensor of shape \(2,\) for gradient 0"),
+        ("text", "returned NoneType for gradient 0"),
+        ("nan", r"the loss of gradient 0 \(samples \d+, \d+\) is nan"),
+        (
+            "gradient",
+            r"gradient 0 \(samples \d+, \d+\) is not finite in net\.5\.weight$",
+        ),
+    ],
+)
+def test_a_useless_training_step_is_named(kind: str, message: str) -> None:
+    module = broken(kind)
+    with pytest.raises(PruningError, match=message):
+        trainer(pruning()).fit(module, loader())
+    assert module.steps == 1

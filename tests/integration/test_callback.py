@@ -1,0 +1,559 @@
+"""The callback in a Trainer: its schedule, its promises, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from fits import (
+    WEIGHTS,
+    Classifier,
+    Counting,
+    Manual,
+    RawManual,
+    Talkative,
+    differences,
+    images,
+    loader,
+    pruning,
+    seed_all,
+    trainer,
+)
+from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, TQDMProgressBar
+from rank_pool import RankPool
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_woodfisher import (
+    ConfigurationError,
+    FisherConfig,
+    OneShotSchedule,
+    PolynomialSchedule,
+    PruningError,
+    PruningReport,
+    SelectionConfig,
+    prune,
+)
+
+
+def zeros(module: nn.Module) -> int:
+    return sum(int((p == 0).sum()) for p in module.parameters() if p.dim() > 1)
+
+
+# ---------------------------------------------------------------- schedules
+
+
+def test_one_shot() -> None:
+    pruner, module = pruning(schedule=OneShotSchedule(1)), Classifier()
+    trainer(pruner).fit(module, loader())
+    (report,) = pruner.reports
+    assert (report.epoch, report.step) == (1, 6)
+    assert report.zeros == zeros(module) == round(0.75 * WEIGHTS)
+    assert report.sparsity == zeros(module) / WEIGHTS
+    assert report.world_size == 1
+    assert report.predicted_increase > 0
+    assert report.measured_increase == report.loss_after - report.loss_before
+
+
+def test_polynomial() -> None:
+    pruner, module = pruning(schedule=PolynomialSchedule(1, 5, 2)), Classifier()
+    trainer(pruner, max_epochs=7).fit(module, loader())
+    assert [report.epoch for report in pruner.reports] == [1, 3, 5]
+    shares = [0.75 * (1 - (1 - i / 3) ** 3) for i in (1, 2, 3)]
+    assert [report.zeros for report in pruner.reports] == [
+        round(share * WEIGHTS) for share in shares
+    ]
+    for before, after in zip(pruner.reports, pruner.reports[1:], strict=False):
+        for old, new in zip(before.layers, after.layers, strict=True):
+            assert old.zeros_after == new.zeros_before
+    assert zeros(module) == round(0.75 * WEIGHTS)
+
+
+def test_the_default_schedule_leaves_the_last_quarter_alone() -> None:
+    pruner = pruning(schedule=None)
+    trainer(pruner, max_epochs=8).fit(Classifier(), loader())
+    assert [report.epoch for report in pruner.reports] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_schedule_in_optimizer_steps(accumulate: int) -> None:
+    schedule = PolynomialSchedule(start_step=1, end_step=5, every_n_steps=2)
+    pruner, module = pruning(schedule=schedule), Classifier()
+    fitted = trainer(pruner, accumulate_grad_batches=accumulate, max_epochs=2)
+    fitted.fit(module, loader())
+    assert fitted.global_step == 12 / accumulate
+    assert [report.step for report in pruner.reports] == [1, 3, 5]
+    assert zeros(module) == round(0.75 * WEIGHTS)
+
+
+def test_training_limited_by_steps() -> None:
+    pruner, module = pruning(schedule=OneShotSchedule(step=3)), Classifier()
+    trainer(pruner, max_epochs=-1, max_steps=4).fit(module, loader())
+    assert [report.step for report in pruner.reports] == [3]
+
+
+def test_layer_scope_by_magnitude_in_parts() -> None:
+    pruner, module = (
+        pruning(
+            criterion="magnitude",
+            selection=SelectionConfig(scope="layer"),
+            recompute_steps=2,
+        ),
+        Classifier(),
+    )
+    trainer(pruner).fit(module, loader())
+    for layer in pruner.reports[0].layers:
+        weight = module.get_parameter(layer.name)
+        assert int((weight == 0).sum()) == round(0.75 * weight.numel())
+    assert pruner.reports[0].parts == 2
+
+
+def test_the_plan_is_printed_before_training(caplog: pytest.LogCaptureFixture) -> None:
+    shown = []
+
+    class First(pl.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            shown.append(caplog.text)
+
+    pruner = pruning(schedule=PolynomialSchedule(0, 1, degree=1.0), target_sparsity=0.5)
+    trainer(First(), pruner).fit(Classifier(), loader())
+    lines = [line.split() for line in shown[0].splitlines()]
+    assert "Pruning 1,371 weights of 3 tensors by woodfisher" in shown[0]
+    assert ["epoch", "0", "25.00%", "1,028"] in lines
+    assert ["epoch", "1", "50.00%", "685"] in lines
+
+
+class Terminal(io.StringIO):
+    """Text that believes it is on a screen."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", ["tqdm", "rich"])
+def test_a_progress_bar_shows_the_collection(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    bar: Any = TQDMProgressBar()
+    if kind == "rich":
+        console = {"file": screen, "force_terminal": True, "width": 100}
+        bar = RichProgressBar(console_kwargs=console)
+    trainer(pruning(), bar, enable_progress_bar=True).fit(Classifier(), loader())
+    assert re.search(r"Collecting gradients.* 0/6 ", screen.getvalue())
+    if kind == "rich":  # which draws every time; tqdm leaves some out
+        assert re.search(r"Collecting gradients.* 6/6 ", screen.getvalue())
+    screen.truncate(0)
+    trainer(pruning()).fit(Classifier(), loader())
+    assert "Collecting gradients" not in screen.getvalue()
+
+
+# ---------------------------------------------------------------- the step itself
+
+
+class Snapshot(pl.Callback):
+    """Weights before and after another callback's epoch start."""
+
+    def __init__(self, epoch: int = 0) -> None:
+        self.epoch = epoch
+        self.model: Any = None
+        self.weights: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self.model = copy.deepcopy(module.net)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0 and trainer.current_epoch == self.epoch:
+            state = module.net.state_dict()
+            self.weights = {name: value.clone() for name, value in state.items()}
+
+
+def net_loss(net: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(net(batch[0]), batch[1])
+
+
+class OneBackward(Classifier):
+    """Manual optimisation, the loss in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(0.25 * loss, retain_graph=True)
+        self.manual_backward(0.75 * loss)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("module", [Classifier, OneBackward])
+def test_the_callback_does_what_prune_does(module: Any, mode: Any) -> None:
+    seed_all(4)
+    fisher = FisherConfig(7, 3, 16, model_mode=mode)
+    pruner, snapshot = pruning(fisher=fisher, seed=9), Snapshot()
+    trainer(snapshot, pruner, max_epochs=1).fit(module(), loader())
+    dense, chosen = snapshot.model, {"fisher": fisher, "seed": 9}
+    report = prune(dense, images(), net_loss, target_sparsity=0.75, **chosen)
+    found = pruner.reports[0]
+    for old, new in zip(report.layers, found.layers, strict=True):
+        assert new.name == f"net.{old.name}"
+        assert new.zeros_after == old.zeros_after
+    for name, weight in dense.state_dict().items():
+        if module is Classifier:
+            assert torch.equal(snapshot.weights[name], weight), name
+        else:  # a sum of two parts is rounded differently
+            torch.testing.assert_close(snapshot.weights[name], weight)
+    assert found.loss_after == pytest.approx(report.loss_after, rel=1e-4)
+    assert found.predicted_increase == pytest.approx(
+        report.predicted_increase, rel=1e-4
+    )
+
+
+def test_loss_method_replaces_the_training_step() -> None:
+    class TwoFaced(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = {"step": 0, "method": 0}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.calls["step"] += 1
+            return super().training_step(batch, batch_idx)
+
+        def pruning_loss(self, batch: Any, batch_idx: int) -> Tensor:
+            self.calls["method"] += 1
+            assert len(batch[0]) == 2
+            return self.loss(batch)
+
+    module = TwoFaced()
+    pruner = pruning(loss_method="pruning_loss", measure_loss=False)
+    trainer(pruner).fit(module, loader())
+    assert module.calls == {"step": 12, "method": 6}
+
+
+def test_hooks_of_the_module_transform_the_batches() -> None:
+    class Hooked(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: list[int] = []
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            self.sizes.append(len(batch[0]))
+            return [batch[0][:, :, :, ::1] * 2, batch[1]]
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return {"x": batch[0], "y": batch[1]}
+
+        def training_step(self, batch: Any) -> Any:
+            assert batch["x"].abs().max() > 4
+            return self.loss((batch["x"], batch["y"]))
+
+    module = Hooked()
+    trainer(pruning(measure_loss=False)).fit(module, loader())
+    assert module.sizes == [2] * 6 + [8] * 12
+
+
+def test_a_dict_with_a_loss_and_a_loss_of_shape_one() -> None:
+    class Odd(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"loss": self.loss(batch).reshape(1), "logits": batch[0]}
+
+    pruner = pruning()
+    trainer(pruner).fit(Odd(), loader())
+    assert pruner.reports[0].zeros == round(0.75 * WEIGHTS)
+
+
+def test_limited_batches_and_validation_only() -> None:
+    """Samples come from the whole data set; validation alone needs no masks."""
+    pruner = pruning(fisher=FisherConfig(20, 2, 16))
+    options = {"limit_train_batches": 2, "limit_val_batches": 1}
+    fitted, module = trainer(pruner, **options), Classifier()
+    fitted.validate(module, loader(shuffle=False), verbose=False)
+    fitted.fit(module, loader(), loader(shuffle=False))
+    assert fitted.global_step == 4
+    fitted.validate(module, loader(shuffle=False), verbose=False)
+    assert pruner.masks.sparsity() == round(0.75 * WEIGHTS) / WEIGHTS
+
+
+def test_fast_dev_run_prunes_once() -> None:
+    pruner = pruning(schedule=PolynomialSchedule(30, 90), report_path="report.json")
+    module = Classifier()
+    trainer(pruner, fast_dev_run=True).fit(module, loader(), loader(shuffle=False))
+    assert [report.epoch for report in pruner.reports] == [0]
+    assert zeros(module) == round(0.75 * WEIGHTS)
+
+
+class Stream(IterableDataset[Any]):
+    """Samples that come as they come."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(images())
+
+
+def test_a_stream_needs_a_dataloader() -> None:
+    stream = DataLoader(Stream(), batch_size=8)
+    expected = r"a DataLoader of the iterable-style Stream, .* pass dataloader="
+    fitted, module = trainer(pruning(), max_steps=6), Counting()
+    with pytest.raises(ConfigurationError, match=expected):
+        fitted.fit(module, stream)
+    assert module.steps == 0
+    # With one: a batch for each gradient, from an iterable of any kind.
+    for given in (DataLoader(Stream(), batch_size=3), list(loader()), loader()):
+        pruner = pruning(dataloader=given)
+        module = Counting()
+        trainer(pruner, max_steps=6).fit(module, stream)
+        assert pruner.reports[0].zeros == zeros(module) == round(0.75 * WEIGHTS)
+
+
+def test_a_dataloader_that_ends_too_early() -> None:
+    pruner = pruning(dataloader=list(loader())[:4])
+    with pytest.raises(
+        ConfigurationError, match="ended after 4 batches.*num_gradients=6"
+    ):
+        trainer(pruner).fit(Classifier(), loader())
+
+
+def test_several_training_loaders_need_a_dataloader() -> None:
+    class Paired(Counting):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            batch = batch["a"] if isinstance(batch, dict) else batch
+            return super().training_step(batch, batch_idx)
+
+    loaders = {"a": loader(), "b": loader()}
+    with pytest.raises(ConfigurationError, match="the training data is a dict"):
+        trainer(pruning()).fit(Paired(), loaders)
+    pruner = pruning(dataloader=loader())
+    trainer(pruner).fit(Paired(), loaders)
+    assert pruner.masks.sparsity() > 0.74
+
+
+def test_a_loader_without_automatic_batching() -> None:
+    batches = [images()[i : i + 4] for i in range(0, 48, 4)]
+    pruner = pruning()
+    trainer(pruner).fit(Classifier(), DataLoader(batches, batch_size=None))
+    assert pruner.masks.sparsity() > 0.74
+
+
+def test_frozen_and_unused_weights() -> None:
+    class Partial(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[0].requires_grad_(False)
+            self.unused = nn.Linear(5, 6)
+
+    pruner, module = pruning(), Partial()
+    before = module.unused.weight.detach().clone()
+    trainer(pruner).fit(module, loader())
+    names = ["net.5.weight", "net.7.weight", "unused.weight"]
+    assert list(pruner.masks.parameters) == names
+    # Without gradients nothing but the damping speaks for a weight: ½ λ w².
+    gone = before[~pruner.masks.kept("unused.weight")].double()
+    rise = 0.5 * 1e-4 * float(gone.square().sum())
+    assert len(gone) > 0
+    assert pruner.reports[0].layers[2].predicted_increase == pytest.approx(rise)
+
+
+# ---------------------------------------------------------------- promises
+
+
+class Stopper(pl.Callback):
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        trainer.should_stop = True
+
+
+def test_training_that_ends_too_early_is_an_error() -> None:
+    pruner = pruning(schedule=PolynomialSchedule(0, 3))
+    stopped = (
+        r"sparsity 0\.4333, not at the target 0\.75: 3 planned .* first at epoch 1"
+    )
+    with pytest.raises(PruningError, match=stopped):
+        trainer(Stopper(), pruner, max_epochs=5).fit(Classifier(), loader())
+    early = EarlyStopping("train_loss", patience=1, min_delta=1e9)
+    with pytest.raises(PruningError, match="planned step"):
+        trainer(early, pruner, max_epochs=5).fit(Classifier(), loader())
+    with pytest.raises(PruningError, match="first at epoch 3"):
+        trainer(pruner, max_epochs=5, max_steps=13).fit(Classifier(), loader())
+
+
+def test_weights_that_are_revived_behind_our_back_are_an_error() -> None:
+    class Reviver(pl.Callback):
+        def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+            module.net[7].weight.data += 1.0
+
+    with pytest.raises(
+        PruningError, match=r"not zero, by parameter: \{'net.7.weight': "
+    ):
+        trainer(pruning(), Reviver()).fit(Classifier(), loader())
+
+
+def test_two_callbacks_on_different_weights() -> None:
+    pruners = [
+        pruning(target_sparsity=s, selection=SelectionConfig(include=[include]))
+        for s, include in ((0.5, "Conv2d"), (0.9, "Linear"))
+    ]
+    module = Classifier()
+    trainer(*pruners).fit(module, loader())
+    assert int((module.net[0].weight == 0).sum()) == round(0.5 * 27)
+    linear = (module.net[5].weight == 0).sum() + (module.net[7].weight == 0).sum()
+    assert int(linear) == round(0.9 * (WEIGHTS - 27))
+
+
+def test_a_failing_step_changes_nothing() -> None:
+    class Failing(Classifier):
+        def pruning_loss(self, batch: Any, batch_idx: int) -> Tensor:
+            if torch.is_grad_enabled():
+                return self.loss(batch)
+            raise OSError("disk full")  # while the loss is measured, after the write
+
+    seed_all(1)
+    pruner, module = pruning(loss_method="pruning_loss"), Failing()
+    before = copy.deepcopy(module.state_dict())
+    fitted = trainer(pruner)
+    with pytest.raises(OSError, match="disk full"):
+        fitted.fit(module, loader())
+    assert differences(module.state_dict(), before) == []
+    assert pruner.masks.sparsity() == 0
+    assert pruner.reports == []
+    assert pruner.state_dict()["done"] == []
+    assert {"log", "log_dict", "print", "optimizers"}.isdisjoint(vars(module))
+
+
+def test_a_fit_of_a_raw_manual_module_goes_on() -> None:
+    """Its optimizer steps are not counted: global_step stays 0."""
+    pruner, module = pruning(), RawManual()
+    fitted = trainer(pruner)
+    fitted.fit(module, loader())
+    before = pruner.masks.state_dict()
+    fitted.fit_loop.max_epochs = 4
+    fitted.fit(module, loader())
+    assert fitted.global_step == 0
+    assert [report.epoch for report in pruner.reports] == [0]
+    assert differences(pruner.masks.state_dict(), before) == []
+
+
+# ---------------------------------------------------------------- the object
+
+
+def test_report_path() -> None:
+    pruner = pruning(
+        schedule=PolynomialSchedule(0, 1), report_path="new/folder/report.json"
+    )
+    sizes = []
+
+    class Look(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+            sizes.append(len(json.loads(Path("new/folder/report.json").read_text())))
+
+    trainer(pruner, Look()).fit(Classifier(), loader())
+    assert sizes == [1, 2]
+    read = json.loads(Path("new/folder/report.json").read_text())
+    assert [PruningReport.from_dict(report) for report in read] == pruner.reports
+
+
+def test_repr_names_what_was_chosen() -> None:
+    text = repr(pruning(target_sparsity=0.625, criterion="magnitude"))
+    for part in ("target_sparsity=0.625", "magnitude", "OneShotSchedule(epoch=0)"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))]
+)
+def test_a_copy_does_the_same(duplicate: Any) -> None:
+    results = []
+    original = pruning(schedule=PolynomialSchedule(0, 1))
+    for pruner in (original, duplicate(original)):
+        seed_all(3)
+        module = Classifier()
+        trainer(pruner).fit(module, loader())
+        results.append(module.state_dict())
+    assert differences(*results) == []
+    after = duplicate(original)
+    assert repr(after) == repr(original)
+    assert differences(after.masks.state_dict(), original.masks.state_dict()) == []
+
+
+# ---------------------------------------------------------------- two processes
+
+
+def prune_in_ddp(world_size: int) -> dict[str, Any]:
+    """Job: what pruning at the first and the third epoch gives."""
+    results: dict[str, Any] = {}
+    options = {"devices": world_size, "strategy": "ddp"}
+    modules = {"plain": Classifier, "manual": Manual, "all": Talkative}
+    for name, module in modules.items():
+        seed_all(4)
+        pruner = pruning(schedule=PolynomialSchedule(0, 2, 2))
+        first, third = Snapshot(0), Snapshot(2)
+        callbacks = (pruner, first, third)
+        if name == "manual":
+            options["strategy"] = "ddp_find_unused_parameters_true"
+        trainer(*callbacks, max_epochs=3, **options).fit(module(), loader())
+        results[name] = {
+            "first": first.weights,
+            "third": third.weights,
+            "masks": pruner.masks.state_dict(),
+            "reports": [{**r.to_dict(), "seconds": {}} for r in pruner.reports],
+        }
+    # A training step that fails on one rank while gradients are collected.
+    module = FailsOnRankOne()
+    fitted = trainer(pruning(), **options)
+    try:
+        fitted.fit(module, loader())
+    except (LookupError, PruningError) as error:
+        results["error"] = (type(error).__name__, str(error))
+    results["hooks"] = [len(o._optimizer_step_post_hooks) for o in fitted.optimizers]
+    results["zeros after the error"] = zeros(module)
+    return results
+
+
+class FailsOnRankOne(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 1 and batch_idx == 3:
+            raise LookupError("where is it?")
+        return super().training_step(batch, batch_idx)
+
+
+def test_pruning_in_ddp(ranks: RankPool) -> None:
+    (alone,) = ranks.run(1, prune_in_ddp, 1, launch="trainer")
+    both = ranks.run(2, prune_in_ddp, 2, launch="trainer")
+    varies = {"bytes_exchanged", "fisher_bytes", "world_size"}
+    for name in ("plain", "manual", "all"):
+        mine, theirs = (result[name] for result in both)
+        assert set(mine["masks"]) == {"net.0.weight", "net.5.weight", "net.7.weight"}
+        # BatchNorm's running statistics belong to each rank; all else is shared.
+        for moment in ("first", "third"):
+            left, right = (
+                {k: v for k, v in result[moment].items() if "running" not in k}
+                for result in (mine, theirs)
+            )
+            assert differences(left, right) == [], (name, moment)
+        assert differences(mine["masks"], theirs["masks"]) == []
+        assert differences(mine["reports"], theirs["reports"]) == []
+        # Before any training the two ranks do what one alone does.
+        assert differences(mine["first"], alone[name]["first"]) == []
+        first, other = (
+            {k: v for k, v in result[name]["reports"][0].items() if k not in varies}
+            for result in (both[0], alone)
+        )
+        assert differences(first, other) == []
+        assert mine["reports"][0]["world_size"] == 2
+    assert [result["error"][0] for result in both] == ["PruningError", "LookupError"]
+    assert both[0]["error"][1] == "rank 1 failed: LookupError: where is it?"
+    assert all(result["hooks"] == [0] for result in both)
+    assert all(result["zeros after the error"] == 0 for result in both)

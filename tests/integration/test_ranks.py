@@ -1,0 +1,586 @@
+"""The same pruning step on 1, 2 and 3 real processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_pool import RankPool
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from lightning_woodfisher import (
+    ConfigurationError,
+    FisherConfig,
+    PruningError,
+    PruningReport,
+    SelectionConfig,
+    prune,
+)
+from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.gradients import FunctionLoss
+from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.pruner import Pruner, PruningConfig
+
+WORLD_SIZES = (1, 2, 3)
+
+
+# ---------------------------------------------------------------- models and data
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 5, 3),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(5 * 36, 17),
+        nn.ReLU(),
+        nn.Linear(17, 4),
+    )
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 23), nn.Tanh(), nn.Linear(23, 4))
+
+
+def make(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(7)
+    model = build()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2.0)
+    return model
+
+
+def images(dtype: torch.dtype = torch.float32) -> TensorDataset:
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randn(160, 1, 8, 8, generator=generator).to(dtype)
+    return TensorDataset(pixels, torch.randint(0, 4, (160,), generator=generator))
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+# ---------------------------------------------------------------- equal on any number
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One configuration of prune()."""
+
+    build: Callable[[], nn.Module] = perceptron
+    num_gradients: int = 13
+    gradient_batch_size: int = 3
+    block_size: int | None = 16
+    model_mode: Any = "eval"
+    scope: Any = "global"
+    criterion: str = "woodfisher"
+    update: Any = "joint"
+    recompute_steps: int = 1
+    targets: tuple[float, ...] = (0.7,)
+    damping: float = 1e-4
+    double: bool = False
+    stream: bool = False
+
+    def prune(self) -> tuple[nn.Module, list[PruningReport]]:
+        dtype = torch.float64 if self.double else torch.float32
+        model, dataset = make(self.build).to(dtype), images(dtype)
+        data: Any = dataset
+        if self.stream:
+            data = [dataset[i : i + 4] for i in range(0, 160, 4)]
+        fisher = FisherConfig(
+            num_gradients=self.num_gradients,
+            gradient_batch_size=self.gradient_batch_size,
+            block_size=self.block_size,
+            damping=self.damping,
+            model_mode=self.model_mode,
+        )
+        reports = [
+            prune(
+                model,
+                data,
+                cross_entropy,
+                target_sparsity=target,
+                fisher=fisher,
+                selection=SelectionConfig(scope=self.scope),
+                criterion=self.criterion,
+                update=self.update,
+                recompute_steps=self.recompute_steps,
+                seed=5,
+            )
+            for target in self.targets
+        ]
+        return model, reports
+
+
+CASES = {
+    "primal": Case(num_gradients=24, block_size=8),
+    "dual": Case(num_gradients=9, block_size=50),
+    "full": Case(block_size=None),
+    "full, independent": Case(block_size=None, update="independent"),
+    "full, layer": Case(block_size=None, scope="layer"),
+    "independent": Case(update="independent"),
+    "no update": Case(update="none"),
+    "layer": Case(scope="layer"),
+    "recomputed": Case(recompute_steps=2),
+    "full, recomputed": Case(block_size=None, recompute_steps=2),
+    "magnitude": Case(criterion="magnitude"),
+    "magnitude, layer": Case(criterion="magnitude", scope="layer"),
+    "batchnorm": Case(build=convolutional),
+    "batchnorm and dropout in training mode": Case(
+        build=convolutional, model_mode="train"
+    ),
+    "several chunks of rows": Case(num_gradients=70, gradient_batch_size=1),
+    "step by step": Case(targets=(0.4, 0.6, 0.9)),
+    "raised damping": Case(damping=1e-20),
+    "float64": Case(double=True),
+    "stream of batches": Case(stream=True),
+}
+
+
+def prune_all() -> dict[str, Any]:
+    """Job: every case; what came out, in plain types."""
+    results = {}
+    for name, case in CASES.items():
+        model, reports = case.prune()
+        results[name] = (
+            {key: value.clone() for key, value in model.state_dict().items()},
+            [report.to_dict() for report in reports],
+        )
+    return results
+
+
+def comparable(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop what depends on the clock or on the number of ranks."""
+    varies = {"seconds", "bytes_exchanged", "fisher_bytes", "world_size"}
+    return [{k: v for k, v in r.items() if k not in varies} for r in reports]
+
+
+@pytest.fixture(scope="module")
+def pruned(ranks: RankPool) -> dict[int, list[dict[str, Any]]]:
+    return {size: ranks.run(size, prune_all) for size in WORLD_SIZES}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("case", list(CASES))
+def test_world_size_does_not_change_the_result(
+    pruned: dict[int, list[dict[str, Any]]], case: str, world_size: int
+) -> None:
+    expected, expected_reports = pruned[1][0][case]
+    for result in pruned[world_size]:
+        state, reports = result[case]
+        assert state.keys() == expected.keys()
+        for name, value in state.items():
+            assert torch.equal(value, expected[name]), name
+        assert comparable(reports) == comparable(expected_reports)
+        assert all(report["world_size"] == world_size for report in reports)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_rank_gives_the_same_report(
+    pruned: dict[int, list[dict[str, Any]]], world_size: int
+) -> None:
+    for case in CASES:
+        first, *others = [result[case][1] for result in pruned[world_size]]
+        for other in others:
+            for mine, theirs in zip(first, other, strict=True):
+                assert {**mine, "seconds": {}} == {**theirs, "seconds": {}}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_the_cases_prune_what_they_were_asked_for(
+    pruned: dict[int, list[dict[str, Any]]], case: str
+) -> None:
+    state, reports = pruned[1][0][case]
+    names = [layer["name"] for layer in reports[-1]["layers"]]
+    weights = sum(state[name].numel() for name in names)
+    zeros = {name: int((state[name] == 0).sum()) for name in names}
+    target = CASES[case].targets[-1]
+    if CASES[case].scope == "layer":
+        assert all(zeros[n] == round(target * state[n].numel()) for n in names)
+    else:
+        assert sum(zeros.values()) == round(target * weights)
+    assert [layer["zeros_after"] for layer in reports[-1]["layers"]] == [
+        *zeros.values()
+    ]
+    assert bool(reports[-1]["raised_damping"]) == (case == "raised damping")
+    # BatchNorm's statistics are as before.
+    for name, buffer in make(CASES[case].build).named_buffers():
+        assert torch.equal(state[name], buffer), name
+
+
+def test_bytes_exchanged_are_counted(
+    pruned: dict[int, list[dict[str, Any]]],
+) -> None:
+    weights = 64 * 23 + 23 * 4
+    for size in WORLD_SIZES:
+        (report,) = pruned[size][0]["primal"][1]
+        # A float32 for the share (R-1)/R of every row, and the gathered weights, padded.
+        rows = 24 * weights * 4 * (size - 1) / size
+        gathered = weights * (4 + 1) * (size - 1)
+        sent = report["bytes_exchanged"]
+        assert (
+            (sent == 0)
+            if size == 1
+            else (sent == pytest.approx(rows + gathered, rel=0.1))
+        )
+
+
+# ---------------------------------------------------------------- memory is shared
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64, 256),
+        nn.ReLU(),
+        nn.Linear(256, 100),
+        nn.Linear(100, 4),
+    )
+
+
+def fisher_bytes() -> dict[str, list[int]]:
+    """Job: bytes of Fisher state by rank, for each engine."""
+    settings = {
+        "primal": FisherConfig(16, 1, 16),
+        "dual": FisherConfig(8, 1, 64),
+        "full": FisherConfig(8, 1, None),
+    }
+    return {
+        name: list(
+            prune(
+                make(wide),
+                images(),
+                cross_entropy,
+                target_sparsity=0.5,
+                fisher=fisher,
+                measure_loss=False,
+            ).fisher_bytes
+        )
+        for name, fisher in settings.items()
+    }
+
+
+def test_every_rank_holds_its_share_of_the_fisher(ranks: RankPool) -> None:
+    results = {size: ranks.run(size, fisher_bytes)[0] for size in WORLD_SIZES}
+    weights = 64 * 256 + 256 * 100 + 100 * 4
+    assert results[1]["primal"] == [weights * 16 * 8]
+    assert results[1]["dual"] == [weights * 8 * 4]
+    for engine in ("primal", "dual", "full"):
+        (whole,) = results[1][engine]
+        for size in (2, 3):
+            assert sum(results[size][engine]) == whole
+            for share in results[size][engine]:
+                assert share == pytest.approx(whole / size, rel=0.1), engine
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4, bias=False))
+
+
+def prune_one_unit() -> tuple[Tensor, dict[str, Any]]:
+    """Job: fewer units than ranks."""
+    model = make(tiny)
+    with torch.no_grad():
+        model[1].weight[:, 2:] = 0.0  # 8 weights are left, which is one block
+    report = prune(
+        model,
+        images(),
+        cross_entropy,
+        target_sparsity=1 - 3 / 256,
+        fisher=FisherConfig(6, 2, 8),
+    )
+    return model[1].weight.detach(), report.to_dict()
+
+
+def test_more_ranks_than_blocks(ranks: RankPool) -> None:
+    ((expected, report),) = ranks.run(1, prune_one_unit)
+    assert int((expected != 0).sum()) == 3
+    for size in (2, 3):
+        for weight, other in ranks.run(size, prune_one_unit):
+            assert torch.equal(weight, expected)
+            assert comparable([other]) == comparable([report])
+            assert sorted(other["fisher_bytes"])[:-1] == [0] * (size - 1)
+
+
+# ---------------------------------------------------------------- failures
+
+
+class Stumbling:
+    """A loss that fails on one rank: at a call, or only without or with gradients."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.calls = 0
+        self.rank = dist.get_rank()
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        self.calls += 1
+        loss = cross_entropy(model, batch)
+        if self.rank != 1:
+            return loss
+        if self.kind == "raises" and self.calls == 3:
+            raise LookupError("a book is missing")
+        if self.kind == "raises at once":
+            raise LookupError("a book is missing")
+        if self.kind == "raises while measuring" and not torch.is_grad_enabled():
+            raise LookupError("a book is missing")
+        if self.kind == "infinite loss" and self.calls == 2:
+            return loss / 0.0
+        if self.kind == "infinite gradient" and self.calls == 2:
+            zero = (model[1].weight * 0.0).square().sum()
+            return loss + zero.sqrt()  # d sqrt(x) at 0 is not finite
+        if self.kind == "no graph":
+            return loss.detach()
+        return loss
+
+
+class Torn(Dataset[Any]):
+    """Cannot be read on rank 1."""
+
+    def __len__(self) -> int:
+        return 160
+
+    def __getitem__(self, index: int) -> Any:
+        if dist.get_rank() == 1:
+            raise OSError("the disk is gone")
+        return images()[index]
+
+
+FAILURES = {
+    "raises": ("LookupError", "a book is missing"),
+    "raises at once": ("LookupError", "a book is missing"),
+    "raises while measuring": ("LookupError", "a book is missing"),
+    "infinite loss": ("PruningError", "(samples "),
+    "infinite gradient": ("PruningError", "is not finite in 1.weight"),
+    "no graph": ("PruningError", "has no graph"),
+    "unreadable data": ("OSError", "the disk is gone"),
+}
+
+
+def fail_everywhere() -> dict[str, Any]:
+    """Job: what each failure looks like on this rank, and what it leaves behind."""
+    outcomes = {}
+    for kind in FAILURES:
+        model = make(perceptron)
+        with torch.no_grad():
+            model[1].weight[0] = 0.0
+        masks = Masks(prunable_parameters(model))
+        masks.take_zeros()
+        before, kept = (
+            {n: p.clone() for n, p in model.named_parameters()},
+            masks.state_dict(),
+        )
+        # In training mode every rank measures, and not in one batch on the first.
+        config = PruningConfig(fisher=FisherConfig(7, 2, 16, model_mode="train"))
+        data = Torn() if kind == "unreadable data" else images()
+        pruner = Pruner(masks, config, Communicator())
+        try:
+            pruner.step(FunctionLoss(model, data, Stumbling(kind)), 0.6)
+            outcome = ("nothing", "")
+        except Exception as error:
+            outcome = (type(error).__name__, str(error))
+        same = all(torch.equal(before[n], p) for n, p in model.named_parameters())
+        after = masks.state_dict()
+        same_masks = after.keys() == kept.keys() and all(
+            torch.equal(after[n], kept[n]) for n in kept
+        )
+        untouched = all(p.grad is None for p in model.parameters()) and model.training
+        outcomes[kind] = (*outcome, same, same_masks, untouched)
+    # The ranks are in step again: a whole step works after all that.
+    _, (report,) = Case(targets=(0.5,)).prune()
+    outcomes["afterwards"] = report.zeros
+    return outcomes
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_one_failing_rank_stops_all_and_changes_nothing(
+    ranks: RankPool, world_size: int
+) -> None:
+    results = ranks.run(world_size, fail_everywhere, timeout=60)
+    for kind, (error, text) in FAILURES.items():
+        for rank, result in enumerate(results):
+            name, message, same_weights, same_masks, untouched = result[kind]
+            if rank == 1:
+                assert name == error
+                assert text in message
+            else:
+                assert name == "PruningError"
+                assert message.startswith(f"rank 1 failed: {error}: ")
+                assert text in message
+            assert same_weights, kind
+            assert same_masks, kind
+            assert untouched, kind
+    assert {result["afterwards"] for result in results} == {round((64 + 4) * 23 / 2)}
+
+
+def prune_different_models() -> list[tuple[str, bool]]:
+    """Job: rank 1 starts from other weights, or from another number of zeros."""
+    outcomes = []
+    for change in (1e-3, None):
+        model = make(perceptron)
+        if dist.get_rank() == 1:
+            with torch.no_grad():
+                if change is None:
+                    model[1].weight[0] = 0.0
+                else:
+                    model[3].weight[0, 0] += change
+        before = model[1].weight.clone()
+        config = FisherConfig(6, 2, 16)
+        try:
+            prune(model, images(), cross_entropy, target_sparsity=0.5, fisher=config)
+            outcomes.append(("nothing", False))
+        except PruningError as error:
+            outcomes.append((str(error), torch.equal(before, model[1].weight)))
+    return outcomes
+
+
+def test_ranks_that_start_from_different_weights_are_refused(ranks: RankPool) -> None:
+    for result in ranks.run(2, prune_different_models):
+        for message, unchanged in result:
+            assert "the ranks disagree about the weights before the step" in message
+            assert unchanged
+
+
+def test_too_little_data_is_refused_on_every_rank(ranks: RankPool) -> None:
+    assert ranks.run(2, prune_too_much) == ["70 times 3 needs 210, has 160"] * 2
+
+
+def prune_too_much() -> str:
+    """Job: more samples than there are."""
+    try:
+        Case(num_gradients=70).prune()
+    except ConfigurationError as error:
+        wanted = ("num_gradients=70", "gradient_batch_size=3", "210 samples", "has 160")
+        if all(text in str(error) for text in wanted):
+            return "70 times 3 needs 210, has 160"
+        return str(error)
+    return "nothing"
+
+
+# ---------------------------------------------------------------- collectives
+
+
+def numbers_of(rank: int, length: int) -> Tensor:
+    return torch.arange(length, dtype=torch.float32) + 100.0 * (rank + 1)
+
+
+def collectives() -> None:
+    """Job: every collective, with uneven and empty shares."""
+    comm = Communicator()
+    size, rank = comm.world_size, comm.rank
+    assert size == 3
+
+    # Rows: rank 1 owns nothing; all three, two, and only one rank have a row.
+    sizes = [2, 0, 3]
+    for senders in (3, 2, 1):
+        row = numbers_of(rank, 5) if rank < senders else None
+        before = comm.bytes_sent
+        received = comm.exchange(row, sizes, senders).wait()
+        start = sum(sizes[:rank])
+        expected = torch.stack(
+            [numbers_of(s, 5)[start : start + sizes[rank]] for s in range(senders)]
+        )
+        assert torch.equal(received, expected)
+        sent = (5 - sizes[rank]) * 4 if rank < senders else 0
+        assert comm.bytes_sent - before == sent
+
+    # Two exchanges on their way at once keep apart.
+    first = comm.exchange(numbers_of(rank, 3), [1, 1, 1], 3)
+    second = comm.exchange(-numbers_of(rank, 3), [1, 1, 1], 3)
+    assert torch.equal(second.wait(), -first.wait())
+
+    for dtype in (torch.float32, torch.float64, torch.uint8, torch.int64):
+        shard = torch.full((sizes[rank],), rank, dtype=dtype)
+        whole = comm.gather_shards(shard, sizes)
+        assert whole.tolist() == [0, 0, 2, 2, 2]
+        assert whole.dtype == dtype
+    assert comm.gather_numbers([rank, rank / 3]) == [[r, r / 3] for r in range(3)]
+    assert comm.sum_integers(torch.tensor([rank, 1])).tolist() == [3, 3]
+    assert comm.maximum(torch.tensor([rank, -rank])).tolist() == [2, 0]
+
+    tensors = [
+        torch.full((2,), float(rank)),
+        torch.tensor(rank),
+        torch.tensor([rank > 0]),
+    ]
+    comm.broadcast(tensors)
+    assert [t.tolist() for t in tensors] == [[0.0, 0.0], 0, [False]]
+
+    comm.require_equal(torch.tensor(-5), "the number")
+    for odd in range(3):
+        # Also at the ends of int64.
+        for usual, other in ((1, 2), (-(2**63), 2**63 - 1), (0, -1)):
+            with pytest.raises(PruningError, match="disagree about the number"):
+                comm.require_equal(
+                    torch.tensor(other if rank == odd else usual), "the number"
+                )
+
+    comm.agree(None)
+    for failing in ([0], [2], [1, 2]):
+        own = KeyError(f"of {rank}") if rank in failing else None
+        expected_error = KeyError if rank in failing else PruningError
+        text = (
+            f"of {rank}" if rank in failing else f"rank {failing[0]} failed: KeyError"
+        )
+        with pytest.raises(expected_error, match=text):
+            comm.agree(own)
+
+
+def test_collectives(ranks: RankPool) -> None:
+    ranks.run(3, collectives)
+
+
+def summands() -> list[Tensor]:
+    """Numbers of very different size and sign: float addition depends on their order."""
+    generator = torch.Generator().manual_seed(0)
+    scale = 10.0 ** torch.randint(-12, 4, (12, 40), generator=generator)
+    values = torch.randn(12, 40, generator=generator, dtype=torch.float64) * scale
+    return list(values)
+
+
+def sum_shares(orders: list[list[int]]) -> list[Tensor]:
+    """Job: the same sum with the summands dealt out in several ways."""
+    comm, parts = Communicator(), summands()
+    bound = torch.stack(parts).abs().sum(dim=0).max()
+    totals = []
+    for order in orders:
+        mine = [parts[i] for i in order[comm.rank :: comm.world_size]]
+        totals.append(comm.sum_exactly(mine, bound, (40,)))
+    # Everything with one rank; the bound of one rank counts for all.
+    everything = parts if comm.rank == 0 else []
+    own = bound if comm.rank == 0 else torch.zeros(())
+    totals.append(comm.sum_exactly(everything, own, (40,)))
+    return totals
+
+
+def test_sums_over_ranks_are_exact_and_know_no_order(ranks: RankPool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    orders = [list(range(12)), list(range(11, -1, -1))]
+    orders += [torch.randperm(12, generator=generator).tolist() for _ in range(3)]
+    results = [
+        total
+        for size in WORLD_SIZES
+        for totals in ranks.run(size, sum_shares, orders)
+        for total in totals
+    ]
+    assert len(results) == 6 * 6
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    parts = torch.stack(summands())
+    exact = [float(sum(map(Fraction, column))) for column in parts.T.tolist()]
+    bound = float(parts.abs().sum(dim=0).max())
+    error = (results[0] - torch.tensor(exact, dtype=torch.float64)).abs().max()
+    # Twelve roundings to half a unit of bound * 2**-60, and one of the result.
+    assert float(error) <= 7 * bound * 2.0**-60 + 2.0**-53 * bound
+    plain = [torch.stack([summands()[i] for i in order]).sum(dim=0) for order in orders]
+    assert not all(torch.equal(plain[0], other) for other in plain[1:])

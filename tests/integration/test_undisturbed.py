@@ -1,0 +1,259 @@
+"""A pass that collects gradients and writes nothing leaves the fit bit-identical."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from fits import (
+    Classifier,
+    Manual,
+    MemoryLogger,
+    Talkative,
+    copied,
+    differences,
+    final_state,
+    loader,
+    seed_all,
+    trainer,
+)
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from rank_pool import RankPool
+from torch import Tensor
+
+from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.gradients import collect_gradients, mean_loss
+from lightning_woodfisher.isolation import ModelMode
+from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.partition import make_partition
+from lightning_woodfisher.training_step import TrainingStepLoss
+
+MODES: tuple[ModelMode, ...] = ("eval", "train")
+COUNT, SIZE = 5, 3
+
+
+class Collect(pl.Callback):
+    """Does what a pruning step does before it writes: at epoch starts, and within one."""
+
+    def __init__(self, mode: ModelMode) -> None:
+        self.mode = mode
+        self.rows: list[Tensor] = []
+        self.losses: list[list[float]] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self.collect(trainer, module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 1:
+            self.collect(trainer, module)
+
+    def collect(self, trainer: pl.Trainer, module: Any) -> None:
+        source = TrainingStepLoss(trainer, module)
+        parameters = prunable_parameters(module)
+        active = {name: torch.arange(p.numel()) for name, p in parameters.items()}
+        comm = Communicator(module.device)
+        partition = make_partition(
+            [len(a) for a in active.values()], 16, comm.world_size
+        )
+        losses: list[float] = []
+        with source.session(self.mode):
+            rows = collect_gradients(
+                source,
+                source.batches(COUNT, SIZE, seed=1),
+                parameters,
+                active,
+                partition.shard_sizes(),
+                COUNT,
+                comm,
+                1,
+                losses,
+            )
+            self.rows.append(torch.cat([row.clone() for row in rows]))
+            again = mean_loss(
+                source, source.batches(COUNT, SIZE, seed=1), COUNT, comm, 1
+            )
+        self.losses += [losses, again]
+
+
+class Watch(pl.Callback):
+    """Notes the batches and the generators of a fit."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+        self.gradients: list[Any] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        generators = [torch.get_rng_state(), np.random.get_state(), random.getstate()]
+        self.batches.append(copied([batch_idx, batch, generators]))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        # Between the batches of an accumulation window there are gradients.
+        self.gradients.append(copied([p.grad for p in module.parameters()]))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train."""
+
+    module: Callable[[], pl.LightningModule] = Talkative
+    options: Callable[[], dict[str, Any]] = dict
+    loader: Callable[[], Any] = loader
+    compiled: bool = False
+
+
+def gradient_scaler() -> dict[str, Any]:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+
+
+def workers() -> Any:
+    generator = torch.Generator().manual_seed(5)
+    return loader(num_workers=1, persistent_workers=True, generator=generator)
+
+
+CASES = {
+    "single device": Case(),
+    "16-mixed with GradScaler": Case(options=gradient_scaler),
+    "bf16-mixed": Case(options=lambda: {"precision": "bf16-mixed"}),
+    "bf16-true": Case(options=lambda: {"precision": "bf16-true"}, module=Classifier),
+    "accumulation": Case(options=lambda: {"accumulate_grad_batches": 4}),
+    "clipping": Case(options=lambda: {"gradient_clip_val": 0.1}),
+    "manual optimisation": Case(module=Manual),
+    "manual optimisation with GradScaler": Case(module=Manual, options=gradient_scaler),
+    "persistent workers": Case(loader=workers),
+    "torch.compile": Case(Classifier, compiled=True),
+    "no validation, several loggers": Case(
+        options=lambda: {"logger": [MemoryLogger(), MemoryLogger()]}
+    ),
+}
+
+
+@dataclass
+class Outcome:
+    """What a fit left behind, and what a pass saw."""
+
+    state: Any
+    rows: list[Tensor] = field(default_factory=list)
+    losses: list[list[float]] = field(default_factory=list)
+
+
+def fit(case: Case, mode: ModelMode | None, **options: Any) -> Outcome:
+    seed_all(3)
+    watch = Watch()
+    callbacks: list[pl.Callback] = [watch]
+    collect = None
+    if mode is not None:
+        collect = Collect(mode)
+        callbacks.append(collect)
+    memory = MemoryLogger()
+    module: Any = case.module()
+    fitted = trainer(*callbacks, **{"logger": memory, **case.options(), **options})
+    if case.compiled:
+        torch._dynamo.reset()
+        module = torch.compile(module, backend="aot_eager")
+    fitted.fit(module, case.loader(), loader(16, shuffle=False))
+    generators = [torch.get_rng_state(), np.random.get_state(), random.getstate()]
+    metrics = [
+        {key: value for key, value in vars(m).items() if key in m._defaults}
+        for m in fitted.lightning_module.modules()
+        if hasattr(m, "_defaults")
+    ]
+    state = {
+        "final": final_state(fitted),
+        "batches": watch.batches,
+        "gradients": watch.gradients,
+        "history": [logger.history for logger in fitted.loggers],
+        "callback metrics": copied(dict(fitted.callback_metrics)),
+        "generators": copied(generators),
+        "metrics": copied(metrics),
+        "attributes": sorted(vars(fitted.lightning_module)),
+    }
+    return Outcome(state, *((collect.rows, collect.losses) if collect else ()))
+
+
+@functools.cache
+def without(case: str) -> Outcome:
+    return fit(CASES[case], None)
+
+
+def require_a_real_pass(outcome: Outcome) -> None:
+    """Check that the pass has seen gradients that change with the weights."""
+    assert len(outcome.rows) == 4
+    for rows in outcome.rows:
+        assert len(rows) == COUNT
+        assert bool(rows.isfinite().all())
+        assert bool((rows.abs().sum(dim=1) > 0).all())
+    assert not torch.equal(outcome.rows[0], outcome.rows[2])
+    # Without gradients the losses are the same: same samples, same seeds.
+    for first, second in zip(outcome.losses[::2], outcome.losses[1::2], strict=True):
+        assert len(first) == COUNT
+        assert first == second
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_collection_pass_leaves_no_trace(case: str, mode: ModelMode) -> None:
+    expected = without(case)
+    outcome = fit(CASES[case], mode)
+    require_a_real_pass(outcome)
+    assert len(expected.state["batches"]) == 12
+    assert differences(outcome.state, expected.state) == []
+
+
+# ---------------------------------------------------------------- two processes
+
+DDP_CASES: dict[str, tuple[Case, Callable[[], dict[str, Any]]]] = {
+    "ddp": (Case(), lambda: {"strategy": "ddp"}),
+    "static graph": (
+        Case(Classifier),
+        lambda: {"strategy": DDPStrategy(static_graph=True)},
+    ),
+    "accumulation": (
+        Case(options=lambda: {"accumulate_grad_batches": 2}),
+        lambda: {"strategy": "ddp"},
+    ),
+    "manual optimisation": (
+        Case(Manual),
+        lambda: {"strategy": DDPStrategy(find_unused_parameters=True)},
+    ),
+}
+
+
+def ddp_differences() -> dict[str, list[str]]:
+    """Job: every case and mode, compared with the fit that has no pass."""
+    found = {}
+    for name, (case, options) in DDP_CASES.items():
+        expected = fit(case, None, devices=2, **options())
+        assert len(expected.state["batches"]) == 6
+        for mode in MODES:
+            outcome = fit(case, mode, devices=2, **options())
+            require_rows(outcome)
+            found[f"{name}, {mode}"] = differences(outcome.state, expected.state)
+    return found
+
+
+def require_rows(outcome: Outcome) -> None:
+    """Like above, for a pass that each rank sees its shard of."""
+    assert len(outcome.rows) == 4
+    assert all(len(rows) == COUNT and rows.abs().sum() > 0 for rows in outcome.rows)
+    assert outcome.losses[0] == outcome.losses[1]
+
+
+def test_a_collection_pass_leaves_no_trace_on_two_processes(ranks: RankPool) -> None:
+    for found in ranks.run(2, ddp_differences, launch="trainer"):
+        assert len(found) == 2 * len(DDP_CASES)
+        assert found == dict.fromkeys(found, [])

@@ -1,0 +1,170 @@
+"""Reports: plain types and back, metric names, the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from lightning_woodfisher.report import LayerReport, PruningReport, format_table
+
+PLAIN_TYPES = (str, int, float, bool, type(None))
+
+
+def report(**changes: object) -> PruningReport:
+    return dataclasses.replace(
+        PruningReport(
+            criterion="woodfisher",
+            layers=(
+                LayerReport("conv.weight", (16, 1, 3, 3), 144, 10, 36, 2e-5, 1e-3),
+                LayerReport("fc.weight", (10, 64), 640, 0, 600, None, -2.5e-4),
+            ),
+            target_sparsity=0.81,
+            threshold=2e-5,
+            damping=1e-4,
+            raised_damping={"fc.weight from weight 144": 1e-3},
+            predicted_increase=7.5e-4,
+            measured_increase=8e-4,
+            loss_before=0.1,
+            loss_after=0.1008,
+            parts=2,
+            num_gradients=256,
+            seconds={"collect": 0.25, "factorize": 0.5},
+            bytes_exchanged=123_456,
+            fisher_bytes=(1000, 1001),
+            world_size=2,
+            epoch=3,
+            step=40,
+        ),
+        **changes,
+    )
+
+
+BARE = report(
+    layers=(LayerReport("w", (2, 2), 4, 0, 2, None, None),),
+    threshold=None,
+    damping=None,
+    raised_damping={},
+    predicted_increase=None,
+    measured_increase=None,
+    loss_before=None,
+    loss_after=None,
+    epoch=None,
+    step=None,
+)
+
+
+def leaves(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return [
+            leaf for item in value.items() for part in item for leaf in leaves(part)
+        ]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in leaves(item)]
+    return [value]
+
+
+@pytest.mark.parametrize("one", [report(), BARE], ids=["full", "bare"])
+def test_plain_types_and_back(one: PruningReport) -> None:
+    plain = one.to_dict()
+    assert all(type(leaf) in PLAIN_TYPES for leaf in leaves(plain))
+    assert PruningReport.from_dict(plain) == one
+    assert PruningReport.from_dict(json.loads(json.dumps(plain))) == one
+    assert list(plain) == [field.name for field in dataclasses.fields(PruningReport)]
+
+
+def test_plain_types_are_copies() -> None:
+    one = report()
+    plain = one.to_dict()
+    plain["seconds"]["collect"] = 99.0
+    plain["raised_damping"].clear()
+    plain["layers"][0]["name"] = "other"
+    assert one == report()
+
+
+def test_reports_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report().criterion = "magnitude"  # type: ignore[misc]
+
+
+def test_totals() -> None:
+    one = report()
+    assert (one.weights, one.zeros) == (784, 636)
+    assert one.sparsity == 636 / 784
+    assert [layer.sparsity for layer in one.layers] == [0.25, 0.9375]
+
+
+def test_metrics() -> None:
+    assert report().metrics() == {
+        "pruning/sparsity": 636 / 784,
+        "pruning/target_sparsity": 0.81,
+        "pruning/threshold": 2e-5,
+        "pruning/damping": 1e-4,
+        "pruning/blocks_with_raised_damping": 1.0,
+        "pruning/predicted_loss_increase": 7.5e-4,
+        "pruning/measured_loss_increase": 8e-4,
+        "pruning/bytes_exchanged": 123_456.0,
+        "pruning/seconds/collect": 0.25,
+        "pruning/seconds/factorize": 0.5,
+        "pruning/sparsity/conv.weight": 0.25,
+        "pruning/sparsity/fc.weight": 0.9375,
+    }
+
+
+def test_metrics_are_floats_and_what_is_unknown_is_left_out() -> None:
+    metrics = BARE.metrics()
+    assert all(type(value) is float for value in metrics.values())
+    assert not any(math.isnan(value) for value in metrics.values())
+    assert "pruning/threshold" not in metrics
+    assert "pruning/predicted_loss_increase" not in metrics
+    assert metrics["pruning/blocks_with_raised_damping"] == 0.0
+
+
+def test_table() -> None:
+    lines = report().to_table().splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split() == [
+        "layer", "shape", "weights", "zeros", "sparsity", "predicted", "rise"
+    ]  # fmt: skip
+    assert lines[2].split() == [
+        "conv.weight",
+        "16×1×3×3",
+        "144",
+        "36",
+        "25.00%",
+        "0.001",
+    ]
+    assert lines[3].split() == [
+        "fc.weight",
+        "10×64",
+        "640",
+        "600",
+        "93.75%",
+        "-0.00025",
+    ]
+    assert lines[-1].split() == ["total", "784", "636", "81.12%", "0.00075"]
+    assert set(lines[1]) == set(lines[-2]) == {"─"}
+
+
+def test_table_without_a_model_of_the_loss() -> None:
+    assert BARE.to_table().splitlines()[-1].split() == [
+        "total",
+        "4",
+        "2",
+        "50.00%",
+        "–",
+    ]
+
+
+def test_format_table() -> None:
+    assert format_table(("name", "n"), [("a", "1,000"), ("long name", "2")]) == (
+        "name           n\n────────────────\na          1,000\nlong name      2"
+    )
+    assert format_table(("a",), [], ("sum",)).splitlines() == [
+        "a  ",
+        "───",
+        "───",
+        "sum",
+    ]
