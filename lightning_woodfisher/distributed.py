@@ -7,9 +7,10 @@ many therefore get the same bits.
 
 from __future__ import annotations
 
-__all__ = ["Communicator", "Pending"]
+__all__ = ["Communicator", "ExactSum", "Pending"]
 
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -47,6 +48,58 @@ class Pending:
             self._work.wait()
             self._work = self._keep = None
         return self._result
+
+
+class ExactSum:
+    """A sum over parts and ranks that knows no order: fixed-point numbers in int64.
+
+    Args:
+        communicator: the ranks.
+        bound: scalar; an upper bound of the magnitude of any partial sum over all ranks.
+            The largest one counts.
+        shape: of a summand.
+
+    Raises:
+        PruningError: when the bound is not finite.
+    """
+
+    def __init__(
+        self, communicator: Communicator, bound: Tensor, shape: Sequence[int]
+    ) -> None:
+        self._comm = communicator
+        largest = float(
+            communicator.maximum(bound.detach().double().reshape(1).clone())
+        )
+        if not math.isfinite(largest):
+            raise PruningError(f"cannot add numbers bounded by {largest} over ranks")
+        exponent = _FIXED_POINT_BITS - (math.frexp(largest)[1] if largest > 0 else 0)
+        # The exponent of a float64 ends at 1023: scale in two steps.
+        half = exponent // 2
+        self._up = math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)
+        self._total = torch.zeros(
+            tuple(shape), dtype=torch.int64, device=communicator.device
+        )
+        self._lock = threading.Lock()
+
+    def add(self, part: Tensor) -> None:
+        """Add one summand; several threads may do so at once.
+
+        Args:
+            part: float32 or float64 tensor.
+        """
+        scaled = part.to(torch.float64, copy=True).mul_(self._up[0]).mul_(self._up[1])
+        integers = scaled.round_().to(torch.int64)
+        with self._lock:
+            self._total += integers
+
+    def result(self) -> Tensor:
+        """Add up over the ranks; call it once, on every rank.
+
+        Returns:
+            float64 tensor.
+        """
+        total = self._comm.sum_integers(self._total)
+        return total.double() / self._up[0] / self._up[1]
 
 
 class Communicator:
@@ -195,22 +248,23 @@ class Communicator:
         Returns:
             float64 tensor of ``shape``, bit-identical on every rank and for every way to
             share the parts among ranks.
-
-        Raises:
-            PruningError: when the bound is not finite.
         """
-        largest = float(self.maximum(bound.detach().double().reshape(1).clone()))
-        if not math.isfinite(largest):
-            raise PruningError(f"cannot add numbers bounded by {largest} over ranks")
-        exponent = _FIXED_POINT_BITS - (math.frexp(largest)[1] if largest > 0 else 0)
-        # The exponent of a float64 ends at 1023: scale in two steps.
-        half = exponent // 2
-        up, up_rest = math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)
-        total = torch.zeros(tuple(shape), dtype=torch.int64, device=self.device)
+        total = self.exact_sum(bound, shape)
         for part in parts:
-            total += (part * up * up_rest).round_().to(torch.int64)
-        self.sum_integers(total)
-        return total.double() / up / up_rest
+            total.add(part)
+        return total.result()
+
+    def exact_sum(self, bound: Tensor, shape: Sequence[int]) -> ExactSum:
+        """Begin what :meth:`sum_exactly` does in one go.
+
+        Args:
+            bound: as there.
+            shape: of a summand.
+
+        Returns:
+            Give it this rank's summands, then ask for the result on every rank.
+        """
+        return ExactSum(self, bound, shape)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of rank 0, in place.

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 # A unit costs at most this share of the whole, so that R ranks can share evenly.
-_UNITS_WANTED = 192
+_UNITS_WANTED = 96
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from lightning_woodfisher.criteria import CRITERIA, Criterion, make_criterion
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
-from lightning_woodfisher.fisher import FisherConfig
+from lightning_woodfisher.fisher import FisherConfig, rows_in_chunk
 from lightning_woodfisher.gradients import (
     FunctionLoss,
     LossSource,
@@ -44,9 +44,6 @@ from lightning_woodfisher.selection import (
     select_smallest,
 )
 
-# Rows enter the Fisher in chunks of this many, so that sums have the same grouping, and
-# therefore the same bits, for every world size.
-_ROWS_IN_CHUNK = 64
 _SAMPLES_EVALUATED_AT_ONCE = 64
 
 Progress = Callable[
@@ -270,7 +267,7 @@ class Pruner:
                 losses,
                 tick,
             )
-            for chunk in iterate_chunks(rows, _ROWS_IN_CHUNK):
+            for chunk in iterate_chunks(rows, rows_in_chunk(fisher)):
                 with self._clock("accumulate"):
                     criterion.observe(chunk)
         # The loss after the step is measured in groups, and so must be the one before.

@@ -565,8 +565,9 @@ def test_block_cost_grows_as_the_engine_does() -> None:
 
 def test_full_column_chunk_depends_on_the_model_only() -> None:
     assert full_column_chunk([10, 5]) == 64
-    assert full_column_chunk([100_000, 156_000]) == 1000
-    assert full_column_chunk([256_001]) == 1001
+    assert full_column_chunk([100_000, 156_000]) == 4000
+    assert full_column_chunk([25_000_000]) == 4096
+    assert full_column_chunk([256_001]) == 4001
 
 
 def test_defaults_are_legal() -> None:

@@ -61,6 +61,7 @@ class WoodFisher(Criterion):
             communicator,
             block_size=self.fisher.block_size,
             engine=self.fisher.engine,
+            precision=self.fisher.precision,
         )
 
     @property

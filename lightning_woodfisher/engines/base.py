@@ -1,0 +1,212 @@
+"""What every form of the inverse Fisher can do."""
+
+from __future__ import annotations
+
+__all__ = ["InverseFisher", "raise_until_definite"]
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.errors import PruningError
+from lightning_woodfisher.parallel import run_pieces
+from lightning_woodfisher.partition import Partition, Unit
+from lightning_woodfisher.products import Precision
+
+_MOST_RAISES = 60
+
+
+class InverseFisher(ABC):
+    """This rank's blocks of the inverse Fisher.
+
+    Feed all N gradients with :meth:`observe`, call :meth:`factorize` once, then ask.
+    Vectors are float64 tensors of shape ``[D_r]``.
+
+    Args:
+        partition: all blocks and their owners.
+        num_gradients: N, the number of rows that will be observed.
+        damping: λ.
+        communicator: the ranks.
+        precision: of the products of gradients; factorisations are always float64.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        num_gradients: int,
+        damping: float,
+        communicator: Communicator,
+        precision: Precision = "auto",
+    ) -> None:
+        self.units = partition.owned(communicator.rank)
+        self.num_gradients = num_gradients
+        self.precision: Precision = precision
+        self._comm = communicator
+        self._device = communicator.device
+        shard = partition.shard(communicator.rank)
+        self._offset = shard.start
+        self.size = shard.stop - shard.start
+        self._observed = 0
+        self._total_units = len(partition.units)
+        self._total_size = partition.size
+        self._initial_damping = damping
+        self._diagonal = torch.zeros(
+            self.size, dtype=torch.float64, device=self._device
+        )
+        self._dampings = [self._full(unit.count, damping) for unit in self.units]
+
+    @property
+    def damping(self) -> Tensor:
+        """λ of each block of this rank, float64 ``[blocks]``; raised where needed."""
+        return torch.cat([self._full(0, 0.0), *self._dampings])
+
+    def raised(self) -> dict[int, float]:
+        """List the blocks whose damping had to be raised.
+
+        Returns:
+            λ by index of the block's first active weight (global number).
+        """
+        return {
+            unit.start + block * unit.size: value
+            for unit, damping in zip(self.units, self._dampings, strict=True)
+            for block, value in enumerate(damping.tolist())
+            if value != self._initial_damping
+        }
+
+    @property
+    @abstractmethod
+    def state_bytes(self) -> int:
+        """Bytes of the state that this rank keeps for its blocks."""
+
+    def observe(self, rows: Tensor) -> None:
+        """Take in the next gradients.
+
+        Args:
+            rows: tensor of shape ``[n, D_r]``, any floating dtype.
+
+        Raises:
+            ValueError: for more rows than announced or a wrong width.
+        """
+        if (
+            rows.shape[1] != self.size
+            or self._observed + len(rows) > self.num_gradients
+        ):
+            raise ValueError(
+                f"got rows of shape {tuple(rows.shape)} after {self._observed} of "
+                f"{self.num_gradients}; their width must be {self.size}"
+            )
+        self._add(rows)
+        self._observed += len(rows)
+
+    def factorize(self) -> None:
+        """Invert; call it after the last gradient.
+
+        Raises:
+            ValueError: when fewer gradients than announced were observed.
+        """
+        if self._observed != self.num_gradients:
+            raise ValueError(
+                f"observed {self._observed} gradients of {self.num_gradients}"
+            )
+        self._factorize()
+
+    def diagonal(self) -> Tensor:
+        """Give the diagonal of F⁻¹.
+
+        Returns:
+            float64 tensor ``[D_r]``.
+        """
+        return self._diagonal
+
+    @abstractmethod
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Multiply by the inverse.
+
+        Args:
+            vector: float64 tensor ``[D_r]``.
+
+        Returns:
+            F⁻¹v, float64 tensor ``[D_r]``.
+        """
+
+    @abstractmethod
+    def fisher_matvec(self, vector: Tensor) -> Tensor:
+        """Multiply by the Fisher itself.
+
+        Args:
+            vector: float64 tensor ``[D_r]``.
+
+        Returns:
+            Fv, float64 tensor ``[D_r]``.
+        """
+
+    @abstractmethod
+    def constrained_solve(self, weights: Tensor, removed: Tensor) -> Tensor:
+        """Minimise ½δᵀFδ under ``weights + δ = 0`` where ``removed`` holds.
+
+        Args:
+            weights: float64 tensor ``[D_r]``.
+            removed: bool tensor ``[D_r]``.
+
+        Returns:
+            δ, float64 tensor ``[D_r]``: F_RR⁻¹F_RS w_S on the kept weights R and −w_S on
+            the removed weights S.
+        """
+
+    def to_dense(self) -> Tensor:
+        """Build this rank's part of F⁻¹ as one matrix; for small problems and tests.
+
+        Returns:
+            float64 tensor ``[D_r, D_r]``, zero outside the blocks.
+        """
+        identity = torch.eye(self.size, dtype=torch.float64, device=self._device)
+        return torch.stack([self.matvec(column) for column in identity], dim=1)
+
+    @abstractmethod
+    def _add(self, rows: Tensor) -> None: ...
+
+    @abstractmethod
+    def _factorize(self) -> None: ...
+
+    def _each_unit(self, work: Callable[[int], None]) -> None:
+        """Do something for the number of every unit, several at a time."""
+        run_pieces(work, range(len(self.units)), self._device)
+
+    def _full(self, size: int, value: float) -> Tensor:
+        return torch.full((size,), value, dtype=torch.float64, device=self._device)
+
+    def _local(self, unit: Unit) -> slice:
+        return slice(unit.start - self._offset, unit.stop - self._offset)
+
+    def _blocks(self, vector: Tensor, unit: Unit) -> Tensor:
+        """View the weights of a unit as ``[K, B]``."""
+        return vector[self._local(unit)].view(unit.count, unit.size)
+
+
+def raise_until_definite(
+    attempt: Callable[[Tensor], tuple[Tensor, Tensor]], damping: Tensor
+) -> Tensor:
+    """Multiply λ of the failing blocks by ten, in place, until none fails.
+
+    Args:
+        attempt: maps λ ``[K]`` to a result and a bool ``[K]`` of failures.
+        damping: λ of each block, changed in place.
+
+    Returns:
+        The result of the first attempt without failure.
+
+    Raises:
+        PruningError: when λ has grown by sixty orders of magnitude in vain.
+    """
+    for _ in range(_MOST_RAISES):
+        result, bad = attempt(damping)
+        if not bool(bad.any()):
+            return result
+        damping[bad] *= 10.0
+    raise PruningError(
+        f"a block of the Fisher matrix is not positive definite even with damping "
+        f"{float(damping.max()):.1e}; are the gradients finite?"
+    )

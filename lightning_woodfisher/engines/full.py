@@ -1,0 +1,219 @@
+"""One block over all weights of all ranks (``block_size=None``), in the dual form."""
+
+from __future__ import annotations
+
+__all__ = ["FullInverseFisher"]
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.engines.base import raise_until_definite
+from lightning_woodfisher.engines.dual import (
+    SMALLEST_COMPLEMENT,
+    RowsInverseFisher,
+    complement_of,
+)
+from lightning_woodfisher.partition import Partition
+from lightning_woodfisher.products import (
+    Precision,
+    float32_is_enough,
+    half_product,
+    mirror,
+    spread,
+)
+
+
+class FullInverseFisher(RowsInverseFisher):
+    """K = NλI + Σ_r G_rG_rᵀ is one N×N sum over ranks; all else is local.
+
+    The sum is exact (:class:`.ExactSum`), so every world size gets the same bits.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        num_gradients: int,
+        damping: float,
+        communicator: Communicator,
+        precision: Precision = "auto",
+    ) -> None:
+        super().__init__(partition, num_gradients, damping, communicator, precision)
+        self._lambda = self._full(1, damping)
+        self._dtype = torch.float64
+
+    @property
+    def damping(self) -> Tensor:
+        """λ of the one block, float64 ``[1]``."""
+        return self._lambda
+
+    def raised(self) -> dict[int, float]:
+        """List the blocks whose damping had to be raised.
+
+        Returns:
+            λ under index 0, or nothing.
+        """
+        value = float(self._lambda)
+        return {} if value == self._initial_damping else {0: value}
+
+    def _factorize(self) -> None:
+        self._largest = self._largest_square_norm()
+        self._dtype = self._choose_dtype()
+        gram = self._gram(None)
+
+        def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
+            factor, bad = self._damped_factor(gram, damping)
+            smallest = self._full(len(self.units) + 1, 1.0)
+
+            def complement(index: int) -> None:
+                values = complement_of(
+                    factor,
+                    lambda dtype: self._unit_rows(index, dtype).unsqueeze(0),
+                    self.precision,
+                )[0]
+                self._diagonal[self._local(self.units[index])] = values / damping
+                smallest[index] = values.min()
+
+            self._each_unit(complement)
+            least = smallest.nan_to_num(nan=-1.0).min().reshape(1)
+            least = -self._comm.maximum(-least)
+            return factor, bad | (least <= SMALLEST_COMPLEMENT)
+
+        self._factor = raise_until_definite(attempt, self._lambda)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """See :meth:`InverseFisher.matvec`.
+
+        Args:
+            vector: float64 tensor ``[D_r]``.
+
+        Returns:
+            F⁻¹v.
+        """
+        solved = torch.cholesky_solve(
+            self._project(vector).unsqueeze(-1), self._factor[0]
+        )
+        return (vector - self._combine(solved.squeeze(-1))) / self._lambda
+
+    def fisher_matvec(self, vector: Tensor) -> Tensor:
+        """See :meth:`InverseFisher.fisher_matvec`.
+
+        Args:
+            vector: float64 tensor ``[D_r]``.
+
+        Returns:
+            Fv.
+        """
+        product = self._combine(self._project(vector))
+        return product / self.num_gradients + self._lambda * vector
+
+    def constrained_solve(self, weights: Tensor, removed: Tensor) -> Tensor:
+        """See :meth:`InverseFisher.constrained_solve`.
+
+        Args:
+            weights: float64 tensor ``[D_r]``.
+            removed: bool tensor ``[D_r]``.
+
+        Returns:
+            δ.
+        """
+        change = torch.where(removed, -weights, 0.0)
+        gram = self._gram(~removed)
+
+        def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
+            return self._damped_factor(gram, damping)
+
+        factor = raise_until_definite(attempt, self._lambda)
+        solved = torch.cholesky_solve(-self._project(change).unsqueeze(-1), factor[0])
+        return torch.where(removed, change, self._combine(solved.squeeze(-1)))
+
+    def to_dense(self) -> Tensor:
+        """Build F⁻¹ as one matrix; for small problems on one rank.
+
+        Returns:
+            float64 tensor ``[D, D]``.
+
+        Raises:
+            ValueError: on more than one rank.
+        """
+        if self._comm.world_size > 1:
+            raise ValueError("the full inverse Fisher is dense on one rank only")
+        return super().to_dense()
+
+    def _unit_rows(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Copy a unit's rows, ``[N, K·B]``, in float32 where that is enough."""
+        return self._rows[index].to(dtype or self._dtype, copy=True)
+
+    def _largest_square_norm(self) -> Tensor:
+        """Largest squared norm of a row inside any unit of any rank, float64 ``[1]``."""
+        largest = self._full(len(self.units) + 1, 0.0)
+
+        def measure(index: int) -> None:
+            rows = self._rows[index]
+            rows = rows if rows.dtype == torch.float64 else rows.float()
+            norms = torch.linalg.vector_norm(rows, dim=1)
+            largest[index] = norms.max().double().square()
+
+        self._each_unit(measure)
+        return self._comm.maximum(largest.max().reshape(1))
+
+    def _choose_dtype(self) -> torch.dtype:
+        double = any(rows.dtype == torch.float64 for rows in self._rows)
+        if double or self._is_out_of_range(self._total_size):
+            return torch.float64
+        # The units' products are added exactly, so their rounding errors, which are
+        # independent, grow like the root of the number of units, not like the number.
+        largest = float(self._largest) * math.sqrt(self._total_units)
+        value = spread(largest, 1, self.num_gradients, self._initial_damping)
+        enough = float32_is_enough(value, self.precision)
+        return torch.float32 if enough else torch.float64
+
+    def _gram(self, kept: Tensor | None) -> Tensor:
+        """Σ over ranks of G_rG_rᵀ, float64 ``[1, N, N]``, over the kept columns."""
+
+        def product(index: int) -> Tensor:
+            rows = self._unit_rows(index)
+            if kept is not None:
+                columns = kept[self._local(self.units[index])]
+                rows = rows[:, columns.nonzero().squeeze(1)]
+            return half_product(rows.unsqueeze(0))[0]
+
+        shape = (self.num_gradients, self.num_gradients)
+        return mirror(self._sum_over_units(product, self._largest, shape).unsqueeze(0))
+
+    def _project(self, vector: Tensor) -> Tensor:
+        """Σ over ranks of G_r v_r, float64 ``[N]``."""
+        # |g·v| <= |g||v|; the norm of v over a unit depends on the unit only.
+        norms = [vector[self._local(unit)].norm() for unit in self.units]
+        largest = torch.stack([self._full(1, 0.0)[0], *norms]).max()
+        bound = self._comm.maximum(largest.reshape(1)) * self._largest.sqrt() * 1.01
+
+        def product(index: int) -> Tensor:
+            rows = self._unit_rows(index)
+            return rows @ vector[self._local(self.units[index])].to(rows.dtype)
+
+        return self._sum_over_units(product, bound, (self.num_gradients,))
+
+    def _sum_over_units(
+        self, product: Callable[[int], Tensor], bound: Tensor, shape: tuple[int, ...]
+    ) -> Tensor:
+        """Add a product of each unit of each rank, none larger than the bound."""
+        # A float32 product may exceed its bound by a rounding.
+        total = self._comm.exact_sum(bound * 1.01 * self._total_units, shape)
+        self._each_unit(lambda index: total.add(product(index)))
+        return total.result()
+
+    def _combine(self, coefficients: Tensor) -> Tensor:
+        """G_rᵀc on this rank, float64 ``[D_r]``."""
+        result = self._full(self.size, 0.0)
+
+        def product(index: int) -> None:
+            rows = self._unit_rows(index)
+            values = rows.mT @ coefficients.to(rows.dtype)
+            result[self._local(self.units[index])] = values.double()
+
+        self._each_unit(product)
+        return result

@@ -1,0 +1,182 @@
+"""Blocks by Cholesky of the Fisher itself: for B <= N."""
+
+from __future__ import annotations
+
+__all__ = ["PrimalInverseFisher"]
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.engines.base import InverseFisher, raise_until_definite
+from lightning_woodfisher.partition import Partition
+from lightning_woodfisher.products import (
+    Precision,
+    cholesky,
+    float32_is_enough,
+    half_product,
+    invert_lower,
+    mirror,
+    spread,
+)
+
+# Cholesky may succeed by luck on a block that is singular in float64: a pivot must not be
+# smaller than this beside the entry of the diagonal that it is left over from.
+_SMALLEST_PIVOT = 1e-12
+
+
+class PrimalInverseFisher(InverseFisher):
+    """One B×B matrix for each block; gradients are added as they arrive and not kept.
+
+    A unit starts in float32 and goes over to float64 before float32 would lose digits that
+    F⁻¹ needs.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        num_gradients: int,
+        damping: float,
+        communicator: Communicator,
+        precision: Precision = "auto",
+    ) -> None:
+        super().__init__(partition, num_gradients, damping, communicator, precision)
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        # The lower half of GᵀG while gradients arrive, all of GᵀG/N after.
+        self._gram = [
+            torch.zeros(u.count, u.size, u.size, dtype=dtype, device=self._device)
+            for u in self.units
+        ]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state that this rank keeps for its blocks."""
+        return sum(gram.numel() * gram.element_size() for gram in self._gram)
+
+    def _add(self, rows: Tensor) -> None:
+        self._each_unit(lambda index: self._accumulate(index, rows))
+
+    def _accumulate(self, index: int, rows: Tensor) -> None:
+        unit = self.units[index]
+        rows = rows[:, self._local(unit)]
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        if rows.dtype == self._gram[index].dtype == torch.float32:
+            product = half_product(self._columns(rows, index))
+            diagonals = (self._gram[index] + product).diagonal(dim1=-2, dim2=-1)
+            value = spread(
+                float(diagonals.max()),
+                unit.size,
+                self.num_gradients,
+                self._initial_damping,
+            )
+            if float32_is_enough(value, self.precision):
+                self._gram[index] += product
+                return
+        # What is there already was precise enough when it was added.
+        self._gram[index] = self._gram[index].double()
+        self._gram[index] += half_product(self._columns(rows.double(), index))
+
+    def _columns(self, rows: Tensor, index: int) -> Tensor:
+        """View a unit's part of the rows as ``[K, B, n]``."""
+        unit = self.units[index]
+        return rows.view(len(rows), unit.count, unit.size).permute(1, 2, 0)
+
+    def _factorize(self) -> None:
+        self._each_unit(self._factorize_unit)
+
+    def _factorize_unit(self, index: int) -> None:
+        self._gram[index] = mirror(self._gram[index]).div_(self.num_gradients)
+        factor = self._factor(index, lambda damped: damped)
+        diagonal = invert_lower(factor).square_().sum(dim=-2)
+        self._blocks(self._diagonal, self.units[index]).copy_(diagonal)
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """See :meth:`InverseFisher.matvec`.
+
+        Args:
+            vector: float64 tensor ``[D_r]``.
+
+        Returns:
+            F⁻¹v.
+        """
+        result = torch.empty_like(vector)
+
+        def solve(index: int) -> None:
+            unit = self.units[index]
+            factor = self._factor(index, lambda damped: damped)
+            target = self._blocks(vector, unit).unsqueeze(-1)
+            solved = torch.cholesky_solve(target, factor).squeeze(-1)
+            self._blocks(result, unit).copy_(solved)
+
+        self._each_unit(solve)
+        return result
+
+    def fisher_matvec(self, vector: Tensor) -> Tensor:
+        """See :meth:`InverseFisher.fisher_matvec`.
+
+        Args:
+            vector: float64 tensor ``[D_r]``.
+
+        Returns:
+            Fv.
+        """
+        result = torch.empty_like(vector)
+
+        def multiply(index: int) -> None:
+            unit = self.units[index]
+            blocks = self._blocks(vector, unit)
+            product = (self._gram[index].double() @ blocks.unsqueeze(-1)).squeeze(-1)
+            damped = self._dampings[index].unsqueeze(-1) * blocks
+            self._blocks(result, unit).copy_(product + damped)
+
+        self._each_unit(multiply)
+        return result
+
+    def constrained_solve(self, weights: Tensor, removed: Tensor) -> Tensor:
+        """See :meth:`InverseFisher.constrained_solve`.
+
+        Args:
+            weights: float64 tensor ``[D_r]``.
+            removed: bool tensor ``[D_r]``.
+
+        Returns:
+            δ.
+        """
+        change = torch.where(removed, -weights, 0.0)
+
+        def solve(index: int) -> None:
+            unit = self.units[index]
+            kept = (~self._blocks(removed, unit)).double()
+            blocks = self._blocks(change, unit)
+
+            def keep_rows(damped: Tensor) -> Tensor:
+                # Rows and columns of removed weights become those of the identity.
+                damped *= kept.unsqueeze(-1)
+                damped *= kept.unsqueeze(-2)
+                damped.diagonal(dim1=-2, dim2=-1).add_(1.0 - kept)
+                return damped
+
+            # −F δ_S on the kept rows; λI does not couple R with S.
+            pull = -(self._gram[index].double() @ blocks.unsqueeze(-1))
+            factor = self._factor(index, keep_rows)
+            solved = torch.cholesky_solve(pull * kept.unsqueeze(-1), factor)
+            blocks.add_(solved.squeeze(-1) * kept)
+
+        self._each_unit(solve)
+        return change
+
+    def _factor(self, index: int, transform: Callable[[Tensor], Tensor]) -> Tensor:
+        """Cholesky factor of a transformed F of one unit; raises damping where needed."""
+
+        def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
+            damped = self._gram[index].to(torch.float64, copy=True)
+            damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
+            matrix = transform(damped)
+            factor, bad = cholesky(matrix)
+            pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+            diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+            return factor, bad | ~(pivots > _SMALLEST_PIVOT * diagonal).all(dim=-1)
+
+        return raise_until_definite(attempt, self._dampings[index])
