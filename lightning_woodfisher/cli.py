@@ -33,16 +33,23 @@ _OUR_CONFIGS = (FisherConfig, SelectionConfig)
 
 # Lines of jsonargparse that repeat the question instead of answering it.
 _NOISE = re.compile(
-    r"Does not validate against any|Subtypes:|Errors:|Not a valid subclass of|"
+    r"\s*((- )?Does not validate against any|Subtypes:|Errors:$|- Not a valid subclass of|"
     r"Subclass types expect one of|- an? (class path|dict)|"
-    r"- Expected a <class 'NoneType'>|Given value"
+    r"- Expected a <class 'NoneType'>|Given value type:|Given value: [\[{])"
 )
 # What an unknown name looks like in the messages of jsonargparse.
 _UNKNOWN = re.compile(
     r"(?:does not accept option|Expected a dot import path string:) '?([\w.]+)'?"
     r"|Option '([\w.]+)' is not accepted"
     r"|Key '([\w.]+)' is not expected"
+    r"|unrecognized arguments: --([\w.]+)"
 )
+_CHOICE = re.compile(
+    r"Expected a typing\.Literal\[(?P<known>.*)\]\. Got value: (?P<value>.*)"
+    r"|invalid choice: '(?P<word>.*)' \(choose from (?P<words>.*)\)"
+)
+_CLASS_PATH = re.compile(r"Problem with given class_path '([\w.]+)'")
+_NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,14 +97,49 @@ def condense_error(message: str) -> str:
         The lines that say what is wrong; the whole message when none does.
     """
     lines = [line for line in message.splitlines() if line.strip()]
-    telling = [line for line in lines if not _NOISE.search(line)]
-    text = "\n".join(telling) if telling else message
-    for match in _UNKNOWN.finditer(text):
-        name = next(group for group in match.groups() if group)
-        text += nearest(name, _known_names()) or nearest(
-            name.rpartition(".")[2], _known_names()
-        )
-    return text
+    lines = [line for line in lines if not _NOISE.match(line)] or message.splitlines()
+    indents = sorted({_indent(line) for line in lines})
+    told, owner = [], ""
+    for line in lines:
+        path = _CLASS_PATH.search(line)
+        owner = path.group(1) if path else owner
+        depth = "  " * indents.index(_indent(line))
+        told.append(depth + line.strip().removeprefix("- ") + _suggest(line, owner))
+    return "\n".join(told)
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _suggest(line: str, owner: str) -> str:
+    """Find what a line of a message may have meant; ``owner`` is the class it is about."""
+    hint = ""
+    if unknown := _UNKNOWN.search(line):
+        name = next(group for group in unknown.groups() if group)
+        known = [*_parameters(_import(owner)), *_known_names()]
+        # Of a dotted name, the first part that nobody knows is the misspelt one.
+        parts = [part for part in name.split(".") if part not in known]
+        hint = nearest(parts[0], known) if parts else ""
+    elif choice := _CHOICE.search(line):
+        known = re.findall(r"[\w.-]+", choice["known"] or choice["words"])
+        hint = nearest(choice["value"] or choice["word"], known)
+    elif absent := _NO_ATTRIBUTE.search(line):
+        module, name = absent.groups()
+        hint = nearest(name, dir(sys.modules.get(module)))
+    return f".{hint}" if hint else ""
+
+
+def _import(path: str) -> Any:
+    """Give the class of a path that the parser has imported, None when it has not."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _parameters(owner: Any) -> Iterator[str]:
+    for cls in inspect.getmro(owner) if inspect.isclass(owner) else ():
+        if "__init__" in vars(cls) and cls is not object:
+            yield from inspect.signature(vars(cls)["__init__"]).parameters
 
 
 class _CLI(LightningCLI):
@@ -118,6 +160,9 @@ class _Parser(LightningArgumentParser):
     """Says what is wrong in a few lines, with the nearest valid name."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            # The parser of one alternative of a union: another may fit.
+            super().error(message, ex)
         sys.stderr.write(f"lightning-woodfisher: error: {condense_error(message)}\n")
         self.exit(2)
         raise SystemExit(2)
@@ -125,10 +170,12 @@ class _Parser(LightningArgumentParser):
 
 def _known_names() -> Iterator[str]:
     yield from ("seed_everything", "trainer", "model", "data", "ckpt_path")
-    yield from inspect.signature(pl.Trainer.__init__).parameters
+    yield from ("class_path", "init_args", "dict_kwargs")
+    yield from _parameters(pl.Trainer)
+    yield from pl.callbacks.__all__
     for cls in _OUR_CLASSES:
         yield cls.__name__
-        yield from inspect.signature(cls.__init__).parameters
+        yield from _parameters(cls)
     for config in _OUR_CONFIGS:
         yield from (field.name for field in dataclasses.fields(config))
 
