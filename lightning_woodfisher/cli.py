@@ -10,11 +10,17 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from jsonargparse import ActionConfigFile
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import (
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_woodfisher import schedule
 from lightning_woodfisher.callback import WoodFisherPruningCallback
@@ -31,6 +37,8 @@ _OUR_CLASSES = (
 )
 _OUR_CONFIGS = (FisherConfig, SelectionConfig)
 
+# First words of a saved config.
+_SAVED = "lightning.pytorch=="
 # Lines of jsonargparse that repeat the question instead of answering it.
 _NOISE = re.compile(
     r"\s*((- )?Does not validate against any|Subtypes:|Errors:$|- Not a valid subclass of|"
@@ -67,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _CLI(
             args=list(arguments) if arguments is not None else None,
+            save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
         )
     except Exception as error:
@@ -146,6 +155,7 @@ class _CLI(LightningCLI):
     """LightningCLI with short error messages."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", [f"{_SAVED}{pl.__version__}"])
         parser = _Parser(**kwargs)
         parser.add_argument(
             "-c",
@@ -154,6 +164,24 @@ class _CLI(LightningCLI):
             help="Path to a configuration file in json or yaml format.",
         )
         return parser
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Writes over what an earlier run has saved, but not over a file of the user's."""
+
+    def setup(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
+    ) -> None:
+        folder = trainer.log_dir  # a collective: every rank must ask
+        if folder is not None and trainer.is_global_zero:
+            path = Path(folder, self.config_filename)
+            if path.is_file() and not path.read_text().startswith(f"# {_SAVED}"):
+                self.config_filename = "config.saved.yaml"
+                rank_zero_warn(
+                    f"{path} was not saved by a run and is left as it is; the "
+                    f"configuration of this run is in {path.parent / self.config_filename}."
+                )
+        super().setup(trainer, pl_module, stage)
 
 
 class _Parser(LightningArgumentParser):
