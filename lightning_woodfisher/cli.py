@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the command's name; None for ``sys.argv``.
 
     Returns:
-        Exit status: 0, or 2 after an error that a message explains.
+        Exit status: 0, or 2 after an error of this package, which a message explains.
+        ``--help`` and refused arguments leave by SystemExit, as they do in argparse.
     """
     # Like `python -m`: classes of a config are often in the folder one works in.
     if os.getcwd() not in sys.path:
@@ -92,7 +93,8 @@ def _find_ours(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(
         error, ConfigurationError | PruningError
     ):
-        error = error.__cause__ or error.__context__
+        # Not __context__: an error in the handler of ours is a bug of somebody else.
+        error = error.__cause__
     return error
 
 
