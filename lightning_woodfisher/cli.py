@@ -10,11 +10,17 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from jsonargparse import ActionConfigFile
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import (
+    LightningArgumentParser,
+    LightningCLI,
+    SaveConfigCallback,
+)
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_woodfisher import schedule
 from lightning_woodfisher.callback import WoodFisherPruningCallback
@@ -31,18 +37,27 @@ _OUR_CLASSES = (
 )
 _OUR_CONFIGS = (FisherConfig, SelectionConfig)
 
+# First words of a saved config.
+_SAVED = "lightning.pytorch=="
 # Lines of jsonargparse that repeat the question instead of answering it.
 _NOISE = re.compile(
-    r"Does not validate against any|Subtypes:|Errors:|Not a valid subclass of|"
+    r"\s*((- )?Does not validate against any|Subtypes:|Errors:$|- Not a valid subclass of|"
     r"Subclass types expect one of|- an? (class path|dict)|"
-    r"- Expected a <class 'NoneType'>|Given value"
+    r"- Expected a <class 'NoneType'>|Given value type:|Given value: [\[{])"
 )
 # What an unknown name looks like in the messages of jsonargparse.
 _UNKNOWN = re.compile(
     r"(?:does not accept option|Expected a dot import path string:) '?([\w.]+)'?"
     r"|Option '([\w.]+)' is not accepted"
     r"|Key '([\w.]+)' is not expected"
+    r"|unrecognized arguments: --([\w.]+)"
 )
+_CHOICE = re.compile(
+    r"Expected a typing\.Literal\[(?P<known>.*)\]\. Got value: (?P<value>.*)"
+    r"|invalid choice: '(?P<word>.*)' \(choose from (?P<words>.*)\)"
+)
+_CLASS_PATH = re.compile(r"Problem with given class_path '([\w.]+)'")
+_NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the command's name; None for ``sys.argv``.
 
     Returns:
-        Exit status: 0, or 2 after an error that a message explains.
+        Exit status: 0, or 2 after an error of this package, which a message explains.
+        ``--help`` and refused arguments leave by SystemExit, as they do in argparse.
     """
     # Like `python -m`: classes of a config are often in the folder one works in.
     if os.getcwd() not in sys.path:
@@ -60,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _CLI(
             args=list(arguments) if arguments is not None else None,
+            save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
         )
     except Exception as error:
@@ -76,7 +93,8 @@ def _find_ours(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(
         error, ConfigurationError | PruningError
     ):
-        error = error.__cause__ or error.__context__
+        # Not __context__: an error in the handler of ours is a bug of somebody else.
+        error = error.__cause__
     return error
 
 
@@ -90,20 +108,56 @@ def condense_error(message: str) -> str:
         The lines that say what is wrong; the whole message when none does.
     """
     lines = [line for line in message.splitlines() if line.strip()]
-    telling = [line for line in lines if not _NOISE.search(line)]
-    text = "\n".join(telling) if telling else message
-    for match in _UNKNOWN.finditer(text):
-        name = next(group for group in match.groups() if group)
-        text += nearest(name, _known_names()) or nearest(
-            name.rpartition(".")[2], _known_names()
-        )
-    return text
+    lines = [line for line in lines if not _NOISE.match(line)] or message.splitlines()
+    indents = sorted({_indent(line) for line in lines})
+    told, owner = [], ""
+    for line in lines:
+        path = _CLASS_PATH.search(line)
+        owner = path.group(1) if path else owner
+        depth = "  " * indents.index(_indent(line))
+        told.append(depth + line.strip().removeprefix("- ") + _suggest(line, owner))
+    return "\n".join(told)
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _suggest(line: str, owner: str) -> str:
+    """Find what a line of a message may have meant; ``owner`` is the class it is about."""
+    hint = ""
+    if unknown := _UNKNOWN.search(line):
+        name = next(group for group in unknown.groups() if group)
+        known = [*_parameters(_import(owner)), *_known_names()]
+        # Of a dotted name, the first part that nobody knows is the misspelt one.
+        parts = [part for part in name.split(".") if part not in known]
+        hint = nearest(parts[0], known) if parts else ""
+    elif choice := _CHOICE.search(line):
+        known = re.findall(r"[\w.-]+", choice["known"] or choice["words"])
+        hint = nearest(choice["value"] or choice["word"], known)
+    elif absent := _NO_ATTRIBUTE.search(line):
+        module, name = absent.groups()
+        hint = nearest(name, dir(sys.modules.get(module)))
+    return f".{hint}" if hint else ""
+
+
+def _import(path: str) -> Any:
+    """Give the class of a path that the parser has imported, None when it has not."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _parameters(owner: Any) -> Iterator[str]:
+    for cls in inspect.getmro(owner) if inspect.isclass(owner) else ():
+        if "__init__" in vars(cls) and cls is not object:
+            yield from inspect.signature(vars(cls)["__init__"]).parameters
 
 
 class _CLI(LightningCLI):
     """LightningCLI with short error messages."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", [f"{_SAVED}{pl.__version__}"])
         parser = _Parser(**kwargs)
         parser.add_argument(
             "-c",
@@ -114,10 +168,31 @@ class _CLI(LightningCLI):
         return parser
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Writes over what an earlier run has saved, but not over a file of the user's."""
+
+    def setup(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
+    ) -> None:
+        folder = trainer.log_dir  # a collective: every rank must ask
+        if folder is not None and trainer.is_global_zero:
+            path = Path(folder, self.config_filename)
+            if path.is_file() and not path.read_text().startswith(f"# {_SAVED}"):
+                self.config_filename = "config.saved.yaml"
+                rank_zero_warn(
+                    f"{path} was not saved by a run and is left as it is; the "
+                    f"configuration of this run is in {path.parent / self.config_filename}."
+                )
+        super().setup(trainer, pl_module, stage)
+
+
 class _Parser(LightningArgumentParser):
     """Says what is wrong in a few lines, with the nearest valid name."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            # The parser of one alternative of a union: another may fit.
+            super().error(message, ex)
         sys.stderr.write(f"lightning-woodfisher: error: {condense_error(message)}\n")
         self.exit(2)
         raise SystemExit(2)
@@ -125,10 +200,12 @@ class _Parser(LightningArgumentParser):
 
 def _known_names() -> Iterator[str]:
     yield from ("seed_everything", "trainer", "model", "data", "ckpt_path")
-    yield from inspect.signature(pl.Trainer.__init__).parameters
+    yield from ("class_path", "init_args", "dict_kwargs")
+    yield from _parameters(pl.Trainer)
+    yield from pl.callbacks.__all__
     for cls in _OUR_CLASSES:
         yield cls.__name__
-        yield from inspect.signature(cls.__init__).parameters
+        yield from _parameters(cls)
     for config in _OUR_CONFIGS:
         yield from (field.name for field in dataclasses.fields(config))
 
