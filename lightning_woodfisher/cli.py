@@ -17,6 +17,7 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lightning_woodfisher import schedule
+from lightning_woodfisher.benchmark.command import main as benchmark
 from lightning_woodfisher.callback import WoodFisherPruningCallback
 from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
 from lightning_woodfisher.fisher import FisherConfig
@@ -54,14 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 2 after an error that a message explains.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     # Like `python -m`: classes of a config are often in the folder one works in.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        _CLI(
-            args=list(arguments) if arguments is not None else None,
-            save_config_kwargs={"overwrite": True},
-        )
+        if given[:1] == ["benchmark"]:
+            return benchmark(given[1:])
+        _CLI(args=given, save_config_kwargs={"overwrite": True})
     except Exception as error:
         ours = _find_ours(error)
         if ours is None:
