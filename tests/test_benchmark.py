@@ -14,9 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher import cli
-from lightning_woodfisher.benchmark import inverse, output, scaling, timing, training
+from lightning_woodfisher.benchmark import (
+    inverse,
+    output,
+    recursion,
+    scaling,
+    timing,
+    training,
+)
 from lightning_woodfisher.benchmark.networks import ResNet20
-from lightning_woodfisher.benchmark.presets import PRESETS, custom_case, preset_cases
+from lightning_woodfisher.benchmark.presets import (
+    PRESETS,
+    custom_case,
+    preset_cases,
+    slice_case,
+)
 from lightning_woodfisher.benchmark.recursion import (
     KERNELS,
     Plan,
@@ -27,6 +39,7 @@ from lightning_woodfisher.benchmark.recursion import (
 )
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.partition import make_partition
 from lightning_woodfisher.shapes import SHAPES, count_weights
 
@@ -69,12 +82,25 @@ class TestRecursion:
             (3, 1),
         ]
 
-    def test_plan_is_one_that_works(self) -> None:
+    def test_the_fastest_plan_is_kept(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        tried: list[Plan] = []
+
+        def seconds(rows: Tensor, run: object, damping: float, plan: Plan) -> float:
+            tried.append(plan)
+            return 1.0 if plan == Plan("mixed", 512) else 2.0
+
+        monkeypatch.setattr(recursion, "_seconds_of_a_block", seconds)
+        rows = torch.randn(20, 13_000)
+        runs = block_runs(make_partition([13_000], 10, 1))
+        assert choose_plan(rows, runs, 0.1) == Plan("mixed", 512)
+        assert {plan.kernel for plan in tried} == set(KERNELS)
+        # From a part of the blocks that fits a small cache to all 1300.
+        assert {plan.blocks_at_once for plan in tried} == {256, 512, 1024, 1300}
+
+    def test_every_plan_can_be_tried(self) -> None:
         rows = torch.randn(20, 130)
         runs = block_runs(make_partition([130], 10, 1))
-        plan = choose_plan(rows, runs, 0.1)
-        assert plan.kernel in KERNELS
-        assert 1 <= plan.blocks_at_once <= 13
+        assert choose_plan(rows, runs, 0.1).blocks_at_once == 13
 
 
 class TestFloor:
@@ -194,15 +220,16 @@ class TestShapes:
 class TestPresets:
     @pytest.mark.parametrize("preset", PRESETS)
     def test_a_slice_is_about_as_large_as_asked(self, preset: str) -> None:
-        for case in preset_cases(preset, 300_000):
+        for whole in preset_cases(preset):
+            case = slice_case(whole, 300_000)
+            assert case.total_weights == whole.weights
             assert case.weights <= 450_000
-            assert case.total_weights >= case.weights
             if preset not in {"headline", "resnet20"}:
                 assert case.weights >= 250_000
                 assert case.total_weights == count_weights(SHAPES[preset])
 
     def test_without_a_limit_everything_is_measured(self) -> None:
-        (case,) = preset_cases("bert_base", None)
+        (case,) = preset_cases("bert_base")
         assert case.weights == case.total_weights == count_weights(SHAPES["bert_base"])
 
     def test_a_slice_has_whole_blocks_of_every_tensor(self) -> None:
@@ -307,14 +334,26 @@ class TestTraining:
         assert rows[0].ratio == rows[0].equal_mask == 1.0
         assert all(row.equal_mask > 0.99 for row in rows)
 
-    def test_masks_are_applied_in_half_of_the_steps(self) -> None:
+    def test_masks_are_applied_in_half_of_the_steps(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         done: list[str] = []
+        passes: list[str] = []
+        for name in ("apply_to_gradients", "apply"):
+            real = getattr(Masks, name)
+
+            def counted(masks: Masks, real: Any = real, name: str = name) -> None:
+                passes.append(name)
+                real(masks)
+
+            monkeypatch.setattr(Masks, name, counted)
         model = nn.Linear(6, 10)
         before = model.weight.detach().clone()
         networks = {"tiny": (model, torch.randn(4, 6))}
         (row,) = training.measure_masks(2, networks=networks, tick=done.append)
         assert (row.network, row.masked, row.steps) == ("tiny", 1, 2)
-        assert len(done) == 2 + training._WARM_UP_STEPS
+        assert len(done) == 2 + training.WARM_UP_STEPS
+        assert passes == ["apply_to_gradients", "apply"] * len(done)
         assert row.ratio == pytest.approx(row.masked_seconds / row.plain_seconds)
         assert 0 < row.mask_seconds < row.masked_seconds
         assert not torch.equal(model.weight, before)
@@ -363,6 +402,20 @@ class TestCommand:
         assert [r["engine"] for r in rows] == ["recursion", "primal", "full"]
         assert content["machine"]["threads"] == torch.get_num_threads()
         assert paths[1].read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--json", "no/such/b.json"], "no such folder"),
+            (["--png", "b.png", "--masks"], "--preset or --case"),
+        ],
+    )
+    def test_it_fails_before_the_measurement(
+        self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pytest.importorskip("matplotlib")
+        assert cli.main(["benchmark", "--device", "cpu", *arguments]) == 2
+        assert message in capsys.readouterr().err
 
     @pytest.mark.parametrize("case", ["1,2", "0,1,1", "a,b,c", "4,-1,4"])
     def test_a_bad_case_is_refused(

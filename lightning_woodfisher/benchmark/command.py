@@ -14,9 +14,16 @@ from typing import Any
 import torch
 
 from lightning_woodfisher.benchmark import inverse, output, scaling, timing, training
-from lightning_woodfisher.benchmark.presets import PRESETS, custom_case, preset_cases
+from lightning_woodfisher.benchmark.presets import (
+    PRESETS,
+    custom_case,
+    preset_cases,
+    slice_case,
+)
+from lightning_woodfisher.errors import ConfigurationError
 
 _SLICE_ON_CPU = 300_000
+_MASK_STEPS = 40
 # Part of a GPU's free memory that rows, inverses and their copies may take.
 _USABLE_MEMORY = 0.6
 
@@ -32,16 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parse(arguments)
     device = torch.device(options.device)
+    _check(options, device)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     tables: dict[str, Sequence[Any]] = {}
-    others = (options.collection, options.step, options.masks, options.scaling)
     rate = None
-    # On request, or when nothing else is asked for.
-    if options.preset or options.case or not any(others):
+    if _wants_inverse(options):
         rate = inverse.gemm_rate(device)
         tables["inverse"] = _measure_inverse(options, device, rate)
     tables.update(_measure_others(options, device))
@@ -49,9 +55,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _show(machine, tables)
     if options.json:
         Path(options.json).write_text(output.to_json(machine, tables))
-    if options.png and "inverse" in tables:
+    if options.png:
         output.write_figure(tables["inverse"], machine, Path(options.png))
     return 0
+
+
+def _wants_inverse(options: argparse.Namespace) -> bool:
+    """On request, or when nothing else is asked for."""
+    others = (options.collection, options.step, options.masks, options.scaling)
+    return bool(options.preset or options.case) or not any(others)
+
+
+def _check(options: argparse.Namespace, device: torch.device) -> None:
+    """Refuse now what would fail after minutes of measurement."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"--device {options.device}: torch finds no CUDA device; use --device cpu."
+        )
+    for option, path in (("--json", options.json), ("--png", options.png)):
+        if path and not Path(path).absolute().parent.is_dir():
+            raise ConfigurationError(f"{option} {path}: there is no such folder.")
+    if options.png:
+        output.require_matplotlib()
+        if not _wants_inverse(options):
+            raise ConfigurationError(
+                "--png draws the table of the inverse; give --preset or --case, too."
+            )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -109,10 +138,10 @@ def _measure_inverse(
 ) -> list[inverse.InverseRow]:
     cases = [custom_case(*sizes) for sizes in options.case or ()]
     if options.preset or not cases:
-        most = options.max_weights or _SLICE_ON_CPU
-        if device.type == "cuda" and not options.max_weights:
-            most = _weights_that_fit(device)
-        cases += preset_cases(options.preset or "headline", most)
+        cases += [
+            slice_case(case, options.max_weights or _most_weights(device, case))
+            for case in preset_cases(options.preset or "headline")
+        ]
     ticks = sum(
         options.repeats * (len(options.engines) + (case.block_size is not None))
         for case in cases
@@ -132,10 +161,14 @@ def _measure_inverse(
     return rows
 
 
-def _weights_that_fit(device: torch.device) -> int:
-    """Weights whose rows, kept twice, and float32 inverses fit, for N=1024, B=2000."""
+def _most_weights(device: torch.device, case: inverse.Case) -> int:
+    """Choose how much of a network is measured."""
+    if device.type != "cuda":
+        return _SLICE_ON_CPU
     free, _ = torch.cuda.mem_get_info(device)
-    return int(_USABLE_MEMORY * free / (4 * (2 * 1024 + 2000)))
+    # Rows, given and kept; a matrix and its factor in float64.
+    bytes_of_a_weight = 8 * case.num_gradients + 16 * (case.block_size or 0)
+    return int(_USABLE_MEMORY * free / bytes_of_a_weight)
 
 
 def _measure_others(
@@ -154,7 +187,10 @@ def _measure_others(
                 repeats=repeats, device=device, tick=tick
             )
     if options.masks:
-        tables["masks"] = training.measure_masks(device=device)
+        with timing.show_progress(2 * (_MASK_STEPS + training.WARM_UP_STEPS)) as tick:
+            tables["masks"] = training.measure_masks(
+                _MASK_STEPS, device=device, tick=tick
+            )
     if options.scaling:
         with timing.show_progress(options.scaling) as tick:
             tables["scaling"] = scaling.measure_scaling(

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["Machine", "format_table", "to_json", "write_figure"]
+__all__ = [
+    "Machine",
+    "describe_machine",
+    "format_table",
+    "require_matplotlib",
+    "to_json",
+    "write_figure",
+]
 
 import dataclasses
 import json
@@ -174,13 +181,11 @@ def to_json(machine: Machine, tables: Mapping[str, Sequence[Any]]) -> str:
     return json.dumps(content, indent=2)
 
 
-def write_figure(rows: Sequence[InverseRow], machine: Machine, path: Path) -> None:
-    """Draw seconds of every engine as bars on a logarithmic scale.
+def require_matplotlib() -> Any:
+    """Import the figure of matplotlib, which only ``--png`` needs.
 
-    Args:
-        rows: the table of the inverse.
-        machine: named in the title.
-        path: of the PNG.
+    Returns:
+        The class ``matplotlib.figure.Figure``.
 
     Raises:
         ConfigurationError: when matplotlib is not installed.
@@ -191,6 +196,18 @@ def write_figure(rows: Sequence[InverseRow], machine: Machine, path: Path) -> No
         raise ConfigurationError(
             "--png needs matplotlib: pip install 'lightning-woodfisher[examples]'."
         ) from error
+    return Figure
+
+
+def write_figure(rows: Sequence[InverseRow], machine: Machine, path: Path) -> None:
+    """Draw seconds of every engine as bars on a logarithmic scale.
+
+    Args:
+        rows: the table of the inverse.
+        machine: named in the title.
+        path: of the PNG.
+    """
+    figure_class = require_matplotlib()
     labels, seconds, colors, texts = [], [], [], []
     for row in rows:
         block = "B = D" if row.block_size is None else f"B = {row.block_size}"
@@ -209,7 +226,7 @@ def write_figure(rows: Sequence[InverseRow], machine: Machine, path: Path) -> No
         )
         share = f"{100 * row.floor_share:.0f} % of the GEMM floor"
         texts.append(f" {row.seconds:.3g} s  ({ratio}{share})")
-    figure = Figure(figsize=(11, 1.2 + 0.6 * len(rows)), layout="constrained")
+    figure = figure_class(figsize=(11, 1.2 + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))
     axes.barh(places, seconds, color=colors, height=0.7)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["PRESETS", "custom_case", "preset_cases"]
+__all__ = ["PRESETS", "custom_case", "preset_cases", "slice_case"]
 
+import dataclasses
 import math
 
 from lightning_woodfisher.benchmark.inverse import Case, slice_segments
@@ -25,30 +26,36 @@ _HEADLINE: tuple[tuple[int, int | None, int], ...] = (
 PRESETS = ("headline", *_NETWORKS)
 
 
-def preset_cases(preset: str, most_weights: int | None) -> list[Case]:
+def preset_cases(preset: str) -> list[Case]:
     """Make the cases of a preset.
 
     Args:
         preset: one of ``PRESETS``.
-        most_weights: a larger network is measured on a slice of about this size, the
-            same share of every tensor; None for all of it. ``"headline"`` is never cut.
 
     Returns:
-        The cases.
+        The cases, with all weights.
     """
     if preset == "headline":
         return [custom_case(*sizes) for sizes in _HEADLINE]
-    segments = [math.prod(shape) for shape in SHAPES[preset].values()]
+    segments = tuple(math.prod(shape) for shape in SHAPES[preset].values())
     return [
-        Case(
-            preset,
-            num_gradients,
-            block_size,
-            slice_segments(segments, most_weights, block_size),
-            sum(segments),
-        )
+        Case(preset, num_gradients, block_size, segments, sum(segments))
         for num_gradients, block_size in _NETWORKS[preset]
     ]
+
+
+def slice_case(case: Case, most: int) -> Case:
+    """Cut a case that is too large down to the same share of every tensor.
+
+    Args:
+        case: with all weights.
+        most: about so many weights stay.
+
+    Returns:
+        The case itself, or a slice that remembers ``total_weights``.
+    """
+    segments = slice_segments(case.segments, most, case.block_size)
+    return dataclasses.replace(case, segments=segments)
 
 
 def custom_case(num_gradients: int, block_size: int | None, weights: int) -> Case:

@@ -34,7 +34,7 @@ from lightning_woodfisher.partition import Partition
 _LARGEST_BATCH_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
 _SMALLEST_BATCH_BYTES = {"cpu": 64 << 10, "cuda": 16 << 20}
 _UPDATES_TRIED = 6
-_TRIALS = 2
+_TRIALS = 3
 
 Kernel = Callable[[Tensor, Tensor, Tensor, float], None]
 
