@@ -11,6 +11,7 @@ __all__ = [
     "write_figure",
 ]
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -92,16 +93,28 @@ def describe_machine(
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    affinity = getattr(os, "sched_getaffinity", None)
     return Machine(
         device=name,
         threads=torch.get_num_threads(),
-        cores_allowed=len(affinity(0)) if affinity else os.cpu_count() or 1,
+        cores_allowed=_count_allowed_cores(),
         load=load,
         torch=torch.__version__,
         gemm_rate=gemm_rate,
         memory=memory,
     )
+
+
+def _count_allowed_cores() -> int:
+    """Processors of all threads together: OpenMP may have bound each to one of them."""
+    tasks = Path("/proc/self/task")
+    if not (hasattr(os, "sched_getaffinity") and tasks.exists()):
+        return os.cpu_count() or 1
+    allowed: set[int] = set()
+    for task in tasks.iterdir():
+        # A thread may end while we look.
+        with contextlib.suppress(OSError):
+            allowed |= os.sched_getaffinity(int(task.name))
+    return len(allowed)
 
 
 def format_table(rows: Sequence[Any]) -> str:

@@ -323,13 +323,11 @@ def _run_loop(
 
 def _run_vmap(model: nn.Module, data: RandomImages) -> None:
     selected = prunable_parameters(model)
-    fixed = {n: p.detach() for n, p in model.named_parameters() if n not in selected}
-    fixed.update(model.named_buffers())
     device = next(iter(selected.values())).device
 
     def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
         def call(inputs: Tensor) -> Any:
-            return torch.func.functional_call(model, {**fixed, **weights}, (inputs,))
+            return torch.func.functional_call(model, weights, (inputs,))
 
         return cross_entropy(call, (image.unsqueeze(0), label.unsqueeze(0)))
 
