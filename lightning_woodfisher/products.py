@@ -4,9 +4,9 @@ Large matrices are cut into strips of rows, so that only the lower half of a sym
 product is computed and a triangular solve becomes plain products; many small matrices, and
 matrices on a GPU, go through batched products.
 
-Float32 products are enough as long as λ is not too small beside the gradients: the
-relative error of F⁻¹ grows with :func:`spread`, and :func:`float32_is_enough` bounds it by
-1e-5.
+Products of float32 gradients may be float32 as long as that keeps F⁻¹ within 1e-5.
+Before rows are gone, the size of the gradients beside λ tells (:func:`spread`); while they
+are at hand, the Cholesky factor tells less pessimistically (:func:`is_well_scaled`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ __all__ = [
     "float32_is_enough",
     "half_product",
     "invert_lower",
+    "is_well_scaled",
     "mirror",
     "solve_lower",
     "spread",
@@ -36,6 +37,8 @@ _STRIP = 96
 # The measured error of diag(F⁻¹) is at most 2·2⁻²⁴ times the spread, over gradients with
 # normal, log-normal, shared and widely scaled entries.
 _LARGEST_SPREAD = 32.0
+# The same of the reciprocal of the smallest pivot beside its diagonal entry.
+_SMALLEST_SHARE = 1.0 / 8.0
 
 
 def spread(largest_sum: float, size: int, num_gradients: int, damping: float) -> float:
@@ -67,6 +70,22 @@ def float32_is_enough(value: float, precision: Precision) -> bool:
     if precision == "auto":
         return value <= _LARGEST_SPREAD
     return precision == "float32"
+
+
+def is_well_scaled(factor: Tensor) -> bool:
+    """Decide whether a matrix made of float32 products has an inverse that can be trusted.
+
+    The rounding error of entry ij of RRᵀ is relative to |r_i||r_j|, so rows of any length do
+    no harm; what does is a row that the others almost span.
+
+    Args:
+        factor: lower Cholesky factors, ``[K, n, n]``.
+
+    Returns:
+        True if no pivot is small beside the entry of the diagonal that it is left over from.
+    """
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    return bool((pivots > _SMALLEST_SHARE * factor.square().sum(dim=-1)).all())
 
 
 def half_product(rows: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from lightning_woodfisher.fisher import (
     make_inverse_fisher,
 )
 from lightning_woodfisher.partition import Partition, make_partition
+from lightning_woodfisher.products import Precision
 
 Form = Literal["primal", "dual", "full"]
 
@@ -100,18 +101,32 @@ class Problem:
     vector: Tensor
 
 
+Kind = Literal["columns", "normal", "rows", "shared"]
+
+
 @functools.cache
-def problem(size: int, num_gradients: int) -> Problem:
-    """Float32 gradients whose columns differ by three orders, some dead, some equal."""
+def problem(size: int, num_gradients: int, kind: Kind = "columns") -> Problem:
+    """Float32 gradients.
+
+    By default columns differ by three orders, some are dead and some equal. Otherwise
+    entries are normal; ``"rows"`` differ by orders, or ``"shared"`` is the largest part.
+    """
     generator = torch.Generator().manual_seed(size * 1000 + num_gradients)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    scale = 10.0 ** (-3.0 * torch.rand(size, generator=generator, dtype=torch.float64))
-    rows = normal(num_gradients, size) * scale
-    rows[:, 2::11] = 0.0  # dead units
-    rows[:, 4::13] = rows[:, 3::13][:, : len(range(4, size, 13))]  # equal inputs
+    rows = normal(num_gradients, size)
+    if kind == "columns":
+        rows *= 10.0 ** (
+            -3.0 * torch.rand(size, generator=generator, dtype=torch.float64)
+        )
+        rows[:, 2::11] = 0.0  # dead units
+        rows[:, 4::13] = rows[:, 3::13][:, : len(range(4, size, 13))]  # equal inputs
+    elif kind == "rows":
+        rows *= torch.exp(2.0 * normal(num_gradients, 1))
+    elif kind == "shared":
+        rows += 3.0 * normal(1, size)
     return Problem(
         rows=rows.float(),
         weights=normal(size),
@@ -134,6 +149,7 @@ def make(
     damping: float,
     *,
     ranks: tuple[int, int] = (0, 1),
+    precision: Precision = "auto",
 ) -> InverseFisher:
     rank, world_size = ranks
     communicator = Communicator()
@@ -146,6 +162,7 @@ def make(
         communicator,
         block_size=None if form == "full" else block_size,
         engine="auto" if form == "full" else form,
+        precision=precision,
     )
 
 
@@ -178,10 +195,15 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def worst_errors(
-    form: Form, segments: list[int], block_size: int, num_gradients: int, damping: float
+    form: Form,
+    segments: list[int],
+    block_size: int,
+    num_gradients: int,
+    damping: float,
+    kind: Kind = "columns",
 ) -> dict[str, float]:
     """Largest relative error of every quantity over the blocks of a problem."""
-    case = problem(sum(segments), num_gradients)
+    case = problem(sum(segments), num_gradients, kind)
     inverse = filled(form, case.rows, segments, block_size, damping)
     assert inverse.raised() == {}
     answers = {
@@ -297,6 +319,48 @@ def test_full_fisher_equals_the_dense_inverse(
     chunk = full_column_chunk(segments)
     errors = worst_errors("full", segments, chunk, num_gradients, damping)
     assert all(value <= TOLERANCE for value in errors.values()), errors
+
+
+KINDS: tuple[Kind, ...] = ("columns", "normal", "rows", "shared")
+# Widths at which float32 products are tried: strips and batches, primal and dual.
+WIDTHS: dict[Form, list[tuple[int, int]]] = {
+    "primal": [(300, 50), (300, 250)],
+    "dual": [(20, 100), (100, 250), (250, 700)],
+    "full": [(20, 100), (200, 700)],
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "num_gradients", "size"),
+    [(form, *width) for form in FORMS for width in WIDTHS[form]],
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damping", [1e-6, 1e-4, 1e-2, 1.0, 100.0])
+def test_float32_products_are_used_only_where_they_are_enough(
+    form: Form, num_gradients: int, size: int, kind: Kind, damping: float
+) -> None:
+    errors = worst_errors(form, [size], size, num_gradients, damping, kind)
+    assert all(value <= TOLERANCE for value in errors.values()), errors
+
+
+@pytest.mark.parametrize(
+    ("form", "num_gradients", "size"), [("primal", 300, 50), ("dual", 20, 100)]
+)
+def test_precision_can_be_chosen(form: Form, num_gradients: int, size: int) -> None:
+    def worst(precision: Precision, damping: float) -> float:
+        case = problem(size, num_gradients, "columns")
+        inverse = make(form, [size], size, num_gradients, damping, precision=precision)
+        inverse.observe(case.rows)
+        inverse.factorize()
+        exact = Oracle(case.rows, damping).diagonal()
+        return error(inverse.diagonal() / exact, torch.ones(1))
+
+    # Small damping: float32 would not be enough, and "auto" does not use it.
+    assert worst("float32", 1e-7) > 1e-7
+    assert worst("auto", 1e-7) < 1e-9
+    # Large damping: it is enough, and "auto" does use it.
+    assert 1e-12 < worst("auto", 1.0) == worst("float32", 1.0)
+    assert worst("float64", 1.0) < 1e-12
 
 
 @pytest.mark.parametrize("form", ["primal", "dual"])

@@ -9,7 +9,6 @@ __all__ = [
     "complement_of",
 ]
 
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,15 +19,14 @@ from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.products import (
     Precision,
     cholesky,
-    float32_is_enough,
     half_product,
+    is_well_scaled,
     solve_lower,
-    spread,
 )
 
 # λ·[F⁻¹]_jj = 1 − Σ Z² is a difference of numbers near one. Below this float32 has too few
-# digits left for it, and the unit is solved again in float64 …
-_SMALLEST_FLOAT32_COMPLEMENT = 2.0**-6
+# digits left for it, and the unit is computed again in float64 …
+_SMALLEST_FLOAT32_COMPLEMENT = 2.0**-4
 # … and below this float64 has, and damping is raised.
 SMALLEST_COMPLEMENT = 1e-12
 
@@ -63,9 +61,27 @@ class RowsInverseFisher(InverseFisher):
                 :, self._local(unit)
             ]
 
-    def _is_out_of_range(self, columns: int) -> bool:
-        """Tell whether GGᵀ lacks full rank, where Gv = Kx loses digits; it is cheap, too."""
-        return self.precision == "auto" and columns < self.num_gradients
+    def _product_dtype(self, rows: Tensor, columns: int) -> torch.dtype:
+        """Choose the dtype in which products of rows are tried."""
+        wanted = self.precision == "float64" or self._are_few(columns)
+        double = wanted or rows.dtype == torch.float64
+        return torch.float64 if double else torch.float32
+
+    def _are_few(self, columns: int) -> bool:
+        """Tell whether F⁻¹v may be a small difference of large vectors."""
+        return self.precision == "auto" and columns < 2 * self.num_gradients
+
+    def _is_too_coarse(
+        self, dtype: torch.dtype, complement: Tensor, digits: float = 1.0
+    ) -> bool:
+        """Tell whether float32 products were not enough for 1 − ΣZ²."""
+        single = dtype == torch.float32 and self.precision == "auto"
+        return single and not bool(complement > _SMALLEST_FLOAT32_COMPLEMENT / digits)
+
+    def _must_repeat(self, factor: Tensor, dtype: torch.dtype) -> bool:
+        """Tell whether float32 products were not enough for a factor."""
+        single = dtype == torch.float32 and self.precision == "auto"
+        return single and not is_well_scaled(factor)
 
     def _damped_factor(self, gram: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
         """Cholesky factor of NλI + GGᵀ from ``[K, N, N]`` and λ ``[K]``."""
@@ -78,45 +94,69 @@ class RowsInverseFisher(InverseFisher):
 class DualInverseFisher(RowsInverseFisher):
     """State is the rows, N·D_r numbers."""
 
-    def _blocks_of_rows(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Copy a unit's rows as ``[K, N, B]``, in float32 where that is enough."""
+    def __init__(
+        self,
+        partition: Partition,
+        num_gradients: int,
+        damping: float,
+        communicator: Communicator,
+        precision: Precision = "auto",
+    ) -> None:
+        super().__init__(partition, num_gradients, damping, communicator, precision)
+        # Units for which float32 has turned out not to be enough.
+        self._in_double: set[int] = set()
+
+    def _blocks_of_rows(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Copy a unit's rows as ``[K, N, B]``."""
         unit, rows = self.units[index], self._rows[index]
         blocks = rows.view(-1, unit.count, unit.size).transpose(0, 1)
-        return blocks.to(
-            dtype or self._dtype(index),
-            copy=True,
-            memory_format=torch.contiguous_format,
-        )
+        return blocks.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
-    def _dtype(self, index: int) -> torch.dtype:
-        unit, rows = self.units[index], self._rows[index]
-        if rows.dtype == torch.float64 or self._is_out_of_range(unit.size):
+    def _dtype(self, index: int, kept: Tensor | None = None) -> torch.dtype:
+        if index in self._in_double:
             return torch.float64
-        blocks = rows.float().view(-1, unit.count, unit.size)
-        largest = torch.linalg.vector_norm(blocks, dim=-1).max().square()
-        value = spread(float(largest), 1, self.num_gradients, self._initial_damping)
-        enough = float32_is_enough(value, self.precision)
-        return torch.float32 if enough else torch.float64
+        columns = self.units[index].size
+        if kept is not None:
+            columns = int(kept.sum(dim=-1).min())
+        return self._product_dtype(self._rows[index], columns)
 
     def _factorize(self) -> None:
         self._each_unit(self._factorize_unit)
 
     def _factorize_unit(self, index: int) -> None:
-        gram = half_product(self._blocks_of_rows(index))
-
         def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
-            factor, bad = self._damped_factor(gram, damping)
-            complement = complement_of(
-                factor, lambda dtype: self._blocks_of_rows(index, dtype), self.precision
-            )
+            factor, rows = self._factor(index, damping)
+            complement = complement_of(factor, rows)
+            if self._is_too_coarse(rows.dtype, complement.min()):
+                self._in_double.add(index)
+                complement = complement_of(*self._factor(index, damping))
             unresolved = ~(complement > SMALLEST_COMPLEMENT).all(dim=-1)
-            return complement, bad | unresolved
+            return complement, unresolved
 
         damping = self._dampings[index]
         complement = raise_until_definite(attempt, damping)
         self._blocks(self._diagonal, self.units[index]).copy_(
             complement / damping.unsqueeze(-1)
         )
+
+    def _factor(
+        self, index: int, damping: Tensor, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Factorise NλI + GGᵀ of a unit; raises damping where needed.
+
+        Returns:
+            L, float64 ``[K, N, N]``, over the kept columns, and all of G, ``[K, N, B]``, in
+            the precision that L needed.
+        """
+        rows = self._blocks_of_rows(index, self._dtype(index, kept))
+        product = half_product(rows if kept is None else rows * kept.unsqueeze(-2))
+        factor = raise_until_definite(
+            lambda value: self._damped_factor(product, value), damping
+        )
+        if self._must_repeat(factor, rows.dtype):
+            self._in_double.add(index)
+            return self._factor(index, damping, kept)
+        return factor, rows
 
     def matvec(self, vector: Tensor) -> Tensor:
         """See :meth:`InverseFisher.matvec`.
@@ -131,9 +171,9 @@ class DualInverseFisher(RowsInverseFisher):
 
         def multiply(index: int) -> None:
             unit = self.units[index]
-            rows, blocks = self._blocks_of_rows(index), self._blocks(vector, unit)
-            gram = half_product(rows)
-            solved = self._solve(index, gram, rows, blocks)
+            blocks = self._blocks(vector, unit)
+            factor, rows = self._factor(index, self._dampings[index])
+            solved = _solve(factor, rows, blocks)
             product = (rows.mT @ solved.to(rows.dtype)).squeeze(-1)
             damping = self._dampings[index].unsqueeze(-1)
             self._blocks(result, unit).copy_((blocks - product) / damping)
@@ -154,7 +194,8 @@ class DualInverseFisher(RowsInverseFisher):
 
         def multiply(index: int) -> None:
             unit = self.units[index]
-            rows, blocks = self._blocks_of_rows(index), self._blocks(vector, unit)
+            blocks = self._blocks(vector, unit)
+            rows = self._blocks_of_rows(index, self._dtype(index))
             projected = rows @ blocks.to(rows.dtype).unsqueeze(-1)
             product = (rows.mT @ projected).squeeze(-1) / self.num_gradients
             damped = self._dampings[index].unsqueeze(-1) * blocks
@@ -177,50 +218,30 @@ class DualInverseFisher(RowsInverseFisher):
 
         def solve(index: int) -> None:
             unit = self.units[index]
-            rows, blocks = self._blocks_of_rows(index), self._blocks(change, unit)
-            kept = ~self._blocks(removed, unit)
-            gram = half_product(rows * kept.unsqueeze(-2))
-            solved = self._solve(index, gram, rows, -blocks)
+            blocks, kept = self._blocks(change, unit), ~self._blocks(removed, unit)
+            factor, rows = self._factor(index, self._dampings[index], kept)
+            solved = _solve(factor, rows, -blocks)
             pull = (rows.mT @ solved.to(rows.dtype)).squeeze(-1)
             blocks.add_(pull * kept)
 
         self._each_unit(solve)
         return change
 
-    def _solve(self, index: int, gram: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
-        """Solve (NλI + GGᵀ) x = Gv, float64 ``[K, N, 1]``."""
 
-        def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
-            return self._damped_factor(gram, damping)
-
-        factor = raise_until_definite(attempt, self._dampings[index])
-        target = rows @ vectors.to(rows.dtype).unsqueeze(-1)
-        return torch.cholesky_solve(target.double(), factor)
-
-
-def complement_of(
-    factor: Tensor,
-    rows: Callable[[torch.dtype | None], Tensor],
-    precision: Precision,
-) -> Tensor:
-    """Compute 1 − Σ_i Z_ij² with LZ = G, in float64 where float32 has no digits left.
+def complement_of(factor: Tensor, rows: Tensor) -> Tensor:
+    """Compute 1 − Σ_i Z_ij² with LZ = G.
 
     Args:
         factor: L, float64 ``[K, N, N]``.
-        rows: makes a fresh copy of G, ``[K, N, B]``, in a given or in its own dtype.
-        precision: ``"float32"`` never goes over to float64.
+        rows: G, ``[K, N, B]``; overwritten.
 
     Returns:
-        λ·diag(F⁻¹), float64 ``[K, B]``; negative or NaN where even float64 fails.
+        λ·diag(F⁻¹), float64 ``[K, B]``; negative or NaN where digits did not suffice.
     """
+    return 1.0 - solve_lower(factor, rows).square_().sum(dim=-2).double()
 
-    def compute(dtype: torch.dtype | None) -> tuple[Tensor, bool]:
-        half = solve_lower(factor, rows(dtype))
-        complement = 1.0 - half.square_().sum(dim=-2).double()
-        single = half.dtype == torch.float32
-        return complement, single and precision != "float32"
 
-    complement, may_repeat = compute(None)
-    if may_repeat and not bool((complement > _SMALLEST_FLOAT32_COMPLEMENT).all()):
-        complement, _ = compute(torch.float64)
-    return complement
+def _solve(factor: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
+    """Solve LLᵀx = Gv, float64 ``[K, N, 1]``."""
+    target = rows @ vectors.to(rows.dtype).unsqueeze(-1)
+    return torch.cholesky_solve(target.double(), factor)

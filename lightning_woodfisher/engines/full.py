@@ -20,10 +20,8 @@ from lightning_woodfisher.engines.dual import (
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.products import (
     Precision,
-    float32_is_enough,
     half_product,
     mirror,
-    spread,
 )
 
 
@@ -43,7 +41,10 @@ class FullInverseFisher(RowsInverseFisher):
     ) -> None:
         super().__init__(partition, num_gradients, damping, communicator, precision)
         self._lambda = self._full(1, damping)
-        self._dtype = torch.float64
+
+    def _add(self, rows: Tensor) -> None:
+        super()._add(rows)
+        self._dtype = self._product_dtype(rows, self._total_size)
 
     @property
     def damping(self) -> Tensor:
@@ -61,28 +62,53 @@ class FullInverseFisher(RowsInverseFisher):
 
     def _factorize(self) -> None:
         self._largest = self._largest_square_norm()
-        self._dtype = self._choose_dtype()
-        gram = self._gram(None)
 
         def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
-            factor, bad = self._damped_factor(gram, damping)
-            smallest = self._full(len(self.units) + 1, 1.0)
-
-            def complement(index: int) -> None:
-                values = complement_of(
-                    factor,
-                    lambda dtype: self._unit_rows(index, dtype).unsqueeze(0),
-                    self.precision,
-                )[0]
-                self._diagonal[self._local(self.units[index])] = values / damping
-                smallest[index] = values.min()
-
-            self._each_unit(complement)
-            least = smallest.nan_to_num(nan=-1.0).min().reshape(1)
-            least = -self._comm.maximum(-least)
-            return factor, bad | (least <= SMALLEST_COMPLEMENT)
+            factor = self._factorize_gram(None)
+            least = self._solve_diagonal(factor, damping)
+            # Rounding errors of units are independent and their sum is exact: the sum has
+            # more digits than a unit.
+            if self._is_too_coarse(self._dtype, least, math.sqrt(self._total_units)):
+                self._dtype = torch.float64
+                factor = self._factorize_gram(None)
+                least = self._solve_diagonal(factor, damping)
+            return factor, least <= SMALLEST_COMPLEMENT
 
         self._factor = raise_until_definite(attempt, self._lambda)
+
+    def _solve_diagonal(self, factor: Tensor, damping: Tensor) -> Tensor:
+        """Fill in diag(F⁻¹); give the smallest λ·[F⁻¹]_jj of all ranks, ``[1]``."""
+        smallest = self._full(len(self.units) + 1, 1.0)
+
+        def solve(index: int) -> None:
+            values = self._complement(factor, index, self._dtype)
+            if self._is_too_coarse(self._dtype, values.min()):
+                values = self._complement(factor, index, torch.float64)
+            self._diagonal[self._local(self.units[index])] = values / damping
+            smallest[index] = values.min()
+
+        self._each_unit(solve)
+        least = smallest.nan_to_num(nan=-1.0).min().reshape(1)
+        return -self._comm.maximum(-least)
+
+    def _complement(self, factor: Tensor, index: int, dtype: torch.dtype) -> Tensor:
+        rows = self._unit_rows(index, dtype).unsqueeze(0)
+        return complement_of(factor.unsqueeze(0), rows)[0]
+
+    def _factorize_gram(self, kept: Tensor | None) -> Tensor:
+        """L of NλI + Σ_r G_rG_rᵀ over the kept columns, ``[N, N]``; raises λ if needed."""
+
+        def compute() -> Tensor:
+            gram = self._gram(kept)
+            return raise_until_definite(
+                lambda damping: self._damped_factor(gram, damping), self._lambda
+            )
+
+        factor = compute()
+        if self._must_repeat(factor, self._dtype):
+            self._dtype = torch.float64
+            factor = compute()
+        return factor[0]
 
     def matvec(self, vector: Tensor) -> Tensor:
         """See :meth:`InverseFisher.matvec`.
@@ -93,9 +119,7 @@ class FullInverseFisher(RowsInverseFisher):
         Returns:
             F⁻¹v.
         """
-        solved = torch.cholesky_solve(
-            self._project(vector).unsqueeze(-1), self._factor[0]
-        )
+        solved = torch.cholesky_solve(self._project(vector).unsqueeze(-1), self._factor)
         return (vector - self._combine(solved.squeeze(-1))) / self._lambda
 
     def fisher_matvec(self, vector: Tensor) -> Tensor:
@@ -121,13 +145,11 @@ class FullInverseFisher(RowsInverseFisher):
             δ.
         """
         change = torch.where(removed, -weights, 0.0)
-        gram = self._gram(~removed)
-
-        def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
-            return self._damped_factor(gram, damping)
-
-        factor = raise_until_definite(attempt, self._lambda)
-        solved = torch.cholesky_solve(-self._project(change).unsqueeze(-1), factor[0])
+        columns = int(self._comm.sum_integers((~removed).sum().reshape(1)))
+        if self._are_few(columns):
+            self._dtype = torch.float64
+        factor = self._factorize_gram(~removed)
+        solved = torch.cholesky_solve(-self._project(change).unsqueeze(-1), factor)
         return torch.where(removed, change, self._combine(solved.squeeze(-1)))
 
     def to_dense(self) -> Tensor:
@@ -159,17 +181,6 @@ class FullInverseFisher(RowsInverseFisher):
 
         self._each_unit(measure)
         return self._comm.maximum(largest.max().reshape(1))
-
-    def _choose_dtype(self) -> torch.dtype:
-        double = any(rows.dtype == torch.float64 for rows in self._rows)
-        if double or self._is_out_of_range(self._total_size):
-            return torch.float64
-        # The units' products are added exactly, so their rounding errors, which are
-        # independent, grow like the root of the number of units, not like the number.
-        largest = float(self._largest) * math.sqrt(self._total_units)
-        value = spread(largest, 1, self.num_gradients, self._initial_damping)
-        enough = float32_is_enough(value, self.precision)
-        return torch.float32 if enough else torch.float64
 
     def _gram(self, kept: Tensor | None) -> Tensor:
         """Σ over ranks of G_rG_rᵀ, float64 ``[1, N, N]``, over the kept columns."""
