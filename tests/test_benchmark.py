@@ -122,6 +122,10 @@ class TestFloor:
         # Every product takes "one second".
         assert inverse.gemm_rate(CPU, size=8) == 2 * 8**3
 
+    def test_a_better_rate_lowers_the_floor(self) -> None:
+        row = inverse.with_rate(_row(), 1e9, 2e9)
+        assert (row.floor_seconds, row.floor_share) == (0.25, 0.125)
+
 
 class TestRows:
     def test_scale_and_repeatability(self) -> None:
@@ -165,6 +169,7 @@ class TestMeasureCase:
             assert row.error < 1e-4
             assert len(row.runs) == 2
             assert row.ratio == pytest.approx(rows[0].seconds / row.seconds)
+            assert row.processor_ratio is not None
             assert row.floor_share == pytest.approx(row.floor_seconds / row.seconds)
             assert (row.update_seconds is None) == (row.engine == "recursion")
 
@@ -439,6 +444,22 @@ class TestOutput:
         assert read == rows
         assert output.Machine(**content["machine"]) == machine
 
+    @pytest.mark.parametrize(
+        ("changes", "busy"),
+        [
+            ({"engine": "primal", "cores": 0.55}, True),
+            ({"engine": "primal", "cores": 0.95}, False),
+            ({"engine": "recursion", "cores": 0.3}, True),
+        ],
+    )
+    def test_missing_processor_time_is_noticed(
+        self, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], busy: bool
+    ) -> None:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        tables = {"inverse": [_row(cores=1.0), _row(**changes)]}
+        machine = output.describe_machine(CPU, 1e9, 0.0, "resident", tables)
+        assert machine.busy is busy
+
     def test_a_scaled_figure_is_marked(self) -> None:
         row = _row(weights=100, total_weights=400, seconds=2.0, scaled_seconds=8.0)
         text = output.format_table([row])
@@ -472,6 +493,7 @@ def _row(**changes: Any) -> inverse.InverseRow:
         runs=(2.0,),
         cores=1.0,
         ratio=3.0,
+        processor_ratio=2.5,
         floor_seconds=0.5,
         floor_share=0.25,
         peak_bytes=1000,
@@ -482,7 +504,7 @@ def _row(**changes: Any) -> inverse.InverseRow:
 
 
 def _machine() -> output.Machine:
-    return output.Machine("cpu", 2, 2, 0.1, "2.0", 1e9, "resident")
+    return output.Machine("cpu", 2, 2, 0.1, "2.0", 1e9, "resident", False)
 
 
 def _forbid(monkeypatch: pytest.MonkeyPatch, package: str) -> None:

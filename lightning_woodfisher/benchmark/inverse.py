@@ -19,8 +19,10 @@ __all__ = [
     "measure_case",
     "reference_error",
     "slice_segments",
+    "with_rate",
 ]
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -104,6 +106,8 @@ class InverseRow:
         runs: seconds of every repetition.
         cores: processor seconds per second; see :class:`~.timing.Timing`.
         ratio: seconds of the recursion over ``seconds``; None without a recursion.
+        processor_ratio: the same in processor seconds, which a rival on the cores
+            disturbs less; None without a recursion and on a GPU.
         floor_seconds: operations of the cheaper engine over the GEMM rate.
         floor_share: ``floor_seconds / seconds``.
         peak_bytes: memory beyond the given rows; None where it cannot be measured.
@@ -124,6 +128,7 @@ class InverseRow:
     runs: tuple[float, ...]
     cores: float
     ratio: float | None
+    processor_ratio: float | None
     floor_seconds: float
     floor_share: float
     peak_bytes: int | None
@@ -229,6 +234,23 @@ def gemm_rate(device: torch.device, size: int | None = None, repeats: int = 5) -
     return 2.0 * size**3 / seconds
 
 
+def with_rate(row: InverseRow, old: float, new: float) -> InverseRow:
+    """Give a row the floor of another GEMM rate.
+
+    Args:
+        row: measured beside the old rate.
+        old: operations per second.
+        new: operations per second.
+
+    Returns:
+        The row with its floor and its share changed.
+    """
+    floor = row.floor_seconds * old / new
+    return dataclasses.replace(
+        row, floor_seconds=floor, floor_share=floor / row.seconds
+    )
+
+
 def measure_case(
     case: Case,
     rate: float,
@@ -282,7 +304,8 @@ def measure_case(
         actions[name] = ours
     timings = measure_alternately(actions, repeats, device, tick)
     errors = reference_error(rows, partition, case, diagonals)
-    return _make_table(case, rate, timings, how, errors, updates)
+    on_gpu = device.type == "cuda"
+    return _make_table(case, rate, timings, how, errors, updates, on_gpu)
 
 
 def run_engine(
@@ -414,6 +437,7 @@ def _make_table(
     how: dict[str, str],
     errors: dict[str, float],
     updates: dict[str, list[float]],
+    on_gpu: bool,
 ) -> list[InverseRow]:
     floor = floor_operations(case.num_gradients, case.block_size, case.weights) / rate
     # The update runs inside the measured action, but has a column of its own.
@@ -428,6 +452,9 @@ def _make_table(
     }
     medians = {name: statistics.median(seconds) for name, seconds in runs.items()}
     recursion = medians.get("recursion")
+    # On a GPU the processor only waits; within an update it works for another column.
+    processor = {n: medians[n] * timing.cores for n, timing in timings.items()}
+    comparable = recursion is not None and not on_gpu
     return [
         InverseRow(
             case=case.name,
@@ -442,6 +469,9 @@ def _make_table(
             runs=runs[name],
             cores=timings[name].cores,
             ratio=None if recursion is None else recursion / seconds,
+            processor_ratio=processor["recursion"] / max(processor[name], 1e-9)
+            if comparable
+            else None,
             floor_seconds=floor,
             floor_share=floor / seconds,
             peak_bytes=timings[name].peak_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BUSY_NOTE",
     "Machine",
     "describe_machine",
     "format_table",
@@ -33,6 +34,7 @@ _HEADERS = {
     "seconds": "seconds",
     "cores": "cores",
     "ratio": "ratio",
+    "processor_ratio": "cpu ratio",
     "floor_seconds": "floor s",
     "floor_share": "of floor",
     "peak_bytes": "peak",
@@ -50,6 +52,14 @@ _HEADERS = {
 _HIDDEN = {"runs", "total_weights", "scaled_seconds", "how"}
 _SHARES = {"floor_share", "exchange_share", "equal_mask"}
 _FAR = 1e4
+# Engines are made of large products, which keep more than this share of the threads busy.
+_BUSY_SHARE = 0.6
+_SHORT = 0.1
+BUSY_NOTE = (
+    "WARNING: the threads did not get the processors to themselves (see 'cores'). The "
+    "recursion suffers most from that, so the ratios flatter this package: do not quote "
+    "them; measure again on an idle machine."
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,8 @@ class Machine:
         torch: version.
         gemm_rate: float32, operations per second; None when not measured.
         memory: what the peak counts.
+        busy: whether an action got so little processor time that others must have been
+            at work; the ratios are then worth nothing.
     """
 
     device: str
@@ -73,10 +85,15 @@ class Machine:
     torch: str
     gemm_rate: float | None
     memory: str
+    busy: bool
 
 
 def describe_machine(
-    device: torch.device, gemm_rate: float | None, load: float | None, memory: str
+    device: torch.device,
+    gemm_rate: float | None,
+    load: float | None,
+    memory: str,
+    tables: Mapping[str, Sequence[Any]],
 ) -> Machine:
     """Collect what a reader must know to judge the numbers.
 
@@ -85,10 +102,17 @@ def describe_machine(
         gemm_rate: of the floor.
         load: average load before the start.
         memory: what the peak counts.
+        tables: all rows, to judge whether others were at work.
 
     Returns:
         The description.
     """
+    # Without rivals every action keeps at least one thread busy; engines most of them.
+    busy = device.type != "cuda" and any(
+        row.cores
+        < _BUSY_SHARE * (1 if _is_sequential(row) else torch.get_num_threads())
+        for row in tables.get("inverse", ())
+    )
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -101,7 +125,13 @@ def describe_machine(
         torch=torch.__version__,
         gemm_rate=gemm_rate,
         memory=memory,
+        busy=busy,
     )
+
+
+def _is_sequential(row: Any) -> bool:
+    """Whether a row may well have kept only one thread busy: the rest is too small."""
+    return bool(row.engine == "recursion" or row.seconds < _SHORT)
 
 
 def _count_allowed_cores() -> int:
