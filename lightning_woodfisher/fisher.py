@@ -45,8 +45,10 @@ from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.isolation import ModelMode
 from lightning_woodfisher.partition import Partition, Unit
+from lightning_woodfisher.sizes import parse_bytes
 
 Engine = Literal["auto", "primal", "dual"]
+Precision = Literal["auto", "float32", "float64"]
 
 # λ·[F⁻¹]_jj = 1 − Σ Z² is a difference of numbers near one: below this float64 has too few
 # digits left for it, and damping is raised.
@@ -72,6 +74,12 @@ class FisherConfig:
             dropout, ``"train"`` with those of training.
         engine: ``"primal"``, ``"dual"``, or ``"auto"`` for the cheaper one; they are the
             same matrix.
+        precision: of the products: ``"float32"``, ``"float64"``, or ``"auto"`` for float32
+            where it is enough and float64 where a block's numbers need it.
+        offload_rows: keep gradient rows in host memory where the Fisher keeps rows.
+        memory_budget: most memory that a step may take on each rank for itself, beside the
+            network and its activations: bytes, ``"80GB"`` or ``"24GiB"``. Checked before
+            training starts; None checks against the memory that is free then.
     """
 
     num_gradients: int = 256
@@ -80,6 +88,9 @@ class FisherConfig:
     damping: float = 1e-4
     model_mode: ModelMode = "eval"
     engine: Engine = "auto"
+    precision: Precision = "auto"
+    offload_rows: bool = False
+    memory_budget: str | int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_gradients", "gradient_batch_size", "block_size"):
@@ -96,7 +107,10 @@ class FisherConfig:
                 f"fisher.damping={self.damping} must be positive and finite; without it "
                 "the Fisher of fewer gradients than weights has no inverse."
             )
-        for name, known in (("model_mode", ModelMode), ("engine", Engine)):
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget, "fisher.memory_budget")
+        choices = {"model_mode": ModelMode, "engine": Engine, "precision": Precision}
+        for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
                 raise ConfigurationError(
                     f"fisher.{name}={getattr(self, name)!r} is unknown; use one of "
