@@ -8,7 +8,7 @@ EXTRAS := wandb,examples
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-ddp test check format docs clean
+.PHONY: help demo demo-ddp test bench check format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -23,6 +23,11 @@ demo-ddp: $(VENV)/.demo  ## the same on two processes
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Threads that wander between cores would be measured, too.
+bench: export OMP_PROC_BIND ?= true
+bench: $(VENV)/.demo  ## measure the engines against the recursion of the literature
+	$(BIN)/lightning-woodfisher benchmark $(BENCH_ARGS)
 
 check: $(VENV)/.dev  ## format, lint, import layers, types
 	$(BIN)/ruff format --check .

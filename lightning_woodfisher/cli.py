@@ -23,6 +23,7 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_woodfisher import schedule
+from lightning_woodfisher.benchmark.command import main as benchmark
 from lightning_woodfisher.callback import WoodFisherPruningCallback
 from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
 from lightning_woodfisher.fisher import FisherConfig
@@ -70,12 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, or 2 after an error of this package, which a message explains.
         ``--help`` and refused arguments leave by SystemExit, as they do in argparse.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     # Like `python -m`: classes of a config are often in the folder one works in.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
+        if given[:1] == ["benchmark"]:
+            return benchmark(given[1:])
         _CLI(
-            args=list(arguments) if arguments is not None else None,
+            args=given,
             save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
         )

@@ -200,7 +200,7 @@ def rows_in_chunk(fisher: FisherConfig) -> int:
         fisher: the settings.
 
     Returns:
-        2B within 32 and 256 for the primal form; the dual one only stores.
+        2B within 128 and 256 for the primal form; the dual one only stores.
     """
     size = fisher.block_size
     if (
@@ -208,4 +208,4 @@ def rows_in_chunk(fisher: FisherConfig) -> int:
         or choose_engine(fisher.engine, fisher.num_gradients, size) == "dual"
     ):
         return 32
-    return min(256, max(32, 2 * size))
+    return min(256, max(128, 2 * size))

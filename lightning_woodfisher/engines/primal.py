@@ -64,9 +64,9 @@ class PrimalInverseFisher(InverseFisher):
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if rows.dtype == self._gram[index].dtype == torch.float32:
             product = half_product(self._columns(rows, index))
-            diagonals = (self._gram[index] + product).diagonal(dim1=-2, dim2=-1)
+            before, added = _diagonal(self._gram[index]), _diagonal(product)
             value = spread(
-                float(diagonals.max()),
+                float((before + added).max()),
                 unit.size,
                 self.num_gradients,
                 self._initial_damping,
@@ -155,7 +155,7 @@ class PrimalInverseFisher(InverseFisher):
                 # Rows and columns of removed weights become those of the identity.
                 damped *= kept.unsqueeze(-1)
                 damped *= kept.unsqueeze(-2)
-                damped.diagonal(dim1=-2, dim2=-1).add_(1.0 - kept)
+                _diagonal(damped).add_(1.0 - kept)
                 return damped
 
             # −F δ_S on the kept rows; λI does not couple R with S.
@@ -172,11 +172,16 @@ class PrimalInverseFisher(InverseFisher):
 
         def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
             damped = self._gram[index].to(torch.float64, copy=True)
-            damped.diagonal(dim1=-2, dim2=-1).add_(damping.unsqueeze(-1))
+            _diagonal(damped).add_(damping.unsqueeze(-1))
             matrix = transform(damped)
             factor, bad = cholesky(matrix)
-            pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-            diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-            return factor, bad | ~(pivots > _SMALLEST_PIVOT * diagonal).all(dim=-1)
+            pivots = _diagonal(factor).square()
+            smallest = _SMALLEST_PIVOT * _diagonal(matrix)
+            return factor, bad | ~(pivots > smallest).all(dim=-1)
 
         return raise_until_definite(attempt, self._dampings[index])
+
+
+def _diagonal(matrices: Tensor) -> Tensor:
+    """View the diagonals of ``[K, n, n]`` as ``[K, n]``."""
+    return matrices.diagonal(dim1=-2, dim2=-1)
