@@ -101,12 +101,12 @@ def measure_step_bytes(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = int(torch.cuda.memory_allocated(device))
         step()
         torch.cuda.synchronize(device)
-        peak: int = torch.cuda.max_memory_allocated(device)
-        return peak - before
-    with AllocationMeter() as meter:
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    meter = AllocationMeter()
+    with meter:
         step()
     return meter.peak_bytes
 

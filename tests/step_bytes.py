@@ -25,7 +25,10 @@ class _RandomGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.randn(s, dtype=t, device=d) for s, t, d in ctx.like)
+        # Small beside λ: the precision "auto" stays float32.
+        return tuple(
+            torch.randn(s, dtype=t, device=d).mul_(1e-3) for s, t, d in ctx.like
+        )
 
 
 class Weights(nn.Module):
