@@ -1,89 +1,115 @@
-"""Shapes of the prunable weights of well-known networks, from their architecture.
+"""Shapes of the prunable weights of well-known networks, from their architectures.
 
-For estimates and benchmarks that need no download and no memory: the weights of linear
-layers and convolutions, as the default selection takes them, without biases, norms and
-embeddings.
+Prunable are the weights of Linear and convolution layers, as in
+:func:`~.layers.prunable_parameters`; biases, embeddings and normalisation are not.
+Linear weights are ``(out, in)``, convolutions ``(out, in / groups, height, width)``.
 """
 
 from __future__ import annotations
 
-__all__ = ["SHAPES", "Shapes"]
+__all__ = ["SHAPES", "count_weights"]
 
-from collections.abc import Iterator
+import math
+from collections.abc import Mapping
 
-Shapes = dict[str, tuple[int, ...]]
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
 
 
-def _resnet20() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """ResNet-20 for CIFAR-10 (He et al. 2016), shortcuts without weights."""
-    yield "conv1.weight", (16, 3, 3, 3)
-    before = 16
-    for stage, width in enumerate((16, 32, 64), start=1):
+def count_weights(shapes: Mapping[str, Shape]) -> int:
+    """Count the weights of all tensors.
+
+    Args:
+        shapes: by name.
+
+    Returns:
+        Their number of elements in all.
+    """
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _resnet20() -> Shapes:
+    """ResNet-20 for CIFAR-10 with parameter-free shortcuts (He et al. 2016, 4.2)."""
+    shapes: Shapes = {"conv1": (16, 3, 3, 3)}
+    width = 16
+    for stage, out in enumerate((16, 32, 64), start=1):
         for block in range(3):
-            yield f"layer{stage}.{block}.conv1.weight", (width, before, 3, 3)
-            yield f"layer{stage}.{block}.conv2.weight", (width, width, 3, 3)
-            before = width
-    yield "linear.weight", (10, 64)
+            name = f"layer{stage}.{block}"
+            shapes[f"{name}.conv1"] = (out, width, 3, 3)
+            shapes[f"{name}.conv2"] = (out, out, 3, 3)
+            width = out
+    return {**shapes, "fc": (10, 64)}
 
 
-def _resnet50() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """ResNet-50 for ImageNet (He et al. 2016), named as in torchvision."""
-    yield "conv1.weight", (64, 3, 7, 7)
-    before = 64
-    stages = zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True)
-    for stage, (width, blocks) in enumerate(stages, start=1):
+def _resnet50() -> Shapes:
+    """ResNet-50 for ImageNet (He et al. 2016, table 1)."""
+    shapes: Shapes = {"conv1": (64, 3, 7, 7)}
+    width = 64
+    stages = ((64, 3), (128, 4), (256, 6), (512, 3))
+    for stage, (inner, blocks) in enumerate(stages, start=1):
         for block in range(blocks):
-            prefix = f"layer{stage}.{block}"
-            yield f"{prefix}.conv1.weight", (width, before, 1, 1)
-            yield f"{prefix}.conv2.weight", (width, width, 3, 3)
-            yield f"{prefix}.conv3.weight", (4 * width, width, 1, 1)
+            name = f"layer{stage}.{block}"
+            shapes[f"{name}.conv1"] = (inner, width, 1, 1)
+            shapes[f"{name}.conv2"] = (inner, inner, 3, 3)
+            shapes[f"{name}.conv3"] = (4 * inner, inner, 1, 1)
             if block == 0:
-                yield f"{prefix}.downsample.0.weight", (4 * width, before, 1, 1)
-            before = 4 * width
-    yield "fc.weight", (1000, 2048)
+                shapes[f"{name}.downsample"] = (4 * inner, width, 1, 1)
+            width = 4 * inner
+    return {**shapes, "fc": (1000, 2048)}
 
 
-def _mobilenetv1() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """MobileNetV1 1.0 for ImageNet (Howard et al. 2017)."""
-    yield "conv1.weight", (32, 3, 3, 3)
-    before = 32
-    widths = (64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
-    for block, width in enumerate(widths):
-        yield f"blocks.{block}.depthwise.weight", (before, 1, 3, 3)
-        yield f"blocks.{block}.pointwise.weight", (width, before, 1, 1)
-        before = width
-    yield "fc.weight", (1000, 1024)
+def _mobilenetv1() -> Shapes:
+    """MobileNetV1, width 1.0 (Howard et al. 2017, table 1)."""
+    shapes: Shapes = {"conv": (32, 3, 3, 3)}
+    width = 32
+    outputs = (64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)
+    for index, out in enumerate(outputs):
+        shapes[f"layers.{index}.depthwise"] = (width, 1, 3, 3)
+        shapes[f"layers.{index}.pointwise"] = (out, width, 1, 1)
+        width = out
+    return {**shapes, "fc": (1000, 1024)}
 
 
-def _bert_base() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Encoder of BERT base (Devlin et al. 2019), which is what is pruned of it."""
-    hidden, inner = 768, 3072
-    for layer in range(12):
-        prefix = f"encoder.layer.{layer}"
-        for name in ("query", "key", "value"):
-            yield f"{prefix}.attention.self.{name}.weight", (hidden, hidden)
-        yield f"{prefix}.attention.output.dense.weight", (hidden, hidden)
-        yield f"{prefix}.intermediate.dense.weight", (inner, hidden)
-        yield f"{prefix}.output.dense.weight", (hidden, inner)
+def _encoder(layers: int, width: int, inner: int) -> Shapes:
+    """Matrices of a transformer encoder: attention and the two of the MLP."""
+    shapes: Shapes = {}
+    for layer in range(layers):
+        for part in ("query", "key", "value", "output"):
+            shapes[f"layers.{layer}.attention.{part}"] = (width, width)
+        shapes[f"layers.{layer}.mlp.up"] = (inner, width)
+        shapes[f"layers.{layer}.mlp.down"] = (width, inner)
+    return shapes
 
 
-def _llama7b() -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Linear layers of LLaMA 7B (Touvron et al. 2023)."""
-    hidden, inner = 4096, 11008
+def _bert_base() -> Shapes:
+    """BERT-base with its pooler, without embeddings (Devlin et al. 2019)."""
+    return {**_encoder(12, 768, 3072), "pooler": (768, 768)}
+
+
+def _vit_b() -> Shapes:
+    """ViT-B/16 with patch projection and a head of 1000 (Dosovitskiy et al. 2021)."""
+    patches: Shapes = {"patches": (768, 3, 16, 16)}
+    return {**patches, **_encoder(12, 768, 3072), "head": (1000, 768)}
+
+
+def _llama7b() -> Shapes:
+    """LLaMA 7B with its output projection (Touvron et al. 2023, table 2)."""
+    width, inner = 4096, 11008
+    shapes: Shapes = {}
     for layer in range(32):
-        prefix = f"layers.{layer}"
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield f"{prefix}.self_attn.{name}.weight", (hidden, hidden)
-        yield f"{prefix}.mlp.gate_proj.weight", (inner, hidden)
-        yield f"{prefix}.mlp.up_proj.weight", (inner, hidden)
-        yield f"{prefix}.mlp.down_proj.weight", (hidden, inner)
-    yield "lm_head.weight", (32000, hidden)
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes[f"layers.{layer}.self_attn.{part}"] = (width, width)
+        shapes[f"layers.{layer}.mlp.gate_proj"] = (inner, width)
+        shapes[f"layers.{layer}.mlp.up_proj"] = (inner, width)
+        shapes[f"layers.{layer}.mlp.down_proj"] = (width, inner)
+    return {**shapes, "lm_head": (32000, width)}
 
 
 SHAPES: dict[str, Shapes] = {
-    "resnet20": dict(_resnet20()),
-    "resnet50": dict(_resnet50()),
-    "mobilenetv1": dict(_mobilenetv1()),
-    "bert_base": dict(_bert_base()),
-    "llama7b": dict(_llama7b()),
+    "resnet20": _resnet20(),
+    "resnet50": _resnet50(),
+    "mobilenetv1": _mobilenetv1(),
+    "bert_base": _bert_base(),
+    "vit_b": _vit_b(),
+    "llama7b": _llama7b(),
 }
