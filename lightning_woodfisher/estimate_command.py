@@ -9,7 +9,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from lightning_woodfisher.errors import ConfigurationError, nearest
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.resources import ResourceEstimate, estimate
 from lightning_woodfisher.schedule import Horizon
-from lightning_woodfisher.shapes import SHAPES, Shapes
+from lightning_woodfisher.shapes import SHAPES
 
 # What a Trainer does that is told neither epochs nor steps.
 _DEFAULT_EPOCHS = 1000
@@ -41,7 +41,7 @@ class Run:
         levels: sparsities before a step: the first and the last one.
     """
 
-    network: nn.Module | Shapes
+    network: nn.Module | Mapping[str, tuple[int, ...]]
     callback: WoodFisherPruningCallback
     world_size: int
     levels: tuple[float, ...]
@@ -191,7 +191,9 @@ def _make(parser: Any, config: Any) -> Any:
         # Not every model can be made without memory: some read weights, or compute.
         with torch.device("meta"):
             return instantiate()
-    except (NotImplementedError, RuntimeError):
+    except Exception:
+        # jsonargparse wraps what a constructor raises; what is wrong in earnest is
+        # raised again.
         return instantiate()
 
 
