@@ -78,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if given[:1] == ["benchmark"]:
+            return benchmark(given[1:])
         if given[:1] == ["estimate"]:
             return run_estimate(given[1:], _CLI)
         _CLI(

@@ -22,19 +22,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightning_woodfisher.criteria import CRITERIA, make_criterion
-from lightning_woodfisher.fisher import FisherConfig, choose_engine
+from lightning_woodfisher.fisher import FisherConfig, choose_engine, rows_in_chunk
 from lightning_woodfisher.obs import Update
 from lightning_woodfisher.partition import Partition, Unit
 
 # ---------------------------------------------------------------- what the engine does
 
 # Bytes of a number of GᵀG; "auto" starts like float32 and counts so.
-_GRAM_ITEMSIZE = {"auto": 8, "float32": 8, "float64": 8}
-# Rows that enter the Fisher at once.
-_ROWS_IN_CHUNK = 64
+_GRAM_ITEMSIZE = {"auto": 4, "float32": 4, "float64": 8}
 # Copies of the matrices of a unit in work, float64.
-_PRIMAL_MATRICES = 6
-_DUAL_GRAMS, _DUAL_ROWS = 4, 3
+_PRIMAL_MATRICES = 4
+_DUAL_GRAMS, _DUAL_ROWS = 4, 2
 _FULL_GRAMS = 6
 # Units in work at once.
 _UNITS_AT_ONCE = 1
@@ -208,7 +206,7 @@ def _collection(
     """Memory while gradients are taken, and while a chunk of them enters the Fisher."""
     own = sum(unit.count * unit.size for unit in units)
     ranks, count = work.world_size, work.fisher.num_gradients
-    chunk = min(_ROWS_IN_CHUNK, count)
+    chunk = min(rows_in_chunk(work.fisher), count)
     # Rows are there as they came and in one piece, beside the chunk before: the first
     # chunk has none, the last may be short.
     rows = max(2 * chunk, chunk + 2 * min(chunk, count - chunk))
