@@ -76,7 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Like `python -m`: classes of a config are often in the folder one works in.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given[:1] == ["benchmark"]:
             return benchmark(given[1:])
