@@ -5,6 +5,7 @@ from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.pruner import prune
 from lightning_woodfisher.report import PruningReport
+from lightning_woodfisher.resources import ResourceEstimate, estimate
 from lightning_woodfisher.schedule import (
     ConstantSchedule,
     OneShotSchedule,
@@ -24,7 +25,9 @@ __all__ = [
     "PruningError",
     "PruningReport",
     "PruningSchedule",
+    "ResourceEstimate",
     "SelectionConfig",
     "WoodFisherPruningCallback",
+    "estimate",
     "prune",
 ]

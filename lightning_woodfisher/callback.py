@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_woodfisher.budget import require_one_device
 from lightning_woodfisher.criteria import CriterionName
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, PruningError
@@ -33,7 +34,12 @@ from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.loggers import announce, log_report, progress_bar
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
-from lightning_woodfisher.pruner import Pruner, PruningConfig, check_sparsity
+from lightning_woodfisher.pruner import (
+    Pruner,
+    PruningConfig,
+    check_sparsity,
+    within_memory,
+)
 from lightning_woodfisher.report import PruningReport, format_table
 from lightning_woodfisher.schedule import (
     ConstantSchedule,
@@ -117,6 +123,8 @@ class WoodFisherPruningCallback(pl.Callback):
         self.report_path = report_path
         self.masks: Masks | None = None
         self.reports: list[PruningReport] = []
+        # The settings of the steps; those of the user, made to fit into memory.
+        self._step_config = self.config
         self._plan: tuple[PlannedStep, ...] = ()
         self._done: list[tuple[Unit, int]] = []
         self._restored_masks: Mapping[str, Any] | None = None
@@ -173,6 +181,7 @@ class WoodFisherPruningCallback(pl.Callback):
         parameters = prunable_parameters(
             pl_module, selection.include, selection.exclude
         )
+        require_one_device(parameters)
         old = self._restored_masks
         if old is None and self.masks is not None:
             old = self.masks.state_dict()
@@ -200,7 +209,14 @@ class WoodFisherPruningCallback(pl.Callback):
             self._source(trainer, pl_module).batches(
                 fisher.num_gradients, fisher.gradient_batch_size, self.config.seed
             )
-            announce(trainer, self._describe_plan(masks))
+            # Nothing is allocated yet; the first step is the one that needs most.
+            self._step_config, cost = within_memory(
+                masks,
+                self.config,
+                Communicator(pl_module.device),
+                trainer.num_devices,
+            )
+            announce(trainer, f"{self._describe_plan(masks)}\n{cost.summary()}")
         for optimizer in trainer.optimizers:
             post = optimizer.register_step_post_hook(lambda *_: masks.apply())
             self._handles.append(post)
@@ -375,7 +391,7 @@ class WoodFisherPruningCallback(pl.Callback):
         masks, target = self._get_masks(), due[-1]
         if target.sparsity > masks.sparsity():
             comm = Communicator(pl_module.device)
-            pruner = Pruner(masks, self.config, comm, progress_bar(trainer))
+            pruner = Pruner(masks, self._step_config, comm, progress_bar(trainer))
             report = pruner.step(
                 self._source(trainer, pl_module), target.sparsity, target.position
             )

@@ -26,6 +26,7 @@ from lightning_woodfisher import schedule
 from lightning_woodfisher.benchmark.command import main as benchmark
 from lightning_woodfisher.callback import WoodFisherPruningCallback
 from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
+from lightning_woodfisher.estimate_command import run_estimate
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.selection import SelectionConfig
 
@@ -78,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given[:1] == ["benchmark"]:
             return benchmark(given[1:])
+        if given[:1] == ["estimate"]:
+            return run_estimate(given[1:], _CLI)
         _CLI(
             args=given,
             save_config_callback=_SaveConfig,

@@ -48,6 +48,7 @@ from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.isolation import ModelMode
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.products import Precision
+from lightning_woodfisher.sizes import parse_bytes
 
 Engine = Literal["auto", "primal", "dual"]
 
@@ -69,6 +70,10 @@ class FisherConfig:
             same matrix.
         precision: of the products of gradients: ``"auto"`` goes over from float32 to
             float64 where float32 would cost F⁻¹ more than 1e-5.
+        offload_rows: keep gradient rows in host memory where the Fisher keeps rows.
+        memory_budget: most memory that a step may take on each rank for itself, beside the
+            network and its activations: bytes, ``"80GB"`` or ``"24GiB"``. Checked before
+            training starts; None checks against the memory that is free then.
     """
 
     num_gradients: int = 256
@@ -78,6 +83,8 @@ class FisherConfig:
     model_mode: ModelMode = "eval"
     engine: Engine = "auto"
     precision: Precision = "auto"
+    offload_rows: bool = False
+    memory_budget: str | int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_gradients", "gradient_batch_size", "block_size"):
@@ -94,11 +101,10 @@ class FisherConfig:
                 f"fisher.damping={self.damping} must be positive and finite; without it "
                 "the Fisher of fewer gradients than weights has no inverse."
             )
-        for name, known in (
-            ("model_mode", ModelMode),
-            ("engine", Engine),
-            ("precision", Precision),
-        ):
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget, "fisher.memory_budget")
+        choices = {"model_mode": ModelMode, "engine": Engine, "precision": Precision}
+        for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
                 raise ConfigurationError(
                     f"fisher.{name}={getattr(self, name)!r} is unknown; use one of "

@@ -8,10 +8,11 @@ The step is whole or absent: weights and masks are put back when anything fails.
 
 from __future__ import annotations
 
-__all__ = ["Pruner", "PruningConfig", "PruningReport", "prune"]
+__all__ = ["Pruner", "PruningConfig", "PruningReport", "prune", "within_memory"]
 
 import bisect
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_woodfisher.budget import fit_into_memory, require_one_device
+from lightning_woodfisher.costs import Work
 from lightning_woodfisher.criteria import CRITERIA, Criterion, make_criterion
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
@@ -38,6 +41,7 @@ from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.report import LayerReport, PruningReport
+from lightning_woodfisher.resources import ResourceEstimate
 from lightning_woodfisher.selection import (
     SelectionConfig,
     removal_counts,
@@ -45,6 +49,7 @@ from lightning_woodfisher.selection import (
 )
 
 _SAMPLES_EVALUATED_AT_ONCE = 64
+_CHECKSUM_PIECE = 2**20
 
 Progress = Callable[
     [str, int], "contextlib.AbstractContextManager[Callable[[int], object]]"
@@ -157,13 +162,10 @@ class Pruner:
     def _require_same_start(self) -> None:
         """Refuse ranks that hold different weights or masks."""
         parameters = self.masks.parameters
-        dtype = _gather_dtype(parameters)
-        weights = torch.cat(
-            [p.detach().reshape(-1).to(dtype) for p in parameters.values()]
-        )
-        kept = torch.cat([self.masks.kept(name).reshape(-1) for name in parameters])
-        self.comm.require_equal(_checksum(weights), "the weights before the step")
-        self.comm.require_equal(_checksum(kept), "the masks before the step")
+        weights = _checksum(p.detach() for p in parameters.values())
+        kept = _checksum(self.masks.kept(name) for name in parameters)
+        self.comm.require_equal(weights, "the weights before the step")
+        self.comm.require_equal(kept, "the masks before the step")
 
     def _targets_of_parts(self, target_sparsity: float) -> list[float]:
         """Sparsities of the parts: the kept share falls geometrically to the target."""
@@ -334,8 +336,8 @@ class Pruner:
                 f"{int((~everything.isfinite()).sum())} updated weights are not finite; "
                 "raise fisher.damping or recompute_steps, or lower the step's sparsity"
             )
-        self.comm.require_equal(_checksum(everything), "the updated weights")
-        self.comm.require_equal(_checksum(gone), "the masks")
+        self.comm.require_equal(_checksum([everything]), "the updated weights")
+        self.comm.require_equal(_checksum([gone]), "the masks")
         start = 0
         pruned = {}
         for name, parameter in self.masks.parameters.items():
@@ -475,11 +477,42 @@ def prune(
     parameters = prunable_parameters(
         model, config.selection.include, config.selection.exclude
     )
+    require_one_device(parameters)
     masks = Masks(parameters)
     masks.take_zeros()
-    device = next(iter(parameters.values())).device
-    pruner = Pruner(masks, config, Communicator(device), progress)
+    comm = Communicator(next(iter(parameters.values())).device)
+    config, _ = within_memory(masks, config, comm)
+    pruner = Pruner(masks, config, comm, progress)
     return pruner.step(FunctionLoss(model, data, loss_fn), target_sparsity)
+
+
+def within_memory(
+    masks: Masks, config: PruningConfig, comm: Communicator, ranks_on_host: int = 1
+) -> tuple[PruningConfig, ResourceEstimate]:
+    """Check that the next step fits into memory; see :func:`~.budget.fit_into_memory`.
+
+    Args:
+        masks: what is pruned already.
+        config: how to prune.
+        comm: the ranks.
+        ranks_on_host: how many of them share the memory of this machine.
+
+    Returns:
+        The settings, changed where only that makes it fit, and the estimate.
+    """
+    zeros = masks.zeros()
+    weights = {name: p.numel() for name, p in masks.parameters.items()}
+    work = Work(
+        list(weights.values()),
+        [count - zeros[name] for name, count in weights.items()],
+        config.fisher,
+        comm.world_size,
+        config.criterion,
+        config.update,
+        max(p.element_size() for p in masks.parameters.values()),
+    )
+    fisher, cost = fit_into_memory(work, comm, ranks_on_host)
+    return dataclasses.replace(config, fisher=fisher), cost
 
 
 def check_sparsity(target_sparsity: float) -> None:
@@ -569,12 +602,20 @@ def _sum_by_layer(values: Tensor, partition: Partition, comm: Communicator) -> T
     )
 
 
-def _checksum(values: Tensor) -> Tensor:
-    """Mix the bits of a tensor into one int64, wrapping around."""
-    kinds = {1: torch.uint8, 4: torch.int32, 8: torch.int64}
-    bits = values.contiguous().view(kinds[values.element_size()]).to(torch.int64)
-    index = torch.arange(1, len(bits) + 1, device=bits.device)
-    return ((bits + 1) * (index * 2654435761 + 97)).sum()
+def _checksum(tensors: Iterable[Tensor]) -> Tensor:
+    """Mix the bits of tensors, one behind the other, into one int64, wrapping around."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    first, total = 1, torch.zeros((), dtype=torch.int64)
+    for tensor in tensors:
+        flat = tensor.contiguous().view(-1).view(kinds[tensor.element_size()])
+        # Piece by piece: in int64 the whole would need many times the model's memory.
+        for piece in torch.split(flat, _CHECKSUM_PIECE):
+            last = first + len(piece)
+            index = torch.arange(first, last, device=piece.device)
+            mixed = (piece.to(torch.int64) + 1) * (index * 2654435761 + 97)
+            total = total.to(piece.device) + mixed.sum()
+            first = last
+    return total
 
 
 def _mean(losses: list[float]) -> float | None:

@@ -1,0 +1,318 @@
+"""Estimates against counted bytes, real exchanges, real networks and closed forms."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_woodfisher import (
+    ConfigurationError,
+    FisherConfig,
+    SelectionConfig,
+    estimate,
+    prune,
+)
+from lightning_woodfisher import budget as budget_module
+from lightning_woodfisher.allocations import AllocationMeter, measure_step_bytes
+from lightning_woodfisher.budget import free_bytes, require_one_device
+from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.shapes import SHAPES
+from lightning_woodfisher.sizes import parse_bytes
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from step_bytes import make_step
+
+SLICE_OF_RESNET50 = {
+    name: shape for name, shape in SHAPES["resnet50"].items() if "layer2.1" in name
+}
+TRANSFORMER = {
+    f"layer{i}.{name}": shape
+    for i in range(2)
+    for name, shape in {
+        "attention": (192, 64),
+        "output": (64, 64),
+        "inner": (256, 64),
+        "outer": (64, 256),
+    }.items()
+}
+
+
+def fisher(count: int, block: int | None, **options: Any) -> FisherConfig:
+    return FisherConfig(num_gradients=count, block_size=block, **options)
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def test_the_meter_counts_what_lives_and_nothing_else() -> None:
+    before = torch.zeros(1000)
+    with AllocationMeter() as meter:
+        first = torch.zeros(1000)
+        second = first.view(10, 100) + 1
+        del first
+        before.add_(1.0).view(-1)[3:].t()
+        copies = [second.clone() for _ in range(3)]
+        del copies
+        with meter.paused():
+            uncounted = second + 1
+        kept = torch.cat([second[0], uncounted[0]])
+    assert meter.peak_bytes == 4 * 4000
+    assert meter.live_bytes == 4000 + 800
+    del kept
+    assert meter.live_bytes == 4000
+
+
+@pytest.mark.parametrize(
+    ("shapes", "settings", "sparsity"),
+    [
+        pytest.param(SHAPES["resnet20"], fisher(48, 16), 0.0, id="resnet20 primal"),
+        pytest.param(SHAPES["resnet20"], fisher(40, 256), 0.0, id="resnet20 dual"),
+        pytest.param(SHAPES["resnet20"], fisher(64, None), 0.0, id="resnet20 full"),
+        pytest.param(SHAPES["resnet20"], fisher(40, 16), 0.8, id="sparse primal"),
+        pytest.param(SHAPES["resnet20"], fisher(100, 128), 0.8, id="sparse dual"),
+        pytest.param(SLICE_OF_RESNET50, fisher(16, 50), 0.0, id="resnet50 dual"),
+        pytest.param(SLICE_OF_RESNET50, fisher(16, 16), 0.0, id="resnet50 primal"),
+        pytest.param(TRANSFORMER, fisher(150, 50), 0.0, id="transformer primal"),
+        pytest.param(TRANSFORMER, fisher(80, 192), 0.0, id="transformer dual"),
+        pytest.param(
+            TRANSFORMER, fisher(70, 64, precision="float64"), 0.0, id="float64"
+        ),
+    ],
+)
+def test_a_step_takes_the_bytes_that_were_estimated(
+    shapes: dict[str, tuple[int, ...]], settings: FisherConfig, sparsity: float
+) -> None:
+    step, _ = make_step(shapes, settings, target=0.9, sparsity=sparsity)
+    cost = estimate(shapes, fisher=settings, sparsity=sparsity)
+    reports = []
+    peak = measure_step_bytes(lambda: reports.append(step()))
+    assert cost.state_bytes == pytest.approx(reports[0].fisher_bytes[0], rel=0.15)
+    assert peak <= 1.15 * cost.peak_bytes
+    assert peak >= 0.85 * cost.peak_bytes
+
+
+def test_magnitude_keeps_no_state_and_is_estimated_within_its_bytes() -> None:
+    step, _ = make_step(SHAPES["resnet20"], fisher(4, 16), criterion="magnitude")
+    cost = estimate(SHAPES["resnet20"], criterion="magnitude")
+    assert (cost.engine, cost.state_bytes, cost.gradient_passes) == ("none", 0, 0)
+    peak = measure_step_bytes(step)
+    assert 0.6 * cost.peak_bytes <= peak <= 1.15 * cost.peak_bytes
+
+
+def test_sums_of_one_layer_by_hand() -> None:
+    # 10 blocks of 10 on one rank, 5 on each of two.
+    one = estimate({"w": (10, 10)}, fisher=fisher(20, 10, precision="float64"))
+    two = estimate(
+        {"w": (10, 10)}, fisher=fisher(20, 10, precision="float64"), world_size=2
+    )
+    assert (one.blocks, one.state_bytes, two.state_bytes) == (10, 8000, 4000)
+    # Ten of twenty rows, 50 numbers of 4 bytes to the other rank.
+    assert two.bytes_sent == {"exchange": 10 * 50 * 4, "gather": 50 * 5, "reduce": 0}
+    assert one.bytes_sent == {"exchange": 0, "gather": 0, "reduce": 0}
+    assert (one.gradient_passes, two.gradient_passes) == (20, 10)
+    # GᵀG: N multiplications and additions for each of 10 · 10² numbers.
+    assert one.flops["accumulate"] == 2 * 20 * 10 * 10**2
+    assert two.flops["accumulate"] == one.flops["accumulate"] // 2
+
+
+def test_the_worst_rank_counts() -> None:
+    # Three units of equal cost on two ranks.
+    cost = estimate({"w": (3, 50)}, fisher=fisher(100, 50), world_size=2)
+    alone = estimate({"w": (2, 50)}, fisher=fisher(100, 50))
+    assert cost.state_bytes == alone.state_bytes
+
+
+def test_ranks_without_blocks_are_counted() -> None:
+    cost = estimate({"w": (2, 8)}, fisher=fisher(16, 8), world_size=5)
+    assert (cost.blocks, cost.idle_ranks) == (2, 3)
+    assert "3 of 5 ranks own no block" in cost.summary()
+
+
+def test_seconds_are_those_of_the_rates() -> None:
+    cost = estimate(
+        {"w": (64, 64)},
+        fisher=fisher(20, 16),
+        world_size=2,
+        flops_per_second=1e6,
+        bytes_per_second=1e3,
+        seconds_per_gradient=0.5,
+    )
+    assert cost.seconds["gradients"] == pytest.approx(5.0)
+    assert cost.seconds["send"] == pytest.approx(sum(cost.bytes_sent.values()) / 1e3)
+    assert cost.seconds["accumulate"] == pytest.approx(cost.flops["accumulate"] / 1e6)
+
+
+def test_offloaded_rows_are_in_host_memory() -> None:
+    here = estimate(SHAPES["resnet20"], fisher=fisher(40, 256))
+    there = estimate(SHAPES["resnet20"], fisher=fisher(40, 256, offload_rows=True))
+    assert there.host_bytes == here.state_bytes > 0
+    assert (there.state_bytes, here.host_bytes) == (0, 0)
+    assert there.peak_bytes < here.peak_bytes
+
+
+def test_a_model_on_the_meta_device_costs_as_much_as_its_shapes() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4))
+    selected = estimate(model, selection=SelectionConfig(exclude=["Linear"]))
+    assert selected == estimate({"conv": (8, 3, 3, 3)})
+    assert estimate(model).weights == 8 * 27 + 32
+
+
+# ---------------------------------------------------------------- the verdict
+
+
+@pytest.mark.parametrize(
+    "settings", [fisher(300, 64), fisher(200, 500), fisher(64, None)]
+)
+def test_what_is_proposed_fits_and_one_more_does_not(settings: FisherConfig) -> None:
+    shapes = SHAPES["resnet20"]
+    need = estimate(shapes, fisher=settings).peak_bytes
+    memory = int(0.6 * need)
+    cost = estimate(shapes, fisher=settings, memory=memory)
+    assert cost.fits is False
+    count, ranks = cost.largest_num_gradients, cost.world_size_needed
+    assert count is not None
+    assert ranks is not None
+    block = settings.block_size
+
+    def fits(count: int, ranks: int) -> bool | None:
+        changed = fisher(count, block)
+        return estimate(shapes, fisher=changed, world_size=ranks, memory=memory).fits
+
+    assert fits(count, 1)
+    assert not fits(count + 1, 1)
+    assert fits(settings.num_gradients, ranks)
+    assert not fits(settings.num_gradients, ranks - 1)
+    assert f"num_gradients={count}" in cost.verdict
+    assert f"{ranks} devices" in cost.verdict
+    if cost.largest_block_size is not None:
+        smaller = fisher(settings.num_gradients, cost.largest_block_size)
+        assert estimate(shapes, fisher=smaller, memory=memory).fits
+    assert estimate(shapes, fisher=settings, memory=need).fits is True
+
+
+def test_no_setting_fits_into_next_to_nothing() -> None:
+    cost = estimate(SHAPES["resnet20"], memory="1KB")
+    assert cost.largest_block_size is None
+    assert cost.largest_num_gradients is None
+    assert cost.world_size_needed is None
+    assert "no block size" in cost.verdict
+
+
+def test_the_table_and_the_dict_say_the_same() -> None:
+    cost = estimate(SHAPES["resnet50"], fisher=fisher(400, 2000), world_size=8)
+    plain = json.loads(json.dumps(cost.to_dict()))
+    assert plain["peak_bytes"] == cost.peak_bytes
+    assert plain["state_bytes"] == cost.state_bytes
+    table = cost.to_table()
+    for word in ("25,502,912", "N=400", "8 rank(s)", "peak", "dual", *cost.phases):
+        assert word in table
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GB", 80 * 10**9), ("24GiB", 24 * 2**30), (" 1.5 mb ", 1_500_000), (7, 7)],
+)
+def test_amounts_of_memory_are_read(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["80 apples", "GB", "-3GB", "1e3GB", "", 0, -1, True])
+def test_other_amounts_are_refused(text: Any) -> None:
+    with pytest.raises(ConfigurationError, match="memory_budget"):
+        FisherConfig(memory_budget=text)
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 1.0}, {"world_size": 0}])
+def test_impossible_arguments_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(options))):
+        estimate({"w": (2, 2)}, **options)
+
+
+# ---------------------------------------------------------------- before a step
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4))
+
+
+def prune_small(**options: Any) -> Any:
+    samples = torch.randn(64, 40).split(1)
+    return prune(
+        small(),
+        list(samples),
+        lambda model, batch: model(batch).square().mean(),
+        target_sparsity=0.5,
+        fisher=FisherConfig(num_gradients=30, block_size=20, **options),
+    )
+
+
+def test_prune_refuses_a_budget_that_is_too_small_and_says_what_fits() -> None:
+    need = estimate(small(), fisher=fisher(30, 20)).peak_bytes
+    assert prune_small(memory_budget=need).sparsity == 0.5
+    with pytest.raises(ConfigurationError) as caught:
+        prune_small(memory_budget=int(0.7 * need))
+    assert f"memory_budget={int(0.7 * need)}" in str(caught.value)
+    assert "num_gradients=" in str(caught.value)
+    with pytest.raises(ConfigurationError, match=r"'1KB' is too small.*no block size"):
+        prune_small(memory_budget="1KB")
+
+
+def test_without_a_budget_only_what_cannot_fit_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    need = estimate(small(), fisher=fisher(30, 20)).peak_bytes
+    for free, works in ((None, True), (need, True), (need // 2, False)):
+        monkeypatch.setattr(budget_module, "free_bytes", lambda device, f=free: f)
+        if works:
+            prune_small()
+        else:
+            with pytest.raises(ConfigurationError, match="are free on cpu"):
+                prune_small()
+
+
+def test_free_memory_is_known_here_and_not_everywhere() -> None:
+    free = free_bytes(torch.device("cpu"))
+    assert free is None or 2**20 < free < 2**50
+    assert free_bytes(torch.device("meta")) is None
+
+
+def test_weights_without_values_or_on_two_devices_are_refused() -> None:
+    model = small()
+    model[2].to("meta")
+    with pytest.raises(ConfigurationError, match=r"2\.weight is on the meta device"):
+        require_one_device(prunable_parameters(model))
+    require_one_device(prunable_parameters(small()))
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def test_shapes_add_up_to_the_networks_they_are_named_after() -> None:
+    def total(name: str) -> int:
+        return sum(math.prod(shape) for shape in SHAPES[name].values())
+
+    # Parameters as published, less biases, norms and embeddings.
+    assert total("resnet20") == 269_722 - 10 - 2 * (7 * 16 + 6 * 32 + 6 * 64)
+    assert total("resnet50") == 25_557_032 - 1000 - 2 * 26_560
+    assert total("mobilenetv1") == 4_231_976 - 1000 - 2 * 10_944
+    biases = 12 * (4 * 768 + 3072 + 768)
+    encoder = 85_054_464 - biases - 12 * 4 * 768
+    assert total("bert_base") == encoder + 768**2
+    assert total("llama7b") == 6_738_415_616 - 32_000 * 4096 - (2 * 32 + 1) * 4096
+
+
+def test_resnet50_is_that_of_torchvision() -> None:
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        parameters = prunable_parameters(models.resnet50())
+    found = sorted(tuple(p.shape) for p in parameters.values())
+    assert found == sorted(SHAPES["resnet50"].values())
