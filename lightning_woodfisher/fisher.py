@@ -20,12 +20,14 @@ Shapes: D_r active weights of this rank, N gradients, B block size, K blocks of 
 from __future__ import annotations
 
 __all__ = [
+    "Collection",
     "DualInverseFisher",
     "Engine",
     "FisherConfig",
     "FullInverseFisher",
     "InverseFisher",
     "PrimalInverseFisher",
+    "RowDtype",
     "block_cost",
     "choose_engine",
     "full_column_chunk",
@@ -47,6 +49,8 @@ from lightning_woodfisher.isolation import ModelMode
 from lightning_woodfisher.partition import Partition, Unit
 
 Engine = Literal["auto", "primal", "dual"]
+Collection = Literal["auto", "loop"]
+RowDtype = Literal["float32", "bfloat16"]
 
 # λ·[F⁻¹]_jj = 1 − Σ Z² is a difference of numbers near one: below this float64 has too few
 # digits left for it, and damping is raised.
@@ -72,6 +76,9 @@ class FisherConfig:
             dropout, ``"train"`` with those of training.
         engine: ``"primal"``, ``"dual"``, or ``"auto"`` for the cheaper one; they are the
             same matrix.
+        collection: ``"auto"`` computes many gradients in one pass where that gives the
+            same numbers, ``"loop"`` each of them on its own.
+        row_dtype: of gradients that are exchanged and kept; bfloat16 halves both.
     """
 
     num_gradients: int = 256
@@ -80,6 +87,8 @@ class FisherConfig:
     damping: float = 1e-4
     model_mode: ModelMode = "eval"
     engine: Engine = "auto"
+    collection: Collection = "auto"
+    row_dtype: RowDtype = "float32"
 
     def __post_init__(self) -> None:
         for name in ("num_gradients", "gradient_batch_size", "block_size"):
@@ -96,7 +105,12 @@ class FisherConfig:
                 f"fisher.damping={self.damping} must be positive and finite; without it "
                 "the Fisher of fewer gradients than weights has no inverse."
             )
-        for name, known in (("model_mode", ModelMode), ("engine", Engine)):
+        for name, known in (
+            ("model_mode", ModelMode),
+            ("engine", Engine),
+            ("collection", Collection),
+            ("row_dtype", RowDtype),
+        ):
             if getattr(self, name) not in get_args(known):
                 raise ConfigurationError(
                     f"fisher.{name}={getattr(self, name)!r} is unknown; use one of "
