@@ -39,7 +39,7 @@ _SMALLEST_LOSS_SCALE = 1.0
 _LOSS_SCALE_STEP = 16.0
 
 # A micro-batch holds at most so many gradients, samples, and bytes of rows.
-_MOST_GRADIENTS = 64
+_MOST_GRADIENTS = 32
 _MOST_SAMPLES = 128
 _MOST_BYTES = 2**28
 # Fewer would be shared unevenly by the ranks; but tiny ones are no faster than a loop.

@@ -224,6 +224,17 @@ def test_the_cases_prune_what_they_were_asked_for(
         *zeros.values()
     ]
     assert bool(reports[-1]["raised_damping"]) == (case == "raised damping")
+    one_by_one: dict[str, str] = {
+        "stream of batches": "loop: the data comes in batches",
+        "one by one": "loop: asked for",
+        "batchnorm and dropout in training mode": (
+            "loop: in training mode samples of a batch may influence each other"
+        ),
+    }
+    expected = one_by_one.get(case, "per-sample")
+    if CASES[case].criterion == "magnitude":
+        expected = None
+    assert reports[-1]["collection"] == expected
     # BatchNorm's statistics are as before.
     for name, buffer in make(CASES[case].build).named_buffers():
         assert torch.equal(state[name], buffer), name
