@@ -125,45 +125,63 @@ class Communicator:
 
     def exchange(
         self,
-        row: Tensor | None,
+        rows: Tensor | None,
         sizes: Sequence[int],
-        senders: int,
+        counts: Sequence[int],
         dtype: torch.dtype = torch.float32,
     ) -> Pending:
-        """Send each rank its slice of our row and collect our slice of every row.
+        """Send each rank its columns of our rows and collect our columns of all rows.
 
         Args:
-            row: tensor of shape ``[D]``, or None when this rank has no row this time.
-            sizes: weights owned by each rank.
-            senders: ranks 0 .. senders-1 have a row.
+            rows: tensor of shape ``[n, D]``, or None when this rank has none this time.
+            sizes: columns owned by each rank.
+            counts: rows that each rank has.
             dtype: of the rows, also where this rank has none.
 
         Returns:
-            A pending tensor of shape ``[senders, D_r]``, row s from rank s.
+            A pending tensor of shape ``[sum(counts), D_r]``, in order of the sender.
 
         Raises:
-            ValueError: on a single rank without a row.
+            ValueError: on a single rank without rows.
         """
         if self.world_size == 1:
-            if row is None:
-                raise ValueError("a single rank must have a row")
-            return Pending(row.unsqueeze(0))
-        own = sizes[self.rank]
-        none = torch.empty(0, dtype=dtype, device=self.device)
-        send = none if row is None else row.contiguous()
-        send_sizes = [0] * self.world_size if row is None else list(sizes)
-        receive_sizes = [own if s < senders else 0 for s in range(self.world_size)]
-        received = torch.empty(senders * own, dtype=send.dtype, device=self.device)
+            if rows is None:
+                raise ValueError("a single rank must have rows")
+            return Pending(rows)
+        own, total, mine = sizes[self.rank], sum(counts), counts[self.rank]
+        send = torch.empty(0, dtype=dtype, device=self.device)
+        if rows is not None:
+            columns = torch.split(rows, list(sizes), dim=1)
+            send = torch.cat([part.reshape(-1) for part in columns])
+        received = torch.empty(total, own, dtype=dtype, device=self.device)
+        # Backends do not know every dtype, but all know bytes.
+        width = dtype.itemsize
         work = dist.all_to_all_single(
-            received,
-            send,
-            receive_sizes,
-            send_sizes,
+            received.view(-1).view(torch.uint8),
+            send.view(torch.uint8),
+            [n * own * width for n in counts],
+            [mine * size * width for size in sizes],
             group=self._group,
             async_op=True,
         )
-        self.bytes_sent += (send.numel() - send_sizes[self.rank]) * send.element_size()
-        return Pending(received.view(senders, own), work, keep=send)
+        self.bytes_sent += (send.numel() - mine * own) * width
+        return Pending(received, work, keep=send)
+
+    def share_text(self, text: str) -> str:
+        """Tell every rank what rank 0 says.
+
+        Args:
+            text: only that of rank 0 counts.
+
+        Returns:
+            The text of rank 0.
+        """
+        everyone: list[str] = [text]
+        if self.world_size > 1:
+            dist.broadcast_object_list(
+                everyone, 0, group=self._group, device=self.device
+            )
+        return everyone[0]
 
     def gather_shards(self, shard: Tensor, sizes: Sequence[int]) -> Tensor:
         """Put the shards of all ranks one behind the other, on every rank.

@@ -21,12 +21,14 @@ Shapes: D_r active weights of this rank, N gradients, B block size, K blocks of 
 from __future__ import annotations
 
 __all__ = [
+    "Collection",
     "DualInverseFisher",
     "Engine",
     "FisherConfig",
     "FullInverseFisher",
     "InverseFisher",
     "PrimalInverseFisher",
+    "RowDtype",
     "block_cost",
     "choose_engine",
     "full_column_chunk",
@@ -51,6 +53,8 @@ from lightning_woodfisher.products import Precision
 from lightning_woodfisher.sizes import parse_bytes
 
 Engine = Literal["auto", "primal", "dual"]
+Collection = Literal["auto", "loop"]
+RowDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class FisherConfig:
         memory_budget: most memory that a step may take on each rank for itself, beside the
             network and its activations: bytes, ``"80GB"`` or ``"24GiB"``. Checked before
             training starts; None checks against the memory that is free then.
+        collection: ``"auto"`` computes many gradients in one pass where that gives the
+            same numbers, ``"loop"`` each of them on its own.
+        row_dtype: of gradients that are exchanged and kept; bfloat16 halves both.
     """
 
     num_gradients: int = 256
@@ -85,6 +92,8 @@ class FisherConfig:
     precision: Precision = "auto"
     offload_rows: bool = False
     memory_budget: str | int | None = None
+    collection: Collection = "auto"
+    row_dtype: RowDtype = "float32"
 
     def __post_init__(self) -> None:
         for name in ("num_gradients", "gradient_batch_size", "block_size"):
@@ -103,7 +112,13 @@ class FisherConfig:
             )
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget, "fisher.memory_budget")
-        choices = {"model_mode": ModelMode, "engine": Engine, "precision": Precision}
+        choices = {
+            "model_mode": ModelMode,
+            "engine": Engine,
+            "precision": Precision,
+            "collection": Collection,
+            "row_dtype": RowDtype,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
                 raise ConfigurationError(

@@ -1,8 +1,9 @@
 """From mini-batches to gradient rows, spread over the ranks.
 
-Gradient i is the gradient of the mean loss of the i-th mini-batch. It has the same
-samples and the same random seed whatever the number of ranks; rank i mod R computes it,
-and each rank receives its own slice of it.
+Gradient i is the gradient of the mean loss of the i-th mini-batch. Consecutive gradients
+form micro-batches of a number that does not depend on the ranks: rank k mod R computes
+micro-batch k, in one pass where that gives the same numbers as one by one, and each rank
+receives its own slice of it.
 """
 
 from __future__ import annotations
@@ -19,300 +20,38 @@ __all__ = [
     "mean_loss",
 ]
 
-import contextlib
-import hashlib
-import itertools
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, default_collate
 
+from lightning_woodfisher.batches import Batches, DatasetBatches, StreamBatches
 from lightning_woodfisher.distributed import Communicator, Pending
-from lightning_woodfisher.errors import ConfigurationError, PruningError
-from lightning_woodfisher.isolation import ModelMode, isolated, seeded
+from lightning_woodfisher.errors import PruningError
+from lightning_woodfisher.fisher import Collection, RowDtype
+from lightning_woodfisher.isolation import derive_seed, seeded
+from lightning_woodfisher.losses import FunctionLoss, LossSource
+from lightning_woodfisher.per_sample import per_sample_rows, why_not
 
 # A loss scale that is lowered below this cannot be what makes gradients overflow.
 _SMALLEST_LOSS_SCALE = 1.0
 _LOSS_SCALE_STEP = 16.0
 
-
-def derive_seed(*parts: object) -> int:
-    """Mix numbers and names into one seed.
-
-    Args:
-        parts: anything with a stable ``repr``.
-
-    Returns:
-        An integer in [0, 2**63).
-    """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-class Batches(ABC):
-    """Mini-batches by number; batch i is the same on every rank.
-
-    Attributes:
-        regroupable: whether asking for fewer and larger batches under the same seed gives
-            the same samples in larger groups.
-    """
-
-    regroupable: bool = False
-
-    @abstractmethod
-    def fetch(self, index: int) -> Any:
-        """Make one batch.
-
-        Args:
-            index: which one; callers ask in rising order.
-
-        Returns:
-            The batch, on whatever device the data lives.
-        """
-
-    @abstractmethod
-    def describe(self, index: int) -> str:
-        """Name the samples of a batch for an error message.
-
-        Args:
-            index: which batch.
-
-        Returns:
-            For example ``"samples 3, 17"``.
-        """
-
-
-class DatasetBatches(Batches):
-    """Batches of a map-style dataset under an own seeded permutation, no sample twice.
-
-    Args:
-        dataset: anything with ``__len__`` and ``__getitem__``.
-        count: number of batches, N.
-        size: samples in a batch, m.
-        seed: of the permutation.
-        collate: list of samples to batch.
-        regroupable: False when ``collate`` can make a batch of one item only.
-
-    Raises:
-        ConfigurationError: when the dataset has fewer than N·m samples.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        count: int,
-        size: int,
-        seed: int,
-        collate: Callable[[list[Any]], Any] = default_collate,
-        regroupable: bool = True,
-    ) -> None:
-        if not isinstance(dataset, Sized):
-            raise ConfigurationError(
-                f"{type(dataset).__name__} has no length; give a map-style dataset or an "
-                "iterable of batches."
-            )
-        samples = len(dataset)
-        if samples < count * size:
-            raise ConfigurationError(
-                f"num_gradients={count} times gradient_batch_size={size} needs "
-                f"{count * size} samples, but the dataset has {samples}; lower one of "
-                f"them (num_gradients={max(1, samples // size)} would fit)."
-                if samples >= size
-                else f"gradient_batch_size={size} exceeds the {samples} samples of the "
-                "dataset; lower it."
-            )
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(samples, generator=generator)[: count * size]
-        self._dataset = dataset
-        self._indices = order.view(count, size).tolist()
-        self._collate = collate
-        self.regroupable = regroupable
-
-    def fetch(self, index: int) -> Any:
-        """Make one batch.
-
-        Args:
-            index: which one.
-
-        Returns:
-            The collated samples.
-        """
-        indices = self._indices[index]
-        if hasattr(self._dataset, "__getitems__"):
-            return self._collate(self._dataset.__getitems__(indices))
-        return self._collate([self._dataset[i] for i in indices])
-
-    def describe(self, index: int) -> str:
-        """Name the samples of a batch.
-
-        Args:
-            index: which batch.
-
-        Returns:
-            Their indices in the dataset.
-        """
-        return f"samples {', '.join(map(str, self._indices[index][:8]))}"
-
-
-class StreamBatches(Batches):
-    """Batches as an iterable yields them, which must be in the same order on every rank.
-
-    Args:
-        iterable: of batches; each gives one gradient.
-        count: number of batches that will be needed, N.
-    """
-
-    def __init__(self, iterable: Iterable[Any], count: int) -> None:
-        self._iterator = iter(iterable)
-        self._next = 0
-        self._count = count
-
-    def fetch(self, index: int) -> Any:
-        """Read on to one batch.
-
-        Args:
-            index: which one, not before an earlier one.
-
-        Returns:
-            The batch.
-
-        Raises:
-            ConfigurationError: when the iterable ends too early.
-        """
-        for batch in self._iterator:
-            self._next += 1
-            if self._next > index:
-                return batch
-        raise ConfigurationError(
-            f"the data ended after {self._next} batches, but num_gradients="
-            f"{self._count} needs one batch each; lower num_gradients or give more."
-        )
-
-    def describe(self, index: int) -> str:
-        """Name a batch.
-
-        Args:
-            index: which batch.
-
-        Returns:
-            Its number in the stream.
-        """
-        return f"batch {index} of the stream"
-
-
-class LossSource(ABC):
-    """Where losses come from: a model, its data, and how a batch becomes a loss.
-
-    Args:
-        model: the network whose gradients are taken.
-
-    Attributes:
-        loss_scale: factor by which the loss is multiplied before the backward pass, to
-            keep float16 gradients from vanishing.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.loss_scale = 1.0
-
-    @abstractmethod
-    def batches(self, count: int, size: int, seed: int) -> Batches:
-        """Choose the mini-batches of one estimate.
-
-        Args:
-            count: N.
-            size: m.
-            seed: different seeds give different samples where the data allows it.
-
-        Returns:
-            The batches.
-        """
-
-    @abstractmethod
-    def loss(self, batch: Any, index: int) -> Tensor:
-        """Run the model.
-
-        Args:
-            batch: what :class:`Batches` made.
-            index: number of the batch.
-
-        Returns:
-            Scalar tensor with a graph: the mean loss of the batch.
-        """
-
-    @contextlib.contextmanager
-    def session(self, mode: ModelMode) -> Iterator[None]:
-        """Enter before asking for losses; leaves no trace in the model.
-
-        Args:
-            mode: training or evaluation behaviour of the layers.
-
-        Yields:
-            Nothing.
-        """
-        with isolated(self.model, mode):
-            yield
-
-
-class FunctionLoss(LossSource):
-    """Losses of a plain model, data and function.
-
-    Args:
-        model: the network.
-        data: a map-style Dataset of samples, or an iterable of batches.
-        loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Dataset[Any] | Iterable[Any],
-        loss_fn: Callable[[Any, Any], Tensor],
-    ) -> None:
-        super().__init__(model)
-        self._data = data
-        self._loss_fn = loss_fn
-        self._read: tuple[tuple[int, int], list[Any]] | None = None
-
-    def batches(self, count: int, size: int, seed: int) -> Batches:
-        """Choose the mini-batches; an iterable gives them as they come.
-
-        An iterator, which can be read only once, has its last N batches kept in memory.
-
-        Args:
-            count: N.
-            size: m, for a Dataset.
-            seed: of the choice, for a Dataset.
-
-        Returns:
-            The batches.
-        """
-        data = self._data
-        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-            return DatasetBatches(data, count, size, seed)
-        if isinstance(data, Iterator):
-            # It can be read only once, but the loss is measured on the same batches.
-            if self._read is None or self._read[0] != (count, seed):
-                self._read = (count, seed), list(itertools.islice(data, count))
-            return StreamBatches(self._read[1], count)
-        return StreamBatches(data, count)
-
-    def loss(self, batch: Any, index: int) -> Tensor:
-        """Call the loss function.
-
-        Args:
-            batch: moved to the device of the model.
-            index: not used.
-
-        Returns:
-            Scalar tensor.
-        """
-        device = next(self.model.parameters()).device
-        return self._loss_fn(self.model, _to_device(batch, device))
+# A micro-batch holds at most so many gradients, samples, and bytes of rows.
+_MOST_GRADIENTS = 32
+_MOST_SAMPLES = 128
+_MOST_BYTES = 2**28
+# Fewer would be shared unevenly by the ranks; but tiny ones are no faster than a loop.
+_MICRO_BATCHES_WANTED = 16
+_FEWEST_GRADIENTS = 8
+# A gradient computed with others is compared with the same one alone: in each micro-batch
+# that begins another so many. Apart from rounding they must be equal.
+_GRADIENTS_PER_CHECK = 64
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_TOLERANCE_16_BIT = 1e-1
+# The rounding of a batch does not shrink with the gradient of a sample that fits well.
+_SHARE_OF_LARGEST = 1e-2
 
 
 def collect_gradients(
@@ -326,10 +65,14 @@ def collect_gradients(
     seed: int,
     losses: list[float],
     tick: Callable[[int], object] = lambda _: None,
+    *,
+    collection: Collection = "auto",
+    row_dtype: RowDtype = "float32",
+    note: Callable[[str], object] = lambda _: None,
 ) -> Iterator[Tensor]:
     """Compute the gradients of this rank and yield this rank's slice of all of them.
 
-    The exchange of one round runs while the next gradient is computed.
+    The exchange of one round runs while the next micro-batch is computed.
 
     Args:
         source: where losses come from, with its session entered.
@@ -339,46 +82,59 @@ def collect_gradients(
         shard_sizes: active weights of every rank.
         count: N.
         comm: the ranks.
-        seed: gradient i runs under ``derive_seed(seed, i)``.
-        losses: receives the N losses, in order, when all are done.
+        seed: gradient i runs under ``derive_seed(seed, i)``, or its micro-batch under
+            that of its first one.
+        losses: receives the N losses, in order, when all are done. Of a micro-batch
+            computed in one pass only the mean is known; it stands for each.
         tick: called with the number of gradients that have been done by all ranks.
+        collection: ``"loop"`` forbids to compute several gradients in one pass.
+        row_dtype: ``"bfloat16"`` rounds the rows before they are exchanged.
+        note: called when all are done with ``"per-sample"``, or ``"loop: <reason>"``;
+            the same on every rank.
 
     Yields:
         Tensors of shape ``[n, D_r]``: gradients in order of i.
     """
-    failure: Exception | None = None
-    own: dict[int, float] = {}
-    pending: Pending | None = None
-    device = comm.device
+    maker = _Rows(source, batches, parameters, active, seed)
+    maker.reason = _why_loop(source, batches, parameters, collection)
+    at_once = 1
+    if not maker.reason:
+        at_once = _micro_batch_size(count, batches.size or 1, sum(shard_sizes))
+        maker.reason = "" if at_once > 1 else "one gradient fills a micro-batch"
     dtype = _row_dtype(parameters.values())
+    sent_dtype = torch.bfloat16 if row_dtype == "bfloat16" else dtype
+    pending: Pending | None = None
     # BatchNorm statistics differ between ranks in the middle of training.
     comm.broadcast(source.model.buffers())
-    for first in range(0, count, comm.world_size):
-        senders = min(comm.world_size, count - first)
-        index = first + comm.rank
-        row: Tensor | None = None
-        if index < count:
-            row = torch.zeros(sum(shard_sizes), dtype=dtype, device=device)
-            # After a failure the other ranks still need rows to arrive from here.
-            if failure is None:
-                try:
-                    with seeded(derive_seed(seed, index)):
-                        own[index] = _gradient(
-                            source, batches, index, parameters, active, row
-                        )
-                except Exception as error:
-                    failure = error
-                    if comm.world_size == 1:
-                        raise
-        started = comm.exchange(row, shard_sizes, senders, dtype)
+    for start in range(0, count, comm.world_size * at_once):
+        firsts = [start + rank * at_once for rank in range(comm.world_size)]
+        counts = [max(0, min(at_once, count - first)) for first in firsts]
+        first, number = firsts[comm.rank], counts[comm.rank]
+        rows: Tensor | None = None
+        if number:
+            rows = torch.empty(
+                number, sum(shard_sizes), dtype=dtype, device=comm.device
+            )
+            maker.fill(first, rows)
+        if comm.world_size == 1 and maker.failure is not None:
+            raise maker.failure
+        if start == 0 and at_once > 1:
+            # The first micro-batch decides for all, and rank 0 has it.
+            undecided = not maker.reason
+            maker.reason = comm.share_text(maker.reason)
+            if rows is not None and maker.reason and undecided:
+                maker.fill(first, rows)
+        sent = None if rows is None else rows.to(sent_dtype)
+        started = comm.exchange(sent, shard_sizes, counts, sent_dtype)
         if pending is not None:
             yield pending.wait()
         pending = started
-        tick(senders)
+        tick(sum(counts))
     if pending is not None:
         yield pending.wait()
-    comm.agree(failure)
-    losses.extend(_in_order(own, count, comm))
+    comm.agree(maker.failure)
+    losses.extend(_in_order(maker.losses, count, comm, at_once))
+    note(maker.describe(comm))
 
 
 def iterate_chunks(rows: Iterable[Tensor], size: int) -> Iterator[Tensor]:
@@ -434,6 +190,155 @@ def mean_loss(
     return _in_order(own, count, comm)
 
 
+def _why_loop(
+    source: LossSource,
+    batches: Batches,
+    parameters: Mapping[str, nn.Parameter],
+    collection: Collection,
+) -> str:
+    """Why gradients must be computed one by one, as far as is known before; or ``""``."""
+    if collection == "loop":
+        return "asked for"
+    if any(module.training for module in source.model.modules()):
+        return "in training mode samples of a batch may influence each other"
+    if not batches.regroupable or batches.size is None:
+        return "the data comes in batches"
+    return why_not(source.model, parameters) or ""
+
+
+def _micro_batch_size(count: int, size: int, weights: int) -> int:
+    """Gradients computed in one pass; depends on the task only, not on the ranks."""
+    wanted = max(_FEWEST_GRADIENTS, count // _MICRO_BATCHES_WANTED)
+    by_memory = _MOST_BYTES // (4 * max(1, weights))
+    return max(1, min(wanted, count, _MOST_GRADIENTS, _MOST_SAMPLES // size, by_memory))
+
+
+class _Rows:
+    """Computes the gradients of micro-batches, in one pass where that may be done.
+
+    Attributes:
+        reason: why all gradients are computed one by one; ``""`` when they are not.
+        losses: of the gradients computed here, by number.
+        failure: what went wrong first; nothing is computed afterwards.
+    """
+
+    def __init__(
+        self,
+        source: LossSource,
+        batches: Batches,
+        parameters: Mapping[str, nn.Parameter],
+        active: Mapping[str, Tensor],
+        seed: int,
+    ) -> None:
+        self._source = source
+        self._batches = batches
+        self._parameters = parameters
+        self._active = active
+        self._seed = seed
+        self.reason = ""
+        self.losses: dict[int, float] = {}
+        self.failure: Exception | None = None
+        self._redone = 0
+
+    def fill(self, first: int, rows: Tensor) -> None:
+        """Compute a micro-batch; an error goes to ``failure``.
+
+        Args:
+            first: number of the first gradient.
+            rows: ``[n, D]``; receives gradients ``first`` .. ``first + n - 1``.
+        """
+        # After a failure the other ranks still need rows to arrive from here.
+        if self.failure is not None:
+            rows.zero_()
+            return
+        if not self.reason and len(rows) > 1:
+            loss, problem = self._try_together(first, rows)
+            if not problem:
+                self.losses |= dict.fromkeys(range(first, first + len(rows)), loss)
+                return
+            if first == 0:
+                self.reason = problem
+            else:
+                self._redone += 1
+        try:
+            for index, row in enumerate(rows, start=first):
+                self.losses[index] = self._alone(index, row)
+        except Exception as error:
+            self.failure = error
+            rows.zero_()
+
+    def describe(self, comm: Communicator) -> str:
+        """Tell how gradients were computed.
+
+        Args:
+            comm: the ranks.
+
+        Returns:
+            A note, the same on every rank.
+        """
+        redone = int(sum(row[0] for row in comm.gather_numbers([self._redone])))
+        if self.reason:
+            return f"loop: {self.reason}"
+        return f"per-sample, but {redone} micro-batches by loop" * (redone > 0) or (
+            "per-sample"
+        )
+
+    def _try_together(self, first: int, rows: Tensor) -> tuple[float, str]:
+        """Fill rows in one pass; return the mean loss and what speaks against them."""
+        try:
+            loss, dtype = self._together(first, rows)
+            return loss, self._mismatch(first, rows, dtype)
+        except Exception as error:
+            # If it has nothing to do with the pass, it comes again in the loop.
+            return math.nan, f"{type(error).__name__}: {error}"
+
+    def _alone(self, index: int, row: Tensor) -> float:
+        with seeded(derive_seed(self._seed, index)):
+            return _gradient(
+                self._source, self._batches, index, self._parameters, self._active, row
+            )
+
+    def _together(self, first: int, rows: Tensor) -> tuple[float, torch.dtype]:
+        """Fill all rows; return the mean loss and the dtype of the backward pass."""
+        source, count = self._source, len(rows)
+        samples = count * (self._batches.size or 1)
+        batch = self._batches.fetch_group(first, count, self._seed)
+        scale = source.loss_scale
+        while True:
+            with seeded(derive_seed(self._seed, first)):
+                result = per_sample_rows(
+                    source.model,
+                    self._parameters,
+                    self._active,
+                    lambda: source.loss(batch, first),
+                    rows,
+                    samples,
+                    scale,
+                )
+            if _all_finite(rows):
+                return result
+            if scale <= _SMALLEST_LOSS_SCALE:
+                raise PruningError("a gradient is not finite")
+            scale = max(scale / _LOSS_SCALE_STEP, _SMALLEST_LOSS_SCALE)
+
+    def _mismatch(self, first: int, rows: Tensor, dtype: torch.dtype) -> str:
+        """Compare some rows with the same gradients alone; tell what differs, or ``""``."""
+        if first % _GRADIENTS_PER_CHECK >= len(rows):
+            return ""
+        largest = float(torch.linalg.vector_norm(rows, dim=1).max())
+        alone = torch.empty_like(rows[0])
+        for index in (0, len(rows) - 1) if first == 0 else (0,):
+            self._alone(first + index, alone)
+            norm = max(float(alone.norm()), _SHARE_OF_LARGEST * largest)
+            error = float((alone - rows[index]).norm())
+            if error > _TOLERANCE.get(dtype, _TOLERANCE_16_BIT) * norm:
+                return (
+                    f"gradient {first + index} alone differs by {error / norm:.1e} of its "
+                    "norm, so the loss is no mean over independent samples"
+                )
+        return ""
+
+
 def _gradient(
     source: LossSource,
     batches: Batches,
@@ -471,7 +376,7 @@ def _gradient(
             else:
                 # Converted before it is unscaled: float16 would underflow.
                 target.copy_(gradient.detach().reshape(-1)[where]).div_(scale)
-        if bool(row.isfinite().all()):
+        if _all_finite(row):
             return value
         if scale <= _SMALLEST_LOSS_SCALE:
             raise PruningError(_name_non_finite(batches, index, parameters, gradients))
@@ -493,26 +398,37 @@ def _name_non_finite(
     return f"gradient {index} ({batches.describe(index)}) is not finite in {', '.join(bad)}"
 
 
+def _all_finite(values: Tensor) -> bool:
+    # The sum is fast, but may overflow where no value does.
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def _row_dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
     double = any(parameter.dtype == torch.float64 for parameter in parameters)
     return torch.float64 if double else torch.float32
 
 
-def _in_order(own: Mapping[int, float], count: int, comm: Communicator) -> list[float]:
-    """Put numbers that rank i mod R holds into the order of i, on every rank."""
-    rounds = -(-count // comm.world_size)
-    mine = [own.get(r * comm.world_size + comm.rank, math.nan) for r in range(rounds)]
+def _in_order(
+    own: Mapping[int, float], count: int, comm: Communicator, at_once: int = 1
+) -> list[float]:
+    """Put numbers that the ranks hold, micro-batch by micro-batch, into order of i.
+
+    Args:
+        own: this rank's numbers by i; micro-batch k belongs to rank k mod R.
+        count: how many there are on all ranks.
+        comm: the ranks.
+        at_once: numbers of a micro-batch.
+
+    Returns:
+        All numbers.
+    """
+    size = comm.world_size
+    rounds = -(-count // (size * at_once))
+    mine = [
+        own.get((r * size + comm.rank) * at_once + j, math.nan)
+        for r in range(rounds)
+        for j in range(at_once)
+    ]
     columns = comm.gather_numbers(mine)
-    return [columns[i % comm.world_size][i // comm.world_size] for i in range(count)]
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return type(batch)({k: _to_device(v, device) for k, v in batch.items()})  # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to_device(v, device) for v in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_to_device(v, device) for v in batch)
-    return batch
+    places = (divmod(i, at_once) for i in range(count))
+    return [columns[k % size][k // size * at_once + j] for k, j in places]

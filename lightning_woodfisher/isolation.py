@@ -7,9 +7,10 @@ bit-identically to a run in which nothing happened.
 
 from __future__ import annotations
 
-__all__ = ["ModelMode", "isolated", "seeded"]
+__all__ = ["ModelMode", "derive_seed", "isolated", "seeded"]
 
 import contextlib
+import hashlib
 import random
 import sys
 from collections.abc import Iterator
@@ -49,6 +50,19 @@ def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
         _restore_buffers(buffers)
         for metric, state in metrics:
             metric.__dict__.update(state)
+
+
+def derive_seed(*parts: object) -> int:
+    """Mix numbers and names into one seed.
+
+    Args:
+        parts: anything with a stable ``repr``.
+
+    Returns:
+        An integer in [0, 2**63).
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 @contextlib.contextmanager

@@ -29,14 +29,13 @@ from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
 from lightning_woodfisher.fisher import FisherConfig, rows_in_chunk
 from lightning_woodfisher.gradients import (
-    FunctionLoss,
-    LossSource,
     collect_gradients,
-    derive_seed,
     iterate_chunks,
     mean_loss,
 )
+from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import FunctionLoss, LossSource
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
 from lightning_woodfisher.partition import Partition
@@ -96,6 +95,7 @@ class _PartResult:
     fisher_bytes: int
     losses_before: list[float]
     losses_after: list[float]
+    collection: str | None
 
     @property
     def measured(self) -> float | None:
@@ -210,7 +210,9 @@ class Pruner:
             [len(positions) for positions in active.values()], comm.world_size
         )
         criterion.begin(partition, comm)
-        losses_before = self._observe(source, criterion, partition, active, seed)
+        losses_before, collection = self._observe(
+            source, criterion, partition, active, seed
+        )
 
         with clock("factorize"):
             weights = _gather(self.masks.parameters, active).to(torch.float64)
@@ -238,6 +240,7 @@ class Pruner:
             fisher_bytes=criterion.state_bytes,
             losses_before=losses_before,
             losses_after=self._measure(source, seed),
+            collection=collection,
         )
 
     def _observe(
@@ -247,12 +250,13 @@ class Pruner:
         partition: Partition,
         active: Mapping[str, Tensor],
         seed: int,
-    ) -> list[float]:
-        """Feed the criterion; return the losses of the mini-batches."""
+    ) -> tuple[list[float], str | None]:
+        """Feed the criterion; return the losses, and how gradients were computed."""
         if not criterion.uses_gradients:
-            return self._measure(source, seed)
+            return self._measure(source, seed), None
         fisher = self.config.fisher
         losses: list[float] = []
+        notes: list[str] = []
         with (
             self._clock("collect"),
             self._progress("Collecting gradients", fisher.num_gradients) as tick,
@@ -268,12 +272,17 @@ class Pruner:
                 seed,
                 losses,
                 tick,
+                collection=fisher.collection,
+                row_dtype=fisher.row_dtype,
+                note=notes.append,
             )
             for chunk in iterate_chunks(rows, rows_in_chunk(fisher)):
                 with self._clock("accumulate"):
                     criterion.observe(chunk)
         # The loss after the step is measured in groups, and so must be the one before.
-        return losses if self._group(source, seed) == 1 else self._measure(source, seed)
+        if self._group(source, seed) > 1:
+            losses = self._measure(source, seed)
+        return losses, "; ".join(notes)
 
     def _measure(self, source: LossSource, seed: int) -> list[float]:
         """Losses of the samples that belong to a seed, at the present weights."""
@@ -423,6 +432,10 @@ class Pruner:
             bytes_exchanged=int(sum(row[0] for row in numbers)),
             fisher_bytes=tuple(int(row[1]) for row in numbers),
             world_size=self.comm.world_size,
+            collection="; ".join(
+                dict.fromkeys(p.collection for p in parts if p.collection)
+            )
+            or None,
         )
 
 

@@ -63,6 +63,8 @@ class PruningReport:
         world_size: number of ranks.
         epoch: epoch at whose start it happened, None outside a Trainer.
         step: optimizer steps done before it, None outside a Trainer.
+        collection: how gradients were computed: ``"per-sample"``, many in one pass, or
+            ``"loop: <reason>"``, one by one; None when none was.
     """
 
     criterion: str
@@ -83,6 +85,7 @@ class PruningReport:
     world_size: int
     epoch: int | None = None
     step: int | None = None
+    collection: str | None = None
 
     @property
     def weights(self) -> int:

@@ -14,14 +14,10 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_woodfisher.batches import Batches, DatasetBatches, StreamBatches
 from lightning_woodfisher.errors import ConfigurationError, PruningError
-from lightning_woodfisher.gradients import (
-    Batches,
-    DatasetBatches,
-    LossSource,
-    StreamBatches,
-)
 from lightning_woodfisher.isolation import ModelMode
+from lightning_woodfisher.losses import LossSource
 
 
 class TrainingStepLoss(LossSource):

@@ -68,26 +68,28 @@ class SilentCommunicator(Communicator):
 
     def exchange(
         self,
-        row: Tensor | None,
+        rows: Tensor | None,
         sizes: Sequence[int],
-        senders: int,
+        counts: Sequence[int],
         dtype: torch.dtype = torch.float32,
     ) -> Pending:
         """See :meth:`Communicator.exchange`.
 
         Args:
-            row: ``[D]``, or None when this rank has no row this time.
-            sizes: weights owned by each rank.
-            senders: ranks with a row.
+            rows: ``[n, D]``, or None when this rank has none this time.
+            sizes: columns owned by each rank.
+            counts: rows that each rank has.
             dtype: of the rows.
 
         Returns:
-            ``[senders, D_r]``, the own slice again and again.
+            ``[sum(counts), D_r]``, the first own row again and again.
         """
         start, own = sum(sizes[: self.rank]), sizes[self.rank]
-        if row is None:
-            return Pending(torch.ones(senders, own, dtype=dtype, device=self.device))
-        return Pending(row[start : start + own].repeat(senders, 1))
+        if rows is None:
+            return Pending(
+                torch.ones(sum(counts), own, dtype=dtype, device=self.device)
+            )
+        return Pending(rows[:1, start : start + own].repeat(sum(counts), 1))
 
 
 def measure_scaling(

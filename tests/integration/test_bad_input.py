@@ -230,4 +230,5 @@ def test_a_useless_training_step_is_named(kind: str, message: str) -> None:
     module = broken(kind)
     with pytest.raises(PruningError, match=message):
         trainer(pruning()).fit(module, loader())
-    assert module.steps == 1
+    # Together with others, where that works compared with the first alone; then alone.
+    assert module.steps == (3 if kind == "gradient" else 2)

@@ -243,7 +243,8 @@ def test_loss_method_replaces_the_training_step() -> None:
     module = TwoFaced()
     pruner = pruning(loss_method="pruning_loss", measure_loss=False)
     trainer(pruner).fit(module, loader())
-    assert module.calls == {"step": 12, "method": 6}
+    # Once for all gradients together, which it refuses.
+    assert module.calls == {"step": 12, "method": 7}
 
 
 def test_hooks_of_the_module_transform_the_batches() -> None:
@@ -265,7 +266,8 @@ def test_hooks_of_the_module_transform_the_batches() -> None:
 
     module = Hooked()
     trainer(pruning(measure_loss=False)).fit(module, loader())
-    assert module.sizes == [2] * 6 + [8] * 12
+    # All gradients together, two of them alone as a check, and the training.
+    assert module.sizes == [12, 2, 2] + [8] * 12
 
 
 def test_a_dict_with_a_loss_and_a_loss_of_shape_one() -> None:
@@ -512,7 +514,9 @@ def prune_in_ddp(world_size: int) -> dict[str, Any]:
         }
     # A training step that fails on one rank while gradients are collected.
     module = FailsOnRankOne()
-    fitted = trainer(pruning(), **options)
+    # One by one, so that rank 1 has the fourth of the six gradients.
+    one_by_one = FisherConfig(6, 2, 16, collection="loop")
+    fitted = trainer(pruning(fisher=one_by_one), **options)
     try:
         fitted.fit(module, loader())
     except (LookupError, PruningError) as error:

@@ -91,6 +91,8 @@ class Case:
     damping: float = 1e-4
     double: bool = False
     stream: bool = False
+    collection: Any = "auto"
+    row_dtype: Any = "float32"
 
     def prune(self) -> tuple[nn.Module, list[PruningReport]]:
         dtype = torch.float64 if self.double else torch.float32
@@ -104,6 +106,8 @@ class Case:
             block_size=self.block_size,
             damping=self.damping,
             model_mode=self.model_mode,
+            collection=self.collection,
+            row_dtype=self.row_dtype,
         )
         reports = [
             prune(
@@ -145,6 +149,12 @@ CASES = {
     "raised damping": Case(damping=1e-20),
     "float64": Case(double=True),
     "stream of batches": Case(stream=True),
+    "one by one": Case(collection="loop"),
+    "rows of bfloat16": Case(row_dtype="bfloat16"),
+    "bfloat16, full": Case(row_dtype="bfloat16", block_size=None),
+    "many micro-batches": Case(
+        build=convolutional, num_gradients=50, gradient_batch_size=2
+    ),
 }
 
 
@@ -214,6 +224,17 @@ def test_the_cases_prune_what_they_were_asked_for(
         *zeros.values()
     ]
     assert bool(reports[-1]["raised_damping"]) == (case == "raised damping")
+    one_by_one: dict[str, str] = {
+        "stream of batches": "loop: the data comes in batches",
+        "one by one": "loop: asked for",
+        "batchnorm and dropout in training mode": (
+            "loop: in training mode samples of a batch may influence each other"
+        ),
+    }
+    expected = one_by_one.get(case, "per-sample")
+    if CASES[case].criterion == "magnitude":
+        expected = None
+    assert reports[-1]["collection"] == expected
     # BatchNorm's statistics are as before.
     for name, buffer in make(CASES[case].build).named_buffers():
         assert torch.equal(state[name], buffer), name
@@ -481,23 +502,37 @@ def collectives() -> None:
     size, rank = comm.world_size, comm.rank
     assert size == 3
 
-    # Rows: rank 1 owns nothing; all three, two, and only one rank have a row.
+    # Rows: rank 1 owns nothing; ranks have as many rows, fewer, or none.
     sizes = [2, 0, 3]
-    for senders in (3, 2, 1):
-        row = numbers_of(rank, 5) if rank < senders else None
-        before = comm.bytes_sent
-        received = comm.exchange(row, sizes, senders).wait()
-        start = sum(sizes[:rank])
-        expected = torch.stack(
-            [numbers_of(s, 5)[start : start + sizes[rank]] for s in range(senders)]
-        )
-        assert torch.equal(received, expected)
-        sent = (5 - sizes[rank]) * 4 if rank < senders else 0
-        assert comm.bytes_sent - before == sent
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for counts in (
+            [1, 1, 1],
+            [1, 1, 0],
+            [1, 0, 0],
+            [3, 3, 3],
+            [2, 2, 1],
+            [0, 0, 4],
+        ):
+            rows = numbers_of(rank, counts[rank] * 5).view(-1, 5).to(dtype)
+            before = comm.bytes_sent
+            received = comm.exchange(
+                rows if counts[rank] else None, sizes, counts, dtype
+            ).wait()
+            start = sum(sizes[:rank])
+            expected = torch.cat(
+                [numbers_of(s, n * 5).view(-1, 5) for s, n in enumerate(counts)]
+            ).to(dtype)[:, start : start + sizes[rank]]
+            assert received.dtype == dtype
+            assert torch.equal(received, expected)
+            sent = counts[rank] * (5 - sizes[rank]) * dtype.itemsize
+            assert comm.bytes_sent - before == sent
+
+    assert comm.share_text(f"rank {rank}") == "rank 0"
 
     # Two exchanges on their way at once keep apart.
-    first = comm.exchange(numbers_of(rank, 3), [1, 1, 1], 3)
-    second = comm.exchange(-numbers_of(rank, 3), [1, 1, 1], 3)
+    row = numbers_of(rank, 3).view(1, 3)
+    first = comm.exchange(row, [1, 1, 1], [1, 1, 1])
+    second = comm.exchange(-row, [1, 1, 1], [1, 1, 1])
     assert torch.equal(second.wait(), -first.wait())
 
     for dtype in (torch.float32, torch.float64, torch.uint8, torch.int64):

@@ -188,7 +188,7 @@ def without(case: str) -> Outcome:
     return fit(CASES[case], None)
 
 
-def require_a_real_pass(outcome: Outcome) -> None:
+def require_a_real_pass(outcome: Outcome, mode: ModelMode) -> None:
     """Check that the pass has seen gradients that change with the weights."""
     assert len(outcome.rows) == 4
     for rows in outcome.rows:
@@ -196,10 +196,13 @@ def require_a_real_pass(outcome: Outcome) -> None:
         assert bool(rows.isfinite().all())
         assert bool((rows.abs().sum(dim=1) > 0).all())
     assert not torch.equal(outcome.rows[0], outcome.rows[2])
-    # Without gradients the losses are the same: same samples, same seeds.
+    # Without gradients the losses are the same: same samples, same seeds. Of gradients
+    # computed together only the mean loss is known.
     for first, second in zip(outcome.losses[::2], outcome.losses[1::2], strict=True):
         assert len(first) == COUNT
-        assert first == second
+        assert first == second or (
+            mode == "eval" and sum(first) == pytest.approx(sum(second), rel=1e-2)
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -209,7 +212,7 @@ def require_a_real_pass(outcome: Outcome) -> None:
 def test_a_collection_pass_leaves_no_trace(case: str, mode: ModelMode) -> None:
     expected = without(case)
     outcome = fit(CASES[case], mode)
-    require_a_real_pass(outcome)
+    require_a_real_pass(outcome, mode)
     assert len(expected.state["batches"]) == 12
     assert differences(outcome.state, expected.state) == []
 
@@ -241,16 +244,19 @@ def ddp_differences() -> dict[str, list[str]]:
         assert len(expected.state["batches"]) == 6
         for mode in MODES:
             outcome = fit(case, mode, devices=2, **options())
-            require_rows(outcome)
+            require_rows(outcome, mode)
             found[f"{name}, {mode}"] = differences(outcome.state, expected.state)
     return found
 
 
-def require_rows(outcome: Outcome) -> None:
+def require_rows(outcome: Outcome, mode: ModelMode) -> None:
     """Like above, for a pass that each rank sees its shard of."""
     assert len(outcome.rows) == 4
     assert all(len(rows) == COUNT and rows.abs().sum() > 0 for rows in outcome.rows)
-    assert outcome.losses[0] == outcome.losses[1]
+    first, second = outcome.losses[:2]
+    assert first == second or (
+        mode == "eval" and sum(first) == pytest.approx(sum(second), rel=1e-2)
+    )
 
 
 def test_a_collection_pass_leaves_no_trace_on_two_processes(ranks: RankPool) -> None:
