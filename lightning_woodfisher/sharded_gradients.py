@@ -172,6 +172,12 @@ def _take_row(
     """Move the gradient out of ``.grad``, ``[D_r]``."""
     double = any(p.dtype == torch.float64 for p in parameters.values())
     dtype = torch.float64 if double else torch.float32
+    if all(parameter.grad is None for parameter in parameters.values()):
+        raise PruningError(
+            "the backward pass has left no gradient in the shards of the selected "
+            "parameters: is set_requires_gradient_sync(False) in force, or does the loss "
+            "not depend on them?"
+        )
     pieces = []
     for name, parameter in parameters.items():
         where = active[name]

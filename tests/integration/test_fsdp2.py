@@ -41,6 +41,7 @@ from lightning_woodfisher import (
 )
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import PruningError
+from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.sharded_gradients import (
@@ -215,14 +216,47 @@ def uneven(world_size: int) -> tuple[list[int], dict[str, Tensor], list[list[int
     return list(again.zeros().values()), again.state_dict(), sizes
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_masks_of_uneven_shards(ranks: RankPool, world_size: int) -> None:
     for zeros, state, sizes in ranks.run(world_size, uneven, world_size):
         assert zeros == [7, 2]
         assert torch.equal(~state["0.weight"], torch.arange(20).view(5, 4) % 3 == 0)
         assert torch.equal(~state["1.weight"], torch.arange(5).view(1, 5) % 3 == 0)
-        rows = {2: [[12, 8], [5, 0]], 3: [[8, 8, 4], [5, 0, 0]]}
+        rows = {1: [[20], [5]], 2: [[12, 8], [5, 0]], 3: [[8, 8, 4], [5, 0, 0]]}
         assert sizes == rows[world_size]
+
+
+# ---------------------------------------------------------------- loss scale
+
+
+def scaled_rows() -> list[Tensor]:
+    """Job: gradients under a scale of the loss that overflows, and without."""
+    rows = []
+    for scale in (1.0, 2.0**127):
+        seed_all(8)
+        net = shard(linear(), everyone(2))
+        source, comm = FunctionLoss(net, images(), loss), Communicator("cpu")
+        source.loss_scale = scale
+        parameters = prunable_parameters(net)
+        # Rank 1 alone sees the last row of the last layer.
+        with torch.no_grad():
+            net[3].weight.to_local().mul_(50.0 if comm.rank else 1e-3)
+        active = {
+            n: torch.arange(part_sizes(p)[comm.rank]) for n, p in parameters.items()
+        }
+        with undisturbed(net), source.session("eval"):
+            found = collect_sharded_gradients(
+                source, 4, 2, parameters, active, comm, 1, []
+            )
+            rows.append(torch.cat(list(found)))
+    return rows
+
+
+def test_an_overflowing_loss_scale_is_lowered_by_all(ranks: RankPool) -> None:
+    for plain, scaled in ranks.run(2, scaled_rows):
+        assert plain.shape == (4, 64 * 16 + 32 * 4 + 8 * 2)
+        # A power of two changes no bit of the result.
+        assert torch.equal(plain, scaled)
 
 
 # ---------------------------------------------------------------- failures
