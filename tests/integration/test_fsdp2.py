@@ -253,6 +253,7 @@ def scaled_rows() -> list[Tensor]:
         # The rows of the first layer that rank 1 holds have far larger gradients.
         with torch.no_grad():
             net[3].weight[:, :16] *= 1e-4
+            net[3].weight[:, 16:] *= 30
         source = FunctionLoss(shard(net, everyone(2)), images(), loss)
         comm = Communicator("cpu")
         source.loss_scale = scale
@@ -272,6 +273,16 @@ def test_an_overflowing_loss_scale_is_lowered_by_all(ranks: RankPool) -> None:
         assert plain.shape == (4, 64 * 16)
         # A power of two changes no bit of the result.
         assert torch.equal(plain, scaled)
+
+
+def twins() -> list[str]:
+    """Job: the selection in a model with two layers of one shape."""
+    net = shard(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), everyone(2))
+    return list(prunable_parameters(net))
+
+
+def test_equal_shapes_are_not_one_storage(ranks: RankPool) -> None:
+    assert ranks.run(2, twins) == [["0.weight", "1.weight"]] * 2
 
 
 # ---------------------------------------------------------------- failures
