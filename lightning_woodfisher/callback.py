@@ -19,6 +19,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
+    ModelParallelStrategy,
     SingleDeviceStrategy,
 )
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -50,6 +51,7 @@ from lightning_woodfisher.schedule import (
     Unit,
 )
 from lightning_woodfisher.selection import SelectionConfig, removal_counts
+from lightning_woodfisher.sharding import reshard
 from lightning_woodfisher.training_step import TrainingStepLoss
 
 _STATE_VERSION = 1
@@ -178,19 +180,18 @@ class WoodFisherPruningCallback(pl.Callback):
             pl_module: its module, on its device.
         """
         selection = self.config.selection
+        # A forward pass before fit may have left gathered copies in place of shards.
+        reshard(pl_module)
         parameters = prunable_parameters(
             pl_module, selection.include, selection.exclude
         )
         require_one_device(parameters)
-        old = self._restored_masks
-        if old is None and self.masks is not None:
-            old = self.masks.state_dict()
+        if self._restored_masks is None and self.masks is not None:
+            self._restored_masks = self.masks.state_dict()
         self.masks = Masks(parameters)
         self._require_sole_owner(trainer)
-        if old is not None:
-            self.masks.load_state_dict(old)
-            self._require_masks_hold()
-        self._restored_masks = None
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._take_restored_masks()
 
     def on_train_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -202,6 +203,8 @@ class WoodFisherPruningCallback(pl.Callback):
             pl_module: its module.
         """
         masks = self._get_masks()
+        # A sharded model is given its checkpoint only after on_fit_start.
+        self._take_restored_masks()
         self._plan = self._make_plan(trainer, masks)
         fisher = self.config.fisher
         if self._plan:
@@ -477,6 +480,12 @@ class WoodFisherPruningCallback(pl.Callback):
                         f"{', '.join(shared[:8])}; separate them with include and exclude."
                     )
 
+    def _take_restored_masks(self) -> None:
+        if self._restored_masks is not None:
+            self._get_masks().load_state_dict(self._restored_masks)
+            self._require_masks_hold()
+        self._restored_masks = None
+
     def _require_masks_hold(self) -> None:
         violations = self._get_masks().violations()
         if violations:
@@ -494,11 +503,12 @@ class WoodFisherPruningCallback(pl.Callback):
 
 def _require_supported(trainer: pl.Trainer) -> None:
     strategy = trainer.strategy
-    supported = isinstance(strategy, DDPStrategy | SingleDeviceStrategy)
-    if not supported or isinstance(strategy, DeepSpeedStrategy):
+    known = DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy
+    if not isinstance(strategy, known) or isinstance(strategy, DeepSpeedStrategy):
         raise ConfigurationError(
             f"strategy {type(strategy).__name__} shards or moves the parameters in a way "
-            "that pruning does not support yet; use a single device or 'ddp'."
+            "that pruning does not support; use a single device or 'ddp', or for sharded "
+            "parameters ModelParallelStrategy with fully_shard (FSDP2)."
         )
 
 

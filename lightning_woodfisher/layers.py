@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_woodfisher.errors import ConfigurationError, nearest
+from lightning_woodfisher.sharding import local, require_supported
 
 # What is pruned when `include` says nothing.
 _DEFAULT_LAYERS = (nn.Linear, _ConvNd)
@@ -44,7 +45,8 @@ def prunable_parameters(
 
     Raises:
         ConfigurationError: when a pattern is not a regular expression or matches
-            nothing, or nothing is left to prune.
+            nothing, nothing is left to prune, or a tensor is sharded in a way that
+            cannot be pruned.
     """
     tensors = list(_tensors(model))
     if not tensors:
@@ -72,6 +74,7 @@ def prunable_parameters(
             f"Nothing to prune in {type(model).__name__}: include={list(include)} and "
             f"exclude={list(exclude)} leave no weight. Names: {_shorten(names)}"
         )
+    require_supported(model, chosen)
     return chosen
 
 
@@ -93,9 +96,10 @@ def _tensors(
 
 def _storage(parameter: nn.Parameter) -> object:
     # Two Parameter objects may be views of one storage; a meta tensor has none.
-    if parameter.is_meta or parameter.numel() == 0:
+    part = local(parameter)
+    if part.is_meta or part.numel() == 0:
         return id(parameter)
-    return parameter.device, parameter.data_ptr(), parameter.shape
+    return part.device, part.data_ptr(), parameter.shape
 
 
 def _matches(pattern: str, owners: list[tuple[str, nn.Module]]) -> bool:

@@ -23,7 +23,7 @@ __all__ = ["Partition", "Unit", "make_partition"]
 import bisect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # A unit costs at most this share of the whole, so that R ranks can share evenly.
 _UNITS_WANTED = 96
@@ -106,6 +106,19 @@ class Partition:
         """
         shards = [self.shard(rank) for rank in range(self.world_size)]
         return [shard.stop - shard.start for shard in shards]
+
+    def owned_by_segment(self, owners: Sequence[int]) -> Partition:
+        """Let the owner of a tensor own all its units: nobody else holds it.
+
+        Args:
+            owners: rank of each segment, rising from 0 to R-1.
+
+        Returns:
+            The same units with other bounds.
+        """
+        ranks = [owners[unit.segment] for unit in self.units]
+        bounds = [bisect.bisect_left(ranks, r) for r in range(self.world_size)]
+        return replace(self, bounds=(*bounds, len(self.units)))
 
 
 def make_partition(

@@ -46,6 +46,11 @@ from lightning_woodfisher.selection import (
     removal_counts,
     select_smallest,
 )
+from lightning_woodfisher.sharded_gradients import (
+    collect_sharded_gradients,
+    sharded_mean_loss,
+)
+from lightning_woodfisher.sharding import reshard, undisturbed
 
 _SAMPLES_EVALUATED_AT_ONCE = 64
 _CHECKSUM_PIECE = 2**20
@@ -149,7 +154,13 @@ class Pruner:
         zeros_before = self.masks.zeros()
         sent_before = self.comm.bytes_sent
         self._clock = _Clock()
-        with self._whole_or_absent(), source.session(self.config.fisher.model_mode):
+        with (
+            self._whole_or_absent(),
+            undisturbed(source.model)
+            if self.masks.sharded
+            else contextlib.nullcontext(),
+            source.session(self.config.fisher.model_mode),
+        ):
             parts = [
                 self._part(source, target, derive_seed(self.config.seed, position, i))
                 for i, target in enumerate(targets)
@@ -161,6 +172,8 @@ class Pruner:
 
     def _require_same_start(self) -> None:
         """Refuse ranks that hold different weights or masks."""
+        if self.masks.sharded:
+            return
         parameters = self.masks.parameters
         weights = _checksum(p.detach() for p in parameters.values())
         kept = _checksum(self.masks.kept(name) for name in parameters)
@@ -187,16 +200,14 @@ class Pruner:
     @contextlib.contextmanager
     def _whole_or_absent(self) -> Iterator[None]:
         """Put weights and masks back when the body fails."""
-        parameters = self.masks.parameters
-        weights = {name: p.detach().clone() for name, p in parameters.items()}
-        masks = self.masks.state_dict()
+        masks = self.masks
+        weights = {name: masks.local(name).clone() for name in masks.parameters}
         try:
-            yield
+            with masks.restored_on_error():
+                yield
         except BaseException:
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(weights[name])
-            self.masks.load_state_dict(masks)
+            for name, before in weights.items():
+                masks.local(name).copy_(before)
             raise
 
     def _part(self, source: LossSource, target: float, seed: int) -> _PartResult:
@@ -206,27 +217,28 @@ class Pruner:
             self.config.criterion, self.config.fisher, self.config.update
         )
         active = _active_positions(self.masks)
-        partition = criterion.layout(
-            [len(positions) for positions in active.values()], comm.world_size
-        )
+        partition = self._layout(criterion, active)
         criterion.begin(partition, comm)
         losses_before, collection = self._observe(
             source, criterion, partition, active, seed
         )
 
         with clock("factorize"):
-            weights = _gather(self.masks.parameters, active).to(torch.float64)
-            weights = weights[partition.shard(comm.rank)]
+            weights = _gather(self.masks, active).to(torch.float64)
+            if not self.masks.sharded:
+                weights = weights[partition.shard(comm.rank)]
             scores = self._together(lambda: criterion.score(weights))
         with clock("select"):
-            layers = _layer_of_weights(partition, comm)
+            layers = _layer_of_weights(partition, len(active), comm)
             removed = self._select(scores, layers, target)
             thresholds = self._largest_removed(scores, layers, removed)
         with clock("update"):
             change = self._together(lambda: criterion.compensate(weights, removed))
             shares = criterion.predicted_increase(change)
             predicted = (
-                shares if shares is None else _sum_by_layer(shares, partition, comm)
+                shares
+                if shares is None
+                else _sum_by_layer(shares, partition, len(active), comm)
             )
         with clock("write"):
             self._write(active, partition, weights + change, removed)
@@ -241,6 +253,21 @@ class Pruner:
             losses_before=losses_before,
             losses_after=self._measure(source, seed),
             collection=collection,
+        )
+
+    def _layout(self, criterion: Criterion, active: Mapping[str, Tensor]) -> Partition:
+        """Cut the active weights into blocks and choose who owns them."""
+        # Sharded parameters are numbered rank by rank, each rank's part of each tensor as
+        # a segment of its own: segment r·L + l is tensor l on rank r, which owns it.
+        segments = [len(positions) for positions in active.values()]
+        if not self.masks.sharded:
+            return criterion.layout(segments, self.comm.world_size)
+        everyone = self.comm.gather_numbers([float(count) for count in segments])
+        partition = criterion.layout(
+            [int(count) for row in everyone for count in row], self.comm.world_size
+        )
+        return partition.owned_by_segment(
+            [rank for rank, row in enumerate(everyone) for _ in row]
         )
 
     def _observe(
@@ -261,21 +288,7 @@ class Pruner:
             self._clock("collect"),
             self._progress("Collecting gradients", fisher.num_gradients) as tick,
         ):
-            rows = collect_gradients(
-                source,
-                source.batches(fisher.num_gradients, fisher.gradient_batch_size, seed),
-                self.masks.parameters,
-                active,
-                partition.shard_sizes(),
-                fisher.num_gradients,
-                self.comm,
-                seed,
-                losses,
-                tick,
-                collection=fisher.collection,
-                row_dtype=fisher.row_dtype,
-                note=notes.append,
-            )
+            rows = self._rows(source, partition, active, seed, losses, tick, notes)
             for chunk in iterate_chunks(rows, rows_in_chunk(fisher)):
                 with self._clock("accumulate"):
                     criterion.observe(chunk)
@@ -283,6 +296,49 @@ class Pruner:
         if self._group(source, seed) > 1:
             losses = self._measure(source, seed)
         return losses, "; ".join(notes)
+
+    def _rows(
+        self,
+        source: LossSource,
+        partition: Partition,
+        active: Mapping[str, Tensor],
+        seed: int,
+        losses: list[float],
+        tick: Callable[[int], object],
+        notes: list[str],
+    ) -> Iterator[Tensor]:
+        """This rank's slice of all gradients, in order."""
+        fisher, parameters = self.config.fisher, self.masks.parameters
+        count, size = fisher.num_gradients, fisher.gradient_batch_size
+        if self.masks.sharded:
+            notes.append("loop: the model is sharded")
+            return collect_sharded_gradients(
+                source,
+                count,
+                size,
+                parameters,
+                active,
+                self.comm,
+                seed,
+                losses,
+                tick,
+                divisible=fisher.model_mode == "eval",
+            )
+        return collect_gradients(
+            source,
+            source.batches(count, size, seed),
+            parameters,
+            active,
+            partition.shard_sizes(),
+            count,
+            self.comm,
+            seed,
+            losses,
+            tick,
+            collection=fisher.collection,
+            row_dtype=fisher.row_dtype,
+            note=notes.append,
+        )
 
     def _measure(self, source: LossSource, seed: int) -> list[float]:
         """Losses of the samples that belong to a seed, at the present weights."""
@@ -292,7 +348,8 @@ class Pruner:
         count = fisher.num_gradients // group
         with self._clock("measure"):
             batches = source.batches(count, fisher.gradient_batch_size * group, seed)
-            return mean_loss(source, batches, count, self.comm, seed)
+            measure = sharded_mean_loss if self.masks.sharded else mean_loss
+            return measure(source, batches, count, self.comm, seed)
 
     def _group(self, source: LossSource, seed: int) -> int:
         """How many mini-batches are evaluated as one: small ones are slow one by one."""
@@ -337,26 +394,29 @@ class Pruner:
         sizes = partition.shard_sizes()
         dtype = _gather_dtype(self.masks.parameters)
         # A kept weight may not underflow to zero silently, but a removed one is zero.
-        shard = torch.where(removed, 0.0, weights).to(dtype)
-        everything = self.comm.gather_shards(shard, sizes)
-        gone = self.comm.gather_shards(removed.to(torch.uint8), sizes).bool()
-        if not bool(everything.isfinite().all()):
+        new, gone = torch.where(removed, 0.0, weights).to(dtype), removed
+        bad = int(self.comm.sum_integers((~new.isfinite()).sum().reshape(1)))
+        if bad:
             raise PruningError(
-                f"{int((~everything.isfinite()).sum())} updated weights are not finite; "
+                f"{bad} updated weights are not finite; "
                 "raise fisher.damping or recompute_steps, or lower the step's sparsity"
             )
-        self.comm.require_equal(_checksum([everything]), "the updated weights")
-        self.comm.require_equal(_checksum([gone]), "the masks")
+        # Nobody else needs the weights of a shard.
+        if not self.masks.sharded:
+            new = self.comm.gather_shards(new, sizes)
+            gone = self.comm.gather_shards(gone.to(torch.uint8), sizes).bool()
+            self.comm.require_equal(_checksum([new]), "the updated weights")
+            self.comm.require_equal(_checksum([gone]), "the masks")
         start = 0
         pruned = {}
-        for name, parameter in self.masks.parameters.items():
-            stop = start + len(active[name])
-            flat = parameter.detach().reshape(-1).clone()
-            flat[active[name]] = everything[start:stop].to(flat.dtype)
-            parameter.copy_(flat.view(parameter.shape))
+        for name, where in active.items():
+            part, stop = self.masks.local(name), start + len(where)
+            flat = part.reshape(-1).clone()
+            flat[where] = new[start:stop].to(flat.dtype)
+            part.copy_(flat.view(part.shape))
             mask = torch.zeros_like(flat, dtype=torch.bool)
-            mask[active[name]] = gone[start:stop]
-            pruned[name] = mask.view(parameter.shape)
+            mask[where] = gone[start:stop]
+            pruned[name] = mask.view(part.shape)
             start = stop
         self.masks.grow(pruned)
 
@@ -389,7 +449,9 @@ class Pruner:
             for first, value in zip(row[::2], row[1::2], strict=True):
                 if first >= 0:
                     unit = starts[bisect.bisect_right(starts, first) - 1]
-                    found[f"{names[by_start[unit]]} from weight {int(first)}"] = value
+                    found[
+                        f"{names[by_start[unit] % len(names)]} from weight {int(first)}"
+                    ] = value
         return found
 
     def _report(
@@ -458,7 +520,7 @@ def prune(
 
     Weights that are exactly zero count as pruned and stay zero. With an initialised
     ``torch.distributed``, call it on every rank with the same model and data: the work and
-    the memory are shared.
+    the memory are shared. Parameters may be sharded by ``fully_shard`` (FSDP2).
 
     Args:
         model: the network, changed in place; names and storages stay.
@@ -487,6 +549,7 @@ def prune(
         measure_loss=measure_loss,
         seed=seed,
     )
+    reshard(model)
     parameters = prunable_parameters(
         model, config.selection.include, config.selection.exclude
     )
@@ -581,38 +644,38 @@ def _gather_dtype(parameters: Mapping[str, nn.Parameter]) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _gather(
-    parameters: Mapping[str, nn.Parameter], active: Mapping[str, Tensor]
-) -> Tensor:
-    """All active weights in one vector ``[D]``."""
-    dtype = _gather_dtype(parameters)
+def _gather(masks: Masks, active: Mapping[str, Tensor]) -> Tensor:
+    """All active weights that this rank holds in one vector, ``[D]`` or ``[D_r]``."""
+    dtype = _gather_dtype(masks.parameters)
     return torch.cat(
-        [p.detach().reshape(-1)[active[n]].to(dtype) for n, p in parameters.items()]
+        [masks.local(n).reshape(-1)[where].to(dtype) for n, where in active.items()]
     )
 
 
-def _layer_of_weights(partition: Partition, comm: Communicator) -> Tensor:
+def _layer_of_weights(partition: Partition, layers: int, comm: Communicator) -> Tensor:
     """Index of the tensor that each weight of the shard belongs to, int64 ``[D_r]``."""
     units = partition.owned(comm.rank)
-    ids = torch.tensor([unit.segment for unit in units], dtype=torch.int64)
+    ids = torch.tensor([unit.segment % layers for unit in units], dtype=torch.int64)
     lengths = torch.tensor(
         [unit.stop - unit.start for unit in units], dtype=torch.int64
     )
     return ids.repeat_interleave(lengths).to(comm.device)
 
 
-def _sum_by_layer(values: Tensor, partition: Partition, comm: Communicator) -> Tensor:
+def _sum_by_layer(
+    values: Tensor, partition: Partition, layers: int, comm: Communicator
+) -> Tensor:
     """Add a shard vector up by layer, over ranks, float64 ``[L]``."""
     offset = partition.shard(comm.rank).start
     parts = []
     for unit in partition.owned(comm.rank):
-        part = values.new_zeros(len(partition.segments))
-        part[unit.segment] = values[unit.start - offset : unit.stop - offset].sum()
+        part = values.new_zeros(layers)
+        part[unit.segment % layers] = values[
+            unit.start - offset : unit.stop - offset
+        ].sum()
         parts.append(part)
     largest = torch.stack([values.new_zeros(()), *(p.abs().max() for p in parts)]).max()
-    return comm.sum_exactly(
-        parts, largest * len(partition.units), (len(partition.segments),)
-    )
+    return comm.sum_exactly(parts, largest * len(partition.units), (layers,))
 
 
 def _checksum(tensors: Iterable[Tensor]) -> Tensor:

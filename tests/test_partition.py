@@ -170,3 +170,14 @@ def test_small_model_by_hand() -> None:
     ]
     assert partition.shard_sizes() == [6, 5]
     assert Unit(0, 3, 4, 2).stop == 11
+
+
+def test_units_of_a_shard_belong_to_the_rank_that_holds_it() -> None:
+    # Two tensors on three ranks; rank 1 holds nothing of either.
+    cut = make_partition([7, 2, 0, 0, 3, 100], 3, 3)
+    partition = cut.owned_by_segment([0, 0, 1, 1, 2, 2])
+    assert partition.units == cut.units
+    assert partition.shard_sizes() == [9, 0, 103]
+    assert {unit.segment for unit in partition.owned(0)} == {0, 1}
+    assert {unit.segment for unit in partition.owned(2)} == {4, 5}
+    assert partition.shard(1) == slice(9, 9)
