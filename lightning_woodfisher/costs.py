@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 from lightning_woodfisher.criteria import CRITERIA, make_criterion
 from lightning_woodfisher.fisher import FisherConfig, choose_engine, rows_in_chunk
+from lightning_woodfisher.gradients import micro_batch_size
 from lightning_woodfisher.obs import Update
 from lightning_woodfisher.partition import Partition, Unit
 
@@ -34,8 +35,6 @@ _GRAM_ITEMSIZE = {"auto": 4, "float32": 4, "float64": 8}
 _PRIMAL_MATRICES = 4
 _DUAL_GRAMS, _DUAL_ROWS = 4, 2
 _FULL_GRAMS = 6
-# Units in work at once.
-_UNITS_AT_ONCE = 1
 # Whole vectors of the shard that live at once, 8 bytes each: after the factorisation
 # (diagonal and its parts), in the choice of weights, and when they are written.
 _VECTORS_FACTORIZE = 5
@@ -56,6 +55,7 @@ class Work:
         criterion: name of the criterion.
         update: how the kept weights make up for the removed ones.
         weight_bytes: bytes of a weight in the model.
+        threads: units in work at once.
 
     Attributes:
         partition: the blocks and their owners, the same as in the step itself.
@@ -68,6 +68,7 @@ class Work:
     criterion: str = "woodfisher"
     update: Update = "joint"
     weight_bytes: int = 4
+    threads: int = 1
     partition: Partition = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,9 +92,24 @@ class Work:
         return choose_engine(fisher.engine, fisher.num_gradients, fisher.block_size)
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of a number in a gradient row."""
+    def computed_bytes(self) -> int:
+        """Bytes of a number in a gradient row when it is computed."""
         return 8 if self.weight_bytes == 8 else 4
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a number in a gradient row that is sent and kept."""
+        return 2 if self.fisher.row_dtype == "bfloat16" else self.computed_bytes
+
+    @property
+    def gradients_at_once(self) -> int:
+        """Rows that a rank computes in one pass, if the network allows more than one."""
+        fisher = self.fisher
+        if fisher.collection == "loop":
+            return 1
+        return micro_batch_size(
+            fisher.num_gradients, fisher.gradient_batch_size, self.partition.size
+        )
 
     @property
     def gather_bytes(self) -> int:
@@ -206,26 +222,25 @@ def _collection(
     """Memory while gradients are taken, and while a chunk of them enters the Fisher."""
     own = sum(unit.count * unit.size for unit in units)
     ranks, count = work.world_size, work.fisher.num_gradients
-    chunk = min(rows_in_chunk(work.fisher), count)
-    # Rows are there as they came and in one piece, beside the chunk before: the first
-    # chunk has none, the last may be short.
-    rows = max(2 * chunk, chunk + 2 * min(chunk, count - chunk))
-    row = work.row_bytes * work.partition.size
+    chunk = rows_in_chunk(work.fisher)
+    at_once = work.gradients_at_once
     arrived = work.row_bytes * own
-    # The row that is sent and the one that is computed, beside what has arrived.
-    sending = row * min(2, count) + (arrived * min(ranks, count) if ranks > 1 else 0)
+    # The rows that are computed and those that are sent, beside what has arrived.
+    sending = at_once * work.partition.size * work.computed_bytes
+    if count > at_once or ranks > 1 or work.row_bytes != work.computed_bytes:
+        sending += at_once * work.partition.size * work.row_bytes
+    if ranks > 1:
+        sending += arrived * min(ranks * at_once, count)
     gradients = work.weight_bytes * (sum(work.weights) + max(work.weights, default=0))
     diagonal = kept + 8 * own
-    waiting = (rows - chunk) * arrived
-    workspace = 2 * 8 * chunk * _largest(units)
+    waiting = chunk * arrived
+    # A unit's rows in float64 if need be, and their product.
+    products = max((unit.count * unit.size**2 for unit in units), default=0)
+    products *= 4 * (work.engine == "primal")
+    workspace = work.threads * (2 * 8 * chunk * _largest(units) + products)
     return {
         "collect": Memory(state, sending + waiting, 0, diagonal + gradients),
-        "accumulate": Memory(
-            state,
-            sending + rows * arrived,
-            max(0, workspace - (rows - 2 * chunk) * arrived),
-            diagonal,
-        ),
+        "accumulate": Memory(state, sending + waiting, workspace, diagonal),
     }
 
 
@@ -252,7 +267,8 @@ def _workspace(work: Work, units: Sequence[Unit]) -> tuple[int, int]:
         # The rows of a unit come to the device as they are, before they are float64.
         visiting = work.row_bytes * count * _largest(units)
         inverting, solving = inverting + visiting, solving + visiting
-    return _UNITS_AT_ONCE * inverting, _UNITS_AT_ONCE * solving
+    at_once = min(work.threads, max(1, len(units)))
+    return at_once * inverting, at_once * solving
 
 
 def _largest(units: Sequence[Unit]) -> int:
@@ -277,7 +293,12 @@ def rank_traffic(work: Work, rank: int) -> dict[str, int]:
     ranks, sizes = work.world_size, work.partition.shard_sizes()
     others = work.partition.size - sizes[rank]
     count = work.fisher.num_gradients if work.uses_gradients else 0
-    own_rows = len(range(rank, count, ranks))
+    own_rows = sum(
+        min(work.gradients_at_once, count - first)
+        for first in range(
+            rank * work.gradients_at_once, count, ranks * work.gradients_at_once
+        )
+    )
     sums = (1 + (work.update == "joint")) * (work.engine == "full")
     return {
         "exchange": own_rows * others * work.row_bytes,

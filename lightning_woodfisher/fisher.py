@@ -152,6 +152,7 @@ def make_inverse_fisher(
     block_size: int | None,
     engine: Engine = "auto",
     precision: Precision = "auto",
+    offload_rows: bool = False,
 ) -> InverseFisher:
     """Choose the engine and make this rank's part of the inverse Fisher.
 
@@ -163,6 +164,7 @@ def make_inverse_fisher(
         block_size: B, or None for the full Fisher.
         engine: which form; ``"auto"`` takes the cheaper one.
         precision: of the products of gradients.
+        offload_rows: keep rows in host memory.
 
     Returns:
         An empty inverse Fisher that waits for gradients.
@@ -171,7 +173,7 @@ def make_inverse_fisher(
     if block_size is not None:
         chosen = choose_engine(engine, num_gradients, block_size)
         cls = PrimalInverseFisher if chosen == "primal" else DualInverseFisher
-    return cls(partition, num_gradients, damping, communicator, precision)
+    return cls(partition, num_gradients, damping, communicator, precision, offload_rows)
 
 
 def block_cost(
@@ -215,12 +217,12 @@ def rows_in_chunk(fisher: FisherConfig) -> int:
         fisher: the settings.
 
     Returns:
-        2B within 128 and 256 for the primal form; the dual one only stores.
+        128 for the primal form, at most N; the dual one only stores.
     """
     size = fisher.block_size
     if (
         size is None
         or choose_engine(fisher.engine, fisher.num_gradients, size) == "dual"
     ):
-        return 32
-    return min(256, max(128, 2 * size))
+        return min(32, fisher.num_gradients)
+    return min(128, fisher.num_gradients)

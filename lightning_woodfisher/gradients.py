@@ -18,6 +18,7 @@ __all__ = [
     "derive_seed",
     "iterate_chunks",
     "mean_loss",
+    "micro_batch_size",
 ]
 
 import math
@@ -99,7 +100,7 @@ def collect_gradients(
     maker.reason = _why_loop(source, batches, parameters, collection)
     at_once = 1
     if not maker.reason:
-        at_once = _micro_batch_size(count, batches.size or 1, sum(shard_sizes))
+        at_once = micro_batch_size(count, batches.size or 1, sum(shard_sizes))
         maker.reason = "" if at_once > 1 else "one gradient fills a micro-batch"
     dtype = _row_dtype(parameters.values())
     sent_dtype = torch.bfloat16 if row_dtype == "bfloat16" else dtype
@@ -145,21 +146,24 @@ def iterate_chunks(rows: Iterable[Tensor], size: int) -> Iterator[Tensor]:
         size: rows in a chunk; the last one may be shorter.
 
     Yields:
-        Tensors of shape ``[size, D_r]``.
+        Tensors of shape ``[size, D_r]``, each only until the next one is asked for: they
+        share one memory.
     """
-    waiting: list[Tensor] = []
+    chunk: Tensor | None = None
     count = 0
     for piece in rows:
         rest = piece
         while len(rest):
+            if chunk is None:
+                chunk = rest.new_empty(size, rest.shape[1])
             taken, rest = rest[: size - count], rest[size - count :]
-            waiting.append(taken)
+            chunk[count : count + len(taken)] = taken
             count += len(taken)
             if count == size:
-                yield torch.cat(waiting)
-                waiting, count = [], 0
-    if waiting:
-        yield torch.cat(waiting)
+                yield chunk
+                count = 0
+    if chunk is not None and count:
+        yield chunk[:count]
 
 
 @torch.no_grad()
@@ -206,8 +210,17 @@ def _why_loop(
     return why_not(source.model, parameters) or ""
 
 
-def _micro_batch_size(count: int, size: int, weights: int) -> int:
-    """Gradients computed in one pass; depends on the task only, not on the ranks."""
+def micro_batch_size(count: int, size: int, weights: int) -> int:
+    """Choose how many gradients are computed in one pass.
+
+    Args:
+        count: N.
+        size: m.
+        weights: D.
+
+    Returns:
+        A number that depends on the task only, not on the ranks.
+    """
     wanted = max(_FEWEST_GRADIENTS, count // _MICRO_BATCHES_WANTED)
     by_memory = _MOST_BYTES // (4 * max(1, weights))
     return max(1, min(wanted, count, _MOST_GRADIENTS, _MOST_SAMPLES // size, by_memory))

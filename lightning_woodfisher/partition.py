@@ -27,6 +27,8 @@ from dataclasses import dataclass, replace
 
 # A unit costs at most this share of the whole, so that R ranks can share evenly.
 _UNITS_WANTED = 96
+# Nor does it hold more weights than this, unless a block does: units in work take memory.
+_LARGEST_UNIT = 2**22
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def _blocks(
 def _split(
     segment: int, start: int, size: int, count: int, total: float, block_cost: float
 ) -> Iterator[Unit]:
-    """Cut a run of equal blocks into units of at most the wanted cost."""
-    at_once = max(1, int(total / _UNITS_WANTED / block_cost))
+    """Cut a run of equal blocks into units of at most the wanted cost and size."""
+    at_once = int(total / _UNITS_WANTED / block_cost)
+    at_once = max(1, min(at_once, _LARGEST_UNIT // size))
     for first in range(0, count, at_once):
         yield Unit(segment, start + first * size, size, min(at_once, count - first))

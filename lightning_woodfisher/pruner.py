@@ -586,6 +586,7 @@ def within_memory(
         config.criterion,
         config.update,
         max(p.element_size() for p in masks.parameters.values()),
+        torch.get_num_threads() if comm.device.type == "cpu" else 1,
     )
     fisher, cost = fit_into_memory(work, comm, ranks_on_host)
     return dataclasses.replace(config, fisher=fisher), cost

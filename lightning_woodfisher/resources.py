@@ -232,6 +232,7 @@ def estimate(
     flops_per_second: float | None = None,
     bytes_per_second: float | None = None,
     seconds_per_gradient: float | None = None,
+    threads: int = 1,
 ) -> ResourceEstimate:
     """Estimate what a pruning step costs, without running anything.
 
@@ -249,6 +250,8 @@ def estimate(
         flops_per_second: of a rank in matrix products, for seconds.
         bytes_per_second: that a rank can send, for seconds.
         seconds_per_gradient: of one mini-batch, forward and backward, for seconds.
+        threads: of torch on each rank; on a CPU each works on blocks of its own. 1 for a
+            GPU.
 
     Returns:
         The estimate for the rank that needs most.
@@ -283,6 +286,7 @@ def estimate(
         criterion,
         update,
         weight_bytes,
+        threads,
     )
     return estimate_counts(
         work, memory, flops_per_second, bytes_per_second, seconds_per_gradient

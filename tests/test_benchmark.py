@@ -381,9 +381,10 @@ class TestScaling:
     def test_a_silent_exchange_has_the_shape_of_a_real_one(self) -> None:
         comm = scaling.SilentCommunicator()
         comm.rank, comm.world_size = 1, 3
-        received = comm.exchange(torch.arange(6.0), [1, 3, 2], 2).wait()
-        assert received.tolist() == [[1.0, 2.0, 3.0]] * 2
-        none = comm.exchange(None, [1, 3, 2], 1, torch.float64).wait()
+        rows = torch.arange(12.0).view(2, 6)
+        received = comm.exchange(rows, [1, 3, 2], [2, 2, 0]).wait()
+        assert received.tolist() == [[1.0, 2.0, 3.0]] * 4
+        none = comm.exchange(None, [1, 3, 2], [1, 0, 0], torch.float64).wait()
         assert none.shape == (1, 3)
         assert none.dtype == torch.float64
         assert comm.bytes_sent == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -46,6 +47,8 @@ TRANSFORMER = {
 
 
 def fisher(count: int, block: int | None, **options: Any) -> FisherConfig:
+    # One gradient in a round, as rows come from the steps measured here.
+    options = {"collection": "loop", **options}
     return FisherConfig(num_gradients=count, block_size=block, **options)
 
 
@@ -121,6 +124,30 @@ def test_sums_of_one_layer_by_hand() -> None:
     # GᵀG: N multiplications and additions for each of 10 · 10² numbers.
     assert one.flops["accumulate"] == 2 * 20 * 10 * 10**2
     assert two.flops["accumulate"] == one.flops["accumulate"] // 2
+
+
+def test_gradients_computed_together_are_in_flight_together() -> None:
+    # 32 gradients in micro-batches of 8: two of them on each of two ranks.
+    alone = fisher(32, 10)
+    together = dataclasses.replace(alone, collection="auto")
+    one = estimate({"w": (10, 10)}, fisher=alone, world_size=2)
+    eight = estimate({"w": (10, 10)}, fisher=together, world_size=2)
+    assert one.bytes_sent == eight.bytes_sent
+    rows = [cost.phases["collect"].rows for cost in (one, eight)]
+    # Two rows of 100 and two of 50 that have arrived, or eight times as many.
+    assert rows[1] - rows[0] == 7 * (2 * 100 + 2 * 50) * 4
+    halved = dataclasses.replace(together, row_dtype="bfloat16")
+    half = estimate({"w": (10, 10)}, fisher=halved, world_size=2)
+    assert half.bytes_sent["exchange"] == eight.bytes_sent["exchange"] // 2
+
+
+def test_threads_work_on_units_of_their_own() -> None:
+    one, four = (
+        estimate({"w": (100, 100)}, fisher=fisher(20, 10), threads=threads)
+        for threads in (1, 4)
+    )
+    workspaces = [cost.phases["factorize"].workspace for cost in (one, four)]
+    assert workspaces[1] == 4 * workspaces[0]
 
 
 def test_the_worst_rank_counts() -> None:
@@ -251,7 +278,7 @@ def prune_small(**options: Any) -> Any:
         list(samples),
         lambda model, batch: model(batch).square().mean(),
         target_sparsity=0.5,
-        fisher=FisherConfig(num_gradients=30, block_size=20, **options),
+        fisher=fisher(30, 20, **options),
     )
 
 

@@ -62,6 +62,7 @@ class WoodFisher(Criterion):
             block_size=self.fisher.block_size,
             engine=self.fisher.engine,
             precision=self.fisher.precision,
+            offload_rows=self.fisher.offload_rows,
         )
 
     @property

@@ -31,6 +31,7 @@ class InverseFisher(ABC):
         damping: λ.
         communicator: the ranks.
         precision: of the products of gradients; factorisations are always float64.
+        offload_rows: keep rows in host memory, for the forms that keep rows.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class InverseFisher(ABC):
         damping: float,
         communicator: Communicator,
         precision: Precision = "auto",
+        offload_rows: bool = False,
     ) -> None:
         self.units = partition.owned(communicator.rank)
         self.num_gradients = num_gradients

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.engines.base import InverseFisher, raise_until_definite
+from lightning_woodfisher.engines.rows import RowStore
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.products import (
     Precision,
@@ -41,30 +42,30 @@ class RowsInverseFisher(InverseFisher):
         damping: float,
         communicator: Communicator,
         precision: Precision = "auto",
+        offload_rows: bool = False,
     ) -> None:
-        super().__init__(partition, num_gradients, damping, communicator, precision)
-        self._rows: list[Tensor] = []
+        super().__init__(
+            partition, num_gradients, damping, communicator, precision, offload_rows
+        )
+        self._rows = RowStore(
+            [self._local(unit) for unit in self.units],
+            num_gradients,
+            self._device,
+            offload_rows,
+        )
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the state that this rank keeps for its blocks."""
-        return sum(rows.numel() * rows.element_size() for rows in self._rows)
+        """Bytes of the rows on the device."""
+        return self._rows.device_bytes
 
     def _add(self, rows: Tensor) -> None:
-        if not self._rows:
-            self._rows = [
-                rows.new_empty(self.num_gradients, unit.stop - unit.start)
-                for unit in self.units
-            ]
-        for unit, kept in zip(self.units, self._rows, strict=True):
-            kept[self._observed : self._observed + len(rows)] = rows[
-                :, self._local(unit)
-            ]
+        self._rows.append(rows)
 
-    def _product_dtype(self, rows: Tensor, columns: int) -> torch.dtype:
+    def _product_dtype(self, columns: int) -> torch.dtype:
         """Choose the dtype in which products of rows are tried."""
         wanted = self.precision == "float64" or self._are_few(columns)
-        double = wanted or rows.dtype == torch.float64
+        double = wanted or self._rows.dtype == torch.float64
         return torch.float64 if double else torch.float32
 
     def _are_few(self, columns: int) -> bool:
@@ -101,8 +102,11 @@ class DualInverseFisher(RowsInverseFisher):
         damping: float,
         communicator: Communicator,
         precision: Precision = "auto",
+        offload_rows: bool = False,
     ) -> None:
-        super().__init__(partition, num_gradients, damping, communicator, precision)
+        super().__init__(
+            partition, num_gradients, damping, communicator, precision, offload_rows
+        )
         # Units for which float32 has turned out not to be enough.
         self._in_double: set[int] = set()
 
@@ -118,7 +122,7 @@ class DualInverseFisher(RowsInverseFisher):
         columns = self.units[index].size
         if kept is not None:
             columns = int(kept.sum(dim=-1).min())
-        return self._product_dtype(self._rows[index], columns)
+        return self._product_dtype(columns)
 
     def _factorize(self) -> None:
         self._each_unit(self._factorize_unit)

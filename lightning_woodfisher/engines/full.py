@@ -38,13 +38,16 @@ class FullInverseFisher(RowsInverseFisher):
         damping: float,
         communicator: Communicator,
         precision: Precision = "auto",
+        offload_rows: bool = False,
     ) -> None:
-        super().__init__(partition, num_gradients, damping, communicator, precision)
+        super().__init__(
+            partition, num_gradients, damping, communicator, precision, offload_rows
+        )
         self._lambda = self._full(1, damping)
 
     def _add(self, rows: Tensor) -> None:
         super()._add(rows)
-        self._dtype = self._product_dtype(rows, self._total_size)
+        self._dtype = self._product_dtype(self._total_size)
 
     @property
     def damping(self) -> Tensor:

@@ -41,8 +41,11 @@ class PrimalInverseFisher(InverseFisher):
         damping: float,
         communicator: Communicator,
         precision: Precision = "auto",
+        offload_rows: bool = False,
     ) -> None:
-        super().__init__(partition, num_gradients, damping, communicator, precision)
+        super().__init__(
+            partition, num_gradients, damping, communicator, precision, offload_rows
+        )
         dtype = torch.float64 if precision == "float64" else torch.float32
         # The lower half of GᵀG while gradients arrive, all of GᵀG/N after.
         self._gram = [

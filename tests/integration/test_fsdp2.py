@@ -123,22 +123,31 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- one step
 
 STEPS: dict[str, dict[str, Any]] = {
-    "equal batches": {"fisher": FisherConfig(8, 3, 16)},
-    "split batches": {"fisher": FisherConfig(8, 2, 16)},
-    "primal": {"fisher": FisherConfig(20, 1, 16), "update": "independent"},
+    "equal batches": {"fisher": FisherConfig(8, 3, 16, collection="loop")},
+    "split batches": {"fisher": FisherConfig(8, 2, 16, collection="loop")},
+    "primal": {
+        "fisher": FisherConfig(20, 1, 16, collection="loop"),
+        "update": "independent",
+    },
     "by layer": {
-        "fisher": FisherConfig(8, 3, 16),
+        "fisher": FisherConfig(8, 3, 16, collection="loop"),
         "selection": SelectionConfig("layer"),
     },
-    "magnitude": {"fisher": FisherConfig(8, 3, 16), "criterion": "magnitude"},
-    "whole Fisher": {"fisher": FisherConfig(8, 3, None)},
-    "training mode": {"fisher": FisherConfig(8, 2, 16, model_mode="train")},
+    "magnitude": {
+        "fisher": FisherConfig(8, 3, 16, collection="loop"),
+        "criterion": "magnitude",
+    },
+    "whole Fisher": {"fisher": FisherConfig(8, 3, None, collection="loop")},
+    "training mode": {
+        "fisher": FisherConfig(8, 2, 16, model_mode="train", collection="loop")
+    },
     "parts of single weights": {
-        "fisher": FisherConfig(8, 3, 1),
+        "fisher": FisherConfig(8, 3, 1, collection="loop"),
         "recompute_steps": 2,
     },
 }
-# Those in which no sum is taken in another order.
+# Those in which no sum is taken in another order; one process computes gradients one by
+# one, too.
 SAME_BITS = (
     "equal batches",
     "primal",
@@ -480,7 +489,10 @@ def test_masks_hold_in_a_sharded_fit(ranks: RankPool, tmp_path: Path) -> None:
 def first_step(net: str) -> dict[str, Any]:
     """Give the weights right after the step at the start of a fit."""
     seed_all(1)
-    pruner, after = pruning(fisher=FisherConfig(6, 3, 16)), AfterStep()
+    pruner, after = (
+        pruning(fisher=FisherConfig(6, 3, 16, collection="loop")),
+        AfterStep(),
+    )
     options: dict[str, Any] = {"devices": 2, "strategy": strategy()}
     kind = Sharded if net == "sharded" else Classifier
     fitted = trainer(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from fits import Classifier, Counting, loader, pruning, trainer
 from rank_pool import RankPool
+from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import ConfigurationError, FisherConfig, prune
 from lightning_woodfisher import callback as callback_module
@@ -44,14 +46,18 @@ def test_weights_on_the_meta_device_are_refused() -> None:
         callback.on_fit_start(trainer(), model)
 
 
-def _prune(budget: int | None, width: int) -> tuple[int, int, list[float]]:
+def _prune(
+    budget: int | None, width: int, together: bool = False
+) -> tuple[int, int, list[float]]:
     torch.manual_seed(0)
     model = torch.nn.Linear(16, width, bias=False)
-    data = [torch.randn(1, 16) for _ in range(20)]
+    samples = torch.randn(40, 16)
+    # Samples of a dataset can be computed together, batches of a list cannot.
+    data: Any = TensorDataset(samples) if together else list(samples.split(2))
     report = prune(
         model,
         data,
-        lambda m, batch: m(batch).square().mean(),
+        lambda m, batch: m(batch[0] if together else batch).square().mean(),
         target_sparsity=0.5,
         fisher=fisher(num_gradients=20, memory_budget=budget),
         measure_loss=False,
@@ -62,9 +68,12 @@ def _prune(budget: int | None, width: int) -> tuple[int, int, list[float]]:
 def test_traffic_is_as_estimated_on_real_ranks(ranks: RankPool) -> None:
     settings = fisher(num_gradients=20)
     for world_size in (2, 3):
-        results = ranks.run(world_size, _prune, None, 7)
-        cost = estimate({"w": (7, 16)}, fisher=settings, world_size=world_size)
-        assert [sent for sent, _, _ in results] == [cost.total_bytes_sent] * world_size
+        for together, collection in ((False, "loop"), (True, "auto")):
+            results = ranks.run(world_size, _prune, None, 7, together)
+            chosen = dataclasses.replace(settings, collection=collection)
+            cost = estimate({"w": (7, 16)}, fisher=chosen, world_size=world_size)
+            sent = [sent for sent, _, _ in results]
+            assert sent == [cost.total_bytes_sent] * world_size
 
 
 def test_more_ranks_than_blocks_work_and_change_nothing(ranks: RankPool) -> None:
