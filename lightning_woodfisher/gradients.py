@@ -13,195 +13,45 @@ __all__ = [
     "FunctionLoss",
     "LossSource",
     "StreamBatches",
+    "Streams",
     "collect_gradients",
     "derive_seed",
     "iterate_chunks",
+    "loader_batches",
     "mean_loss",
+    "scalar_loss",
 ]
 
 import contextlib
-import hashlib
-import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_woodfisher.batches import (
+    Batches,
+    DatasetBatches,
+    StreamBatches,
+    Streams,
+    loader_batches,
+)
 from lightning_woodfisher.distributed import Communicator, Pending
-from lightning_woodfisher.errors import ConfigurationError, PruningError
-from lightning_woodfisher.isolation import ModelMode, isolated, seeded
+from lightning_woodfisher.errors import PruningError
+from lightning_woodfisher.isolation import (
+    ModelMode,
+    derive_seed,
+    isolated,
+    random_states_kept,
+    seeded,
+)
 
 # A loss scale that is lowered below this cannot be what makes gradients overflow.
 _SMALLEST_LOSS_SCALE = 1.0
 _LOSS_SCALE_STEP = 16.0
-
-
-def derive_seed(*parts: object) -> int:
-    """Mix numbers and names into one seed.
-
-    Args:
-        parts: anything with a stable ``repr``.
-
-    Returns:
-        An integer in [0, 2**63).
-    """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-class Batches(ABC):
-    """Mini-batches by number; batch i is the same on every rank.
-
-    Attributes:
-        regroupable: whether asking for fewer and larger batches under the same seed gives
-            the same samples in larger groups.
-    """
-
-    regroupable: bool = False
-
-    @abstractmethod
-    def fetch(self, index: int) -> Any:
-        """Make one batch.
-
-        Args:
-            index: which one; callers ask in rising order.
-
-        Returns:
-            The batch, on whatever device the data lives.
-        """
-
-    @abstractmethod
-    def describe(self, index: int) -> str:
-        """Name the samples of a batch for an error message.
-
-        Args:
-            index: which batch.
-
-        Returns:
-            For example ``"samples 3, 17"``.
-        """
-
-
-class DatasetBatches(Batches):
-    """Batches of a map-style dataset under an own seeded permutation, no sample twice.
-
-    Args:
-        dataset: anything with ``__len__`` and ``__getitem__``.
-        count: number of batches, N.
-        size: samples in a batch, m.
-        seed: of the permutation.
-        collate: list of samples to batch.
-        regroupable: False when ``collate`` can make a batch of one item only.
-
-    Raises:
-        ConfigurationError: when the dataset has fewer than N·m samples.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        count: int,
-        size: int,
-        seed: int,
-        collate: Callable[[list[Any]], Any] = default_collate,
-        regroupable: bool = True,
-    ) -> None:
-        if not isinstance(dataset, Sized):
-            raise ConfigurationError(
-                f"{type(dataset).__name__} has no length; give a map-style dataset or an "
-                "iterable of batches."
-            )
-        samples = len(dataset)
-        if samples < count * size:
-            raise ConfigurationError(
-                f"num_gradients={count} times gradient_batch_size={size} needs "
-                f"{count * size} samples, but the dataset has {samples}; lower one of "
-                f"them (num_gradients={max(1, samples // size)} would fit)."
-                if samples >= size
-                else f"gradient_batch_size={size} exceeds the {samples} samples of the "
-                "dataset; lower it."
-            )
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(samples, generator=generator)[: count * size]
-        self._dataset = dataset
-        self._indices = order.view(count, size).tolist()
-        self._collate = collate
-        self.regroupable = regroupable
-
-    def fetch(self, index: int) -> Any:
-        """Make one batch.
-
-        Args:
-            index: which one.
-
-        Returns:
-            The collated samples.
-        """
-        indices = self._indices[index]
-        if hasattr(self._dataset, "__getitems__"):
-            return self._collate(self._dataset.__getitems__(indices))
-        return self._collate([self._dataset[i] for i in indices])
-
-    def describe(self, index: int) -> str:
-        """Name the samples of a batch.
-
-        Args:
-            index: which batch.
-
-        Returns:
-            Their indices in the dataset.
-        """
-        return f"samples {', '.join(map(str, self._indices[index][:8]))}"
-
-
-class StreamBatches(Batches):
-    """Batches as an iterable yields them, which must be in the same order on every rank.
-
-    Args:
-        iterable: of batches; each gives one gradient.
-        count: number of batches that will be needed, N.
-    """
-
-    def __init__(self, iterable: Iterable[Any], count: int) -> None:
-        self._iterator = iter(iterable)
-        self._next = 0
-        self._count = count
-
-    def fetch(self, index: int) -> Any:
-        """Read on to one batch.
-
-        Args:
-            index: which one, not before an earlier one.
-
-        Returns:
-            The batch.
-
-        Raises:
-            ConfigurationError: when the iterable ends too early.
-        """
-        for batch in self._iterator:
-            self._next += 1
-            if self._next > index:
-                return batch
-        raise ConfigurationError(
-            f"the data ended after {self._next} batches, but num_gradients="
-            f"{self._count} needs one batch each; lower num_gradients or give more."
-        )
-
-    def describe(self, index: int) -> str:
-        """Name a batch.
-
-        Args:
-            index: which batch.
-
-        Returns:
-            Its number in the stream.
-        """
-        return f"batch {index} of the stream"
 
 
 class LossSource(ABC):
@@ -263,7 +113,9 @@ class FunctionLoss(LossSource):
 
     Args:
         model: the network.
-        data: a map-style Dataset of samples, or an iterable of batches.
+        data: a map-style Dataset of samples, a DataLoader, or an iterable of batches.
+            Of a DataLoader over a map-style dataset only the dataset, the sampler's
+            indices and the ``collate_fn`` are used (:func:`loader_batches`).
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
     """
 
@@ -276,12 +128,10 @@ class FunctionLoss(LossSource):
         super().__init__(model)
         self._data = data
         self._loss_fn = loss_fn
-        self._read: tuple[tuple[int, int], list[Any]] | None = None
+        self._streams = Streams(data)  # type: ignore[arg-type]
 
     def batches(self, count: int, size: int, seed: int) -> Batches:
         """Choose the mini-batches; an iterable gives them as they come.
-
-        An iterator, which can be read only once, has its last N batches kept in memory.
 
         Args:
             count: N.
@@ -294,25 +144,68 @@ class FunctionLoss(LossSource):
         data = self._data
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             return DatasetBatches(data, count, size, seed)
-        if isinstance(data, Iterator):
-            # It can be read only once, but the loss is measured on the same batches.
-            if self._read is None or self._read[0] != (count, seed):
-                self._read = (count, seed), list(itertools.islice(data, count))
-            return StreamBatches(self._read[1], count)
-        return StreamBatches(data, count)
+        if isinstance(data, DataLoader):
+            chosen = loader_batches(data, count, size, seed)
+            if chosen is not None:
+                return chosen
+        return self._streams.batches(count, seed)
 
     def loss(self, batch: Any, index: int) -> Tensor:
         """Call the loss function.
 
         Args:
             batch: moved to the device of the model.
-            index: not used.
+            index: named in errors.
 
         Returns:
             Scalar tensor.
         """
         device = next(self.model.parameters()).device
-        return self._loss_fn(self.model, _to_device(batch, device))
+        result = self._loss_fn(self.model, _to_device(batch, device))
+        return scalar_loss(
+            result, index, "loss_fn", "return the mean loss of the batch"
+        )
+
+    @contextlib.contextmanager
+    def session(self, mode: ModelMode) -> Iterator[None]:
+        """Enter before asking for losses; leaves no trace in the model.
+
+        Args:
+            mode: training or evaluation behaviour of the layers.
+
+        Yields:
+            Nothing.
+        """
+        with super().session(mode):
+            yield
+            self._streams.finish()
+
+
+def scalar_loss(result: Any, index: int, origin: str, remedy: str) -> Tensor:
+    """Check what is meant to be a loss.
+
+    Args:
+        result: what came out.
+        index: number of the batch.
+        origin: the function that gave it.
+        remedy: what to do otherwise.
+
+    Returns:
+        Tensor of shape ``[]``.
+
+    Raises:
+        PruningError: when it is no tensor of one element.
+    """
+    if isinstance(result, Tensor) and result.numel() == 1:
+        return result.reshape(())
+    found = (
+        f"a tensor of shape {tuple(result.shape)}"
+        if isinstance(result, Tensor)
+        else type(result).__name__
+    )
+    raise PruningError(
+        f"{origin} returned {found} for gradient {index}, not a scalar loss; {remedy}"
+    )
 
 
 def collect_gradients(
@@ -346,6 +239,7 @@ def collect_gradients(
     Yields:
         Tensors of shape ``[n, D_r]``: gradients in order of i.
     """
+    _require_trainable(parameters)
     failure: Exception | None = None
     own: dict[int, float] = {}
     pending: Pending | None = None
@@ -406,11 +300,12 @@ def iterate_chunks(rows: Iterable[Tensor], size: int) -> Iterator[Tensor]:
         yield torch.cat(waiting)
 
 
-@torch.no_grad()
 def mean_loss(
     source: LossSource, batches: Batches, count: int, comm: Communicator, seed: int
 ) -> list[float]:
     """Compute the losses of the mini-batches without gradients, shared by the ranks.
+
+    A loss that is not finite is a :class:`PruningError`.
 
     Args:
         source: where losses come from, with its session entered.
@@ -427,11 +322,33 @@ def mean_loss(
     try:
         for index in range(comm.rank, count, comm.world_size):
             with seeded(derive_seed(seed, index)):
-                own[index] = float(source.loss(batches.fetch(index), index))
+                own[index] = _value(source, batches, index)
+            _require_finite(own[index], batches, index)
     except Exception as error:
         failure = error
     comm.agree(failure)
     return _in_order(own, count, comm)
+
+
+def _value(source: LossSource, batches: Batches, index: int) -> float:
+    """Compute one loss without gradients, or with them where the loss needs them."""
+    batch = batches.fetch(index)
+    try:
+        with random_states_kept(), torch.no_grad():
+            return float(source.loss(batch, index))
+    except RuntimeError as error:
+        if "not require grad" not in str(error):
+            raise
+    # A loss that differentiates inside, such as a gradient penalty. Each batch decides
+    # for itself, so that the result does not depend on which rank has computed it.
+    return float(source.loss(batch, index).detach())
+
+
+def _require_finite(value: float, batches: Batches, index: int) -> None:
+    if not math.isfinite(value):
+        raise PruningError(
+            f"the loss of gradient {index} ({batches.describe(index)}) is {value}"
+        )
 
 
 def _gradient(
@@ -448,10 +365,7 @@ def _gradient(
     while True:
         loss = source.loss(batch, index)
         value = float(loss.detach())
-        if not math.isfinite(value):
-            raise PruningError(
-                f"the loss of gradient {index} ({batches.describe(index)}) is {value}"
-            )
+        _require_finite(value, batches, index)
         if not loss.requires_grad:
             raise PruningError(
                 f"the loss of gradient {index} has no graph: it was detached or computed "
@@ -477,6 +391,16 @@ def _gradient(
             raise PruningError(_name_non_finite(batches, index, parameters, gradients))
         # float16 has overflowed under the scale of the GradScaler; a smaller one may do.
         scale = max(scale / _LOSS_SCALE_STEP, _SMALLEST_LOSS_SCALE)
+
+
+def _require_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
+    frozen = [name for name, p in parameters.items() if not p.requires_grad]
+    if frozen:
+        raise PruningError(
+            f"selected weights are frozen (requires_grad is False), so that they have no "
+            f"gradient: {', '.join(frozen[:8])}; prune before they are frozen or after "
+            "they are released, or leave them out with selection.exclude"
+        )
 
 
 def _name_non_finite(

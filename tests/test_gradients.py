@@ -435,9 +435,9 @@ def test_function_loss_chooses_batches_by_the_kind_of_data() -> None:
         return type(FunctionLoss(network(), data, cross_entropy).batches(2, 2, 0))
 
     assert kind(TensorDataset(torch.zeros(5))) is DatasetBatches
-    assert (
-        kind(DataLoader(TensorDataset(torch.zeros(5)), batch_size=2)) is StreamBatches
-    )
+    loader = DataLoader(TensorDataset(torch.zeros(5)), batch_size=2)
+    assert kind(loader) is DatasetBatches
+    assert kind(DataLoader(Stream(), batch_size=2)) is StreamBatches
     assert kind(Stream()) is StreamBatches
     assert kind(batches()) is StreamBatches
 
