@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigurationError", "PruningError", "nearest"]
+__all__ = ["ConfigurationError", "PruningError", "nearest", "require_integer"]
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class ConfigurationError(ValueError):
@@ -28,3 +29,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def require_integer(name: str, value: object) -> None:
+    """Check that a setting is a whole number; True is none.
+
+    Args:
+        name: of the setting.
+        value: what the user gave.
+
+    Raises:
+        ConfigurationError: for anything else.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ConfigurationError(f"{name}={value!r} is not a whole number.")

@@ -15,6 +15,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -489,8 +490,13 @@ def check_sparsity(target_sparsity: float) -> None:
         target_sparsity: share of zeros.
 
     Raises:
-        ConfigurationError: outside [0, 1).
+        ConfigurationError: outside [0, 1), or not a number.
     """
+    if not isinstance(target_sparsity, Real):
+        raise ConfigurationError(
+            f"target_sparsity={target_sparsity!r} is not a number; it is the share of "
+            "zeros, so 90 % is 0.9."
+        )
     if not 0.0 <= target_sparsity < 1.0:
         raise ConfigurationError(
             f"target_sparsity={target_sparsity} is outside [0, 1); it is the share of zeros, "
