@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigurationError", "PruningError", "nearest", "require_integer"]
+__all__ = [
+    "ConfigurationError",
+    "PruningError",
+    "nearest",
+    "require_integer",
+    "require_number",
+]
 
 import difflib
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 
 
 class ConfigurationError(ValueError):
@@ -41,5 +47,19 @@ def require_integer(name: str, value: object) -> None:
     Raises:
         ConfigurationError: for anything else.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ConfigurationError(f"{name}={value!r} is not a whole number.")
+
+
+def require_number(name: str, value: object) -> None:
+    """Check that a setting is a number; True is none.
+
+    Args:
+        name: of the setting.
+        value: what the user gave.
+
+    Raises:
+        ConfigurationError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ConfigurationError(f"{name}={value!r} is not a number.")

@@ -37,7 +37,6 @@ __all__ = [
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal, get_args
 
 from lightning_woodfisher.distributed import Communicator
@@ -45,7 +44,11 @@ from lightning_woodfisher.engines.base import InverseFisher
 from lightning_woodfisher.engines.dual import DualInverseFisher
 from lightning_woodfisher.engines.full import FullInverseFisher
 from lightning_woodfisher.engines.primal import PrimalInverseFisher
-from lightning_woodfisher.errors import ConfigurationError, require_integer
+from lightning_woodfisher.errors import (
+    ConfigurationError,
+    require_integer,
+    require_number,
+)
 from lightning_woodfisher.isolation import ModelMode
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.products import Precision
@@ -93,10 +96,7 @@ class FisherConfig:
                 raise ConfigurationError(
                     f"fisher.{name}={value} must be at least 1{hint}."
                 )
-        if not isinstance(self.damping, Real) or isinstance(self.damping, bool):
-            raise ConfigurationError(
-                f"fisher.damping={self.damping!r} is not a number."
-            )
+        require_number("fisher.damping", self.damping)
         if not (self.damping > 0 and math.isfinite(self.damping)):
             raise ConfigurationError(
                 f"fisher.damping={self.damping} must be positive and finite; without it "

@@ -15,7 +15,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -24,7 +23,13 @@ from torch.utils.data import Dataset
 
 from lightning_woodfisher.criteria import CRITERIA, Criterion, make_criterion
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
+from lightning_woodfisher.errors import (
+    ConfigurationError,
+    PruningError,
+    nearest,
+    require_integer,
+    require_number,
+)
 from lightning_woodfisher.fisher import FisherConfig, rows_in_chunk
 from lightning_woodfisher.gradients import (
     FunctionLoss,
@@ -75,6 +80,7 @@ class PruningConfig:
                 f"update={self.update!r} is unknown; use one of "
                 f"{', '.join(get_args(Update))}.{nearest(self.update, get_args(Update))}"
             )
+        require_integer("recompute_steps", self.recompute_steps)
         if self.recompute_steps < 1:
             raise ConfigurationError(
                 f"recompute_steps={self.recompute_steps} must be at least 1."
@@ -492,11 +498,7 @@ def check_sparsity(target_sparsity: float) -> None:
     Raises:
         ConfigurationError: outside [0, 1), or not a number.
     """
-    if not isinstance(target_sparsity, Real):
-        raise ConfigurationError(
-            f"target_sparsity={target_sparsity!r} is not a number; it is the share of "
-            "zeros, so 90 % is 0.9."
-        )
+    require_number("target_sparsity", target_sparsity)
     if not 0.0 <= target_sparsity < 1.0:
         raise ConfigurationError(
             f"target_sparsity={target_sparsity} is outside [0, 1); it is the share of zeros, "
