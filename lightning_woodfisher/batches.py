@@ -10,6 +10,7 @@ __all__ = [
     "loader_batches",
 ]
 
+import functools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -200,13 +201,19 @@ def _drawn_by(sampler: Any) -> Sequence[int] | None:
     if isinstance(indices, Sequence | Tensor) or hasattr(indices, "__array__"):
         return torch.as_tensor(indices, dtype=torch.int64).tolist()
     if not isinstance(sampler, _DRAW_EVERYTHING):
-        warnings.warn(
-            f"{type(sampler).__name__} does not tell which samples it may draw (it has no "
-            "`indices`), so gradients are taken of samples from the whole dataset; pass a "
-            "loader over a torch.utils.data.Subset if that is too much.",
-            stacklevel=2,
-        )
+        _warn_of(type(sampler).__name__)
     return None
+
+
+@functools.cache
+def _warn_of(sampler: str) -> None:
+    """Warn once of each kind of sampler."""
+    warnings.warn(
+        f"{sampler} does not tell which samples it may draw (it has no `indices`), so "
+        "gradients are taken of samples from the whole dataset; pass a loader over a "
+        "torch.utils.data.Subset if that is too much.",
+        stacklevel=4,
+    )
 
 
 class StreamBatches(Batches):

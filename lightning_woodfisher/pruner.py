@@ -455,7 +455,9 @@ def prune(
     Args:
         model: the network, changed in place; names and storages stay.
         data: a map-style Dataset of samples, or an iterable of batches in the same order
-            on every rank.
+            on every rank. Of a DataLoader over a map-style Dataset the dataset, the
+            samples its sampler may draw and its ``collate_fn`` are used, but neither its
+            order nor its ``batch_size``: ``fisher.gradient_batch_size`` is the size.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
         target_sparsity: share of the selected weights that is zero afterwards, [0, 1).
         fisher: how the Fisher is estimated.

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["TrainingStepLoss"]
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -31,10 +32,10 @@ from lightning_woodfisher.isolation import ModelMode
 class TrainingStepLoss(LossSource):
     """Runs ``training_step`` (or a method of the user's choice) on own batches.
 
-    Batches come from the training dataset and the loader's ``collate_fn``, never from the
-    iterator of the fit loop. The module is called directly, not through the strategy's
-    wrapper, under the Trainer's precision. Logging, optimizers, schedulers and loggers
-    are replaced by stand-ins that do nothing.
+    Batches come from the training dataset, from the samples that the loader's sampler may
+    draw, and its ``collate_fn``, never from the iterator of the fit loop. The module is
+    called directly, not through the strategy's wrapper, under the Trainer's precision.
+    Logging, optimizers, schedulers and loggers are replaced by stand-ins that do nothing.
 
     In manual optimisation the loss is the sum of what goes to ``manual_backward``. With
     several optimizers every loss is differentiated for the parameters that it trains: of
@@ -85,7 +86,10 @@ class TrainingStepLoss(LossSource):
         given = self._dataloader
         loader = self._trainer.train_dataloader if given is None else given
         if isinstance(loader, DataLoader):
-            chosen = loader_batches(loader, count, size, seed)
+            with warnings.catch_warnings():
+                if not self._trainer.is_global_zero:
+                    warnings.simplefilter("ignore")
+                chosen = loader_batches(loader, count, size, seed)
             if chosen is not None:
                 return chosen
         if self._streams is not None:
