@@ -1,18 +1,40 @@
-"""Mini-batches by number: batch i is the same on every rank."""
+"""Which samples a gradient is taken of: mini-batches by number, equal on every rank."""
 
 from __future__ import annotations
 
-__all__ = ["Batches", "DatasetBatches", "StreamBatches"]
+__all__ = [
+    "Batches",
+    "DatasetBatches",
+    "StreamBatches",
+    "Streams",
+    "loader_batches",
+]
 
+import functools
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.isolation import derive_seed, seeded
+
+# Samplers that visit the whole dataset.
+_DRAW_EVERYTHING = (SequentialSampler, RandomSampler, DistributedSampler)
 
 
 class Batches(ABC):
@@ -76,9 +98,10 @@ class DatasetBatches(Batches):
         seed: of the permutation.
         collate: list of samples to batch.
         regroupable: False when ``collate`` can make a batch of one item only.
+        indices: the samples that may be drawn; None for the whole dataset.
 
     Raises:
-        ConfigurationError: when the dataset has fewer than N·m samples.
+        ConfigurationError: when there are fewer than N·m samples.
     """
 
     def __init__(
@@ -89,25 +112,29 @@ class DatasetBatches(Batches):
         seed: int,
         collate: Callable[[list[Any]], Any] = default_collate,
         regroupable: bool = True,
+        indices: Sequence[int] | None = None,
     ) -> None:
         if not isinstance(dataset, Sized):
             raise ConfigurationError(
                 f"{type(dataset).__name__} has no length; give a map-style dataset or an "
                 "iterable of batches."
             )
-        samples = len(dataset)
+        samples = len(dataset) if indices is None else len(indices)
+        where = "the dataset" if indices is None else "what the sampler may draw"
         if samples < count * size:
             raise ConfigurationError(
                 f"num_gradients={count} times gradient_batch_size={size} needs "
-                f"{count * size} samples, but the dataset has {samples}; lower one of "
+                f"{count * size} samples, but {where} has {samples}; lower one of "
                 f"them (num_gradients={max(1, samples // size)} would fit)."
                 if samples >= size
-                else f"gradient_batch_size={size} exceeds the {samples} samples of the "
-                "dataset; lower it."
+                else f"gradient_batch_size={size} exceeds the {samples} samples of "
+                f"{where}; lower it."
             )
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(samples, generator=generator)[: count * size]
         self._dataset = dataset
+        if indices is not None:
+            order = torch.as_tensor(indices, dtype=torch.int64)[order]
         self._indices = order.view(count, size).tolist()
         self._collate = collate
         self.regroupable = regroupable
@@ -159,18 +186,93 @@ class DatasetBatches(Batches):
         return f"samples {', '.join(map(str, self._indices[index][:8]))}"
 
 
+def loader_batches(
+    loader: DataLoader[Any], count: int, size: int, seed: int
+) -> Batches | None:
+    """Draw from the dataset of a DataLoader rather than from its iterator.
+
+    The samples are those that its sampler may draw, where the sampler says so: the
+    ``indices`` of a ``SubsetRandomSampler``, the positive weights of a
+    ``WeightedRandomSampler``. They are drawn uniformly and without replacement, whatever
+    the sampler does. Its ``collate_fn`` makes the batches; its ``batch_size`` does not
+    count.
+
+    Args:
+        loader: with its dataset.
+        count: number of batches, N.
+        size: samples in a batch, m; not used where automatic batching is off.
+        seed: of the choice.
+
+    Returns:
+        The batches; None when the dataset is iterable-style.
+    """
+    dataset, collate = loader.dataset, loader.collate_fn
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+        return None
+    if loader.batch_sampler is None:
+        # Automatic batching is off: every item is a batch.
+        return DatasetBatches(
+            dataset,
+            count,
+            1,
+            seed,
+            lambda items: collate(items[0]),
+            regroupable=False,
+            indices=_drawn_by(loader.sampler),
+        )
+    sampler = loader.sampler
+    if type(loader.batch_sampler) is not BatchSampler:
+        sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
+    return DatasetBatches(
+        dataset, count, size, seed, collate, indices=_drawn_by(sampler)
+    )
+
+
+def _drawn_by(sampler: Any) -> Sequence[int] | None:
+    """List the samples that a sampler may draw; None stands for all."""
+    # Lightning hides a sampler of the user in the "dataset" of a DistributedSampler.
+    inner = getattr(getattr(sampler, "dataset", None), "_sampler", None)
+    if inner is not None:
+        return _drawn_by(inner)
+    if isinstance(sampler, WeightedRandomSampler):
+        return torch.nonzero(sampler.weights).squeeze(1).tolist()
+    indices = getattr(sampler, "indices", None)
+    if isinstance(indices, Sequence | Tensor) or hasattr(indices, "__array__"):
+        return torch.as_tensor(indices, dtype=torch.int64).tolist()
+    if not isinstance(sampler, _DRAW_EVERYTHING):
+        _warn_of(type(sampler).__name__)
+    return None
+
+
+@functools.cache
+def _warn_of(sampler: str) -> None:
+    """Warn once of each kind of sampler."""
+    warnings.warn(
+        f"{sampler} does not tell which samples it may draw (it has no `indices`), so "
+        "gradients are taken of samples from the whole dataset; pass a loader over a "
+        "torch.utils.data.Subset if that is too much.",
+        stacklevel=4,
+    )
+
+
 class StreamBatches(Batches):
     """Batches as an iterable yields them, which must be in the same order on every rank.
+
+    The iterable is opened by the first :meth:`fetch`, and batch i is read under the seed
+    of i, so that one that shuffles with the global generators does so alike on all ranks.
 
     Args:
         iterable: of batches; each gives one gradient.
         count: number of batches that will be needed, N.
+        seed: of whatever the iterable draws.
     """
 
-    def __init__(self, iterable: Iterable[Any], count: int) -> None:
-        self._iterator = iter(iterable)
+    def __init__(self, iterable: Iterable[Any], count: int, seed: int = 0) -> None:
+        self._iterable = iterable
+        self._iterator: Iterator[Any] | None = None
         self._next = 0
         self._count = count
+        self._seed = seed
 
     def fetch(self, index: int) -> Any:
         """Read on to one batch.
@@ -184,7 +286,14 @@ class StreamBatches(Batches):
         Raises:
             ConfigurationError: when the iterable ends too early.
         """
-        for batch in self._iterator:
+        while True:
+            with seeded(derive_seed(self._seed, "batch", self._next)):
+                if self._iterator is None:
+                    self._iterator = iter(self._iterable)
+                try:
+                    batch = next(self._iterator)
+                except StopIteration:
+                    break
             self._next += 1
             if self._next > index:
                 return batch
@@ -203,3 +312,53 @@ class StreamBatches(Batches):
             Its number in the stream.
         """
         return f"batch {index} of the stream"
+
+
+class Streams:
+    """Opens an iterable of batches again and again.
+
+    An iterator, which can be read only once, has its last N batches kept in memory: the
+    loss is measured on the batches of the gradients.
+
+    Args:
+        data: the iterable or iterator.
+    """
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._data = data
+        self._key: tuple[int, int] | None = None
+        self._read: list[Any] = []
+
+    def batches(self, count: int, seed: int) -> StreamBatches:
+        """Open it.
+
+        Args:
+            count: number of batches that will be needed, N.
+            seed: with an iterator, another seed reads on.
+
+        Returns:
+            The batches; nothing is read yet.
+        """
+        if not isinstance(self._data, Iterator):
+            return StreamBatches(self._data, count, seed)
+        if self._key != (count, seed):
+            self.finish()
+            self._key, self._read = (count, seed), []
+        return StreamBatches(self._reading(self._data, self._read, count), count, seed)
+
+    def finish(self) -> None:
+        """Read what is left of the N batches: not every rank has needed the last ones."""
+        if self._key is not None and isinstance(self._data, Iterator):
+            for _ in self._reading(self._data, self._read, self._key[0]):
+                pass
+        self._key, self._read = None, []
+
+    @staticmethod
+    def _reading(data: Iterator[Any], read: list[Any], count: int) -> Iterator[Any]:
+        for index in range(count):
+            if index == len(read):
+                try:
+                    read.append(next(data))
+                except StopIteration:
+                    return
+            yield read[index]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigurationError", "PruningError", "nearest"]
+__all__ = [
+    "ConfigurationError",
+    "PruningError",
+    "nearest",
+    "require_integer",
+    "require_number",
+]
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 
 class ConfigurationError(ValueError):
@@ -28,3 +35,31 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def require_integer(name: str, value: object) -> None:
+    """Check that a setting is a whole number; True is none.
+
+    Args:
+        name: of the setting.
+        value: what the user gave.
+
+    Raises:
+        ConfigurationError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigurationError(f"{name}={value!r} is not a whole number.")
+
+
+def require_number(name: str, value: object) -> None:
+    """Check that a setting is a number; True is none.
+
+    Args:
+        name: of the setting.
+        value: what the user gave.
+
+    Raises:
+        ConfigurationError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ConfigurationError(f"{name}={value!r} is not a number.")

@@ -46,7 +46,11 @@ from lightning_woodfisher.engines.base import InverseFisher
 from lightning_woodfisher.engines.dual import DualInverseFisher
 from lightning_woodfisher.engines.full import FullInverseFisher
 from lightning_woodfisher.engines.primal import PrimalInverseFisher
-from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.errors import (
+    ConfigurationError,
+    require_integer,
+    require_number,
+)
 from lightning_woodfisher.isolation import ModelMode
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.products import Precision
@@ -98,13 +102,17 @@ class FisherConfig:
     def __post_init__(self) -> None:
         for name in ("num_gradients", "gradient_batch_size", "block_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if name == "block_size" and value is None:
+                continue
+            require_integer(f"fisher.{name}", value)
+            if value < 1:
                 hint = "; None means one block over all weights" * (
                     name == "block_size"
                 )
                 raise ConfigurationError(
                     f"fisher.{name}={value} must be at least 1{hint}."
                 )
+        require_number("fisher.damping", self.damping)
         if not (self.damping > 0 and math.isfinite(self.damping)):
             raise ConfigurationError(
                 f"fisher.damping={self.damping} must be positive and finite; without it "
@@ -125,6 +133,11 @@ class FisherConfig:
                     f"fisher.{name}={getattr(self, name)!r} is unknown; use one of "
                     f"{', '.join(get_args(known))}."
                 )
+        if self.block_size is None and self.engine == "primal":
+            raise ConfigurationError(
+                "fisher.engine='primal' cannot go with fisher.block_size=None: it would "
+                "hold a matrix over all weights; use 'auto', or set a block size."
+            )
 
 
 def choose_engine(engine: Engine, num_gradients: int, block_size: int) -> Engine:

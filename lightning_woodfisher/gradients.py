@@ -14,11 +14,14 @@ __all__ = [
     "FunctionLoss",
     "LossSource",
     "StreamBatches",
+    "Streams",
     "collect_gradients",
     "derive_seed",
     "iterate_chunks",
+    "loader_batches",
     "mean_loss",
     "micro_batch_size",
+    "scalar_loss",
 ]
 
 import math
@@ -27,12 +30,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_woodfisher.batches import Batches, DatasetBatches, StreamBatches
+from lightning_woodfisher.batches import (
+    Batches,
+    DatasetBatches,
+    StreamBatches,
+    Streams,
+    loader_batches,
+)
 from lightning_woodfisher.distributed import Communicator, Pending
 from lightning_woodfisher.errors import PruningError
 from lightning_woodfisher.fisher import Collection, RowDtype
-from lightning_woodfisher.isolation import derive_seed, seeded
-from lightning_woodfisher.losses import FunctionLoss, LossSource
+from lightning_woodfisher.isolation import derive_seed, random_states_kept, seeded
+from lightning_woodfisher.losses import FunctionLoss, LossSource, scalar_loss
 from lightning_woodfisher.per_sample import per_sample_rows, why_not
 
 # A loss scale that is lowered below this cannot be what makes gradients overflow.
@@ -96,6 +105,7 @@ def collect_gradients(
     Yields:
         Tensors of shape ``[n, D_r]``: gradients in order of i.
     """
+    _require_trainable(parameters)
     maker = _Rows(source, batches, parameters, active, seed)
     maker.reason = _why_loop(source, batches, parameters, collection)
     at_once = 1
@@ -166,11 +176,12 @@ def iterate_chunks(rows: Iterable[Tensor], size: int) -> Iterator[Tensor]:
         yield chunk[:count]
 
 
-@torch.no_grad()
 def mean_loss(
     source: LossSource, batches: Batches, count: int, comm: Communicator, seed: int
 ) -> list[float]:
     """Compute the losses of the mini-batches without gradients, shared by the ranks.
+
+    A loss that is not finite is a :class:`PruningError`.
 
     Args:
         source: where losses come from, with its session entered.
@@ -187,7 +198,8 @@ def mean_loss(
     try:
         for index in range(comm.rank, count, comm.world_size):
             with seeded(derive_seed(seed, index)):
-                own[index] = float(source.loss(batches.fetch(index), index))
+                own[index] = _value(source, batches, index)
+            _require_finite(own[index], batches, index)
     except Exception as error:
         failure = error
     comm.agree(failure)
@@ -352,6 +364,27 @@ class _Rows:
         return ""
 
 
+def _value(source: LossSource, batches: Batches, index: int) -> float:
+    """Compute one loss without gradients, or with them where the loss needs them."""
+    batch = batches.fetch(index)
+    try:
+        with random_states_kept(), torch.no_grad():
+            return float(source.loss(batch, index))
+    except RuntimeError as error:
+        if "not require grad" not in str(error):
+            raise
+    # A loss that differentiates inside, such as a gradient penalty. Each batch decides
+    # for itself, so that the result does not depend on which rank has computed it.
+    return float(source.loss(batch, index).detach())
+
+
+def _require_finite(value: float, batches: Batches, index: int) -> None:
+    if not math.isfinite(value):
+        raise PruningError(
+            f"the loss of gradient {index} ({batches.describe(index)}) is {value}"
+        )
+
+
 def _gradient(
     source: LossSource,
     batches: Batches,
@@ -366,10 +399,7 @@ def _gradient(
     while True:
         loss = source.loss(batch, index)
         value = float(loss.detach())
-        if not math.isfinite(value):
-            raise PruningError(
-                f"the loss of gradient {index} ({batches.describe(index)}) is {value}"
-            )
+        _require_finite(value, batches, index)
         if not loss.requires_grad:
             raise PruningError(
                 f"the loss of gradient {index} has no graph: it was detached or computed "
@@ -395,6 +425,16 @@ def _gradient(
             raise PruningError(_name_non_finite(batches, index, parameters, gradients))
         # float16 has overflowed under the scale of the GradScaler; a smaller one may do.
         scale = max(scale / _LOSS_SCALE_STEP, _SMALLEST_LOSS_SCALE)
+
+
+def _require_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
+    frozen = [name for name, p in parameters.items() if not p.requires_grad]
+    if frozen:
+        raise PruningError(
+            f"selected weights are frozen (requires_grad is False), so that they have no "
+            f"gradient: {', '.join(frozen[:8])}; prune before they are frozen or after "
+            "they are released, or leave them out with selection.exclude"
+        )
 
 
 def _name_non_finite(

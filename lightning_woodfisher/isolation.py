@@ -1,19 +1,20 @@
 """Run a model without leaving a trace in it.
 
 Computing gradients calls the user's code, which draws random numbers, updates BatchNorm
-statistics and metric states. Everything is put back, so that training goes on
-bit-identically to a run in which nothing happened.
+statistics and metric states, clips or zeroes ``.grad``. Everything is put back, so that
+training goes on bit-identically to a run in which nothing happened.
 """
 
 from __future__ import annotations
 
-__all__ = ["ModelMode", "derive_seed", "isolated", "seeded"]
+__all__ = ["ModelMode", "derive_seed", "isolated", "random_states_kept", "seeded"]
 
 import contextlib
 import hashlib
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,10 +22,16 @@ from torch import Tensor, nn
 
 ModelMode = Literal["train", "eval"]
 
+# Attributes that make a torchmetrics.Metric exchange its state with other ranks.
+_METRIC_SYNCHRONISES = ("dist_sync_on_step", "sync_on_compute", "_to_sync")
+
 
 @contextlib.contextmanager
 def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
-    """Put back random states, buffers, training flags and metric states on leaving.
+    """Put back random states, buffers, flags, metric states and ``.grad`` on leaving.
+
+    Inside, every ``.grad`` is None, and metrics do not talk to other ranks, which may be
+    at another batch or at none.
 
     Args:
         model: the network.
@@ -37,8 +44,13 @@ def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     buffers = _buffers(model)
     metrics = [(m, _metric_state(m)) for m in model.modules() if _is_metric(m)]
+    parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     try:
-        with _random_states(), torch.enable_grad():
+        for parameter, _, _ in parameters:
+            parameter.grad = None
+        for metric, _ in metrics:
+            metric.__dict__.update(dict.fromkeys(_METRIC_SYNCHRONISES, False))
+        with random_states_kept(), torch.enable_grad():
             if mode == "eval":
                 model.eval()
             elif not model.training:
@@ -50,6 +62,10 @@ def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
         _restore_buffers(buffers)
         for metric, state in metrics:
             metric.__dict__.update(state)
+        for parameter, gradient, requires_grad in parameters:
+            # The same tensor: DDP keeps views of it.
+            parameter.grad = gradient
+            parameter.requires_grad_(requires_grad)
 
 
 def derive_seed(*parts: object) -> int:
@@ -75,7 +91,7 @@ def seeded(seed: int) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    with _random_states():
+    with random_states_kept():
         torch.manual_seed(seed)
         random.seed(seed)
         if (numpy := sys.modules.get("numpy")) is not None:
@@ -84,7 +100,12 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_states() -> Iterator[None]:
+def random_states_kept() -> Iterator[None]:
+    """Put the states of all generators back on leaving.
+
+    Yields:
+        Nothing.
+    """
     # NumPy is looked up, not imported: if nobody has imported it, nobody draws from it.
     numpy = sys.modules.get("numpy")
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
@@ -103,23 +124,57 @@ def _random_states() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
-def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+@dataclass(frozen=True)
+class _Buffers:
+    """The buffers of one module, also those that are None, and their content."""
+
+    module: nn.Module
+    tensors: dict[str, Tensor | None]
+    contents: dict[str, Tensor]
+    not_persistent: set[str]
+
+
+def _buffers(model: nn.Module) -> list[_Buffers]:
     return [
-        (module, name, buffer, buffer.detach().clone())
+        _Buffers(
+            module,
+            dict(module._buffers),
+            {
+                n: b.detach().clone()
+                for n, b in module._buffers.items()
+                if b is not None
+            },
+            set(module._non_persistent_buffers_set),
+        )
         for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
     ]
 
 
 @torch.no_grad()
-def _restore_buffers(saved: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
-    for module, name, buffer, content in saved:
-        # User code may have changed the buffer in place or put another one there.
-        if buffer.shape != content.shape:
-            buffer.resize_(content.shape)
+def _restore_buffers(saved: list[_Buffers]) -> None:
+    for one in saved:
+        for name, content in one.contents.items():
+            buffer = one.tensors[name]
+            if buffer is not None:
+                _restore_content(buffer, content)
+        # User code may have put other tensors there, or the first ones.
+        one.module._buffers.clear()
+        one.module._buffers.update(one.tensors)
+        one.module._non_persistent_buffers_set.clear()
+        one.module._non_persistent_buffers_set.update(one.not_persistent)
+
+
+def _restore_content(buffer: Tensor, content: Tensor) -> None:
+    if buffer.shape != content.shape:
+        buffer.resize_(content.shape)
+    # An expanded tensor has one element in many places, and is written to once.
+    strides = buffer.stride() if buffer.layout is torch.strided else ()
+    for dim, stride in enumerate(strides):
+        if stride == 0 and buffer.shape[dim] > 1:
+            buffer, content = buffer.narrow(dim, 0, 1), content.narrow(dim, 0, 1)
+    # What was made in inference mode can only be replaced, not written to.
+    if not buffer.is_inference():
         buffer.copy_(content)
-        module._buffers[name] = buffer
 
 
 def _is_metric(module: nn.Module) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_woodfisher.errors import ConfigurationError, nearest
 from lightning_woodfisher.sharding import local, require_supported
@@ -29,7 +31,9 @@ def prunable_parameters(
     your own class; subclasses count) or else a regular expression that is searched in the
     parameter's name (anchor it with ``^`` and ``$`` where needed).
 
-    Without ``include`` these are the weights of Linear and convolution layers. With it,
+    Without ``include`` these are the tensors ``weight`` of Linear and convolution layers;
+    a layer whose weight is computed from other tensors (``torch.nn.utils.parametrize``,
+    the older ``weight_norm`` and ``spectral_norm``) has none and stays dense. With it,
     every trainable tensor of two or more dimensions that a pattern matches, save
     normalisation and embedding weights, which only their class path selects. Biases
     are never pruned. A tensor that is shared by several layers appears once, under its
@@ -60,9 +64,13 @@ def prunable_parameters(
         included = [p for p in include if _matches(p, owners)]
         excluded = [p for p in exclude if _matches(p, owners)]
         unmatched -= {*included, *excluded}
-        by_default = any(isinstance(m, _DEFAULT_LAYERS) for _, m in owners)
+        by_default = any(
+            isinstance(m, _DEFAULT_LAYERS) and n.split(".")[-1] == "weight"
+            for n, m in owners
+        )
         if (included if include else by_default) and not excluded:
             chosen[owners[0][0]] = parameter
+            _require_plain(*owners[0])
     names = [name for _, owners in tensors for name, _ in owners]
     for pattern in (p for p in (*include, *exclude) if p in unmatched):
         raise ConfigurationError(
@@ -72,10 +80,21 @@ def prunable_parameters(
     if not chosen:
         raise ConfigurationError(
             f"Nothing to prune in {type(model).__name__}: include={list(include)} and "
-            f"exclude={list(exclude)} leave no weight. Names: {_shorten(names)}"
+            f"exclude={list(exclude)} leave no weight. Without include, layers whose "
+            f"weight is reparametrised are left out. Names: {_shorten(names)}"
         )
     require_supported(model, chosen)
     return chosen
+
+
+def _require_plain(name: str, owner: nn.Module) -> None:
+    if isinstance(owner, ParametrizationList):
+        raise ConfigurationError(
+            f"{name} is not the weight of a layer, but what its parametrization computes "
+            "the weight from, so that zeros in it need not be zeros of the weight; leave it "
+            "out with exclude, or bake the weight in with "
+            "torch.nn.utils.parametrize.remove_parametrizations()."
+        )
 
 
 def _tensors(
@@ -85,6 +104,11 @@ def _tensors(
     uses: dict[object, tuple[nn.Parameter, list[tuple[str, nn.Module]]]] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
+            if is_lazy(parameter):
+                raise ConfigurationError(
+                    f"{prefix}.{key} of a lazy layer has no shape yet; run one batch "
+                    "through the model before it is pruned."
+                )
             # LayerNorm has biases of several dimensions.
             if parameter.dim() >= 2 and parameter.requires_grad and key != "bias":
                 name = f"{prefix}.{key}" if prefix else key

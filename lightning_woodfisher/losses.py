@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["FunctionLoss", "LossSource"]
+__all__ = ["FunctionLoss", "LossSource", "scalar_loss"]
 
 import contextlib
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_woodfisher.batches import Batches, DatasetBatches, StreamBatches
+from lightning_woodfisher.batches import (
+    Batches,
+    DatasetBatches,
+    Streams,
+    loader_batches,
+)
+from lightning_woodfisher.errors import PruningError
 from lightning_woodfisher.isolation import ModelMode, isolated
 
 
@@ -77,7 +82,9 @@ class FunctionLoss(LossSource):
 
     Args:
         model: the network.
-        data: a map-style Dataset of samples, or an iterable of batches.
+        data: a map-style Dataset of samples, a DataLoader, or an iterable of batches.
+            Of a DataLoader over a map-style dataset only the dataset, the sampler's
+            indices and the ``collate_fn`` are used (:func:`loader_batches`).
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
     """
 
@@ -90,12 +97,10 @@ class FunctionLoss(LossSource):
         super().__init__(model)
         self._data = data
         self._loss_fn = loss_fn
-        self._read: tuple[tuple[int, int], list[Any]] | None = None
+        self._streams = Streams(data)  # type: ignore[arg-type]
 
     def batches(self, count: int, size: int, seed: int) -> Batches:
         """Choose the mini-batches; an iterable gives them as they come.
-
-        An iterator, which can be read only once, has its last N batches kept in memory.
 
         Args:
             count: N.
@@ -108,25 +113,68 @@ class FunctionLoss(LossSource):
         data = self._data
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             return DatasetBatches(data, count, size, seed)
-        if isinstance(data, Iterator):
-            # It can be read only once, but the loss is measured on the same batches.
-            if self._read is None or self._read[0] != (count, seed):
-                self._read = (count, seed), list(itertools.islice(data, count))
-            return StreamBatches(self._read[1], count)
-        return StreamBatches(data, count)
+        if isinstance(data, DataLoader):
+            chosen = loader_batches(data, count, size, seed)
+            if chosen is not None:
+                return chosen
+        return self._streams.batches(count, seed)
 
     def loss(self, batch: Any, index: int) -> Tensor:
         """Call the loss function.
 
         Args:
             batch: moved to the device of the model.
-            index: not used.
+            index: named in errors.
 
         Returns:
             Scalar tensor.
         """
         device = next(self.model.parameters()).device
-        return self._loss_fn(self.model, _to_device(batch, device))
+        result = self._loss_fn(self.model, _to_device(batch, device))
+        return scalar_loss(
+            result, index, "loss_fn", "return the mean loss of the batch"
+        )
+
+    @contextlib.contextmanager
+    def session(self, mode: ModelMode) -> Iterator[None]:
+        """Enter before asking for losses; leaves no trace in the model.
+
+        Args:
+            mode: training or evaluation behaviour of the layers.
+
+        Yields:
+            Nothing.
+        """
+        with super().session(mode):
+            yield
+            self._streams.finish()
+
+
+def scalar_loss(result: Any, index: int, origin: str, remedy: str) -> Tensor:
+    """Check what is meant to be a loss.
+
+    Args:
+        result: what came out.
+        index: number of the batch.
+        origin: the function that gave it.
+        remedy: what to do otherwise.
+
+    Returns:
+        Tensor of shape ``[]``.
+
+    Raises:
+        PruningError: when it is no tensor of one element.
+    """
+    if isinstance(result, Tensor) and result.numel() == 1:
+        return result.reshape(())
+    found = (
+        f"a tensor of shape {tuple(result.shape)}"
+        if isinstance(result, Tensor)
+        else type(result).__name__
+    )
+    raise PruningError(
+        f"{origin} returned {found} for gradient {index}, not a scalar loss; {remedy}"
+    )
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

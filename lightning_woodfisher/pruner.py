@@ -26,7 +26,13 @@ from lightning_woodfisher.budget import fit_into_memory, require_one_device
 from lightning_woodfisher.costs import Work
 from lightning_woodfisher.criteria import CRITERIA, Criterion, make_criterion
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
+from lightning_woodfisher.errors import (
+    ConfigurationError,
+    PruningError,
+    nearest,
+    require_integer,
+    require_number,
+)
 from lightning_woodfisher.fisher import FisherConfig, rows_in_chunk
 from lightning_woodfisher.gradients import (
     collect_gradients,
@@ -83,6 +89,7 @@ class PruningConfig:
                 f"update={self.update!r} is unknown; use one of "
                 f"{', '.join(get_args(Update))}.{nearest(self.update, get_args(Update))}"
             )
+        require_integer("recompute_steps", self.recompute_steps)
         if self.recompute_steps < 1:
             raise ConfigurationError(
                 f"recompute_steps={self.recompute_steps} must be at least 1."
@@ -525,7 +532,9 @@ def prune(
     Args:
         model: the network, changed in place; names and storages stay.
         data: a map-style Dataset of samples, or an iterable of batches in the same order
-            on every rank.
+            on every rank. Of a DataLoader over a map-style Dataset the dataset, the
+            samples its sampler may draw and its ``collate_fn`` are used, but neither its
+            order nor its ``batch_size``: ``fisher.gradient_batch_size`` is the size.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
         target_sparsity: share of the selected weights that is zero afterwards, [0, 1).
         fisher: how the Fisher is estimated.
@@ -599,8 +608,9 @@ def check_sparsity(target_sparsity: float) -> None:
         target_sparsity: share of zeros.
 
     Raises:
-        ConfigurationError: outside [0, 1).
+        ConfigurationError: outside [0, 1), or not a number.
     """
+    require_number("target_sparsity", target_sparsity)
     if not 0.0 <= target_sparsity < 1.0:
         raise ConfigurationError(
             f"target_sparsity={target_sparsity} is outside [0, 1); it is the share of zeros, "

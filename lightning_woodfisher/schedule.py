@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.errors import ConfigurationError, require_integer
 
 Unit = Literal["epoch", "step"]
 
@@ -125,7 +125,8 @@ class OneShotSchedule(PruningSchedule):
                 f"OneShotSchedule got epoch={epoch} and step={step}; give only one."
             )
         self.unit: Unit = "epoch" if step is None else "step"
-        self.position = (epoch or 0) if step is None else step
+        self.position = (0 if epoch is None else epoch) if step is None else step
+        require_integer(f"OneShotSchedule: {self.unit}", self.position)
         if self.position < 0:
             raise ConfigurationError(
                 f"OneShotSchedule: {self.unit}={self.position} is before the start "
@@ -196,6 +197,13 @@ class PolynomialSchedule(PruningSchedule):
         self.start = 0 if start is None else start
         self.end = end
         self.every = 1 if every is None else every
+        for name, value in (
+            (f"start_{self.unit}", self.start),
+            (f"end_{self.unit}", end),
+            (f"every_n_{self.unit}s", self.every),
+        ):
+            if value is not None:
+                require_integer(f"PolynomialSchedule: {name}", value)
         self.degree = degree
         self.initial_sparsity = initial_sparsity
         if self.start < 0:

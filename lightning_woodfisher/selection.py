@@ -46,6 +46,19 @@ class SelectionConfig:
             raise ConfigurationError(
                 f"selection.scope={self.scope!r} is unknown; use 'global' or 'layer'."
             )
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str):
+                raise ConfigurationError(
+                    f"selection.{name}={patterns!r} is a single text; give a list of "
+                    f"patterns: {name}=[{patterns!r}]."
+                )
+            if not isinstance(patterns, Sequence) or not all(
+                isinstance(pattern, str) for pattern in patterns
+            ):
+                raise ConfigurationError(
+                    f"selection.{name}={patterns!r} is not a list of patterns (texts)."
+                )
 
 
 def removal_counts(

@@ -325,6 +325,43 @@ def test_small_gradients_survive_through_the_scale(comm: Communicator) -> None:
     assert torch.equal(collect(source, comm, count=1), torch.full((1, 2), 2.0**-26))
 
 
+@pytest.mark.parametrize("result", [None, "text", torch.ones(3)])
+def test_a_loss_that_is_no_scalar(result: Any, comm: Communicator) -> None:
+    source = FunctionLoss(network(), batches(), lambda model, batch: result)
+    expected = (
+        r"^loss_fn returned .* for gradient 0, not a scalar loss; return the mean"
+    )
+    with pytest.raises(PruningError, match=expected):
+        collect(source, comm)
+    with (
+        pytest.raises(PruningError, match=expected),
+        source.session("eval"),
+    ):
+        mean_loss(source, source.batches(7, 4, seed=3), 7, comm, 3)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_measured_loss_that_is_not_finite_names_its_batch(
+    value: float, comm: Communicator
+) -> None:
+    source = FunctionLoss(network(), batches(), failing_at(4, value))
+    with (
+        pytest.raises(PruningError, match=rf"batch 4 of the stream\) is {value}"),
+        source.session("eval"),
+    ):
+        mean_loss(source, source.batches(7, 4, seed=3), 7, comm, 3)
+
+
+def test_frozen_weights_have_no_gradient(comm: Communicator) -> None:
+    model = network()
+    parameters = weights_of(model)
+    model[3].weight.requires_grad_(False)
+    with pytest.raises(PruningError, match=r"frozen .*: 3\.weight; .*exclude"):
+        collect(
+            FunctionLoss(model, batches(), cross_entropy), comm, parameters=parameters
+        )
+
+
 # --- batches --------------------------------------------------------------------------
 
 
@@ -421,6 +458,28 @@ def test_stream_batches_skip_what_other_ranks_take() -> None:
     assert stream.describe(3) == "batch 3 of the stream"
 
 
+def test_a_stream_is_opened_when_it_is_read() -> None:
+    opened: list[int] = []
+
+    class Opened:
+        def __iter__(self) -> Iterator[float]:
+            opened.append(1)
+            while True:
+                yield float(torch.rand(()))
+
+    source = FunctionLoss(network(), Opened(), cross_entropy)
+    chosen = source.batches(7, 1, seed=2)
+    assert not chosen.regroupable
+    assert opened == []
+    first = [chosen.fetch(i) for i in range(7)]
+    assert opened == [1]
+    # Whoever begins with another batch and in another state sees the same ones.
+    torch.rand(3)
+    other = source.batches(7, 1, seed=2)
+    assert [other.fetch(i) for i in (2, 5)] == [first[2], first[5]]
+    assert source.batches(7, 1, seed=3).fetch(0) != first[0]
+
+
 def test_a_stream_that_ends_early() -> None:
     stream = StreamBatches("abc", count=5)
     assert [stream.fetch(i) for i in range(3)] == ["a", "b", "c"]
@@ -435,9 +494,9 @@ def test_function_loss_chooses_batches_by_the_kind_of_data() -> None:
         return type(FunctionLoss(network(), data, cross_entropy).batches(2, 2, 0))
 
     assert kind(TensorDataset(torch.zeros(5))) is DatasetBatches
-    assert (
-        kind(DataLoader(TensorDataset(torch.zeros(5)), batch_size=2)) is StreamBatches
-    )
+    loader = DataLoader(TensorDataset(torch.zeros(5)), batch_size=2)
+    assert kind(loader) is DatasetBatches
+    assert kind(DataLoader(Stream(), batch_size=2)) is StreamBatches
     assert kind(Stream()) is StreamBatches
     assert kind(batches()) is StreamBatches
 
@@ -454,6 +513,53 @@ def test_an_iterator_gives_the_same_batches_for_the_same_seed() -> None:
     assert letters(2) == letters(2) == ["d", "e", "f"]
     with pytest.raises(ConfigurationError, match="after 0 batches"):
         letters(3)
+
+
+def test_an_iterator_is_read_to_the_same_place_by_every_rank() -> None:
+    """A rank that has not needed the last batches reads them all the same."""
+    for needed in ([0, 2], [1], []):
+        source = FunctionLoss(network(), iter("abcdefghi"), cross_entropy)
+        with source.session("eval"):
+            chosen = source.batches(3, 1, seed=1)
+            assert [chosen.fetch(i) for i in needed] == ["abc"[i] for i in needed]
+            assert source.batches(3, 1, seed=2).fetch(0) == "d"
+        assert source.batches(3, 1, seed=2).fetch(0) == "g"
+
+
+def test_batches_that_nobody_asks_for_are_not_read() -> None:
+    letters = iter("abc")
+    FunctionLoss(network(), letters, cross_entropy).batches(3, 1, seed=1)
+    assert next(letters) == "a"
+
+
+def test_a_loss_that_differentiates_inside_is_measured(comm: Communicator) -> None:
+    """With the same random numbers as in the collection, which draws in fetch, too."""
+
+    class Noisy(Numbers):
+        def __getitem__(self, index: int) -> Any:
+            return torch.randn(6) + index, index % 3
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        inputs = batch[0].clone().requires_grad_()
+        value = cross_entropy(model, (inputs, batch[1]))
+        if float(batch[0].sum()) > 500:
+            return value
+        (slope,) = torch.autograd.grad(value, inputs, create_graph=True)
+        return value + slope.square().sum()
+
+    source = FunctionLoss(network(), Noisy(48), loss)
+    parameters = weights_of(source.model)
+    with source.session("train"):
+        losses: list[float] = []
+        chosen = source.batches(7, 4, seed=3)
+        list(
+            collect_gradients(
+                source, chosen, parameters, everything_active(parameters), [45], 7,
+                comm, 3, losses,
+            )
+        )  # fmt: skip
+        assert mean_loss(source, chosen, 7, comm, 3) == losses
+    assert len(set(losses)) == 7
 
 
 def test_batches_of_any_structure_reach_the_loss(comm: Communicator) -> None:

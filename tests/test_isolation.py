@@ -162,6 +162,96 @@ def test_buffers_keep_their_tensors() -> None:
     assert model.absent is None
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_buffers_that_come_up_inside_go_away(mode: ModelMode) -> None:
+    model = used_model()
+    keys, persistent = list(model.state_dict()), set(model._non_persistent_buffers_set)
+    names = list(model._buffers)
+    with isolated(model, mode):
+        model.absent = torch.ones(2)
+        model.register_buffer("late", torch.ones(3))
+        model.register_buffer("later", torch.ones(3), persistent=False)
+        model._buffers["count"] = None
+        del model.queue
+    assert list(model.state_dict()) == keys
+    assert model._non_persistent_buffers_set == persistent
+    assert list(model._buffers) == names
+    assert model.absent is None
+    assert not hasattr(model, "late")
+
+
+def test_an_expanded_buffer_is_put_back() -> None:
+    model = used_model()
+    base = torch.tensor([[2.0], [3.0]])
+    model.register_buffer("wide", base.expand(2, 4))
+    with isolated(model, "eval"):
+        base.add_(1.0)
+    assert torch.equal(base, torch.tensor([[2.0], [3.0]]))
+    assert model.get_buffer("wide").data_ptr() == base.data_ptr()
+
+
+def test_a_buffer_of_inference_mode_is_put_back() -> None:
+    model = used_model()
+    with torch.inference_mode():
+        model.queue = torch.ones(2)
+    before = model.queue
+    with isolated(model, "eval"):
+        model.queue = torch.zeros(2)
+    assert model.queue is before
+
+
+def test_a_sparse_buffer_is_put_back() -> None:
+    model = used_model()
+    model.register_buffer("rare", torch.eye(3).to_sparse())
+    with isolated(model, "eval"):
+        model.get_buffer("rare").zero_()
+    assert torch.equal(model.get_buffer("rare").to_dense(), torch.eye(3))
+
+
+def test_gradients_of_the_user_are_out_of_reach() -> None:
+    model = used_model()
+    gradients = [torch.full_like(p, 3.0) for p in model.parameters()]
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+
+    def spoil() -> None:
+        with isolated(model, "eval"):
+            assert all(p.grad is None for p in model.parameters())
+            model(batch()).sum().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            model.zero_grad(set_to_none=False)
+            model.requires_grad_(False)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        spoil()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is gradient
+        assert torch.equal(gradient, torch.full_like(gradient, 3.0))
+        assert parameter.requires_grad
+
+
+def test_metrics_do_not_talk_to_other_ranks() -> None:
+    model = used_model()
+    talks: list[str] = []
+    metric = torchmetrics.MeanMetric(
+        dist_sync_on_step=True,
+        dist_sync_fn=lambda x, group: talks.append("sync") or [x],
+        distributed_available_fn=lambda: True,
+    )
+    model.talking = metric
+    metric(torch.ones(1))
+    metric.compute()
+    talked = len(talks)
+    assert talked > 0
+    with isolated(model, "train"):
+        metric(torch.ones(1))
+        metric.compute()
+    assert len(talks) == talked
+    metric(torch.ones(1))
+    assert len(talks) > talked
+
+
 def test_a_resized_buffer_is_put_back() -> None:
     model = used_model()
     before = model.queue.clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -145,6 +147,34 @@ def test_a_module_used_twice_counts_once() -> None:
 def test_equal_empty_or_meta_tensors_are_not_mistaken_for_tied_ones() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    assert names(model) == ["0.weight", "1.weight"]
+
+
+def test_tensors_that_a_weight_is_computed_from_are_no_weights() -> None:
+    model = Network()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(model.fc)
+        nn.utils.spectral_norm(model.conv2)
+    nn.utils.parametrizations.orthogonal(model.own)
+    assert sorted(names(model)) == sorted(
+        ["attention.out_proj.weight", "conv1.weight", "up.weight"]
+    )
+    with pytest.raises(
+        ConfigurationError, match=r"own\.parametrizations\.weight.*remove_param"
+    ):
+        names(model, ["own"])
+    alone = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    with pytest.raises(ConfigurationError, match="reparametrised are left out"):
+        names(alone)
+
+
+@pytest.mark.parametrize("include", [None, ["1"]])
+def test_a_lazy_layer_has_to_see_a_batch_first(include: list[str] | None) -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    with pytest.raises(ConfigurationError, match=r"^0\.weight of a lazy layer.*batch"):
+        names(model, include)
+    model(torch.ones(1, 3))
     assert names(model) == ["0.weight", "1.weight"]
 
 

@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as torch_prune
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    TensorDataset,
+    default_collate,
+)
 
 from lightning_woodfisher import (
     ConfigurationError,
@@ -558,13 +563,20 @@ def test_progress_is_shown() -> None:
 # --- data and models of every kind ----------------------------------------------------
 
 
+class Stream(IterableDataset[Any]):
+    """The samples of :func:`batches` one by one."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(samples(96))
+
+
 def test_lists_generators_and_loaders_of_batches_give_the_same() -> None:
     results = []
     for data in (
         batches(),
         (batch for batch in batches()),
         iter(batches(30)),
-        DataLoader(samples(96), batch_size=4),
+        DataLoader(Stream(), batch_size=4),
     ):
         model = mlp()
         report = pruned(model, data)
@@ -574,16 +586,41 @@ def test_lists_generators_and_loaders_of_batches_give_the_same() -> None:
         assert result[1:] == results[0][1:]
 
 
-def test_a_shuffling_loader_measures_the_samples_of_the_gradients() -> None:
+class Shuffled(IterableDataset[Batch]):
+    """An iterable that shuffles with the global generator whenever it is opened."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        given = batches()
+        return (given[i] for i in torch.randperm(len(given)))
+
+
+def test_a_shuffling_stream_measures_the_samples_of_the_gradients() -> None:
     taken: list[tuple[float, ...]] = []
 
     def loss(network: nn.Module, batch: Batch) -> Tensor:
         taken.append(tuple(batch[0].flatten().tolist()))
         return cross_entropy(network, batch)
 
-    pruned(mlp(), DataLoader(samples(), batch_size=4, shuffle=True), loss)
+    pruned(mlp(), Shuffled(), loss)
     assert taken[:24] == taken[24:]
     assert taken[0] != tuple(batches()[0][0].flatten().tolist())
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_of_a_loader_only_the_dataset_and_collate_fn_count(shuffle: bool) -> None:
+    """Its own order would be another one on every rank."""
+    sizes = []
+
+    def collate(items: list[Any]) -> Any:
+        sizes.append(len(items))
+        return default_collate(items)
+
+    expected, model = mlp(), mlp()
+    pruned(expected, samples())
+    loader = DataLoader(samples(), batch_size=7, shuffle=shuffle, collate_fn=collate)
+    pruned(model, loader)
+    assert same_bits(bits(model), bits(expected))
+    assert sizes[:24] == [4] * 24
 
 
 def test_a_generator_feeds_part_after_part() -> None:

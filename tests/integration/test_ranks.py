@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 from rank_pool import RankPool
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_woodfisher import (
     ConfigurationError,
@@ -74,6 +75,17 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 # ---------------------------------------------------------------- equal on any number
 
 
+class Shuffled:
+    """Shuffles with the global generator, which differs between ranks, when opened."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+        torch.manual_seed(200 + int(os.environ["RANK"]))
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.batches[i] for i in torch.randperm(len(self.batches)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One configuration of prune()."""
@@ -90,7 +102,7 @@ class Case:
     targets: tuple[float, ...] = (0.7,)
     damping: float = 1e-4
     double: bool = False
-    stream: bool = False
+    stream: Literal["", "list", "iterator", "shuffled", "loader"] = ""
     collection: Any = "auto"
     row_dtype: Any = "float32"
 
@@ -100,6 +112,14 @@ class Case:
         data: Any = dataset
         if self.stream:
             data = [dataset[i : i + 4] for i in range(0, 160, 4)]
+        if self.stream == "iterator":
+            data = iter(data)
+        if self.stream == "shuffled":
+            data = Shuffled(data)
+        if self.stream == "loader":
+            # Ranks are in different states when they open it.
+            torch.manual_seed(100 + int(os.environ["RANK"]))
+            data = DataLoader(dataset, batch_size=5, shuffle=True)
         fisher = FisherConfig(
             num_gradients=self.num_gradients,
             gradient_batch_size=self.gradient_batch_size,
@@ -148,7 +168,10 @@ CASES = {
     "step by step": Case(targets=(0.4, 0.6, 0.9)),
     "raised damping": Case(damping=1e-20),
     "float64": Case(double=True),
-    "stream of batches": Case(stream=True),
+    "stream of batches": Case(stream="list"),
+    "iterator": Case(stream="iterator", recompute_steps=2),
+    "stream that shuffles": Case(stream="shuffled", recompute_steps=2),
+    "loader that shuffles": Case(stream="loader"),
     "one by one": Case(collection="loop"),
     "rows of bfloat16": Case(row_dtype="bfloat16"),
     "bfloat16, full": Case(row_dtype="bfloat16", block_size=None),

@@ -113,6 +113,47 @@ class Case:
     compiled: bool = False
 
 
+class ByHand(Classifier):
+    """Manual accumulation over four batches; a pass comes in between.
+
+    Args:
+        clears: what happens after a step.
+    """
+
+    def __init__(self, clears: str) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.clears = clears
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(self.loss(batch))
+        if batch_idx % 4 == 3:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+            optimizer.step()
+            if self.clears == "module":
+                self.zero_grad()
+            elif self.clears == "in place":
+                self.zero_grad(set_to_none=False)
+
+
+class FirstBatch(Classifier):
+    """Buffers that the first batch makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", None)
+        self.register_buffer("same", torch.ones(1).expand(4))
+        self.scale: Tensor | None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.scale is None:
+            self.scale = batch[0].std()
+            self.register_buffer("made", batch[0].mean(), persistent=False)
+        pixels = (batch[0] - self.get_buffer("made")) / self.scale
+        return super().training_step((pixels, batch[1]), batch_idx)
+
+
 def gradient_scaler() -> dict[str, Any]:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
     return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
@@ -132,6 +173,10 @@ CASES = {
     "clipping": Case(options=lambda: {"gradient_clip_val": 0.1}),
     "manual optimisation": Case(module=Manual),
     "manual optimisation with GradScaler": Case(module=Manual, options=gradient_scaler),
+    "clipping by hand": Case(lambda: ByHand("nothing")),
+    "zero_grad of the module": Case(lambda: ByHand("module")),
+    "zero_grad in place": Case(lambda: ByHand("in place")),
+    "buffers made by the first batch": Case(FirstBatch),
     "persistent workers": Case(loader=workers),
     "torch.compile": Case(Classifier, compiled=True),
     "no validation, several loggers": Case(
