@@ -139,20 +139,27 @@ class Pruner:
         Returns:
             What happened; equal on all ranks but for the seconds.
         """
-        self._require_same_start()
-        targets = self._targets_of_parts(target_sparsity)
-        zeros_before = self.masks.zeros()
         sent_before = self.comm.bytes_sent
         self._clock = _Clock()
-        with self._whole_or_absent(), source.session(self.config.fisher.model_mode):
-            parts = [
-                self._part(source, target, derive_seed(self.config.seed, position, i))
-                for i, target in enumerate(targets)
+        with self.comm.failing_together():
+            self._require_same_start()
+            targets = self._targets_of_parts(target_sparsity)
+            zeros_before = self.masks.zeros()
+            seeds = [
+                derive_seed(self.config.seed, position, i) for i in range(len(targets))
             ]
-            self.masks.verify()
-        return self._report(
-            parts, target_sparsity, zeros_before, self.comm.bytes_sent - sent_before
-        )
+            with self._whole_or_absent():
+                with source.session(self.config.fisher.model_mode):
+                    parts = [
+                        self._part(source, target, seed)
+                        for target, seed in zip(targets, seeds, strict=True)
+                    ]
+                    self.masks.verify()
+                sent = self.comm.bytes_sent - sent_before
+                report = self._report(parts, target_sparsity, zeros_before, sent)
+                # No rank may keep a step that another one takes back.
+                self.comm.agree()
+            return report
 
     def _require_same_start(self) -> None:
         """Refuse ranks that hold different weights or masks."""
@@ -213,13 +220,13 @@ class Pruner:
         with clock("factorize"):
             weights = _gather(self.masks.parameters, active).to(torch.float64)
             weights = weights[partition.shard(comm.rank)]
-            scores = self._together(lambda: criterion.score(weights))
+            scores = criterion.score(weights)
         with clock("select"):
             layers = _layer_of_weights(partition, comm)
             removed = self._select(scores, layers, target)
             thresholds = self._largest_removed(scores, layers, removed)
         with clock("update"):
-            change = self._together(lambda: criterion.compensate(weights, removed))
+            change = criterion.compensate(weights, removed)
             shares = criterion.predicted_increase(change)
             predicted = (
                 shares if shares is None else _sum_by_layer(shares, partition, comm)
@@ -267,9 +274,15 @@ class Pruner:
                 losses,
                 tick,
             )
-            for chunk in iterate_chunks(rows, rows_in_chunk(fisher)):
-                with self._clock("accumulate"):
-                    criterion.observe(chunk)
+            try:
+                for chunk in iterate_chunks(rows, rows_in_chunk(fisher)):
+                    with self._clock("accumulate"):
+                        criterion.observe(chunk)
+            except Exception:
+                # The others need this rank until the last exchange.
+                for _ in rows:
+                    pass
+                raise
         # The loss after the step is measured in groups, and so must be the one before.
         return losses if self._group(source, seed) == 1 else self._measure(source, seed)
 
@@ -329,9 +342,17 @@ class Pruner:
         shard = torch.where(removed, 0.0, weights).to(dtype)
         everything = self.comm.gather_shards(shard, sizes)
         gone = self.comm.gather_shards(removed.to(torch.uint8), sizes).bool()
-        if not bool(everything.isfinite().all()):
+        # In the dtype in which they will be written: float16 overflows early.
+        lengths = [len(positions) for positions in active.values()]
+        pieces = torch.split(everything, lengths)
+        bad = 0
+        for piece, parameter in zip(
+            pieces, self.masks.parameters.values(), strict=True
+        ):
+            bad += int((~piece.to(parameter.dtype).isfinite()).sum())
+        if bad:
             raise PruningError(
-                f"{int((~everything.isfinite()).sum())} updated weights are not finite; "
+                f"{bad} updated weights are not finite; "
                 "raise fisher.damping or recompute_steps, or lower the step's sparsity"
             )
         self.comm.require_equal(_checksum(everything), "the updated weights")
@@ -348,17 +369,6 @@ class Pruner:
             pruned[name] = mask.view(parameter.shape)
             start = stop
         self.masks.grow(pruned)
-
-    def _together(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Compute on every rank, or fail on every rank."""
-        error: Exception | None = None
-        result = torch.empty(0)
-        try:
-            result = compute()
-        except Exception as caught:
-            error = caught
-        self.comm.agree(error)
-        return result
 
     def _describe(
         self,

@@ -64,10 +64,7 @@ class RowsInverseFisher(InverseFisher):
             ]
 
     def _is_out_of_range(self, columns: int) -> bool:
-        """Tell whether GGᵀ has no full rank: F⁻¹v then is a difference of large numbers.
-
-        Few columns are also cheap in float64.
-        """
+        """Tell whether GGᵀ lacks full rank, where Gv = Kx loses digits; it is cheap, too."""
         return self.precision == "auto" and columns < self.num_gradients
 
     def _damped_factor(self, gram: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
