@@ -33,7 +33,13 @@ from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.loggers import announce, log_report, progress_bar
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
-from lightning_woodfisher.pruner import Pruner, PruningConfig, check_sparsity
+from lightning_woodfisher.pruner import (
+    Pruner,
+    PruningConfig,
+    check_sparsity,
+    is_too_sparse,
+    weights_to_remove,
+)
 from lightning_woodfisher.report import PruningReport, format_table
 from lightning_woodfisher.schedule import (
     ConstantSchedule,
@@ -43,7 +49,7 @@ from lightning_woodfisher.schedule import (
     PruningSchedule,
     Unit,
 )
-from lightning_woodfisher.selection import SelectionConfig, removal_counts
+from lightning_woodfisher.selection import SelectionConfig
 from lightning_woodfisher.training_step import TrainingStepLoss
 
 _STATE_VERSION = 1
@@ -295,10 +301,7 @@ class WoodFisherPruningCallback(pl.Callback):
         masks = self._get_masks()
         masks.verify()
         missed = [s for s in self._plan if (s.unit, s.position) not in self._done]
-        scope = self.config.selection.scope
-        weights = [p.numel() for p in masks.parameters.values()]
-        zeros = list(masks.zeros().values())
-        missing = removal_counts(scope, self.target_sparsity, weights, zeros)
+        missing = self._missing(self.target_sparsity)
         if isinstance(self.schedule, ConstantSchedule) or not any(missing):
             return
         message = (
@@ -373,7 +376,7 @@ class WoodFisherPruningCallback(pl.Callback):
         if not due:
             return
         masks, target = self._get_masks(), due[-1]
-        if target.sparsity > masks.sparsity():
+        if any(self._missing(target.sparsity)):
             comm = Communicator(pl_module.device)
             pruner = Pruner(masks, self.config, comm, progress_bar(trainer))
             report = pruner.step(
@@ -407,6 +410,11 @@ class WoodFisherPruningCallback(pl.Callback):
             raise RuntimeError("masks exist from on_fit_start on")
         return self.masks
 
+    def _missing(self, sparsity: float) -> list[int]:
+        """How many zeros each group of competitors lacks."""
+        scope = self.config.selection.scope
+        return weights_to_remove(self._get_masks(), scope, sparsity)
+
     def _make_plan(self, trainer: pl.Trainer, masks: Masks) -> tuple[PlannedStep, ...]:
         if getattr(trainer, "fast_dev_run", False):
             # One batch has no room for a schedule; try one whole step all the same.
@@ -420,7 +428,8 @@ class WoodFisherPruningCallback(pl.Callback):
         ):
             masks.take_zeros()
         ahead = [step for step in plan if (step.unit, step.position) not in self._done]
-        if ahead and masks.sparsity() > ahead[-1].sparsity:
+        scope = self.config.selection.scope
+        if ahead and is_too_sparse(masks, scope, ahead[-1].sparsity):
             raise ConfigurationError(
                 f"the schedule asks for sparsity {ahead[-1].sparsity} in the end, but the "
                 f"selected weights have {masks.sparsity():.4f} already; raise "

@@ -8,12 +8,20 @@ The step is whole or absent: weights and masks are put back when anything fails.
 
 from __future__ import annotations
 
-__all__ = ["Pruner", "PruningConfig", "PruningReport", "prune"]
+__all__ = [
+    "Pruner",
+    "PruningConfig",
+    "PruningReport",
+    "check_sparsity",
+    "is_too_sparse",
+    "prune",
+    "weights_to_remove",
+]
 
 import bisect
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -39,8 +47,10 @@ from lightning_woodfisher.obs import Update
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.report import LayerReport, PruningReport
 from lightning_woodfisher.selection import (
+    Scope,
     SelectionConfig,
     removal_counts,
+    removal_counts_of_parts,
     select_smallest,
 )
 
@@ -143,16 +153,15 @@ class Pruner:
         self._clock = _Clock()
         with self.comm.failing_together():
             self._require_same_start()
-            targets = self._targets_of_parts(target_sparsity)
+            counts = self._counts_of_parts(target_sparsity)
             zeros_before = self.masks.zeros()
-            seeds = [
-                derive_seed(self.config.seed, position, i) for i in range(len(targets))
-            ]
             with self._whole_or_absent():
                 with source.session(self.config.fisher.model_mode):
                     parts = [
-                        self._part(source, target, seed)
-                        for target, seed in zip(targets, seeds, strict=True)
+                        self._part(
+                            source, removals, derive_seed(self.config.seed, position, i)
+                        )
+                        for i, removals in enumerate(counts)
                     ]
                     self.masks.verify()
                 sent = self.comm.bytes_sent - sent_before
@@ -172,22 +181,18 @@ class Pruner:
         self.comm.require_equal(_checksum(weights), "the weights before the step")
         self.comm.require_equal(_checksum(kept), "the masks before the step")
 
-    def _targets_of_parts(self, target_sparsity: float) -> list[float]:
-        """Sparsities of the parts: the kept share falls geometrically to the target."""
+    def _counts_of_parts(self, target_sparsity: float) -> list[list[int]]:
+        """How many weights each group gives up, in each part."""
         check_sparsity(target_sparsity)
-        before = self.masks.sparsity()
-        weights = sum(p.numel() for p in self.masks.parameters.values())
-        if round(target_sparsity * weights) < round(before * weights):
+        masks, scope = self.masks, self.config.selection.scope
+        if is_too_sparse(masks, scope, target_sparsity):
             raise ConfigurationError(
-                f"target sparsity {target_sparsity} is below the {before:.4f} that the "
-                "selected weights have already; pruning can only add zeros."
+                f"target sparsity {target_sparsity} is below the {masks.sparsity():.4f} "
+                "that the selected weights have already; pruning can only add zeros."
             )
-        number = self.config.recompute_steps
-        if before == 1.0:
-            return [target_sparsity]
-        ratio = (1 - target_sparsity) / (1 - before)
-        inner = [1 - (1 - before) * ratio ** (i / number) for i in range(1, number)]
-        return [*inner, target_sparsity]
+        weights, zeros = _weights_and_zeros(masks)
+        parts = self.config.recompute_steps
+        return removal_counts_of_parts(scope, target_sparsity, weights, zeros, parts)
 
     @contextlib.contextmanager
     def _whole_or_absent(self) -> Iterator[None]:
@@ -204,7 +209,9 @@ class Pruner:
             self.masks.load_state_dict(masks)
             raise
 
-    def _part(self, source: LossSource, target: float, seed: int) -> _PartResult:
+    def _part(
+        self, source: LossSource, counts: Sequence[int], seed: int
+    ) -> _PartResult:
         """Gradients, inverse, mask and update, once through."""
         comm, clock = self.comm, self._clock
         criterion = make_criterion(
@@ -223,7 +230,8 @@ class Pruner:
             scores = criterion.score(weights)
         with clock("select"):
             layers = _layer_of_weights(partition, comm)
-            removed = self._select(scores, layers, target)
+            groups = layers if self.config.selection.scope == "layer" else None
+            removed = select_smallest(scores, groups, counts, comm)
             thresholds = self._largest_removed(scores, layers, removed)
         with clock("update"):
             change = criterion.compensate(weights, removed)
@@ -308,15 +316,6 @@ class Pruner:
             return 1
         most = max(1, _SAMPLES_EVALUATED_AT_ONCE // size)
         return max(g for g in range(1, most + 1) if count % g == 0)
-
-    def _select(self, scores: Tensor, layers: Tensor, target: float) -> Tensor:
-        """Mark the weights to remove, bool ``[D_r]``."""
-        scope = self.config.selection.scope
-        zeros = self.masks.zeros()
-        weights = [p.numel() for p in self.masks.parameters.values()]
-        counts = removal_counts(scope, target, weights, list(zeros.values()))
-        groups = layers if scope == "layer" else None
-        return select_smallest(scores, groups, counts, self.comm)
 
     def _largest_removed(
         self, scores: Tensor, layers: Tensor, removed: Tensor
@@ -492,6 +491,36 @@ def prune(
     return pruner.step(FunctionLoss(model, data, loss_fn), target_sparsity)
 
 
+def weights_to_remove(masks: Masks, scope: Scope, target_sparsity: float) -> list[int]:
+    """Count the weights that have to go.
+
+    Args:
+        masks: what is selected and what is already pruned.
+        scope: over all layers, or in each of them.
+        target_sparsity: share of zeros that is wanted.
+
+    Returns:
+        What :func:`~.removal_counts` gives.
+    """
+    return removal_counts(scope, target_sparsity, *_weights_and_zeros(masks))
+
+
+def is_too_sparse(masks: Masks, scope: Scope, target_sparsity: float) -> bool:
+    """Tell whether there are more zeros than wanted, and no layer that lacks some.
+
+    Args:
+        masks: what is selected and what is already pruned.
+        scope: over all layers, or in each of them.
+        target_sparsity: share of zeros that is wanted.
+
+    Returns:
+        True when the target cannot be met because pruning only adds zeros.
+    """
+    weights, zeros = _weights_and_zeros(masks)
+    above = round(target_sparsity * sum(weights)) < sum(zeros)
+    return above and not any(weights_to_remove(masks, scope, target_sparsity))
+
+
 def check_sparsity(target_sparsity: float) -> None:
     """Check a sparsity.
 
@@ -530,6 +559,11 @@ class _Clock:
 @contextlib.contextmanager
 def _no_progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
     yield lambda _: None
+
+
+def _weights_and_zeros(masks: Masks) -> tuple[list[int], list[int]]:
+    weights = [parameter.numel() for parameter in masks.parameters.values()]
+    return weights, list(masks.zeros().values())
 
 
 def _active_positions(masks: Masks) -> dict[str, Tensor]:

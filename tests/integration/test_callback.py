@@ -557,3 +557,32 @@ def test_pruning_in_ddp(ranks: RankPool) -> None:
     assert both[0]["error"][1] == "rank 1 failed: LookupError: where is it?"
     assert all(result["hooks"] == [0] for result in both)
     assert all(result["zeros after the error"] == 0 for result in both)
+
+
+# ---------------------------------------------------------------- layers apart
+
+
+class Uneven(Classifier):
+    """Its second layer is almost gone, the others are dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.net[5].weight.view(-1)[:1270] = 0.0
+
+
+@pytest.mark.parametrize("target", [0.5, 0.95])
+def test_a_sparse_layer_does_not_keep_the_schedule_from_the_others(
+    target: float,
+) -> None:
+    schedule = PolynomialSchedule(0, 1, initial_sparsity=0.1)
+    pruner = pruning(
+        target_sparsity=target,
+        schedule=schedule,
+        selection=SelectionConfig(scope="layer"),
+    )
+    module = Uneven()
+    trainer(pruner).fit(module, loader())
+    zeros = [int((module.net[i].weight == 0).sum()) for i in (0, 5, 7)]
+    assert zeros == [round(target * 27), 1270, round(target * 48)]
+    assert len(pruner.reports) == 2
