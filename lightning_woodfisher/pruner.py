@@ -20,6 +20,7 @@ __all__ = [
 
 import bisect
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,11 @@ class PruningConfig:
     recompute_steps: int = 1
     measure_loss: bool = True
     seed: int = 0
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether a step looks at any sample."""
+        return self.measure_loss or CRITERIA[self.criterion].uses_gradients
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
@@ -170,6 +176,29 @@ class Pruner:
                 self.comm.agree()
             return report
 
+    def rehearse(self, source: LossSource) -> None:
+        """Find out early whether the model and the data give what a step needs.
+
+        One gradient on each rank, or one loss, is computed and dropped. Nothing changes.
+
+        Args:
+            source: where gradients come from.
+        """
+        fisher = self.config.fisher
+        few = min(fisher.num_gradients, self.comm.world_size)
+        fisher = dataclasses.replace(fisher, num_gradients=few)
+        config = dataclasses.replace(self.config, fisher=fisher)
+        trial = Pruner(self.masks, config, self.comm)
+        with self.comm.failing_together(), source.session(fisher.model_mode):
+            criterion = make_criterion(config.criterion, fisher, config.update)
+            if not criterion.uses_gradients:
+                trial._measure(source, config.seed)
+                return
+            active = _active_positions(self.masks)
+            partition = trial._layout(criterion, active)
+            for _ in trial._rows(source, partition, active, config.seed, []):
+                pass
+
     def _require_same_start(self) -> None:
         """Refuse ranks that hold different weights or masks."""
         parameters = self.masks.parameters
@@ -218,9 +247,7 @@ class Pruner:
             self.config.criterion, self.config.fisher, self.config.update
         )
         active = _active_positions(self.masks)
-        partition = criterion.layout(
-            [len(positions) for positions in active.values()], comm.world_size
-        )
+        partition = self._layout(criterion, active)
         criterion.begin(partition, comm)
         losses_before = self._observe(source, criterion, partition, active, seed)
 
@@ -253,6 +280,11 @@ class Pruner:
             losses_after=self._measure(source, seed),
         )
 
+    def _layout(self, criterion: Criterion, active: Mapping[str, Tensor]) -> Partition:
+        """Cut the active weights into blocks and choose who owns them."""
+        segments = [len(positions) for positions in active.values()]
+        return criterion.layout(segments, self.comm.world_size)
+
     def _observe(
         self,
         source: LossSource,
@@ -270,18 +302,7 @@ class Pruner:
             self._clock("collect"),
             self._progress("Collecting gradients", fisher.num_gradients) as tick,
         ):
-            rows = collect_gradients(
-                source,
-                source.batches(fisher.num_gradients, fisher.gradient_batch_size, seed),
-                self.masks.parameters,
-                active,
-                partition.shard_sizes(),
-                fisher.num_gradients,
-                self.comm,
-                seed,
-                losses,
-                tick,
-            )
+            rows = self._rows(source, partition, active, seed, losses, tick)
             try:
                 for chunk in iterate_chunks(rows, rows_in_chunk(fisher)):
                     with self._clock("accumulate"):
@@ -293,6 +314,31 @@ class Pruner:
                 raise
         # The loss after the step is measured in groups, and so must be the one before.
         return losses if self._group(source, seed) == 1 else self._measure(source, seed)
+
+    def _rows(
+        self,
+        source: LossSource,
+        partition: Partition,
+        active: Mapping[str, Tensor],
+        seed: int,
+        losses: list[float],
+        tick: Callable[[int], object] = lambda _: None,
+    ) -> Iterator[Tensor]:
+        """This rank's slice of all gradients, in order."""
+        fisher = self.config.fisher
+        count = fisher.num_gradients
+        return collect_gradients(
+            source,
+            source.batches(count, fisher.gradient_batch_size, seed),
+            self.masks.parameters,
+            active,
+            partition.shard_sizes(),
+            count,
+            self.comm,
+            seed,
+            losses,
+            tick,
+        )
 
     def _measure(self, source: LossSource, seed: int) -> list[float]:
         """Losses of the samples that belong to a seed, at the present weights."""
