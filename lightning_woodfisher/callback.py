@@ -10,8 +10,7 @@ __all__ = ["WoodFisherPruningCallback"]
 
 import dataclasses
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +34,30 @@ from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.loggers import announce, log_report, progress_bar
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
+from lightning_woodfisher.preparation import (
+    describe_plan,
+    refuse_averaging,
+    require_enough_batches,
+    require_same_selection,
+    training_horizon,
+)
 from lightning_woodfisher.pruner import (
     Pruner,
     PruningConfig,
     check_sparsity,
+    is_too_sparse,
+    weights_to_remove,
     within_memory,
 )
-from lightning_woodfisher.report import PruningReport, format_table
+from lightning_woodfisher.report import PruningReport
 from lightning_woodfisher.schedule import (
     ConstantSchedule,
-    Horizon,
     PlannedStep,
     PolynomialSchedule,
     PruningSchedule,
     Unit,
 )
-from lightning_woodfisher.selection import SelectionConfig, removal_counts
+from lightning_woodfisher.selection import SelectionConfig
 from lightning_woodfisher.sharding import reshard
 from lightning_woodfisher.training_step import TrainingStepLoss
 
@@ -128,6 +135,7 @@ class WoodFisherPruningCallback(pl.Callback):
         # The settings of the steps; those of the user, made to fit into memory.
         self._step_config = self.config
         self._plan: tuple[PlannedStep, ...] = ()
+        self._untried = False
         self._done: list[tuple[Unit, int]] = []
         self._restored_masks: Mapping[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
@@ -158,6 +166,7 @@ class WoodFisherPruningCallback(pl.Callback):
         if stage != "fit":
             return
         _require_supported(trainer)
+        refuse_averaging(trainer)
         if self.loss_method is not None and not callable(
             getattr(pl_module, self.loss_method, None)
         ):
@@ -206,12 +215,15 @@ class WoodFisherPruningCallback(pl.Callback):
         # A sharded model is given its checkpoint only after on_fit_start.
         self._take_restored_masks()
         self._plan = self._make_plan(trainer, masks)
-        fisher = self.config.fisher
+        self._untried = self._reads_on()
+        if self._untried:
+            with Communicator(pl_module.device).failing_together():
+                fisher = self.config.fisher
+                batches = self._source(trainer, pl_module).batches(
+                    fisher.num_gradients, fisher.gradient_batch_size, self.config.seed
+                )
+                require_enough_batches(batches, self.dataloader, fisher.num_gradients)
         if self._plan:
-            # Raises now when the data cannot give that many gradients.
-            self._source(trainer, pl_module).batches(
-                fisher.num_gradients, fisher.gradient_batch_size, self.config.seed
-            )
             # Nothing is allocated yet; the first step is the one that needs most.
             self._step_config, cost = within_memory(
                 masks,
@@ -219,7 +231,9 @@ class WoodFisherPruningCallback(pl.Callback):
                 Communicator(pl_module.device),
                 trainer.num_devices,
             )
-            announce(trainer, f"{self._describe_plan(masks)}\n{cost.summary()}")
+            kind = self.config.criterion
+            plan = describe_plan(self._plan, self._done, masks, kind)
+            announce(trainer, f"{plan}\n{cost.summary()}")
         for optimizer in trainer.optimizers:
             post = optimizer.register_step_post_hook(lambda *_: masks.apply())
             self._handles.append(post)
@@ -259,6 +273,14 @@ class WoodFisherPruningCallback(pl.Callback):
             batch_idx: not used.
         """
         self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
+        if self._untried and self._reads_on():
+            # Now, and not when training starts: the module's own hooks have run, on which
+            # its training_step may depend. An iterator can be read only once.
+            self._untried = False
+            if not isinstance(self.dataloader, Iterator):
+                self._pruner(trainer, pl_module).rehearse(
+                    self._source(trainer, pl_module)
+                )
 
     def on_before_optimizer_step(
         self,
@@ -313,11 +335,8 @@ class WoodFisherPruningCallback(pl.Callback):
         """
         masks = self._get_masks()
         masks.verify()
-        missed = [s for s in self._plan if (s.unit, s.position) not in self._done]
-        scope = self.config.selection.scope
-        weights = [p.numel() for p in masks.parameters.values()]
-        zeros = list(masks.zeros().values())
-        missing = removal_counts(scope, self.target_sparsity, weights, zeros)
+        missed = self._ahead()
+        missing = self._missing(self.target_sparsity)
         if isinstance(self.schedule, ConstantSchedule) or not any(missing):
             return
         message = (
@@ -348,12 +367,32 @@ class WoodFisherPruningCallback(pl.Callback):
         Returns:
             Masks (bool tensors, True = kept), the steps done, their reports.
         """
+        # Masks that wait for fit belong to the steps and reports, and to the weights.
+        masks = self._restored_masks
+        if masks is None:
+            masks = {} if self.masks is None else self.masks.state_dict()
         return {
             "version": _STATE_VERSION,
-            "masks": {} if self.masks is None else self.masks.state_dict(),
+            "masks": dict(masks),
             "done": [[unit, position] for unit, position in self._done],
             "reports": [report.to_dict() for report in self.reports],
         }
+
+    def on_load_checkpoint(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Refuse to go on with a run that selected other weights: its masks would be lost.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+            checkpoint: all of it.
+        """
+        if trainer.state.fn == "fit":
+            require_same_selection(trainer, checkpoint, self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint; masks take effect when fit starts.
@@ -370,6 +409,11 @@ class WoodFisherPruningCallback(pl.Callback):
                 f"package reads up to {_STATE_VERSION}. Update lightning-woodfisher."
             )
         self._restored_masks = state_dict["masks"]
+        if self.masks is not None:
+            # Outside fit nothing else takes them over.
+            masks = Masks(self.masks.parameters)
+            masks.load_state_dict(state_dict["masks"])
+            self.masks = masks
         self._done = [(unit, position) for unit, position in state_dict["done"]]
         self.reports = [PruningReport.from_dict(r) for r in state_dict["reports"]]
 
@@ -392,12 +436,11 @@ class WoodFisherPruningCallback(pl.Callback):
         if not due:
             return
         masks, target = self._get_masks(), due[-1]
-        if target.sparsity > masks.sparsity():
-            comm = Communicator(pl_module.device)
-            pruner = Pruner(masks, self._step_config, comm, progress_bar(trainer))
-            report = pruner.step(
+        if any(self._missing(target.sparsity)):
+            report = self._pruner(trainer, pl_module).step(
                 self._source(trainer, pl_module), target.sparsity, target.position
             )
+            self._untried = False
             masks.apply_to_optimizers(trainer.optimizers)
             report = dataclasses.replace(
                 report, epoch=trainer.current_epoch, step=trainer.global_step
@@ -416,22 +459,39 @@ class WoodFisherPruningCallback(pl.Callback):
             reports = [report.to_dict() for report in self.reports]
             path.write_text(json.dumps(reports, indent=1))
 
+    def _pruner(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Pruner:
+        comm = Communicator(pl_module.device)
+        return Pruner(self._get_masks(), self._step_config, comm, progress_bar(trainer))
+
     def _source(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> TrainingStepLoss:
         return TrainingStepLoss(trainer, pl_module, self.loss_method, self.dataloader)
+
+    def _ahead(self) -> list[PlannedStep]:
+        """The planned steps that are not done."""
+        return [s for s in self._plan if (s.unit, s.position) not in self._done]
+
+    def _reads_on(self) -> bool:
+        """Whether a step that is left looks at any sample."""
+        return bool(self._ahead()) and self.config.reads_data
 
     def _get_masks(self) -> Masks:
         if self.masks is None:
             raise RuntimeError("masks exist from on_fit_start on")
         return self.masks
 
+    def _missing(self, sparsity: float) -> list[int]:
+        """How many zeros each group of competitors lacks."""
+        scope = self.config.selection.scope
+        return weights_to_remove(self._get_masks(), scope, sparsity)
+
     def _make_plan(self, trainer: pl.Trainer, masks: Masks) -> tuple[PlannedStep, ...]:
         if getattr(trainer, "fast_dev_run", False):
             # One batch has no room for a schedule; try one whole step all the same.
             return (PlannedStep("epoch", 0, self.target_sparsity),)
         plan = self.schedule.plan(
-            self.target_sparsity, _horizon(trainer, self.schedule)
+            self.target_sparsity, training_horizon(trainer, self.schedule)
         )
         starts_sparse = getattr(self.schedule, "initial_sparsity", 0.0) > 0
         if not self._done and (
@@ -439,27 +499,20 @@ class WoodFisherPruningCallback(pl.Callback):
         ):
             masks.take_zeros()
         ahead = [step for step in plan if (step.unit, step.position) not in self._done]
-        if ahead and masks.sparsity() > ahead[-1].sparsity:
+        scope = self.config.selection.scope
+        if ahead and is_too_sparse(masks, scope, ahead[-1].sparsity):
             raise ConfigurationError(
                 f"the schedule asks for sparsity {ahead[-1].sparsity} in the end, but the "
                 f"selected weights have {masks.sparsity():.4f} already; raise "
                 "target_sparsity."
             )
+        if plan and not ahead and any(self._missing(self.target_sparsity)):
+            raise ConfigurationError(
+                f"all steps of {self.schedule!r} are done, but the selected weights have "
+                f"sparsity {masks.sparsity():.4f} and not target_sparsity="
+                f"{self.target_sparsity}; let the schedule end later."
+            )
         return plan
-
-    def _describe_plan(self, masks: Masks) -> str:
-        weights = sum(parameter.numel() for parameter in masks.parameters.values())
-        rows = []
-        for step in self._plan:
-            kept = weights - round(step.sparsity * weights)
-            state = "done" if (step.unit, step.position) in self._done else ""
-            where = f"{step.unit} {step.position}"
-            rows.append((where, f"{step.sparsity:.2%}", f"{kept:,}", state))
-        head = ("pruning at start of", "sparsity", "weights left", "")
-        return (
-            f"Pruning {weights:,} weights of {len(masks.parameters)} tensors by "
-            f"{self.config.criterion}:\n{format_table(head, rows)}"
-        )
 
     def _require_sole_owner(self, trainer: pl.Trainer) -> None:
         mine = {id(p): n for n, p in self._get_masks().parameters.items()}
@@ -510,14 +563,3 @@ def _require_supported(trainer: pl.Trainer) -> None:
             "that pruning does not support; use a single device or 'ddp', or for sharded "
             "parameters ModelParallelStrategy with fully_shard (FSDP2)."
         )
-
-
-def _horizon(trainer: pl.Trainer, schedule: PruningSchedule) -> Horizon:
-    max_epochs = trainer.max_epochs
-    epochs = max_epochs if max_epochs is not None and max_epochs >= 0 else None
-    steps: int | None = trainer.max_steps if trainer.max_steps >= 0 else None
-    if getattr(schedule, "unit", "step") == "step":
-        # Asks the dataloaders for their length, so only where it is needed.
-        estimate = trainer.estimated_stepping_batches
-        steps = int(estimate) if math.isfinite(estimate) else None
-    return Horizon(epochs, steps)

@@ -3,15 +3,21 @@
 Sums over ranks are exact: floating-point numbers are turned into 64-bit integers on a
 common scale first, because integer addition does not depend on the order. One rank and
 many therefore get the same bits.
+
+A rank that fails must not leave the others waiting for it. So every collective but
+:meth:`Communicator.exchange` begins with :meth:`Communicator.agree`, a sum of one integer,
+and work with collectives in it stands in :meth:`Communicator.failing_together`, which takes
+a rank that has failed to that same sum. Both are needed: the sum is where they meet.
 """
 
 from __future__ import annotations
 
 __all__ = ["Communicator", "ExactSum", "Pending"]
 
+import contextlib
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +128,7 @@ class Communicator:
         self.rank = dist.get_rank(group) if active else 0
         self.world_size = dist.get_world_size(group) if active else 1
         self.bytes_sent = 0
+        self._agreed: BaseException | None = None
 
     def exchange(
         self,
@@ -131,6 +138,10 @@ class Communicator:
         dtype: torch.dtype = torch.float32,
     ) -> Pending:
         """Send each rank its columns of our rows and collect our columns of all rows.
+
+        Alone among the collectives it does not ask first whether a rank has failed: it
+        runs while the next row is computed. A rank that fails between two exchanges must
+        hold its error back and take part in those that are left.
 
         Args:
             rows: tensor of shape ``[n, D]``, or None when this rank has none this time.
@@ -178,6 +189,7 @@ class Communicator:
         """
         everyone: list[str] = [text]
         if self.world_size > 1:
+            self.agree()
             dist.broadcast_object_list(
                 everyone, 0, group=self._group, device=self.device
             )
@@ -199,6 +211,7 @@ class Communicator:
         padded = shard.new_zeros(longest)
         padded[: shard.numel()] = shard
         gathered = shard.new_empty(longest * self.world_size)
+        self.agree()
         dist.all_gather_into_tensor(gathered, padded, group=self._group)
         self.bytes_sent += (
             (self.world_size - 1) * padded.numel() * padded.element_size()
@@ -219,6 +232,7 @@ class Communicator:
             return [list(numbers)]
         mine = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
         everyone = mine.new_empty(self.world_size * mine.numel())
+        self.agree()
         dist.all_gather_into_tensor(everyone, mine, group=self._group)
         rows: list[list[float]] = everyone.view(self.world_size, -1).tolist()
         return rows
@@ -233,6 +247,7 @@ class Communicator:
             The same tensor, now the sum.
         """
         if self.world_size > 1:
+            self.agree()
             dist.all_reduce(values, dist.ReduceOp.SUM, group=self._group)
         return values
 
@@ -246,6 +261,7 @@ class Communicator:
             The same tensor, now the maximum.
         """
         if self.world_size > 1:
+            self.agree()
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
         return values
 
@@ -291,10 +307,12 @@ class Communicator:
             tensors: same shapes and order on every rank.
         """
         if self.world_size > 1:
-            for tensor in tensors:
-                # An NCCL broadcast needs the device of the group.
-                moved = tensor.to(self.device)
+            # An NCCL broadcast needs the device of the group.
+            pairs = [(tensor, tensor.to(self.device)) for tensor in tensors]
+            self.agree()
+            for _, moved in pairs:
                 dist.broadcast(moved, 0, group=self._group)
+            for tensor, moved in pairs:
                 if moved is not tensor:
                     tensor.copy_(moved)
 
@@ -313,24 +331,49 @@ class Communicator:
         if int(extremes[0]) != ~int(extremes[1]):
             raise PruningError(f"the ranks disagree about {what}")
 
-    def agree(self, error: BaseException | None) -> None:
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Raise the error of one rank on all of them.
+
+        The body may fail anywhere outside of :meth:`exchange`: the other ranks learn of it
+        in their next collective, or at the end. One such block stands around a whole
+        piece of work.
+
+        Yields:
+            Nothing. An error of this rank is raised as it is, that of another one by
+            :meth:`agree`.
+        """
+        self._agreed = None
+        try:
+            yield
+        except Exception as error:
+            if error is not self._agreed:
+                self.agree(error)
+            raise
+        finally:
+            # An error refers to the frames, and these to their tensors.
+            self._agreed = None
+        self.agree()
+
+    def agree(self, error: Exception | None = None) -> None:
         """Let every rank fail when one has failed, so that none waits for it forever.
+
+        The own error is raised as it is, that of another rank as a :class:`PruningError`.
 
         Args:
             error: what went wrong here, or None.
-
-        Raises:
-            PruningError: when only another rank has failed; the own error is raised as it
-                is.
         """
         if self.world_size > 1:
-            everyone: list[str | None] = [None] * self.world_size
-            mine = None if error is None else f"{type(error).__name__}: {error}"
             failed = torch.tensor([error is not None], dtype=torch.int64)
-            if int(self.sum_integers(failed.to(self.device))):
+            failed = failed.to(self.device)
+            dist.all_reduce(failed, dist.ReduceOp.SUM, group=self._group)
+            if int(failed):
+                everyone: list[str | None] = [None] * self.world_size
+                mine = None if error is None else f"{type(error).__name__}: {error}"
                 dist.all_gather_object(everyone, mine, group=self._group)
-            if error is None and any(everyone):
-                rank, text = next((r, t) for r, t in enumerate(everyone) if t)
-                raise PruningError(f"rank {rank} failed: {text}")
+                if error is None:
+                    rank, text = next((r, t) for r, t in enumerate(everyone) if t)
+                    error = PruningError(f"rank {rank} failed: {text}")
         if error is not None:
+            self._agreed = error
             raise error

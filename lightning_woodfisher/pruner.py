@@ -8,13 +8,22 @@ The step is whole or absent: weights and masks are put back when anything fails.
 
 from __future__ import annotations
 
-__all__ = ["Pruner", "PruningConfig", "PruningReport", "prune", "within_memory"]
+__all__ = [
+    "Pruner",
+    "PruningConfig",
+    "PruningReport",
+    "check_sparsity",
+    "is_too_sparse",
+    "prune",
+    "weights_to_remove",
+    "within_memory",
+]
 
 import bisect
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -48,8 +57,10 @@ from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.report import LayerReport, PruningReport
 from lightning_woodfisher.resources import ResourceEstimate
 from lightning_woodfisher.selection import (
+    Scope,
     SelectionConfig,
     removal_counts,
+    removal_counts_of_parts,
     select_smallest,
 )
 from lightning_woodfisher.sharded_gradients import (
@@ -77,6 +88,11 @@ class PruningConfig:
     recompute_steps: int = 1
     measure_loss: bool = True
     seed: int = 0
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether a step looks at any sample."""
+        return self.measure_loss or CRITERIA[self.criterion].uses_gradients
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
@@ -156,26 +172,49 @@ class Pruner:
         Returns:
             What happened; equal on all ranks but for the seconds.
         """
-        self._require_same_start()
-        targets = self._targets_of_parts(target_sparsity)
-        zeros_before = self.masks.zeros()
         sent_before = self.comm.bytes_sent
         self._clock = _Clock()
-        with (
-            self._whole_or_absent(),
-            undisturbed(source.model)
-            if self.masks.sharded
-            else contextlib.nullcontext(),
-            source.session(self.config.fisher.model_mode),
-        ):
-            parts = [
-                self._part(source, target, derive_seed(self.config.seed, position, i))
-                for i, target in enumerate(targets)
-            ]
-            self.masks.verify()
-        return self._report(
-            parts, target_sparsity, zeros_before, self.comm.bytes_sent - sent_before
-        )
+        with self.comm.failing_together():
+            self._require_same_start()
+            counts = self._counts_of_parts(target_sparsity)
+            zeros_before = self.masks.zeros()
+            with self._whole_or_absent():
+                with self._session(source):
+                    parts = [
+                        self._part(
+                            source, removals, derive_seed(self.config.seed, position, i)
+                        )
+                        for i, removals in enumerate(counts)
+                    ]
+                    self.masks.verify()
+                sent = self.comm.bytes_sent - sent_before
+                report = self._report(parts, target_sparsity, zeros_before, sent)
+                # No rank may keep a step that another one takes back.
+                self.comm.agree()
+            return report
+
+    def rehearse(self, source: LossSource) -> None:
+        """Find out early whether the model and the data give what a step needs.
+
+        One gradient on each rank, or one loss, is computed and dropped. Nothing changes.
+
+        Args:
+            source: where gradients come from.
+        """
+        fisher = self.config.fisher
+        few = min(fisher.num_gradients, self.comm.world_size)
+        fisher = dataclasses.replace(fisher, num_gradients=few)
+        config = dataclasses.replace(self.config, fisher=fisher)
+        trial = Pruner(self.masks, config, self.comm)
+        with self.comm.failing_together(), trial._session(source):
+            criterion = make_criterion(config.criterion, fisher, config.update)
+            if not criterion.uses_gradients:
+                trial._measure(source, config.seed)
+                return
+            active = _active_positions(self.masks)
+            partition = trial._layout(criterion, active)
+            for _ in trial._rows(source, partition, active, config.seed):
+                pass
 
     def _require_same_start(self) -> None:
         """Refuse ranks that hold different weights or masks."""
@@ -187,22 +226,18 @@ class Pruner:
         self.comm.require_equal(weights, "the weights before the step")
         self.comm.require_equal(kept, "the masks before the step")
 
-    def _targets_of_parts(self, target_sparsity: float) -> list[float]:
-        """Sparsities of the parts: the kept share falls geometrically to the target."""
+    def _counts_of_parts(self, target_sparsity: float) -> list[list[int]]:
+        """How many weights each group gives up, in each part."""
         check_sparsity(target_sparsity)
-        before = self.masks.sparsity()
-        weights = sum(p.numel() for p in self.masks.parameters.values())
-        if round(target_sparsity * weights) < round(before * weights):
+        masks, scope = self.masks, self.config.selection.scope
+        if is_too_sparse(masks, scope, target_sparsity):
             raise ConfigurationError(
-                f"target sparsity {target_sparsity} is below the {before:.4f} that the "
-                "selected weights have already; pruning can only add zeros."
+                f"target sparsity {target_sparsity} is below the {masks.sparsity():.4f} "
+                "that the selected weights have already; pruning can only add zeros."
             )
-        number = self.config.recompute_steps
-        if before == 1.0:
-            return [target_sparsity]
-        ratio = (1 - target_sparsity) / (1 - before)
-        inner = [1 - (1 - before) * ratio ** (i / number) for i in range(1, number)]
-        return [*inner, target_sparsity]
+        weights, zeros = _weights_and_zeros(masks)
+        parts = self.config.recompute_steps
+        return removal_counts_of_parts(scope, target_sparsity, weights, zeros, parts)
 
     @contextlib.contextmanager
     def _whole_or_absent(self) -> Iterator[None]:
@@ -217,7 +252,9 @@ class Pruner:
                 masks.local(name).copy_(before)
             raise
 
-    def _part(self, source: LossSource, target: float, seed: int) -> _PartResult:
+    def _part(
+        self, source: LossSource, counts: Sequence[int], seed: int
+    ) -> _PartResult:
         """Gradients, inverse, mask and update, once through."""
         comm, clock = self.comm, self._clock
         criterion = make_criterion(
@@ -234,13 +271,14 @@ class Pruner:
             weights = _gather(self.masks, active).to(torch.float64)
             if not self.masks.sharded:
                 weights = weights[partition.shard(comm.rank)]
-            scores = self._together(lambda: criterion.score(weights))
+            scores = criterion.score(weights)
         with clock("select"):
             layers = _layer_of_weights(partition, len(active), comm)
-            removed = self._select(scores, layers, target)
+            groups = layers if self.config.selection.scope == "layer" else None
+            removed = select_smallest(scores, groups, counts, comm)
             thresholds = self._largest_removed(scores, layers, removed)
         with clock("update"):
-            change = self._together(lambda: criterion.compensate(weights, removed))
+            change = criterion.compensate(weights, removed)
             shares = criterion.predicted_increase(change)
             predicted = (
                 shares
@@ -261,6 +299,16 @@ class Pruner:
             losses_after=self._measure(source, seed),
             collection=collection,
         )
+
+    @contextlib.contextmanager
+    def _session(self, source: LossSource) -> Iterator[None]:
+        """Enter what gradients are taken in; leaves no trace in the model."""
+        sharded = self.masks.sharded
+        with (
+            undisturbed(source.model) if sharded else contextlib.nullcontext(),
+            source.session(self.config.fisher.model_mode),
+        ):
+            yield
 
     def _layout(self, criterion: Criterion, active: Mapping[str, Tensor]) -> Partition:
         """Cut the active weights into blocks and choose who owns them."""
@@ -296,9 +344,15 @@ class Pruner:
             self._progress("Collecting gradients", fisher.num_gradients) as tick,
         ):
             rows = self._rows(source, partition, active, seed, losses, tick, notes)
-            for chunk in iterate_chunks(rows, rows_in_chunk(fisher)):
-                with self._clock("accumulate"):
-                    criterion.observe(chunk)
+            try:
+                for chunk in iterate_chunks(rows, rows_in_chunk(fisher)):
+                    with self._clock("accumulate"):
+                        criterion.observe(chunk)
+            except Exception:
+                # The others need this rank until the last exchange.
+                for _ in rows:
+                    pass
+                raise
         # The loss after the step is measured in groups, and so must be the one before.
         if self._group(source, seed) > 1:
             losses = self._measure(source, seed)
@@ -310,11 +364,13 @@ class Pruner:
         partition: Partition,
         active: Mapping[str, Tensor],
         seed: int,
-        losses: list[float],
-        tick: Callable[[int], object],
-        notes: list[str],
+        losses: list[float] | None = None,
+        tick: Callable[[int], object] = lambda _: None,
+        notes: list[str] | None = None,
     ) -> Iterator[Tensor]:
         """This rank's slice of all gradients, in order."""
+        losses = [] if losses is None else losses
+        notes = [] if notes is None else notes
         fisher, parameters = self.config.fisher, self.masks.parameters
         count, size = fisher.num_gradients, fisher.gradient_batch_size
         if self.masks.sharded:
@@ -371,15 +427,6 @@ class Pruner:
         most = max(1, _SAMPLES_EVALUATED_AT_ONCE // size)
         return max(g for g in range(1, most + 1) if count % g == 0)
 
-    def _select(self, scores: Tensor, layers: Tensor, target: float) -> Tensor:
-        """Mark the weights to remove, bool ``[D_r]``."""
-        scope = self.config.selection.scope
-        zeros = self.masks.zeros()
-        weights = [p.numel() for p in self.masks.parameters.values()]
-        counts = removal_counts(scope, target, weights, list(zeros.values()))
-        groups = layers if scope == "layer" else None
-        return select_smallest(scores, groups, counts, self.comm)
-
     def _largest_removed(
         self, scores: Tensor, layers: Tensor, removed: Tensor
     ) -> list[float | None]:
@@ -402,41 +449,37 @@ class Pruner:
         dtype = _gather_dtype(self.masks.parameters)
         # A kept weight may not underflow to zero silently, but a removed one is zero.
         new, gone = torch.where(removed, 0.0, weights).to(dtype), removed
-        bad = int(self.comm.sum_integers((~new.isfinite()).sum().reshape(1)))
-        if bad:
-            raise PruningError(
-                f"{bad} updated weights are not finite; "
-                "raise fisher.damping or recompute_steps, or lower the step's sparsity"
-            )
         # Nobody else needs the weights of a shard.
         if not self.masks.sharded:
             new = self.comm.gather_shards(new, sizes)
             gone = self.comm.gather_shards(gone.to(torch.uint8), sizes).bool()
             self.comm.require_equal(_checksum([new]), "the updated weights")
             self.comm.require_equal(_checksum([gone]), "the masks")
-        start = 0
+        lengths = [len(where) for where in active.values()]
+        parts = {
+            name: values.to(self.masks.local(name).dtype)
+            for name, values in zip(active, torch.split(new, lengths), strict=True)
+        }
+        # In the dtype in which they will be written: float16 overflows early.
+        bad = sum(int((~values.isfinite()).sum()) for values in parts.values())
+        bad = int(max(row[0] for row in self.comm.gather_numbers([bad])))
+        if bad:
+            raise PruningError(
+                f"{bad} updated weights are not finite; "
+                "raise fisher.damping or recompute_steps, or lower the step's sparsity"
+            )
         pruned = {}
-        for name, where in active.items():
-            part, stop = self.masks.local(name), start + len(where)
+        for (name, where), leaving in zip(
+            active.items(), torch.split(gone, lengths), strict=True
+        ):
+            part = self.masks.local(name)
             flat = part.reshape(-1).clone()
-            flat[where] = new[start:stop].to(flat.dtype)
+            flat[where] = parts[name]
             part.copy_(flat.view(part.shape))
             mask = torch.zeros_like(flat, dtype=torch.bool)
-            mask[where] = gone[start:stop]
+            mask[where] = leaving
             pruned[name] = mask.view(part.shape)
-            start = stop
         self.masks.grow(pruned)
-
-    def _together(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Compute on every rank, or fail on every rank."""
-        error: Exception | None = None
-        result = torch.empty(0)
-        try:
-            result = compute()
-        except Exception as caught:
-            error = caught
-        self.comm.agree(error)
-        return result
 
     def _describe(
         self,
@@ -601,6 +644,36 @@ def within_memory(
     return dataclasses.replace(config, fisher=fisher), cost
 
 
+def weights_to_remove(masks: Masks, scope: Scope, target_sparsity: float) -> list[int]:
+    """Count the weights that have to go.
+
+    Args:
+        masks: what is selected and what is already pruned.
+        scope: over all layers, or in each of them.
+        target_sparsity: share of zeros that is wanted.
+
+    Returns:
+        What :func:`~.removal_counts` gives.
+    """
+    return removal_counts(scope, target_sparsity, *_weights_and_zeros(masks))
+
+
+def is_too_sparse(masks: Masks, scope: Scope, target_sparsity: float) -> bool:
+    """Tell whether there are more zeros than wanted, and no layer that lacks some.
+
+    Args:
+        masks: what is selected and what is already pruned.
+        scope: over all layers, or in each of them.
+        target_sparsity: share of zeros that is wanted.
+
+    Returns:
+        True when the target cannot be met because pruning only adds zeros.
+    """
+    weights, zeros = _weights_and_zeros(masks)
+    above = round(target_sparsity * sum(weights)) < sum(zeros)
+    return above and not any(weights_to_remove(masks, scope, target_sparsity))
+
+
 def check_sparsity(target_sparsity: float) -> None:
     """Check a sparsity.
 
@@ -640,6 +713,11 @@ class _Clock:
 @contextlib.contextmanager
 def _no_progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
     yield lambda _: None
+
+
+def _weights_and_zeros(masks: Masks) -> tuple[list[int], list[int]]:
+    weights = [parameter.numel() for parameter in masks.parameters.values()]
+    return weights, list(masks.zeros().values())
 
 
 def _active_positions(masks: Masks) -> dict[str, Tensor]:

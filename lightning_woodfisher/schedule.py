@@ -36,10 +36,12 @@ class Horizon:
     Attributes:
         max_epochs: number of epochs, or None when training is not limited by epochs.
         max_steps: number of optimizer steps, or None when it is not known.
+        why_unknown: why not, for an error message.
     """
 
     max_epochs: int | None = None
     max_steps: int | None = None
+    why_unknown: str = ""
 
     def length(self, unit: Unit) -> int | None:
         """Give the length of training in ``unit``.
@@ -269,9 +271,10 @@ class PolynomialSchedule(PruningSchedule):
             return self.end
         length = horizon.length(self.unit)
         if length is None:
+            why = f" ({horizon.why_unknown})" if horizon.why_unknown else ""
             raise ConfigurationError(
                 f"PolynomialSchedule has no end_{self.unit} and training has no known "
-                f"number of {self.unit}s; set end_{self.unit} or limit the training."
+                f"number of {self.unit}s{why}; set end_{self.unit} or limit the training."
             )
         return max(self.start, math.ceil(_SHARE_OF_TRAINING_THAT_PRUNES * length) - 1)
 

@@ -8,8 +8,14 @@ digit in which the k-th lies. Ties at the threshold go to the lowest global inde
 
 from __future__ import annotations
 
-__all__ = ["SelectionConfig", "removal_counts", "select_smallest"]
+__all__ = [
+    "SelectionConfig",
+    "removal_counts",
+    "removal_counts_of_parts",
+    "select_smallest",
+]
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -80,6 +86,43 @@ def removal_counts(
     if scope == "layer":
         groups = list(zip(weights, zeros, strict=True))
     return [max(0, round(target_sparsity * total) - gone) for total, gone in groups]
+
+
+def removal_counts_of_parts(
+    scope: Scope,
+    target_sparsity: float,
+    weights: Sequence[int],
+    zeros: Sequence[int],
+    parts: int,
+) -> list[list[int]]:
+    """Spread what :func:`removal_counts` counts over parts.
+
+    In every group the kept share falls geometrically, from that which is there to that of
+    the target.
+
+    Args:
+        scope: as there.
+        target_sparsity: as there.
+        weights: as there.
+        zeros: as there.
+        parts: number of parts, at least 1.
+
+    Returns:
+        For each part a number for each group.
+    """
+    totals = [sum(weights)] if scope == "global" else weights
+    gone = [sum(zeros)] if scope == "global" else zeros
+    last = removal_counts(scope, target_sparsity, weights, zeros)
+    by_group: list[list[int]] = []
+    for total, before, count in zip(totals, gone, last, strict=True):
+        kept = total - before
+        ratio = min(1.0, (1.0 - target_sparsity) * total / kept) if kept else 1.0
+        removed = [
+            min(count, round(kept * (1.0 - ratio ** (part / parts))))
+            for part in range(parts)
+        ]
+        by_group.append([b - a for a, b in itertools.pairwise([*removed, count])])
+    return [list(counts) for counts in zip(*by_group, strict=True)]
 
 
 def select_smallest(

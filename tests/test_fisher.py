@@ -534,6 +534,33 @@ def test_damping_is_raised_for_the_block_that_needs_it_only(form: Form) -> None:
     assert torch.equal(inverse.diagonal()[outside], expected.diagonal()[outside])
 
 
+@pytest.mark.parametrize("form", ["dual", "full"])
+@pytest.mark.parametrize("scale", [1, 10, 30, 100, 300, 1000])
+@pytest.mark.parametrize(("num_gradients", "size"), [(300, 7), (50, 20), (10, 7)])
+def test_large_gradients_and_tiny_damping_keep_their_digits(
+    form: Form, scale: float, num_gradients: int, size: int
+) -> None:
+    """With more gradients than columns 1 − ΣZ² is λ/(λ + eigenvalue): all digits go."""
+    generator = torch.Generator().manual_seed(0)
+    rows = scale * torch.randn(num_gradients, 2 * size, generator=generator)
+    removed = torch.rand(2 * size, generator=generator) < 0.5
+    weights = torch.randn(2 * size, generator=generator, dtype=torch.float64)
+    inverse = filled(form, rows, [2 * size], size, 1e-7)
+    change = inverse.constrained_solve(weights, removed)
+    for number, block in enumerate(block_slices(form, [2 * size], size)):
+        oracle = Oracle(rows[:, block], float(inverse.damping[number]))
+        expected = oracle.constrained(weights[block], removed[block])
+        ratio = inverse.diagonal()[block] / oracle.diagonal()
+        assert error(ratio, torch.ones(1)) <= TOLERANCE
+        # The full form solves for fewer kept columns than gradients less exactly.
+        assert error(change[block], expected) <= (1e-2 if form == "full" else TOLERANCE)
+    # Damping is raised only as far as that needs, and not in silence.
+    ceiling = 1e-9 * scale**2 * 100
+    assert all(1e-7 < value < ceiling for value in inverse.raised().values())
+    assert len(inverse.raised()) == int((inverse.damping > 1e-7).sum())
+    assert scale < 1000 or num_gradients < 2 * size or inverse.raised()
+
+
 def test_full_fisher_raises_its_one_damping() -> None:
     rows = problem(45, 60).rows.clone()
     rows[:, 10:12] = 1e9 * torch.linspace(1, 2, 60).unsqueeze(1)

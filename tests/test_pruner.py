@@ -287,6 +287,54 @@ def test_parts_start_from_the_zeros_that_are_there() -> None:
     assert sorted(set(seen)) == [96, 144, 168]
 
 
+def uneven() -> nn.Sequential:
+    """One layer of 128 weights that is almost gone, and a dense one of 64."""
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight.view(-1)[:126] = 0.0
+    return model
+
+
+@pytest.mark.parametrize("target", [0.5, 0.75])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("criterion", ["woodfisher", "magnitude"])
+def test_a_sparse_layer_does_not_count_for_the_others(
+    target: float, parts: int, criterion: str
+) -> None:
+    model, seen = uneven(), []
+
+    def loss(network: nn.Module, batch: Batch) -> Tensor:
+        seen.append(zeros_of(network))
+        return cross_entropy(network, batch)
+
+    layer = SelectionConfig(scope="layer")
+    report = pruned(
+        model,
+        loss=loss,
+        target_sparsity=target,
+        selection=layer,
+        recompute_steps=parts,
+        criterion=criterion,
+    )
+    expected = {"0.weight": 126, "4.weight": round(target * 64)}
+    assert zeros_of(model) == expected
+    assert [layer.zeros_after for layer in report.layers] == [*expected.values()]
+    # The kept share of the dense layer falls geometrically, and that of the other stays.
+    shares = [(1 - target) ** (part / parts) for part in range(parts + 1)]
+    assert {found["4.weight"] for found in seen} == {
+        round((1 - s) * 64) for s in shares
+    }
+    assert {found["0.weight"] for found in seen} == {126}
+
+
+def test_more_zeros_than_wanted_in_every_layer_are_refused() -> None:
+    model = uneven()
+    with torch.no_grad():
+        model[4].weight.view(-1)[:40] = 0.0
+    with pytest.raises(ConfigurationError, match=r"0\.6 is below the 0\.8646"):
+        pruned(model, target_sparsity=0.6, selection=SelectionConfig(scope="layer"))
+
+
 def test_parts_take_new_gradients() -> None:
     taken: list[tuple[float, ...]] = []
 
@@ -361,6 +409,31 @@ def test_an_update_that_is_not_finite_is_an_error_and_changes_nothing(
     )
     with pytest.raises(PruningError, match="3 updated weights are not finite"):
         pruned(model, criterion="magnitude")
+    assert same_bits(bits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "overflows"), [(torch.float16, True), (torch.float32, False)]
+)
+def test_an_update_that_overflows_the_dtype_of_the_weights_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, overflows: bool
+) -> None:
+    def compensate(self: Any, weights: Tensor, removed: Tensor) -> Tensor:
+        change = torch.where(removed, -weights, 0.0)
+        change[(~removed).nonzero()[:3]] = 1e5
+        return change
+
+    model = mlp().to(dtype)
+    before = bits(model)
+    monkeypatch.setattr(
+        "lightning_woodfisher.criteria.magnitude.Magnitude.compensate", compensate
+    )
+    options: dict[str, Any] = {"criterion": "magnitude", "measure_loss": False}
+    if not overflows:
+        assert pruned(model, **options).zeros == round(0.7 * 192)
+        return
+    with pytest.raises(PruningError, match="3 updated weights are not finite"):
+        pruned(model, **options)
     assert same_bits(bits(model), before)
 
 

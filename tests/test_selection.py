@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.selection import (
     SelectionConfig,
     removal_counts,
+    removal_counts_of_parts,
     select_smallest,
 )
 
@@ -155,6 +157,27 @@ def test_removal_counts_miss_the_target_by_half_a_weight_at_most(
             abs(count - target * total) <= 0.5 + 1e-9
             for count, total in zip(counts, groups, strict=True)
         )
+
+
+@given(
+    scope=st.sampled_from(["global", "layer"]),
+    target=st.floats(0.0, 1.0, exclude_max=True),
+    layers=st.lists(
+        st.integers(1, 500).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))),
+        min_size=1,
+        max_size=5,
+    ),
+    parts=st.integers(1, 6),
+)
+def test_parts_add_up_and_none_gives_anything_back(
+    scope: Any, target: float, layers: list[tuple[int, int]], parts: int
+) -> None:
+    weights, zeros = map(list, zip(*layers, strict=True))
+    counts = removal_counts_of_parts(scope, target, weights, zeros, parts)
+    assert len(counts) == parts
+    assert all(count >= 0 for part in counts for count in part)
+    totals = [sum(group) for group in zip(*counts, strict=True)]
+    assert totals == removal_counts(scope, target, weights, zeros)
 
 
 def test_layers_and_zeros_must_match() -> None:

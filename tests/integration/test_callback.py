@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import pickle
@@ -23,13 +24,21 @@ from fits import (
     RawManual,
     Talkative,
     differences,
+    final_state,
     images,
     loader,
     pruning,
     seed_all,
     trainer,
 )
-from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+    WeightAveraging,
+)
 from rank_pool import RankPool
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -44,6 +53,7 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
+from lightning_woodfisher.pruner import Pruner
 
 
 def zeros(module: nn.Module) -> int:
@@ -323,11 +333,18 @@ def test_a_stream_needs_a_dataloader() -> None:
 
 
 def test_a_dataloader_that_ends_too_early() -> None:
-    pruner = pruning(dataloader=list(loader())[:4])
+    batches, module = list(loader())[:4], Counting()
+    late = OneShotSchedule(epoch=1)
+    with pytest.raises(
+        ConfigurationError, match="dataloader has 4 batches.*num_gradients=6"
+    ):
+        trainer(pruning(dataloader=batches, schedule=late)).fit(module, loader())
+    assert module.steps == 0
+    # Of an iterator nobody knows.
     with pytest.raises(
         ConfigurationError, match="ended after 4 batches.*num_gradients=6"
     ):
-        trainer(pruner).fit(Classifier(), loader())
+        trainer(pruning(dataloader=iter(batches))).fit(Classifier(), loader())
 
 
 def test_several_training_loaders_need_a_dataloader() -> None:
@@ -388,8 +405,6 @@ def test_training_that_ends_too_early_is_an_error() -> None:
     early = EarlyStopping("train_loss", patience=1, min_delta=1e9)
     with pytest.raises(PruningError, match="planned step"):
         trainer(early, pruner, max_epochs=5).fit(Classifier(), loader())
-    with pytest.raises(PruningError, match="first at epoch 3"):
-        trainer(pruner, max_epochs=5, max_steps=13).fit(Classifier(), loader())
 
 
 def test_weights_that_are_revived_behind_our_back_are_an_error() -> None:
@@ -561,3 +576,162 @@ def test_pruning_in_ddp(ranks: RankPool) -> None:
     assert both[0]["error"][1] == "rank 1 failed: LookupError: where is it?"
     assert all(result["hooks"] == [0] for result in both)
     assert all(result["zeros after the error"] == 0 for result in both)
+
+
+# ---------------------------------------------------------------- layers apart
+
+
+class Uneven(Classifier):
+    """Its second layer is almost gone, the others are dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.net[5].weight.view(-1)[:1270] = 0.0
+
+
+@pytest.mark.parametrize("target", [0.5, 0.95])
+def test_a_sparse_layer_does_not_keep_the_schedule_from_the_others(
+    target: float,
+) -> None:
+    schedule = PolynomialSchedule(0, 1, initial_sparsity=0.1)
+    pruner = pruning(
+        target_sparsity=target,
+        schedule=schedule,
+        selection=SelectionConfig(scope="layer"),
+    )
+    module = Uneven()
+    trainer(pruner).fit(module, loader())
+    zeros = [int((module.net[i].weight == 0).sum()) for i in (0, 5, 7)]
+    assert zeros == [round(target * 27), 1270, round(target * 48)]
+    assert len(pruner.reports) == 2
+
+
+# ---------------------------------------------------------------- found in time
+
+
+class Late(Counting):
+    """Its hooks prepare what its training step needs."""
+
+    def on_train_epoch_start(self) -> None:
+        self.weight = 1.0 + self.current_epoch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * self.weight
+
+
+def test_a_useless_training_step_is_found_before_the_first_batch() -> None:
+    class Broken(Counting):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+
+    for options in (
+        {"schedule": OneShotSchedule(epoch=1)},
+        {"schedule": OneShotSchedule(step=9)},
+        {"schedule": OneShotSchedule(epoch=1), "criterion": "magnitude"},
+    ):
+        module = Broken()
+        with pytest.raises(
+            PruningError, match="Broken.training_step returned NoneType"
+        ):
+            trainer(pruning(**options)).fit(module, loader())
+        assert module.steps == 1
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("make", [Talkative, Late, Manual])
+def test_the_rehearsal_leaves_no_trace(
+    make: Any, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes, rehearsals = [], []
+    original = Pruner.rehearse
+    for runs in (True, False):
+
+        def rehearse(self: Pruner, source: Any, runs: bool = runs) -> None:
+            rehearsals.append(runs)
+            if runs:
+                original(self, source)
+
+        monkeypatch.setattr(Pruner, "rehearse", rehearse)
+        seed_all(3)
+        fisher = FisherConfig(6, 2, 16, model_mode=mode)
+        pruner = pruning(schedule=OneShotSchedule(epoch=1), fisher=fisher)
+        fitted = trainer(pruner)
+        fitted.fit(make(), loader())
+        outcomes.append([final_state(fitted), torch.get_rng_state()])
+    assert rehearsals == [True, False]
+    assert differences(*outcomes) == []
+
+
+def test_there_is_no_rehearsal_where_nothing_is_to_be_found() -> None:
+    counts = {}
+    batches = [batch for _ in range(2) for batch in loader()]
+    for name, options in {
+        "iterator": {"dataloader": iter(batches), "schedule": OneShotSchedule(epoch=1)},
+        "epoch 0": {"schedule": OneShotSchedule(epoch=0)},
+        "epoch 1": {"schedule": OneShotSchedule(epoch=1)},
+    }.items():
+        module = Counting()
+        trainer(pruning(measure_loss=False, **options)).fit(module, loader())
+        counts[name] = module.steps - 12  # Of training.
+    assert counts == {"iterator": 6, "epoch 0": 6, "epoch 1": 7}
+
+
+def test_magnitude_without_measurement_needs_no_samples() -> None:
+    large = FisherConfig(num_gradients=1000)
+    options: dict[str, Any] = {"criterion": "magnitude", "fisher": large}
+    pruner = pruning(measure_loss=False, **options)
+    trainer(pruner).fit(Classifier(), loader())
+    assert pruner.masks.sparsity() > 0.74
+    with pytest.raises(ConfigurationError, match="needs 16000 samples"):
+        trainer(pruning(**options)).fit(Classifier(), loader())
+
+
+@pytest.mark.parametrize(
+    ("steps", "accumulated", "epochs"), [(13, 1, 3), (12, 1, 2), (4, 4, 2), (5, 4, 3)]
+)
+def test_max_steps_limit_the_epochs(steps: int, accumulated: int, epochs: int) -> None:
+    options = {
+        "max_epochs": None,
+        "max_steps": steps,
+        "accumulate_grad_batches": accumulated,
+    }
+    pruner = pruning(schedule=OneShotSchedule(epoch=epochs - 1))
+    trainer(pruner, **options).fit(Classifier(), loader())
+    assert pruner.reports[0].epoch == epochs - 1
+    module = Counting()
+    with pytest.raises(ConfigurationError, match=f"training has only {epochs} epochs"):
+        trainer(pruning(schedule=OneShotSchedule(epoch=epochs)), **options).fit(
+            module, loader()
+        )
+    assert module.steps == 0
+
+
+def test_manual_optimisation_has_no_known_number_of_steps() -> None:
+    # Two optimizers make 24 steps of 12 batches.
+    ramp = PolynomialSchedule(start_step=0, every_n_steps=5)
+    with pytest.raises(ConfigurationError, match="manual optimisation .* set end_step"):
+        trainer(pruning(schedule=ramp)).fit(Manual(), loader())
+    late = pruning(schedule=OneShotSchedule(step=20))
+    trainer(late).fit(Manual(), loader())
+    assert [report.step for report in late.reports] == [20]
+    ending = pruning(schedule=ramp)
+    trainer(ending, max_epochs=-1, max_steps=12).fit(Manual(), loader())
+    assert ending.masks.sparsity() > 0.74
+
+
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        EMAWeightAveraging,
+        WeightAveraging,
+        functools.partial(StochasticWeightAveraging, 1e-2),
+    ],
+)
+def test_weight_averaging_is_refused(averaging: Any) -> None:
+    callback, module = averaging(), Counting()
+    with pytest.raises(
+        ConfigurationError, match=f"{type(callback).__name__} averages weights"
+    ):
+        trainer(callback, pruning()).fit(module, loader())
+    assert module.steps == 0

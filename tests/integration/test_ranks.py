@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -23,7 +25,9 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
-from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.criteria.woodfisher import WoodFisher
+from lightning_woodfisher.distributed import Communicator, ExactSum
+from lightning_woodfisher.fisher import FullInverseFisher
 from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.masks import Masks
@@ -390,10 +394,13 @@ class Stumbling:
 
 
 class Torn(Dataset[Any]):
-    """Cannot be read on rank 1."""
+    """Cannot be read on rank 1, or has fewer samples there."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
 
     def __len__(self) -> int:
-        return 160
+        return 5 if self.kind == "short data" and dist.get_rank() == 1 else 160
 
     def __getitem__(self, index: int) -> Any:
         if dist.get_rank() == 1:
@@ -401,7 +408,52 @@ class Torn(Dataset[Any]):
         return images()[index]
 
 
+# Where memory runs out on rank 1: in which call of what, and in which of its calls. The
+# methods of the full Fisher stand between its own collectives.
+PLACES: dict[str, tuple[Any, str, int]] = {
+    "layout": (WoodFisher, "layout", 1),
+    "begin": (WoodFisher, "begin", 1),
+    "observe": (WoodFisher, "observe", 1),
+    "score": (WoodFisher, "score", 1),
+    "compensate": (WoodFisher, "compensate", 1),
+    "predict": (WoodFisher, "predicted_increase", 1),
+    "start of the sum": (ExactSum, "__init__", 2),
+    "end of the sum": (ExactSum, "result", 1),
+    "choice of the dtype": (FullInverseFisher, "_choose_dtype", 1),
+    "projection": (FullInverseFisher, "_project", 1),
+    "combination": (FullInverseFisher, "_combine", 1),
+    "description": (Pruner, "_describe", 1),
+    "report": (Pruner, "_report", 1),
+    "masks": (Masks, "grow", 1),
+    **{f"rows of unit {n}": (FullInverseFisher, "_unit_rows", n) for n in (1, 9, 40)},
+    "largest norm": (torch.linalg, "vector_norm", 1),
+}
+
+
+@contextlib.contextmanager
+def exhausted(kind: str) -> Iterator[None]:
+    """Let memory run out on rank 1."""
+    if kind not in PLACES or dist.get_rank() != 1:
+        yield
+        return
+    owner, name, when = PLACES[kind]
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == when:
+            raise MemoryError("no room left")
+        return original(*args, **kwargs)
+
+    setattr(owner, name, stand_in)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
 FAILURES = {
+    **dict.fromkeys(PLACES, ("MemoryError", "no room left")),
+    "short data": ("ConfigurationError", "7 times gradient_batch_size"),
     "raises": ("LookupError", "a book is missing"),
     "raises at once": ("LookupError", "a book is missing"),
     "raises while measuring": ("LookupError", "a book is missing"),
@@ -426,11 +478,15 @@ def fail_everywhere() -> dict[str, Any]:
             masks.state_dict(),
         )
         # In training mode every rank measures, and not in one batch on the first.
-        config = PruningConfig(fisher=FisherConfig(7, 2, 16, model_mode="train"))
-        data = Torn() if kind == "unreadable data" else images()
+        block_size = None if kind in PLACES else 16
+        config = PruningConfig(
+            fisher=FisherConfig(7, 2, block_size, model_mode="train")
+        )
+        data = Torn(kind) if kind.endswith("data") else images()
         pruner = Pruner(masks, config, Communicator())
         try:
-            pruner.step(FunctionLoss(model, data, Stumbling(kind)), 0.6)
+            with exhausted(kind):
+                pruner.step(FunctionLoss(model, data, Stumbling(kind)), 0.6)
             outcome = ("nothing", "")
         except Exception as error:
             outcome = (type(error).__name__, str(error))

@@ -209,6 +209,58 @@ def test_validate_from_a_checkpoint(checkpoint: str) -> None:
     assert len(pruner.reports) == 4
 
 
+def state_in(path: Any) -> dict[str, Any]:
+    """The pruning state of a checkpoint, with the zeros of its weights."""
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = [v for k, v in checkpoint["callbacks"].items() if "WoodFisher" in k]
+    return {**state, "zeros": zeros_in(checkpoint["state_dict"])}
+
+
+def masked(masks: dict[str, torch.Tensor]) -> int:
+    return sum(int((~mask).sum()) for mask in masks.values())
+
+
+def test_a_checkpoint_saved_after_validation_is_whole(
+    checkpoint: str, tmp_path: Path
+) -> None:
+    checker = trainer(pruning(schedule=epochs()), enable_checkpointing=True)
+    checker.validate(
+        Classifier(), loader(16, shuffle=False), ckpt_path=checkpoint, verbose=False
+    )
+    copy = str(tmp_path / "copy.ckpt")
+    checker.save_checkpoint(copy)
+    assert differences(state_in(copy), state_in(checkpoint)) == []
+    assert masked(state_in(copy)["masks"]) == round(0.75 * WEIGHTS)
+    module, schedule = Classifier(), PolynomialSchedule(0, 5)
+    fitted = trainer(pruning(schedule=schedule, target_sparsity=0.9), max_epochs=7)
+    fitted.fit(module, loader(), ckpt_path=copy)
+    assert zeros_in(module.state_dict()) == round(0.9 * WEIGHTS)
+
+
+def test_state_belongs_to_the_weights_after_a_test_of_an_older_checkpoint(
+    tmp_path: Path,
+) -> None:
+    class Tested(Classifier):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            """Do nothing."""
+
+    pruner, folder = pruning(schedule=epochs()), tmp_path / "all"
+    saving = ModelCheckpoint(
+        folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True
+    )
+    fitted = trainer(pruner, saving, max_epochs=EPOCHS, enable_checkpointing=True)
+    module = Tested()
+    fitted.fit(module, loader())
+    assert len(pruner.reports) == 4
+    older = str(folder / "epoch=1.ckpt")
+    fitted.test(module, loader(16, shuffle=False), ckpt_path=older, verbose=False)
+    assert len(pruner.reports) == 2
+    assert masked(pruner.masks.state_dict()) == zeros_in(module.state_dict())
+    again = str(tmp_path / "again.ckpt")
+    fitted.save_checkpoint(again)
+    assert differences(state_in(again), state_in(older)) == []
+
+
 def test_a_fit_from_scratch_after_validation_does_not_take_the_old_masks(
     checkpoint: str,
 ) -> None:
@@ -311,6 +363,59 @@ def test_a_lower_target_than_the_checkpoint_has_is_refused(checkpoint: str) -> N
         ConfigurationError, match=r"sparsity 0\.5 .* have 0\.7498 already"
     ):
         trainer(pruner, max_epochs=6).fit(Classifier(), loader(), ckpt_path=checkpoint)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [SelectionConfig(exclude=["net.0"]), SelectionConfig(include=["net.5"])],
+)
+def test_another_selection_than_in_the_checkpoint_is_refused(
+    checkpoint: str, selection: SelectionConfig
+) -> None:
+    pruner = pruning(schedule=epochs(), selection=selection)
+    with pytest.raises(
+        ConfigurationError, match=r"run with \{'include': \[\], 'exclude': \[\]\}, but"
+    ):
+        trainer(pruner, max_epochs=6).fit(Classifier(), loader(), ckpt_path=checkpoint)
+    # To look at the weights it does not matter.
+    with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
+        trainer(pruner).validate(
+            Classifier(), loader(16, shuffle=False), ckpt_path=checkpoint, verbose=False
+        )
+
+
+def test_a_higher_target_than_the_steps_that_were_done_is_refused(
+    checkpoint: str,
+) -> None:
+    class Unwanted(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise AssertionError
+
+    pruner = pruning(schedule=epochs(), target_sparsity=0.9)
+    with pytest.raises(
+        ConfigurationError, match=r"steps .* are done, .* 0\.7498 and not .*=0\.9"
+    ):
+        trainer(pruner, max_epochs=6).fit(Unwanted(), loader(), ckpt_path=checkpoint)
+
+
+def test_a_second_callback_may_join_a_resumed_run() -> None:
+    first = pruning(schedule=epochs(), selection=SelectionConfig(include=["Conv2d"]))
+    saving = ModelCheckpoint(Path.cwd(), save_on_train_epoch_end=True)
+    trainer(first, saving, max_epochs=EPOCHS, enable_checkpointing=True).fit(
+        Classifier(), loader()
+    )
+    both = [
+        pruning(schedule=schedule, selection=SelectionConfig(include=[pattern]))
+        for pattern, schedule in (
+            ("Conv2d", epochs()),
+            ("Linear", PolynomialSchedule(4, 4)),
+        )
+    ]
+    trainer(*both, max_epochs=EPOCHS + 1).fit(
+        Classifier(), loader(), ckpt_path=saving.best_model_path
+    )
+    assert [len(pruner.reports) for pruner in both] == [len(first.reports), 1]
+    assert both[0].masks.sparsity() == first.masks.sparsity()
 
 
 def test_states_of_two_callbacks_are_kept_apart() -> None:

@@ -164,11 +164,20 @@ def workers() -> Any:
     return loader(num_workers=1, persistent_workers=True, generator=generator)
 
 
+class HalfPrecision(Classifier):
+    """In float16 alone gradients stay finite with a plain optimizer and a small loss."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda parameters: torch.optim.SGD(parameters, lr=1e-2))
+
+
 CASES = {
     "single device": Case(),
     "16-mixed with GradScaler": Case(options=gradient_scaler),
     "bf16-mixed": Case(options=lambda: {"precision": "bf16-mixed"}),
     "bf16-true": Case(options=lambda: {"precision": "bf16-true"}, module=Classifier),
+    "16-true": Case(options=lambda: {"precision": "16-true"}, module=HalfPrecision),
+    "64-true": Case(options=lambda: {"precision": "64-true"}, module=Classifier),
     "accumulation": Case(options=lambda: {"accumulate_grad_batches": 4}),
     "clipping": Case(options=lambda: {"gradient_clip_val": 0.1}),
     "manual optimisation": Case(module=Manual),

@@ -1,0 +1,127 @@
+"""How N, m, λ and the block size change one-shot pruning: the table of the documentation.
+
+    python examples/digits/settings.py
+
+A perceptron (64-100-50-10, 11,900 weights) is trained on scikit-learn's digits, pruned in one
+step, and not trained again. Printed is the accuracy on the 360 held-out images, in per cent,
+as the mean over several trained networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from examples.digits.model import Digits
+from lightning_woodfisher import FisherConfig, prune
+from lightning_woodfisher.report import format_table
+
+GRADIENTS = ((1000, 1), (256, 4))
+DAMPINGS = (1e-2, 1e-3, 1e-4, 1e-5)
+BLOCK_SIZES = (64, 256, None)
+# What is compared with the joint update in blocks of 256 gradients of 4 samples.
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"criterion": "magnitude"},
+    "independent": {"update": "independent"},
+    "joint": {"update": "joint"},
+    "joint, 8 parts": {"update": "joint", "recompute_steps": 8},
+}
+
+
+def train(data: TensorDataset, seed: int, epochs: int) -> nn.Sequential:
+    """Train a dense network."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(64, 100),
+        nn.ReLU(),
+        nn.Linear(100, 50),
+        nn.ReLU(),
+        nn.Linear(50, 10),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(epochs):
+        for index in torch.randperm(len(data)).split(64):
+            optimizer.zero_grad()
+            loss_fn(model, data[index]).backward()
+            optimizer.step()
+    return model
+
+
+def loss_fn(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """Mean cross-entropy of a batch."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: TensorDataset) -> float:
+    """Share of right answers in per cent."""
+    images, labels = data.tensors
+    return 100 * float((model(images).argmax(1) == labels).float().mean())
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.8])
+    parser.add_argument("--networks", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=30)
+    arguments = parser.parse_args()
+    data = Digits()
+    data.setup("fit")
+    seeds = range(arguments.networks)
+    states = [train(data.train, seed, arguments.epochs).state_dict() for seed in seeds]
+
+    def measure(fisher: FisherConfig, sparsity: float, **options: Any) -> float:
+        found = []
+        for seed, state in enumerate(states):
+            model = train(data.train, seed, epochs=0)
+            model.load_state_dict(state)
+            if sparsity:
+                prune(
+                    model,
+                    data.train,
+                    loss_fn,
+                    target_sparsity=sparsity,
+                    fisher=fisher,
+                    measure_loss=False,
+                    seed=seed,
+                    **options,
+                )
+            found.append(accuracy(model, data.held_out))
+        return statistics.mean(found)
+
+    def cells(fisher: FisherConfig, **options: Any) -> str:
+        values = [measure(fisher, s, **options) for s in arguments.sparsities]
+        return " / ".join(f"{value:.1f}" for value in values)
+
+    usual = FisherConfig(256, 4, 256)
+    print(f"dense: {measure(usual, 0.0):.1f} %")
+    rows = [(name, cells(usual, **options)) for name, options in METHODS.items()]
+    share = " / ".join(f"{sparsity:.0%}" for sparsity in arguments.sparsities)
+    print(format_table((f"N × m = 256 × 4, λ = 1e-4, B = 256: {share}", ""), rows))
+    table = []
+    for (number, size), damping in itertools.product(GRADIENTS, DAMPINGS):
+        columns = [
+            cells(FisherConfig(number, size, block_size, damping))
+            for block_size in BLOCK_SIZES
+        ]
+        table.append((f"{number:,} × {size}", f"{damping:.0e}", *columns))
+    names = [f"B = {size}" if size else "full" for size in BLOCK_SIZES]
+    print()
+    print(format_table((f"joint, N × m: {share}", "λ", *names), table))
+
+
+if __name__ == "__main__":
+    main()

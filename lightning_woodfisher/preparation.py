@@ -1,0 +1,171 @@
+"""What is known, shown and refused before training starts."""
+
+from __future__ import annotations
+
+__all__ = [
+    "describe_plan",
+    "refuse_averaging",
+    "require_enough_batches",
+    "require_same_selection",
+    "training_horizon",
+]
+
+import math
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.gradients import Batches, StreamBatches
+from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.report import format_table
+from lightning_woodfisher.schedule import Horizon, PlannedStep, PruningSchedule, Unit
+
+_AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}
+
+
+def training_horizon(trainer: pl.Trainer, schedule: PruningSchedule) -> Horizon:
+    """Find the last epoch and the last optimizer step.
+
+    Args:
+        trainer: in ``on_train_start`` or later.
+        schedule: says by its ``unit`` which of the two must be known.
+
+    Returns:
+        The numbers; None for what is unlimited or cannot be known.
+    """
+    max_epochs, max_steps = trainer.max_epochs, trainer.max_steps
+    epochs = max_epochs if max_epochs is not None and max_epochs >= 0 else None
+    steps: int | None = max_steps if max_steps >= 0 else None
+    unit = getattr(schedule, "unit", "step")
+    if unit == "epoch":
+        within = None if steps is None else _epochs_within(trainer, steps)
+        limits = [limit for limit in (epochs, within) if limit is not None]
+        return Horizon(min(limits, default=None), steps)
+    if not trainer.lightning_module.automatic_optimization:
+        # Each of several optimizers counts, as often as training_step steps it.
+        return Horizon(
+            epochs,
+            steps if epochs is None else None,
+            "manual optimisation steps its optimizers as often as it likes",
+        )
+    # Asks the dataloaders for their length, so only where it is needed.
+    estimate = trainer.estimated_stepping_batches
+    return Horizon(epochs, int(estimate) if math.isfinite(estimate) else None)
+
+
+def _epochs_within(trainer: pl.Trainer, steps: int) -> int | None:
+    """How many epochs begin before that many optimizer steps are done."""
+    batches = trainer.num_training_batches
+    varies = getattr(trainer, "reload_dataloaders_every_n_epochs", 0) or any(
+        isinstance(callback, GradientAccumulationScheduler)
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+    )
+    known = trainer.lightning_module.automatic_optimization and not varies
+    if not known or not math.isfinite(batches) or batches < 1:
+        return None
+    return math.ceil(steps / math.ceil(batches / trainer.accumulate_grad_batches))
+
+
+def refuse_averaging(trainer: pl.Trainer) -> None:
+    """Refuse callbacks that average weights over a pruning step.
+
+    Args:
+        trainer: with its callbacks.
+
+    Raises:
+        ConfigurationError: naming the callback.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for cls in type(callback).__mro__:
+            # By name: WeightAveraging is younger than the oldest Lightning we support.
+            if cls.__name__ in _AVERAGING and "lightning" in cls.__module__:
+                raise ConfigurationError(
+                    f"{type(callback).__name__} averages weights from before and after a "
+                    "pruning step, so that pruned weights would not be zero in the end; "
+                    "leave it out, or average in a fit of its own before pruning."
+                )
+
+
+def require_enough_batches(batches: Batches, data: Any, num_gradients: int) -> None:
+    """Refuse a stream that is known to be too short.
+
+    Args:
+        batches: made of the data.
+        data: what the user gave.
+        num_gradients: N.
+
+    Raises:
+        ConfigurationError: for fewer than N batches.
+    """
+    if not isinstance(batches, StreamBatches):
+        return
+    try:
+        length = len(data)
+    except TypeError:
+        return  # A stream without a length tells only when it is read.
+    if length < num_gradients:
+        raise ConfigurationError(
+            f"dataloader has {length} batches, but num_gradients={num_gradients} needs "
+            "one batch each; lower num_gradients or give more."
+        )
+
+
+def require_same_selection(
+    trainer: pl.Trainer, checkpoint: Mapping[str, Any], callback: pl.Callback
+) -> None:
+    """Refuse to go on with a run that selected other weights: its masks would be lost.
+
+    Args:
+        trainer: with all its callbacks.
+        checkpoint: of the run.
+        callback: the pruning callback; its state key ends with its selection.
+
+    Raises:
+        ConfigurationError: when only another selection has a state in the checkpoint.
+    """
+    states = checkpoint.get("callbacks", {})
+    if callback.state_key in states:
+        return
+    kind = type(callback).__qualname__
+    taken = {c.state_key for c in trainer.callbacks}  # type: ignore[attr-defined]
+    for key in map(str, states):
+        if key.startswith(f"{kind}{{") and key not in taken:
+            raise ConfigurationError(
+                f"the checkpoint has the masks of a run with {key[len(kind) :]}, but this "
+                f"callback selects by {callback.state_key[len(kind) :]}; use the same, or "
+                "load the weights alone and go on with initial_sparsity."
+            )
+
+
+def describe_plan(
+    plan: Sequence[PlannedStep],
+    done: Container[tuple[Unit, int]],
+    masks: Masks,
+    criterion: str,
+) -> str:
+    """Show the steps of a run.
+
+    Args:
+        plan: all of them.
+        done: unit and position of those that a checkpoint has already.
+        masks: what is selected.
+        criterion: by which weights are chosen.
+
+    Returns:
+        A table.
+    """
+    weights = sum(parameter.numel() for parameter in masks.parameters.values())
+    rows = []
+    for step in plan:
+        kept = weights - round(step.sparsity * weights)
+        state = "done" if (step.unit, step.position) in done else ""
+        where = f"{step.unit} {step.position}"
+        rows.append((where, f"{step.sparsity:.2%}", f"{kept:,}", state))
+    head = ("pruning at start of", "sparsity", "weights left", "")
+    return (
+        f"Pruning {weights:,} weights of {len(masks.parameters)} tensors by "
+        f"{criterion}:\n{format_table(head, rows)}"
+    )
