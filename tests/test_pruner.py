@@ -693,7 +693,7 @@ def test_of_a_loader_only_the_dataset_and_collate_fn_count(shuffle: bool) -> Non
     loader = DataLoader(samples(), batch_size=7, shuffle=shuffle, collate_fn=collate)
     pruned(model, loader)
     assert same_bits(bits(model), bits(expected))
-    assert sizes[:24] == [4] * 24
+    assert all(size % 4 == 0 for size in sizes)
 
 
 def test_a_generator_feeds_part_after_part() -> None:

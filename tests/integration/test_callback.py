@@ -672,7 +672,9 @@ def test_there_is_no_rehearsal_where_nothing_is_to_be_found() -> None:
         "epoch 1": {"schedule": OneShotSchedule(epoch=1)},
     }.items():
         module = Counting()
-        trainer(pruning(measure_loss=False, **options)).fit(module, loader())
+        fisher = FisherConfig(6, 2, 16, collection="loop")
+        pruner = pruning(measure_loss=False, fisher=fisher, **options)
+        trainer(pruner).fit(module, loader())
         counts[name] = module.steps - 12  # Of training.
     assert counts == {"iterator": 6, "epoch 0": 6, "epoch 1": 7}
 

@@ -252,7 +252,10 @@ def test_the_cases_prune_what_they_were_asked_for(
     ]
     assert bool(reports[-1]["raised_damping"]) == (case == "raised damping")
     one_by_one: dict[str, str] = {
-        "stream of batches": "loop: the data comes in batches",
+        **dict.fromkeys(
+            ("stream of batches", "iterator", "stream that shuffles"),
+            "loop: the data comes in batches",
+        ),
         "one by one": "loop: asked for",
         "batchnorm and dropout in training mode": (
             "loop: in training mode samples of a batch may influence each other"
@@ -419,7 +422,8 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "predict": (WoodFisher, "predicted_increase", 1),
     "start of the sum": (ExactSum, "__init__", 2),
     "end of the sum": (ExactSum, "result", 1),
-    "choice of the dtype": (FullInverseFisher, "_choose_dtype", 1),
+    "diagonal": (FullInverseFisher, "_solve_diagonal", 1),
+    "factor": (FullInverseFisher, "_factorize_gram", 2),
     "projection": (FullInverseFisher, "_project", 1),
     "combination": (FullInverseFisher, "_combine", 1),
     "description": (Pruner, "_describe", 1),

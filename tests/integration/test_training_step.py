@@ -64,8 +64,18 @@ class Rows(pl.Callback):
             )
             module.train()
         with source.session("eval"):
+            # One by one: what the module saw is counted, and each loss compared.
             rows = collect_gradients(
-                source, batches, parameters, active, sizes, COUNT, comm, 1, self.losses
+                source,
+                batches,
+                parameters,
+                active,
+                sizes,
+                COUNT,
+                comm,
+                1,
+                self.losses,
+                collection="loop",
             )
             self.rows = torch.cat(list(rows))
             self.measured = mean_loss(source, batches, COUNT, comm, 1)
