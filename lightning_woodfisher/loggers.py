@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm.auto import tqdm
 
-from lightning_woodfisher.pruner import Progress
+from lightning_woodfisher.clock import Progress
 from lightning_woodfisher.report import PruningReport
 
 

@@ -25,6 +25,7 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
+from lightning_woodfisher.active_weights import ActiveWeights
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.distributed import Communicator, ExactSum
 from lightning_woodfisher.fisher import FullInverseFisher
@@ -426,7 +427,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "factor": (FullInverseFisher, "_factorize_gram", 2),
     "projection": (FullInverseFisher, "_project", 1),
     "combination": (FullInverseFisher, "_combine", 1),
-    "description": (Pruner, "_describe", 1),
+    "description": (ActiveWeights, "name_blocks", 1),
     "report": (Pruner, "_report", 1),
     "masks": (Masks, "grow", 1),
     **{f"rows of unit {n}": (FullInverseFisher, "_unit_rows", n) for n in (1, 9, 40)},

@@ -1,0 +1,244 @@
+"""The weights that are not pruned yet, as one vector that is shared by the ranks.
+
+Out of the model and back: active weights of all selected tensors, one behind the other,
+are cut into blocks; each rank takes the slice ``[D_r]`` that it owns, and gives new values
+for it back. Parameters that are sharded already (FSDP2) keep their owner.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ActiveWeights", "require_same_start"]
+
+import bisect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.errors import PruningError
+from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.partition import Partition
+
+_CHECKSUM_PIECE = 2**20
+
+
+class ActiveWeights:
+    """The active weights at the start of one part of a step.
+
+    Args:
+        masks: what is selected and what is already pruned.
+        layout: cuts so many weights of each tensor into blocks for so many ranks.
+        communicator: the ranks.
+
+    Attributes:
+        positions: int64 positions of the active weights in each flattened tensor, or in
+            this rank's part of it.
+        partition: the blocks and their owners.
+    """
+
+    def __init__(
+        self,
+        masks: Masks,
+        layout: Callable[[Sequence[int], int], Partition],
+        communicator: Communicator,
+    ) -> None:
+        self._masks = masks
+        self._comm = communicator
+        self.positions = {
+            name: torch.nonzero(masks.kept(name).reshape(-1)).squeeze(1)
+            for name in masks.parameters
+        }
+        self.partition = self._cut(layout)
+
+    def gather(self) -> Tensor:
+        """Read the weights of this rank.
+
+        Returns:
+            float64 ``[D_r]``.
+        """
+        dtype = _common_dtype(self._masks.parameters)
+        everything = torch.cat(
+            [
+                self._masks.local(name).reshape(-1)[where].to(dtype)
+                for name, where in self.positions.items()
+            ]
+        ).to(torch.float64)
+        if self._masks.sharded:
+            return everything
+        return everything[self.partition.shard(self._comm.rank)]
+
+    def layers(self) -> Tensor:
+        """Tell which tensor each weight of this rank belongs to.
+
+        Returns:
+            int64 ``[D_r]``, index of the tensor.
+        """
+        units = self.partition.owned(self._comm.rank)
+        number = len(self.positions)
+        ids = torch.tensor([unit.segment % number for unit in units], dtype=torch.int64)
+        lengths = torch.tensor(
+            [unit.stop - unit.start for unit in units], dtype=torch.int64
+        )
+        return ids.repeat_interleave(lengths).to(self._comm.device)
+
+    def sum_by_layer(self, values: Tensor) -> list[float]:
+        """Add a number of each weight up.
+
+        Args:
+            values: float64 ``[D_r]``.
+
+        Returns:
+            A sum over all ranks for each tensor, the same bits for every world size.
+        """
+        offset = self.partition.shard(self._comm.rank).start
+        number = len(self.positions)
+        parts = []
+        for unit in self.partition.owned(self._comm.rank):
+            part = values.new_zeros(number)
+            own = values[unit.start - offset : unit.stop - offset]
+            part[unit.segment % number] = own.sum()
+            parts.append(part)
+        magnitudes = [values.new_zeros(()), *(part.abs().max() for part in parts)]
+        bound = torch.stack(magnitudes).max() * len(self.partition.units)
+        sums: list[float] = self._comm.sum_exactly(parts, bound, (number,)).tolist()
+        return sums
+
+    def largest_by_layer(self, values: Tensor, chosen: Tensor) -> list[float | None]:
+        """Find the largest value among chosen weights of each tensor.
+
+        Args:
+            values: float64 ``[D_r]``, not negative.
+            chosen: bool ``[D_r]``.
+
+        Returns:
+            A value over all ranks for each tensor, None where none is chosen.
+        """
+        largest = values.new_full((len(self.positions),), -1.0)
+        largest.scatter_reduce_(0, self.layers()[chosen], values[chosen], "amax")
+        found: list[float] = self._comm.maximum(largest).tolist()
+        return [None if value < 0 else value for value in found]
+
+    def name_blocks(self, values: Mapping[int, float]) -> dict[str, float]:
+        """Name blocks of this rank, and collect those of every rank.
+
+        Args:
+            values: a number by the block's first active weight (global number).
+
+        Returns:
+            The numbers of all ranks by tensor and weight.
+        """
+        most = int(max(row[0] for row in self._comm.gather_numbers([len(values)])))
+        pairs = [*values.items(), *[(-1, 0.0)] * (most - len(values))]
+        everyone = self._comm.gather_numbers([x for pair in pairs for x in pair])
+        names = list(self.positions)
+        by_start = {unit.start: unit.segment for unit in self.partition.units}
+        starts = sorted(by_start)
+        found: dict[str, float] = {}
+        for row in everyone:
+            for first, value in zip(row[::2], row[1::2], strict=True):
+                if first >= 0:
+                    unit = starts[bisect.bisect_right(starts, first) - 1]
+                    name = names[by_start[unit] % len(names)]
+                    found[f"{name} from weight {int(first)}"] = value
+        return found
+
+    @torch.no_grad()
+    def write(self, weights: Tensor, removed: Tensor) -> None:
+        """Share new weights, check them, and write them in place with the masks.
+
+        Args:
+            weights: float64 ``[D_r]``.
+            removed: bool ``[D_r]``; these become zero and pruned.
+
+        Raises:
+            PruningError: when a weight is not finite in the dtype of its tensor; nothing
+                has been written then.
+        """
+        comm, masks = self._comm, self._masks
+        # A kept weight may not underflow to zero silently, but a removed one is zero.
+        new = torch.where(removed, 0.0, weights).to(_common_dtype(masks.parameters))
+        gone = removed
+        # Nobody else needs the weights of a shard.
+        if not masks.sharded:
+            sizes = self.partition.shard_sizes()
+            new = comm.gather_shards(new, sizes)
+            gone = comm.gather_shards(gone.to(torch.uint8), sizes).bool()
+            comm.require_equal(_checksum([new]), "the updated weights")
+            comm.require_equal(_checksum([gone]), "the masks")
+        parts = {
+            name: values.to(masks.local(name).dtype)
+            for name, values in self._by_tensor(new).items()
+        }
+        # In the dtype in which they will be written: float16 overflows early.
+        bad = sum(int((~values.isfinite()).sum()) for values in parts.values())
+        bad = int(max(row[0] for row in comm.gather_numbers([bad])))
+        if bad:
+            raise PruningError(
+                f"{bad} updated weights are not finite; "
+                "raise fisher.damping or recompute_steps, or lower the step's sparsity"
+            )
+        pruned = {}
+        for name, leaving in self._by_tensor(gone).items():
+            part, where = masks.local(name), self.positions[name]
+            flat = part.reshape(-1).clone()
+            flat[where] = parts[name]
+            part.copy_(flat.view(part.shape))
+            mask = torch.zeros_like(flat, dtype=torch.bool)
+            mask[where] = leaving
+            pruned[name] = mask.view(part.shape)
+        masks.grow(pruned)
+
+    def _by_tensor(self, values: Tensor) -> dict[str, Tensor]:
+        """Cut a vector of all active weights that this rank holds."""
+        lengths = [len(where) for where in self.positions.values()]
+        return dict(zip(self.positions, torch.split(values, lengths), strict=True))
+
+    def _cut(self, layout: Callable[[Sequence[int], int], Partition]) -> Partition:
+        # Sharded parameters are numbered rank by rank, each rank's part of each tensor as
+        # a segment of its own: segment r·L + l is tensor l on rank r, which owns it.
+        segments = [len(positions) for positions in self.positions.values()]
+        ranks = self._comm.world_size
+        if not self._masks.sharded:
+            return layout(segments, ranks)
+        everyone = self._comm.gather_numbers([float(count) for count in segments])
+        partition = layout([int(count) for row in everyone for count in row], ranks)
+        return partition.owned_by_segment(
+            [rank for rank, row in enumerate(everyone) for _ in row]
+        )
+
+
+def require_same_start(masks: Masks, communicator: Communicator) -> None:
+    """Refuse ranks that hold different weights or masks.
+
+    Args:
+        masks: with the parameters.
+        communicator: the ranks.
+    """
+    if masks.sharded:
+        return
+    weights = _checksum(parameter.detach() for parameter in masks.parameters.values())
+    kept = _checksum(masks.kept(name) for name in masks.parameters)
+    communicator.require_equal(weights, "the weights before the step")
+    communicator.require_equal(kept, "the masks before the step")
+
+
+def _common_dtype(parameters: Mapping[str, nn.Parameter]) -> torch.dtype:
+    double = any(p.dtype == torch.float64 for p in parameters.values())
+    return torch.float64 if double else torch.float32
+
+
+def _checksum(tensors: Iterable[Tensor]) -> Tensor:
+    """Mix the bits of tensors, one behind the other, into one int64, wrapping around."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    first, total = 1, torch.zeros((), dtype=torch.int64)
+    for tensor in tensors:
+        flat = tensor.contiguous().view(-1).view(kinds[tensor.element_size()])
+        # Piece by piece: in int64 the whole would need many times the model's memory.
+        for piece in torch.split(flat, _CHECKSUM_PIECE):
+            last = first + len(piece)
+            index = torch.arange(first, last, device=piece.device)
+            mixed = (piece.to(torch.int64) + 1) * (index * 2654435761 + 97)
+            total = total.to(piece.device) + mixed.sum()
+            first = last
+    return total
