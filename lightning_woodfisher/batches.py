@@ -31,7 +31,12 @@ from torch.utils.data import (
 )
 
 from lightning_woodfisher.errors import ConfigurationError
-from lightning_woodfisher.isolation import derive_seed, seeded
+from lightning_woodfisher.isolation import (
+    derive_seed,
+    random_states_kept,
+    reseed,
+    seeded,
+)
 
 # Samplers that visit the whole dataset.
 _DRAW_EVERYTHING = (SequentialSampler, RandomSampler, DistributedSampler)
@@ -163,8 +168,9 @@ class DatasetBatches(Batches):
             The samples, in order, collated at once.
         """
         samples: list[Any] = []
-        for index in range(first, first + count):
-            with seeded(derive_seed(seed, index)):
+        with random_states_kept():
+            for index in range(first, first + count):
+                reseed(derive_seed(seed, index))
                 samples += self._samples(index)
         return self._collate(samples)
 

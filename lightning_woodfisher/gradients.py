@@ -53,11 +53,11 @@ _MOST_GRADIENTS = 32
 _MOST_SAMPLES = 128
 _MOST_BYTES = 2**28
 # Fewer would be shared unevenly by the ranks; but tiny ones are no faster than a loop.
-_MICRO_BATCHES_WANTED = 16
+_MICRO_BATCHES_WANTED = 8
 _FEWEST_GRADIENTS = 8
 # A gradient computed with others is compared with the same one alone: in each micro-batch
 # that begins another so many. Apart from rounding they must be equal.
-_GRADIENTS_PER_CHECK = 64
+_GRADIENTS_PER_CHECK = 128
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOLERANCE_16_BIT = 1e-1
 # The rounding of a batch does not shrink with the gradient of a sample that fits well.

@@ -7,7 +7,14 @@ training goes on bit-identically to a run in which nothing happened.
 
 from __future__ import annotations
 
-__all__ = ["ModelMode", "derive_seed", "isolated", "random_states_kept", "seeded"]
+__all__ = [
+    "ModelMode",
+    "derive_seed",
+    "isolated",
+    "random_states_kept",
+    "reseed",
+    "seeded",
+]
 
 import contextlib
 import hashlib
@@ -92,11 +99,23 @@ def seeded(seed: int) -> Iterator[None]:
         Nothing.
     """
     with random_states_kept():
-        torch.manual_seed(seed)
-        random.seed(seed)
-        if (numpy := sys.modules.get("numpy")) is not None:
-            numpy.random.seed(seed % 2**32)
+        reseed(seed)
         yield
+
+
+def reseed(seed: int) -> None:
+    """Seed every generator that user code is likely to draw from.
+
+    Args:
+        seed: any integer of at most 63 bits.
+    """
+    # torch.manual_seed asks for every kind of device, which takes longer than all this.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed % 2**32)
 
 
 @contextlib.contextmanager
