@@ -56,8 +56,11 @@ class Work:
         update: how the kept weights make up for the removed ones.
         weight_bytes: bytes of a weight in the model.
         threads: units in work at once.
+        sharded: every rank holds 1/R of every tensor (FSDP2) and all of it is its own.
 
     Attributes:
+        held: weights of each selected tensor that a rank holds.
+        exchanging: ranks among which gradients are exchanged.
         partition: the blocks and their owners, the same as in the step itself.
     """
 
@@ -69,11 +72,19 @@ class Work:
     update: Update = "joint"
     weight_bytes: int = 4
     threads: int = 1
+    sharded: bool = False
+    held: Sequence[int] = field(init=False)
+    exchanging: int = field(init=False)
     partition: Partition = field(init=False)
 
     def __post_init__(self) -> None:
         criterion = make_criterion(self.criterion, self.fisher, self.update)
-        partition = criterion.layout(self.active, self.world_size)
+        shards = self.world_size if self.sharded else 1
+        exchanging = 1 if self.sharded else self.world_size
+        object.__setattr__(self, "held", [-(-n // shards) for n in self.weights])
+        object.__setattr__(self, "exchanging", exchanging)
+        active = [-(-n // shards) for n in self.active]
+        partition = criterion.layout(active, exchanging)
         object.__setattr__(self, "partition", partition)
 
     @property
@@ -105,7 +116,7 @@ class Work:
     def gradients_at_once(self) -> int:
         """Rows that a rank computes in one pass, if the network allows more than one."""
         fisher = self.fisher
-        if fisher.collection == "loop":
+        if fisher.collection == "loop" or self.sharded:
             return 1
         return micro_batch_size(
             fisher.num_gradients, fisher.gradient_batch_size, self.partition.size
@@ -156,7 +167,7 @@ def rank_memory(work: Work, rank: int) -> dict[str, Memory]:
     units = work.partition.owned(rank)
     shard = work.partition.shard(rank)
     own, active = shard.stop - shard.start, work.partition.size
-    total, largest = sum(work.weights), max(work.weights, default=0)
+    total, largest = sum(work.held), max(work.held, default=0)
     state = state_bytes(work, units) - host_bytes(work, units)
     # Weights and masks as they were before, and the positions of the active weights.
     kept = total * (work.weight_bytes + 1) + 8 * active
@@ -174,7 +185,7 @@ def rank_memory(work: Work, rank: int) -> dict[str, Memory]:
     phases["select"] = Memory(state, 0, 0, kept + _VECTORS_SELECT * vectors)
     phases["update"] = Memory(state, 0, solving, kept + _VECTORS_UPDATE * vectors)
     longest = max(work.partition.shard_sizes())
-    buffers = longest * (1 + work.world_size) * (work.world_size > 1)
+    buffers = longest * (1 + work.exchanging) * (work.exchanging > 1)
     shared = (work.gather_bytes + 2) * active + work.gather_bytes * buffers
     written = work.weight_bytes * largest + 2 * total
     phases["write"] = Memory(
@@ -221,8 +232,8 @@ def _collection(
 ) -> dict[str, Memory]:
     """Memory while gradients are taken, and while a chunk of them enters the Fisher."""
     own = sum(unit.count * unit.size for unit in units)
-    ranks, count = work.world_size, work.fisher.num_gradients
-    chunk = rows_in_chunk(work.fisher)
+    ranks, count = work.exchanging, work.fisher.num_gradients
+    chunk = rows_in_chunk(work.fisher, work.partition.size)
     at_once = work.gradients_at_once
     arrived = work.row_bytes * own
     # The rows that are computed and those that are sent, beside what has arrived.
@@ -231,7 +242,7 @@ def _collection(
         sending += at_once * work.partition.size * work.row_bytes
     if ranks > 1:
         sending += arrived * min(ranks * at_once, count)
-    gradients = work.weight_bytes * (sum(work.weights) + max(work.weights, default=0))
+    gradients = work.weight_bytes * (sum(work.held) + max(work.held, default=0))
     diagonal = kept + 8 * own
     waiting = chunk * arrived
     # A unit's rows in float64 if need be, and their product.
@@ -290,7 +301,7 @@ def rank_traffic(work: Work, rank: int) -> dict[str, int]:
         and masks, and of the sums of N×N matrices (``"reduce"``, full Fisher only; as of
         a ring).
     """
-    ranks, sizes = work.world_size, work.partition.shard_sizes()
+    ranks, sizes = work.exchanging, work.partition.shard_sizes()
     others = work.partition.size - sizes[rank]
     count = work.fisher.num_gradients if work.uses_gradients else 0
     own_rows = sum(

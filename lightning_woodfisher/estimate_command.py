@@ -39,12 +39,14 @@ class Run:
         callback: the pruning callback, with its settings.
         world_size: number of ranks.
         levels: sparsities before a step: the first and the last one.
+        sharded: whether the strategy shards parameters.
     """
 
     network: nn.Module | Mapping[str, tuple[int, ...]]
     callback: WoodFisherPruningCallback
     world_size: int
     levels: tuple[float, ...]
+    sharded: bool = False
 
 
 def run_estimate(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
@@ -88,6 +90,7 @@ def run_estimate(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
             flops_per_second=rate,
             bytes_per_second=options.bytes_per_second,
             seconds_per_gradient=options.seconds_per_gradient,
+            sharded=options.sharded or run.sharded,
         )
         for level in levels
     ]
@@ -151,6 +154,7 @@ def read_run(
         world_size=_count_devices(devices or trainer.get("devices", "auto"), trainer)
         * int(num_nodes or trainer.get("num_nodes") or 1),
         levels=tuple(dict.fromkeys([0.0, *levels])),
+        sharded=_is_sharding(trainer.get("strategy")),
     )
 
 
@@ -209,6 +213,14 @@ def _count_devices(devices: Any, trainer: Any) -> int:
         on_cpu = trainer.get("accelerator") == "cpu"
         return 1 if on_cpu else max(1, torch.cuda.device_count())
     return int(devices)
+
+
+def _is_sharding(strategy: Any) -> bool:
+    """Whether a configured strategy is ModelParallelStrategy, by name or as an object."""
+    if hasattr(strategy, "class_path"):
+        strategy = strategy.class_path
+    names = (str(strategy), type(strategy).__name__)
+    return any(name.endswith("ModelParallelStrategy") for name in names)
 
 
 def _read_preset(options: argparse.Namespace) -> Run:
@@ -272,6 +284,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--devices", type=int, help="devices of a node, in place of the configured")
     add("--num_nodes", type=int, help="nodes, in place of the configured")
+    add(
+        "--sharded",
+        action="store_true",
+        help="parameters are sharded over the ranks (FSDP2); with --config, the "
+        "strategy says so",
+    )
     add("--memory", help="of a device for the step, such as 80GB or 24GiB")
     add("--sparsity", type=float, help="before the step, in place of the scheduled")
     add("--flops_per_second", type=float, help="of a rank; measured here if left out")

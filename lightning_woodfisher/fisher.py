@@ -57,6 +57,8 @@ from lightning_woodfisher.products import Precision
 from lightning_woodfisher.sizes import parse_bytes
 
 Engine = Literal["auto", "primal", "dual"]
+# Numbers that a chunk of gradients may hold before it takes fewer gradients.
+_ENTRIES_IN_CHUNK = 2**26
 Collection = Literal["auto", "loop"]
 RowDtype = Literal["float32", "bfloat16"]
 
@@ -220,7 +222,7 @@ def full_column_chunk(sizes: Sequence[int]) -> int:
     return min(4096, max(64, -(-sum(sizes) // 64)))
 
 
-def rows_in_chunk(fisher: FisherConfig) -> int:
+def rows_in_chunk(fisher: FisherConfig, weights: int) -> int:
     """Choose how many gradients enter the Fisher at once.
 
     More make the products larger, but wait in memory. Sums have the same grouping, and
@@ -228,14 +230,15 @@ def rows_in_chunk(fisher: FisherConfig) -> int:
 
     Args:
         fisher: the settings.
+        weights: D, active weights of all ranks.
 
     Returns:
-        128 for the primal form, at most N; the dual one only stores.
+        For the primal form 64 to 256, few for large networks; the dual one only stores.
     """
-    size = fisher.block_size
+    size, most = fisher.block_size, fisher.num_gradients
     if (
         size is None
         or choose_engine(fisher.engine, fisher.num_gradients, size) == "dual"
     ):
-        return min(32, fisher.num_gradients)
-    return min(128, fisher.num_gradients)
+        return min(32, most)
+    return min(most, max(64, min(256, _ENTRIES_IN_CHUNK // max(1, weights))))

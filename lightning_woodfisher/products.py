@@ -110,11 +110,13 @@ def mirror(product: Tensor) -> Tensor:
     """Copy the lower half of symmetric matrices into the upper one.
 
     Args:
-        product: ``[K, n, n]``.
+        product: ``[K, n, n]``, made by :func:`half_product`.
 
     Returns:
-        A new tensor ``[K, n, n]``.
+        ``[K, n, n]``; the same tensor where both halves are there already.
     """
+    if not _in_strips(product, product.shape[-1]):
+        return product
     return product.tril().add_(product.tril(-1).mT)
 
 

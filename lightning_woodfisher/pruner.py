@@ -408,6 +408,7 @@ def within_memory(
         config.update,
         max(p.element_size() for p in masks.parameters.values()),
         torch.get_num_threads() if comm.device.type == "cpu" else 1,
+        masks.sharded,
     )
     fisher, cost = fit_into_memory(work, comm, ranks_on_host)
     return dataclasses.replace(config, fisher=fisher), cost

@@ -233,6 +233,7 @@ def estimate(
     bytes_per_second: float | None = None,
     seconds_per_gradient: float | None = None,
     threads: int = 1,
+    sharded: bool = False,
 ) -> ResourceEstimate:
     """Estimate what a pruning step costs, without running anything.
 
@@ -252,6 +253,7 @@ def estimate(
         seconds_per_gradient: of one mini-batch, forward and backward, for seconds.
         threads: of torch on each rank; on a CPU each works on blocks of its own. 1 for a
             GPU.
+        sharded: the parameters are sharded over the ranks (FSDP2).
 
     Returns:
         The estimate for the rank that needs most.
@@ -287,6 +289,7 @@ def estimate(
         update,
         weight_bytes,
         threads,
+        sharded,
     )
     return estimate_counts(
         work, memory, flops_per_second, bytes_per_second, seconds_per_gradient
@@ -312,7 +315,7 @@ def estimate_counts(
     Returns:
         The estimate.
     """
-    ranks = range(work.world_size)
+    ranks = range(work.exchanging)
     memories = [rank_memory(work, rank) for rank in ranks]
     peaks = [max(phase.total for phase in phases.values()) for phases in memories]
     worst = max(ranks, key=peaks.__getitem__)
@@ -320,7 +323,7 @@ def estimate_counts(
     flops = _largest_of([rank_flops(work, rank) for rank in ranks])
     bytes_sent = _largest_of(sent)
     count = work.fisher.num_gradients if work.uses_gradients else 0
-    passes = -(-count // work.world_size)
+    passes = -(-count // work.exchanging)
     seconds: dict[str, float] = {}
     if seconds_per_gradient is not None:
         seconds["gradients"] = passes * seconds_per_gradient
@@ -331,7 +334,7 @@ def estimate_counts(
     partition = work.partition
     result = ResourceEstimate(
         weights=sum(work.weights),
-        active=partition.size,
+        active=sum(work.active),
         engine=work.engine,
         fisher=work.fisher,
         world_size=work.world_size,
@@ -359,7 +362,7 @@ def _remedies(work: Work, memory: int) -> dict[str, Any]:
     def fits(changed: Work) -> bool:
         return all(
             phase.total <= memory
-            for rank in range(changed.world_size)
+            for rank in range(changed.exchanging)
             for phase in rank_memory(changed, rank).values()
         )
 
@@ -420,7 +423,8 @@ def _largest_where(holds: Callable[[int], bool], low: int, high: int) -> int | N
 def _count_blocks(work: Work) -> int:
     if work.engine in {"full", "none"}:
         return int(work.engine == "full")
-    return sum(unit.count for unit in work.partition.units)
+    shards = work.world_size // work.exchanging
+    return shards * sum(unit.count for unit in work.partition.units)
 
 
 def _largest_of(every: Sequence[Mapping[str, int]]) -> dict[str, int]:

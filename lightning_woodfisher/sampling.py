@@ -100,7 +100,8 @@ class Sampling:
         ):
             rows = self.rows(active, seed, losses, tick, notes)
             try:
-                for chunk in iterate_chunks(rows, rows_in_chunk(fisher)):
+                size = rows_in_chunk(fisher, active.partition.size)
+                for chunk in iterate_chunks(rows, size):
                     with self._clock("accumulate"):
                         criterion.observe(chunk)
             except Exception:

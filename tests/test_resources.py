@@ -141,6 +141,21 @@ def test_gradients_computed_together_are_in_flight_together() -> None:
     assert half.bytes_sent["exchange"] == eight.bytes_sent["exchange"] // 2
 
 
+def test_a_rank_of_a_sharded_model_needs_what_its_shard_needs() -> None:
+    settings = fisher(20, 8)
+    shard = estimate({"w": (16, 16), "v": (3, 4)}, fisher=settings)
+    # Ten rows on four ranks: the largest part of the second tensor counts.
+    sharded = estimate(
+        {"w": (64, 16), "v": (10, 4)}, fisher=settings, world_size=4, sharded=True
+    )
+    assert sharded.weights == 64 * 16 + 10 * 4
+    assert sharded.total_bytes_sent == 0
+    assert sharded.flops == estimate({"w": (256,), "v": (10,)}, fisher=settings).flops
+    assert sharded.peak_bytes == pytest.approx(shard.peak_bytes, rel=0.05)
+    replicated = estimate({"w": (64, 16), "v": (10, 4)}, fisher=settings, world_size=4)
+    assert sharded.peak_bytes < replicated.peak_bytes
+
+
 def test_threads_work_on_units_of_their_own() -> None:
     one, four = (
         estimate({"w": (100, 100)}, fisher=fisher(20, 10), threads=threads)

@@ -101,6 +101,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--engines", nargs="+", choices=("auto", "primal", "dual"), default=["auto"])
     add("--update", action="store_true", help="also measure the joint update")
     add(
+        "--as-published",
+        action="store_true",
+        help="also measure the recursion as published code runs it: slow",
+    )
+    add(
         "--max-weights",
         type=_positive,
         help="measure a slice of larger networks (default: 300000 on a CPU; on a GPU "
@@ -159,6 +164,7 @@ def _measure_inverse(
                 device=device,
                 engines=list(dict.fromkeys(options.engines)),
                 with_update=options.update,
+                as_published=options.as_published,
                 tick=tick,
             )
             # A rate that a rival on the cores has lowered would flatter the engines.

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from lightning_woodfisher.benchmark.recursion import (
     BlockRun,
+    Plan,
     block_runs,
     choose_plan,
     recursion_diagonal,
@@ -47,11 +48,13 @@ from lightning_woodfisher.benchmark.timing import (
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.fisher import (
     Engine,
+    FisherConfig,
     InverseFisher,
     block_cost,
     choose_engine,
     full_column_chunk,
     make_inverse_fisher,
+    rows_in_chunk,
 )
 from lightning_woodfisher.partition import Partition, make_partition
 
@@ -59,7 +62,6 @@ DAMPING = 1e-5
 # Entries of rows have this standard deviation, before each row's own factor.
 _GRADIENT_SCALE = 1e-3
 _GRADIENT_RANK = 16
-_ROWS_AT_ONCE = 64
 _BLOCKS_CHECKED = 8
 _COLUMNS_CHECKED = 256
 _REFERENCE_COLUMNS = 1 << 14
@@ -259,6 +261,7 @@ def measure_case(
     device: torch.device | str = "cpu",
     engines: Sequence[Engine] = ("auto",),
     with_update: bool = False,
+    as_published: bool = False,
     tick: Tick = lambda _: None,
 ) -> list[InverseRow]:
     """Measure one case; all engines get the same rows and take turns.
@@ -270,6 +273,8 @@ def measure_case(
         device: where.
         engines: which of ours.
         with_update: also measure the joint update.
+        as_published: also measure the recursion with one batched product after another
+            over all blocks, as published code has it.
         tick: called after every repetition of every engine.
 
     Returns:
@@ -284,14 +289,17 @@ def measure_case(
     how: dict[str, str] = {}
     if case.block_size is not None:
         runs = block_runs(partition)
-        plan = choose_plan(rows, runs, DAMPING)
-        how["recursion"] = f"{plan.kernel}, {plan.blocks_at_once} blocks at once"
+        plans = {"recursion": choose_plan(rows, runs, DAMPING)}
+        if as_published:
+            plans["published"] = Plan("products", max(run.count for run in runs))
+        for name, plan in plans.items():
+            how[name] = f"{plan.kernel}, {plan.blocks_at_once} blocks at once"
 
-        def recursion() -> None:
-            inverses = recursion_inverse(rows, runs, DAMPING, plan)
-            diagonals["recursion"] = recursion_diagonal(inverses)
+            def recursion(name: str = name, plan: Plan = plan) -> None:
+                inverses = recursion_inverse(rows, runs, DAMPING, plan)
+                diagonals[name] = recursion_diagonal(inverses)
 
-        actions["recursion"] = recursion
+            actions[name] = recursion
     for engine in engines:
         name = _name_of(engine, case)
 
@@ -330,7 +338,8 @@ def run_engine(
         block_size=case.block_size,
         engine=engine,
     )
-    for chunk in torch.split(rows, _ROWS_AT_ONCE):
+    fisher = FisherConfig(case.num_gradients, 1, case.block_size, engine=engine)
+    for chunk in torch.split(rows, rows_in_chunk(fisher, case.weights)):
         inverse.observe(chunk)
     inverse.factorize()
     return inverse

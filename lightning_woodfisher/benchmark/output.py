@@ -177,7 +177,7 @@ def _notes(rows: Sequence[Any]) -> list[str]:
     notes = []
     for row in rows:
         if isinstance(row, InverseRow) and row.how:
-            notes.append(f"recursion of {row.case}, B={row.block_size}: {row.how}")
+            notes.append(f"{row.engine} of {row.case}, B={row.block_size}: {row.how}")
         if isinstance(row, InverseRow) and row.total_weights > row.weights:
             notes.append(
                 f"{row.case}, B={row.block_size or 'D'}, {row.engine}: a slice of "
