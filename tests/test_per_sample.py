@@ -502,7 +502,7 @@ def test_samples_that_only_fit_into_their_own_batch() -> None:
 
 def test_a_micro_batch_that_differs_later_is_computed_one_by_one() -> None:
     """A rare sample with another weight changes the mean over its micro-batch."""
-    count = 128
+    count = 256
 
     def build(rare: int) -> TensorDataset:
         pixels, labels = data(count).tensors
@@ -517,16 +517,16 @@ def test_a_micro_batch_that_differs_later_is_computed_one_by_one() -> None:
     order = FunctionLoss(network(), build(0), weighted_mean).batches(count, 1, 4)
     seen = [int(order.describe(i).removeprefix("samples ")) for i in range(count)]
     expected, _, _ = collect(
-        network(), build(seen[66]), weighted_mean, count=count, size=1, how="loop"
+        network(), build(seen[130]), weighted_mean, count=count, size=1, how="loop"
     )
     rows, losses, how = collect(
-        network(), build(seen[66]), weighted_mean, count=count, size=1
+        network(), build(seen[130]), weighted_mean, count=count, size=1
     )
     assert how == "per-sample, but 1 micro-batches by loop"
     assert float((rows - expected).norm(dim=1).max()) < 1e-5 * float(expected.norm())
-    assert torch.equal(rows[64:72], expected[64:72])
-    assert len(set(losses[64:72])) == 8
-    assert len(set(losses[56:64])) == 1
+    assert torch.equal(rows[128:160], expected[128:160])
+    assert len(set(losses[128:160])) == 32
+    assert len(set(losses[96:128])) == 1
 
 
 @pytest.mark.parametrize("index", [1, 13])

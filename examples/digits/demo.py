@@ -99,23 +99,23 @@ def draw(path: Path) -> None:
     course.set_zorder(1)
     course.patch.set_visible(False)
 
+    predicted = [step.predicted_increase for step in steps]
+    measured = [step.measured_increase for step in steps]
     for step in steps:
         rise.annotate(
-            f"epoch {step.epoch}: {step.sparsity:.0%}",
+            f"epoch {step.epoch}",
             (step.predicted_increase, step.measured_increase),
-            xytext=(4, 4),
+            xytext=(5, -10),
             textcoords="offset points",
             fontsize=8,
         )
-    rise.plot(
-        [step.predicted_increase for step in steps],
-        [step.measured_increase for step in steps],
-        "o-",
-        color=COLORS["woodfisher"],
-    )
-    rise.axline((1e-4, 1e-4), slope=1, color="0.8", zorder=0, label="equal")
-    rise.set_xscale("symlog", linthresh=1e-6)
-    rise.set_yscale("symlog", linthresh=1e-5)
+    rise.plot(predicted, measured, "o-", color=COLORS["woodfisher"])
+    positive = [value for value in (*predicted, *measured) if value > 0]
+    ends = [min(positive) / 2, max(positive) * 2]
+    rise.plot(ends, ends, color="0.8", zorder=0, label="equal")
+    # A measured rise may be negative; a logarithm has no room for it.
+    rise.set_xscale("symlog", linthresh=min(positive))
+    rise.set_yscale("symlog", linthresh=min(positive))
     rise.legend(loc="upper left")
     rise.set(
         title="Rise of the loss in each WoodFisher step",
