@@ -176,7 +176,7 @@ def test_fit_reaches_the_sparsity_and_validate_reads_its_checkpoint() -> None:
 
     before = Path("report.json").read_bytes()
     assert status("validate", "--config", path, "--ckpt_path", "kept/last.ckpt") == 0
-    logged = max(Path("logs").rglob("metrics.csv"), key=lambda file: str(file))
+    logged = max(Path("logs").rglob("metrics.csv"), key=str)
     assert f"{float(zeros)}" in logged.read_text()
     assert Path("report.json").read_bytes() == before
 
