@@ -58,12 +58,7 @@ from lightning_woodfisher.schedule import (
     Unit,
 )
 from lightning_woodfisher.selection import SelectionConfig
-from lightning_woodfisher.selector import (
-    FLOPS_TOLERANCE,
-    is_too_sparse,
-    take_zeros,
-    weights_to_remove,
-)
+from lightning_woodfisher.selector import is_too_sparse, take_zeros, weights_to_remove
 from lightning_woodfisher.sharding import reshard
 from lightning_woodfisher.training_step import TrainingStepLoss
 
@@ -499,12 +494,10 @@ class WoodFisherPruningCallback(pl.Callback):
         return self.masks
 
     def _missing(self, sparsity: float) -> list[int]:
-        """How many zeros each group of competitors lacks, or whether FLOPs are left."""
+        """How many zeros each group of competitors lacks; steps if FLOPs decide."""
         if self.config.flops_target is not None:
-            share = self.reports[-1].flops_share if self.reports else 1.0
-            final = sparsity >= self.target_sparsity
-            enough = self.config.flops_target * (1 + FLOPS_TOLERANCE)
-            return [int(not final or share is None or share > enough)]
+            # A step comes as near as whole groups allow.
+            return [len(self._ahead())]
         return weights_to_remove(
             self._get_masks(), self.config.selection, sparsity, self.target_sparsity
         )

@@ -6,7 +6,6 @@ No rank sees the saliencies of another: sets are found by counting.
 from __future__ import annotations
 
 __all__ = [
-    "FLOPS_TOLERANCE",
     "Candidates",
     "Selector",
     "is_too_sparse",
@@ -30,8 +29,8 @@ from lightning_woodfisher.patterns import parse_pattern
 from lightning_woodfisher.quotas import Layers, Quotas, make_quotas
 from lightning_woodfisher.selection import SelectionConfig, select_smallest
 
-# How near flops_target must be met where single weights go.
-FLOPS_TOLERANCE = 0.005
+# How near a share of the FLOPs is as good as met.
+_FLOPS_TOLERANCE = 0.005
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ class Selector:
     def _require_reachable(self, flops: LayerFlops, target: float) -> None:
         zeros, caps = self._start, self._quotas.caps
         now = flops.masked(zeros) / flops.dense
-        if target > now * (1 + FLOPS_TOLERANCE):
+        if target > now * (1 + _FLOPS_TOLERANCE):
             raise ConfigurationError(
                 f"flops_target: a share of {target:.4f} of the dense FLOPs is above the "
                 f"{now:.4f} that the masked network has already; pruning can only lower it."
@@ -205,7 +204,7 @@ class Selector:
         if caps is not None:
             most = [gone + cap for gone, cap in zip(zeros, caps, strict=True)]
         least = flops.masked(most) / flops.dense
-        if target * (1 + FLOPS_TOLERANCE) < least:
+        if target * (1 + _FLOPS_TOLERANCE) < least:
             raise ConfigurationError(
                 f"flops_target: a share of {target:.4f} of the dense FLOPs is out of reach: "
                 f"with all selected weights gone that may go, {least:.4f} are left. Select "
@@ -296,6 +295,6 @@ def is_too_sparse(
     """
     layers = layers_of(masks)
     above = round(target_sparsity * sum(layers.weights)) < sum(layers.zeros)
-    return above and not any(
-        weights_to_remove(masks, selection, target_sparsity, final_sparsity)
-    )
+    # Also asked when there is no doubt: it refuses targets that contradict one another.
+    missing = weights_to_remove(masks, selection, target_sparsity, final_sparsity)
+    return above and not any(missing)

@@ -59,7 +59,9 @@ def greedy(scores: list[list[float]], budget: int, caps: list[int]) -> list[int]
 @pytest.mark.parametrize("most", [0.7, 0.71, 0.85, 1.0])
 def test_limits_bind_exactly_and_others_make_up(target: float, most: float) -> None:
     model = network()
-    scores = [[abs(float(w)) for w in layer.weight.flatten()] for layer in model]
+    scores = [
+        [abs(float(w)) for w in layer.weight.detach().flatten()] for layer in model
+    ]
     # 0.7 · 60 is 42 weights, and none fewer.
     caps = [round(most * 100) * len(own) // 100 for own in scores]
     budget = round(target * 128)
@@ -105,7 +107,9 @@ def test_layers_with_a_target_reach_it_and_the_rest_shares_what_is_left(
     parts: int,
 ) -> None:
     model = network()
-    scores = [[abs(float(w)) for w in layer.weight.flatten()] for layer in model]
+    scores = [
+        [abs(float(w)) for w in layer.weight.detach().flatten()] for layer in model
+    ]
     prune(
         model,
         [],
