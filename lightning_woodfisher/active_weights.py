@@ -10,15 +10,17 @@ from __future__ import annotations
 __all__ = ["ActiveWeights", "require_same_start"]
 
 import bisect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import PruningError
+from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.partition import Partition
+from lightning_woodfisher.patterns import UNSTRUCTURED, GroupRun, Pattern
 
 _CHECKSUM_PIECE = 2**20
 
@@ -30,26 +32,40 @@ class ActiveWeights:
         masks: what is selected and what is already pruned.
         layout: cuts so many weights of each tensor into blocks for so many ranks.
         communicator: the ranks.
+        pattern: what goes together. The weights of a tensor are then in the order of its
+            groups, those of groups that have still to give first.
 
     Attributes:
         positions: int64 positions of the active weights in each flattened tensor, or in
             this rank's part of it.
         partition: the blocks and their owners.
+        runs: the groups of this rank that have still to give; none without a pattern.
+
+    Raises:
+        ConfigurationError: for a group that has given up a part of what it must.
     """
 
     def __init__(
         self,
         masks: Masks,
-        layout: Callable[[Sequence[int], int], Partition],
+        layout: Callable[..., Partition],
         communicator: Communicator,
+        pattern: Pattern = UNSTRUCTURED,
     ) -> None:
         self._masks = masks
         self._comm = communicator
-        self.positions = {
-            name: torch.nonzero(masks.kept(name).reshape(-1)).squeeze(1)
-            for name in masks.parameters
-        }
+        self._pattern = pattern
+        # Weights in groups that have still to give, of each tensor.
+        self._in_groups = dict.fromkeys(masks.parameters, 0)
+        if pattern.is_grouped:
+            self.positions = {name: self._by_group(name) for name in masks.parameters}
+        else:
+            self.positions = {
+                name: torch.nonzero(masks.kept(name).reshape(-1)).squeeze(1)
+                for name in masks.parameters
+            }
         self.partition = self._cut(layout)
+        self.runs = tuple(self._runs()) if pattern.is_grouped else ()
 
     def gather(self) -> Tensor:
         """Read the weights of this rank.
@@ -82,6 +98,39 @@ class ActiveWeights:
         )
         return ids.repeat_interleave(lengths).to(self._comm.device)
 
+    def layers_of_groups(self) -> Tensor:
+        """Tell which tensor each group of this rank belongs to.
+
+        Returns:
+            int64 ``[G_r]``, index of the tensor.
+        """
+        return self._by_run([run.layer for run in self.runs])
+
+    def members(self, chosen: Tensor) -> Tensor:
+        """Find the weights of groups.
+
+        Args:
+            chosen: bool ``[G_r]``.
+
+        Returns:
+            bool ``[D_r]``, True in the chosen groups.
+        """
+        shard = self.partition.shard(self._comm.rank)
+        inside = torch.zeros(
+            shard.stop - shard.start, dtype=torch.bool, device=chosen.device
+        )
+        first = 0
+        for run in self.runs:
+            own = chosen[first : first + run.count]
+            inside[run.local] = own.repeat_interleave(run.size)
+            first += run.count
+        return inside
+
+    def _by_run(self, values: Sequence[int]) -> Tensor:
+        counts = torch.tensor([run.count for run in self.runs], dtype=torch.int64)
+        numbers = torch.tensor(values, dtype=torch.int64)
+        return numbers.repeat_interleave(counts).to(self._comm.device)
+
     def sum_by_layer(self, values: Tensor) -> list[float]:
         """Add a number of each weight up.
 
@@ -104,18 +153,21 @@ class ActiveWeights:
         sums: list[float] = self._comm.sum_exactly(parts, bound, (number,)).tolist()
         return sums
 
-    def largest_by_layer(self, values: Tensor, chosen: Tensor) -> list[float | None]:
-        """Find the largest value among chosen weights of each tensor.
+    def largest_by_layer(
+        self, values: Tensor, chosen: Tensor, layers: Tensor
+    ) -> list[float | None]:
+        """Find the largest value among chosen weights, or groups, of each tensor.
 
         Args:
             values: float64 ``[D_r]``, not negative.
             chosen: bool ``[D_r]``.
+            layers: int64 ``[D_r]``, index of the tensor.
 
         Returns:
             A value over all ranks for each tensor, None where none is chosen.
         """
         largest = values.new_full((len(self.positions),), -1.0)
-        largest.scatter_reduce_(0, self.layers()[chosen], values[chosen], "amax")
+        largest.scatter_reduce_(0, layers[chosen], values[chosen], "amax")
         found: list[float] = self._comm.maximum(largest).tolist()
         return [None if value < 0 else value for value in found]
 
@@ -194,15 +246,60 @@ class ActiveWeights:
         lengths = [len(where) for where in self.positions.values()]
         return dict(zip(self.positions, torch.split(values, lengths), strict=True))
 
-    def _cut(self, layout: Callable[[Sequence[int], int], Partition]) -> Partition:
+    def _by_group(self, name: str) -> Tensor:
+        """Positions of the active weights of one tensor in the order of its groups."""
+        pattern, kept = self._pattern, self._masks.kept(name)
+        places = torch.arange(kept.numel(), device=kept.device).view(kept.shape)
+        groups, active = pattern.grouped(places), pattern.grouped(kept)
+        number, size = active.sum(dim=1), groups.shape[1]
+        waiting = number == size
+        if bool((~waiting & (number != pattern.kept)).any()):
+            # Masks of another pattern, of a checkpoint for example.
+            raise ConfigurationError(
+                f"{name} has groups of weights that are pruned in part, which does not fit "
+                f"selection.pattern of groups of {size} that keep {pattern.kept}; start "
+                "from a dense network or go on with the pattern of the masks."
+            )
+        self._in_groups[name] = int(waiting.sum()) * size
+        return torch.cat(
+            [groups[waiting].flatten(), groups[~waiting][active[~waiting]]]
+        )
+
+    def _runs(self) -> Iterator[GroupRun]:
+        """Groups of each unit of this rank; they lie at the start of a segment."""
+        number, rank = len(self.positions), self._comm.rank
+        sizes = [
+            self._pattern.group_size(parameter.shape)
+            for parameter in self._masks.parameters.values()
+        ]
+        waiting = list(self._in_groups.values())
+        if self._masks.sharded:
+            # Only this rank has units in its segments.
+            waiting = [0] * (rank * number) + waiting
+        starts = [0, *itertools.accumulate(self.partition.segments)]
+        offset = self.partition.shard(rank).start
+        for index, unit in enumerate(self.partition.owned(rank)):
+            layer = unit.segment % number
+            end = starts[unit.segment] + waiting[unit.segment]
+            inside = max(0, min(unit.stop, end) - unit.start)
+            if inside:
+                count = inside // sizes[layer]
+                yield GroupRun(index, layer, unit.start - offset, sizes[layer], count)
+
+    def _cut(self, layout: Callable[..., Partition]) -> Partition:
         # Sharded parameters are numbered rank by rank, each rank's part of each tensor as
         # a segment of its own: segment r·L + l is tensor l on rank r, which owns it.
         segments = [len(positions) for positions in self.positions.values()]
         ranks = self._comm.world_size
+        sizes: list[int] | None = None
+        if self._pattern.is_grouped:
+            shapes = [p.shape for p in self._masks.parameters.values()]
+            sizes = [self._pattern.group_size(shape) for shape in shapes]
         if not self._masks.sharded:
-            return layout(segments, ranks)
+            return layout(segments, ranks, sizes)
         everyone = self._comm.gather_numbers([float(count) for count in segments])
-        partition = layout([int(count) for row in everyone for count in row], ranks)
+        counts = [int(count) for row in everyone for count in row]
+        partition = layout(counts, ranks, sizes and sizes * ranks)
         return partition.owned_by_segment(
             [rank for rank, row in enumerate(everyone) for _ in row]
         )

@@ -34,6 +34,7 @@ from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.loggers import announce, log_report, progress_bar
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
+from lightning_woodfisher.patterns import require_pattern_fits
 from lightning_woodfisher.preparation import (
     describe_plan,
     refuse_averaging,
@@ -45,10 +46,9 @@ from lightning_woodfisher.pruner import (
     Pruner,
     PruningConfig,
     check_sparsity,
-    is_too_sparse,
-    weights_to_remove,
     within_memory,
 )
+from lightning_woodfisher.quotas import require_target_fits
 from lightning_woodfisher.report import PruningReport
 from lightning_woodfisher.schedule import (
     ConstantSchedule,
@@ -58,6 +58,7 @@ from lightning_woodfisher.schedule import (
     Unit,
 )
 from lightning_woodfisher.selection import SelectionConfig
+from lightning_woodfisher.selector import is_too_sparse, take_zeros, weights_to_remove
 from lightning_woodfisher.sharding import reshard
 from lightning_woodfisher.training_step import TrainingStepLoss
 
@@ -95,6 +96,9 @@ class WoodFisherPruningCallback(pl.Callback):
         report_path: JSON file that receives the reports of all steps; rewritten after
             each step.
         seed: of the choice of samples and of anything random in the module.
+        flops_target: share of the dense network's FLOPs that is left at the end. It then
+            decides how many weights go, and ``target_sparsity`` and the schedule say only
+            how fast: a step at half the target sparsity saves half of the FLOPs.
 
     Raises:
         ConfigurationError: for a value that cannot work.
@@ -114,8 +118,11 @@ class WoodFisherPruningCallback(pl.Callback):
         measure_loss: bool = True,
         report_path: str | None = None,
         seed: int = 0,
+        flops_target: float | None = None,
     ) -> None:
         check_sparsity(target_sparsity)
+        if flops_target is None:
+            require_target_fits(selection, target_sparsity)
         self.target_sparsity = target_sparsity
         self.schedule = schedule if schedule is not None else PolynomialSchedule()
         self.config = PruningConfig(
@@ -126,6 +133,7 @@ class WoodFisherPruningCallback(pl.Callback):
             recompute_steps=recompute_steps,
             measure_loss=measure_loss,
             seed=seed,
+            flops_target=flops_target,
         )
         self.loss_method = loss_method
         self.dataloader = dataloader
@@ -195,6 +203,7 @@ class WoodFisherPruningCallback(pl.Callback):
             pl_module, selection.include, selection.exclude
         )
         require_one_device(parameters)
+        require_pattern_fits(pl_module, parameters, selection.pattern)
         if self._restored_masks is None and self.masks is not None:
             self._restored_masks = self.masks.state_dict()
         self.masks = Masks(parameters)
@@ -438,7 +447,10 @@ class WoodFisherPruningCallback(pl.Callback):
         masks, target = self._get_masks(), due[-1]
         if any(self._missing(target.sparsity)):
             report = self._pruner(trainer, pl_module).step(
-                self._source(trainer, pl_module), target.sparsity, target.position
+                self._source(trainer, pl_module),
+                target.sparsity,
+                target.position,
+                self.target_sparsity,
             )
             self._untried = False
             masks.apply_to_optimizers(trainer.optimizers)
@@ -482,9 +494,13 @@ class WoodFisherPruningCallback(pl.Callback):
         return self.masks
 
     def _missing(self, sparsity: float) -> list[int]:
-        """How many zeros each group of competitors lacks."""
-        scope = self.config.selection.scope
-        return weights_to_remove(self._get_masks(), scope, sparsity)
+        """How many zeros each group of competitors lacks; steps if FLOPs decide."""
+        if self.config.flops_target is not None:
+            # A step comes as near as whole groups allow.
+            return [len(self._ahead())]
+        return weights_to_remove(
+            self._get_masks(), self.config.selection, sparsity, self.target_sparsity
+        )
 
     def _make_plan(self, trainer: pl.Trainer, masks: Masks) -> tuple[PlannedStep, ...]:
         if getattr(trainer, "fast_dev_run", False):
@@ -497,10 +513,13 @@ class WoodFisherPruningCallback(pl.Callback):
         if not self._done and (
             starts_sparse or isinstance(self.schedule, ConstantSchedule)
         ):
-            masks.take_zeros()
+            take_zeros(masks, self.config.selection)
         ahead = [step for step in plan if (step.unit, step.position) not in self._done]
-        scope = self.config.selection.scope
-        if ahead and is_too_sparse(masks, scope, ahead[-1].sparsity):
+        if self.config.flops_target is not None:
+            return plan
+        if ahead and is_too_sparse(
+            masks, self.config.selection, ahead[-1].sparsity, self.target_sparsity
+        ):
             raise ConfigurationError(
                 f"the schedule asks for sparsity {ahead[-1].sparsity} in the end, but the "
                 f"selected weights have {masks.sparsity():.4f} already; raise "

@@ -18,7 +18,7 @@ is computed from the same numbers in the same order whatever the world size.
 
 from __future__ import annotations
 
-__all__ = ["Partition", "Unit", "make_partition"]
+__all__ = ["Partition", "Unit", "align_block_size", "make_partition"]
 
 import bisect
 import itertools
@@ -123,11 +123,37 @@ class Partition:
         return replace(self, bounds=(*bounds, len(self.units)))
 
 
+def align_block_size(block_size: int, group_size: int, may_cut: bool = False) -> int:
+    """Choose a block size such that blocks and groups of weights do not straddle.
+
+    Args:
+        block_size: the wanted size, B.
+        group_size: weights that go together, q.
+        may_cut: whether a group may consist of several blocks.
+
+    Returns:
+        The largest multiple of q up to B. For q > B it is q, or if groups may be cut the
+        largest divisor of q up to B.
+
+    Examples:
+        >>> align_block_size(50, 4), align_block_size(3, 4)
+        (48, 4)
+        >>> align_block_size(50, 147, may_cut=True)
+        49
+    """
+    if group_size <= block_size:
+        return block_size - block_size % group_size
+    if not may_cut:
+        return group_size
+    return max(b for b in range(1, block_size + 1) if group_size % b == 0)
+
+
 def make_partition(
     segments: Sequence[int],
-    block_size: int,
+    block_size: int | Sequence[int],
     world_size: int,
     cost: Callable[[int], float] = float,
+    group_sizes: Sequence[int] | None = None,
 ) -> Partition:
     """Cut tensors into blocks and give the blocks to ranks.
 
@@ -136,19 +162,28 @@ def make_partition(
 
     Args:
         segments: active weights of each tensor, zero allowed.
-        block_size: largest number of weights in a block, B.
+        block_size: largest number of weights in a block, B; or one for each tensor.
         world_size: number of ranks, R.
         cost: work for one block of the given size; only ratios matter.
+        group_sizes: weights that go together in each tensor; no unit ends inside a group
+            of which B is a divisor.
 
     Returns:
         The partition. Ranks beyond the number of units own nothing.
     """
-    blocks = list(_blocks(segments, block_size))
+    sizes = [block_size] * len(segments) if isinstance(block_size, int) else block_size
+    together = [
+        max(1, group // size)
+        for group, size in zip(group_sizes or [1] * len(segments), sizes, strict=True)
+    ]
+    blocks = list(_blocks(segments, sizes))
     total = sum(cost(size) * count for _, _, size, count in blocks)
     units = tuple(
         unit
         for segment, start, size, count in blocks
-        for unit in _split(segment, start, size, count, total, cost(size))
+        for unit in _split(
+            segment, start, size, count, total, cost(size), together[segment]
+        )
     )
     ends = list(itertools.accumulate(cost(unit.size) * unit.count for unit in units))
     # A boundary is put where the accumulated cost comes closest to r/R of the whole.
@@ -164,13 +199,14 @@ def make_partition(
 
 
 def _blocks(
-    segments: Sequence[int], block_size: int
+    segments: Sequence[int], block_sizes: Sequence[int]
 ) -> Iterator[tuple[int, int, int, int]]:
     """Yield (segment, start, size, count) runs of equal blocks."""
     start = 0
     for segment, weights in enumerate(segments):
         if weights == 0:
             continue
+        block_size = block_sizes[segment]
         count, rest = divmod(weights, block_size)
         if count:
             yield segment, start, block_size, count
@@ -180,10 +216,17 @@ def _blocks(
 
 
 def _split(
-    segment: int, start: int, size: int, count: int, total: float, block_cost: float
+    segment: int,
+    start: int,
+    size: int,
+    count: int,
+    total: float,
+    block_cost: float,
+    together: int,
 ) -> Iterator[Unit]:
     """Cut a run of equal blocks into units of at most the wanted cost and size."""
     at_once = int(total / _UNITS_WANTED / block_cost)
-    at_once = max(1, min(at_once, _LARGEST_UNIT // size))
+    at_once = min(at_once, _LARGEST_UNIT // size)
+    at_once = max(together, at_once - at_once % together)
     for first in range(0, count, at_once):
         yield Unit(segment, start + first * size, size, min(at_once, count - first))

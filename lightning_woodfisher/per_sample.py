@@ -201,7 +201,9 @@ def _recorded(
 
 def _add(target: Tensor, values: Tensor, where: Tensor, first: bool) -> None:
     """Put ``[P, n]`` values of a flattened parameter into its columns of the rows."""
-    if len(where) != values.shape[1]:
+    everything = torch.arange(values.shape[1], device=where.device)
+    # With a pattern all weights of a tensor may come in another order.
+    if not torch.equal(where, everything):
         values = values[:, where]
     if first:
         target.copy_(values)

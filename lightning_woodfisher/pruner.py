@@ -13,15 +13,13 @@ __all__ = [
     "PruningConfig",
     "PruningReport",
     "check_sparsity",
-    "is_too_sparse",
     "prune",
-    "weights_to_remove",
     "within_memory",
 ]
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -42,20 +40,23 @@ from lightning_woodfisher.errors import (
     require_number,
 )
 from lightning_woodfisher.fisher import FisherConfig
+from lightning_woodfisher.flops import LayerFlops, count_flops
 from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.losses import FunctionLoss, LossSource
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
+from lightning_woodfisher.patterns import parse_pattern, require_pattern_fits
+from lightning_woodfisher.quotas import Quotas, make_quotas, require_target_fits
 from lightning_woodfisher.report import LayerReport, PruningReport
 from lightning_woodfisher.resources import ResourceEstimate
 from lightning_woodfisher.sampling import Sampling
-from lightning_woodfisher.selection import (
-    Scope,
-    SelectionConfig,
-    removal_counts,
-    removal_counts_of_parts,
-    select_smallest,
+from lightning_woodfisher.selection import SelectionConfig
+from lightning_woodfisher.selector import (
+    Selector,
+    is_too_sparse,
+    layers_of,
+    take_zeros,
 )
 from lightning_woodfisher.sharding import reshard
 
@@ -71,11 +72,18 @@ class PruningConfig:
     recompute_steps: int = 1
     measure_loss: bool = True
     seed: int = 0
+    flops_target: float | None = None
+
+    @property
+    def counts_flops(self) -> bool:
+        """Whether a step counts FLOPs."""
+        return self.flops_target is not None or self.selection.flops_power > 0
 
     @property
     def reads_data(self) -> bool:
         """Whether a step looks at any sample."""
-        return self.measure_loss or CRITERIA[self.criterion].uses_gradients
+        uses_gradients = CRITERIA[self.criterion].uses_gradients
+        return self.measure_loss or uses_gradients or self.counts_flops
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
@@ -93,6 +101,8 @@ class PruningConfig:
             raise ConfigurationError(
                 f"recompute_steps={self.recompute_steps} must be at least 1."
             )
+        if self.flops_target is not None:
+            _check_flops_target(self.flops_target, self.selection)
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,11 @@ class Pruner:
         self._progress = progress or no_progress
 
     def step(
-        self, source: LossSource, target_sparsity: float, position: int = 0
+        self,
+        source: LossSource,
+        target_sparsity: float,
+        position: int = 0,
+        final_sparsity: float | None = None,
     ) -> PruningReport:
         """Prune to a sparsity.
 
@@ -150,6 +164,8 @@ class Pruner:
             target_sparsity: share of the selected weights that is pruned afterwards.
             position: of the step in training; enters the seed, so that each step draws
                 other samples and a repeated step the same.
+            final_sparsity: the sparsity after the last step; on the way there targets of
+                layers and of FLOPs are approached in proportion. None for a single step.
 
         Returns:
             What happened; equal on all ranks but for the seconds.
@@ -167,24 +183,42 @@ class Pruner:
         )
         with self.comm.failing_together():
             require_same_start(self.masks, self.comm)
-            counts = self._counts_of_parts(target_sparsity)
+            quotas = self._quotas(target_sparsity, final_sparsity)
             zeros_before = self.masks.zeros()
             with self._whole_or_absent():
                 with sampling.session():
+                    seeds = [
+                        derive_seed(self.config.seed, position, i)
+                        for i in range(self.config.recompute_steps)
+                    ]
+                    flops = self._count_flops(source, seeds[0])
+                    share = self._flops_share(target_sparsity, final_sparsity)
+                    selector = Selector(
+                        self.masks,
+                        self.config.selection,
+                        self.comm,
+                        quotas,
+                        flops,
+                        share,
+                        len(seeds),
+                    )
                     parts = [
-                        self._part(
-                            sampling,
-                            clock,
-                            removals,
-                            derive_seed(self.config.seed, position, i),
-                        )
-                        for i, removals in enumerate(counts)
+                        self._part(sampling, clock, selector, i, seed)
+                        for i, seed in enumerate(seeds)
                     ]
                     self.masks.verify()
                 sent = self.comm.bytes_sent - sent_before
                 report = self._report(
                     parts, target_sparsity, zeros_before, sent, clock.seconds
                 )
+                if flops is not None:
+                    before, after = zeros_before.values(), self.masks.zeros().values()
+                    report = dataclasses.replace(
+                        report,
+                        flops_dense=flops.dense,
+                        flops_before=flops.masked(list(before)),
+                        flops_after=flops.masked(list(after)),
+                    )
                 # No rank may keep a step that another one takes back.
                 self.comm.agree()
             return report
@@ -204,26 +238,59 @@ class Pruner:
             source, self.masks, fisher, comm, measure_loss=config.measure_loss
         )
         with comm.failing_together(), sampling.session():
+            flops = self._count_flops(source, config.seed)
+            if flops is not None:
+                # Refuses a target that is out of reach.
+                quotas = make_quotas(config.selection, layers_of(self.masks), 0.0)
+                Selector(
+                    self.masks,
+                    config.selection,
+                    comm,
+                    quotas,
+                    flops,
+                    config.flops_target,
+                )
             criterion = make_criterion(config.criterion, fisher, config.update)
             if not criterion.uses_gradients:
                 sampling.measure(config.seed)
                 return
-            active = ActiveWeights(self.masks, criterion.layout, comm)
+            pattern = parse_pattern(config.selection.pattern)
+            active = ActiveWeights(self.masks, criterion.layout, comm, pattern)
             for _ in sampling.rows(active, config.seed):
                 pass
 
-    def _counts_of_parts(self, target_sparsity: float) -> list[list[int]]:
-        """How many weights each group gives up, in each part."""
+    def _quotas(self, target_sparsity: float, final_sparsity: float | None) -> Quotas:
+        """What must go in each part; nothing by number when FLOPs decide."""
         check_sparsity(target_sparsity)
-        masks, scope = self.masks, self.config.selection.scope
-        if is_too_sparse(masks, scope, target_sparsity):
+        masks, selection = self.masks, self.config.selection
+        require_target_fits(selection, target_sparsity, is_final=False)
+        if self.config.flops_target is not None:
+            target_sparsity = 0.0
+        elif is_too_sparse(masks, selection, target_sparsity, final_sparsity):
             raise ConfigurationError(
                 f"target sparsity {target_sparsity} is below the {masks.sparsity():.4f} "
                 "that the selected weights have already; pruning can only add zeros."
             )
-        weights, zeros = _weights_and_zeros(masks)
         parts = self.config.recompute_steps
-        return removal_counts_of_parts(scope, target_sparsity, weights, zeros, parts)
+        return make_quotas(
+            selection, layers_of(masks), target_sparsity, final_sparsity, parts
+        )
+
+    def _flops_share(
+        self, target_sparsity: float, final_sparsity: float | None
+    ) -> float | None:
+        """Share of the dense FLOPs after a step: as far on its way as the sparsity."""
+        share = self.config.flops_target
+        if share is None or not final_sparsity:
+            return share
+        return 1.0 - (1.0 - share) * min(1.0, target_sparsity / final_sparsity)
+
+    def _count_flops(self, source: LossSource, seed: int) -> LayerFlops | None:
+        if not self.config.counts_flops:
+            return None
+        fisher = self.config.fisher
+        number, size = fisher.num_gradients, fisher.gradient_batch_size
+        return count_flops(source, self.masks, self.comm, number, size, seed)
 
     @contextlib.contextmanager
     def _whole_or_absent(self) -> Iterator[None]:
@@ -239,22 +306,25 @@ class Pruner:
             raise
 
     def _part(
-        self, sampling: Sampling, clock: PhaseClock, counts: Sequence[int], seed: int
+        self,
+        sampling: Sampling,
+        clock: PhaseClock,
+        selector: Selector,
+        part: int,
+        seed: int,
     ) -> _PartResult:
         """Gradients, inverse, mask and update, once through."""
         config, comm = self.config, self.comm
         criterion = make_criterion(config.criterion, config.fisher, config.update)
-        active = ActiveWeights(self.masks, criterion.layout, comm)
+        active = ActiveWeights(self.masks, criterion.layout, comm, selector.pattern)
         criterion.begin(active.partition, comm)
         losses_before, collection = sampling.observe(criterion, active, seed)
 
         with clock("factorize"):
             weights = active.gather()
-            scores = criterion.score(weights)
+            candidates = selector.candidates(criterion, active, weights)
         with clock("select"):
-            groups = active.layers() if config.selection.scope == "layer" else None
-            removed = select_smallest(scores, groups, counts, comm)
-            thresholds = active.largest_by_layer(scores, removed)
+            removed, thresholds = selector.choose(candidates, active, part)
         with clock("update"):
             change = criterion.compensate(weights, removed)
             shares = criterion.predicted_increase(change)
@@ -325,7 +395,7 @@ def prune(
     data: Dataset[Any] | Iterable[Any],
     loss_fn: Callable[[Any, Any], Tensor],
     *,
-    target_sparsity: float,
+    target_sparsity: float | None = None,
     fisher: FisherConfig | None = None,
     selection: SelectionConfig | None = None,
     criterion: str = "woodfisher",
@@ -334,6 +404,7 @@ def prune(
     measure_loss: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
+    flops_target: float | None = None,
 ) -> PruningReport:
     """Prune a plain PyTorch model in place; no Trainer needed.
 
@@ -357,10 +428,17 @@ def prune(
         measure_loss: also measure the loss after the step on the same samples.
         seed: of the samples and of anything random in the model.
         progress: see :class:`Pruner`.
+        flops_target: in place of ``target_sparsity``: prune until the masked network needs
+            this share of the FLOPs of the dense one, within 0.5 %.
 
     Returns:
         What happened.
+
+    Raises:
+        ConfigurationError: for settings that cannot work, before anything is computed.
     """
+    if (target_sparsity is None) == (flops_target is None):
+        raise ConfigurationError("give either target_sparsity or flops_target.")
     config = PruningConfig(
         fisher=fisher or FisherConfig(),
         selection=selection or SelectionConfig(),
@@ -369,18 +447,27 @@ def prune(
         recompute_steps=recompute_steps,
         measure_loss=measure_loss,
         seed=seed,
+        flops_target=flops_target,
     )
+    if target_sparsity is not None:
+        check_sparsity(target_sparsity)
+        require_target_fits(config.selection, target_sparsity)
     reshard(model)
     parameters = prunable_parameters(
         model, config.selection.include, config.selection.exclude
     )
     require_one_device(parameters)
+    require_pattern_fits(model, parameters, config.selection.pattern)
     masks = Masks(parameters)
-    masks.take_zeros()
+    take_zeros(masks, config.selection)
     comm = Communicator(next(iter(parameters.values())).device)
     config, _ = within_memory(masks, config, comm)
     pruner = Pruner(masks, config, comm, progress)
-    return pruner.step(FunctionLoss(model, data, loss_fn), target_sparsity)
+    source = FunctionLoss(model, data, loss_fn)
+    if target_sparsity is not None:
+        return pruner.step(source, target_sparsity)
+    report = pruner.step(source, 0.0)
+    return dataclasses.replace(report, target_sparsity=report.sparsity)
 
 
 def within_memory(
@@ -414,36 +501,6 @@ def within_memory(
     return dataclasses.replace(config, fisher=fisher), cost
 
 
-def weights_to_remove(masks: Masks, scope: Scope, target_sparsity: float) -> list[int]:
-    """Count the weights that have to go.
-
-    Args:
-        masks: what is selected and what is already pruned.
-        scope: over all layers, or in each of them.
-        target_sparsity: share of zeros that is wanted.
-
-    Returns:
-        What :func:`~.removal_counts` gives.
-    """
-    return removal_counts(scope, target_sparsity, *_weights_and_zeros(masks))
-
-
-def is_too_sparse(masks: Masks, scope: Scope, target_sparsity: float) -> bool:
-    """Tell whether there are more zeros than wanted, and no layer that lacks some.
-
-    Args:
-        masks: what is selected and what is already pruned.
-        scope: over all layers, or in each of them.
-        target_sparsity: share of zeros that is wanted.
-
-    Returns:
-        True when the target cannot be met because pruning only adds zeros.
-    """
-    weights, zeros = _weights_and_zeros(masks)
-    above = round(target_sparsity * sum(weights)) < sum(zeros)
-    return above and not any(weights_to_remove(masks, scope, target_sparsity))
-
-
 def check_sparsity(target_sparsity: float) -> None:
     """Check a sparsity.
 
@@ -461,9 +518,25 @@ def check_sparsity(target_sparsity: float) -> None:
         )
 
 
-def _weights_and_zeros(masks: Masks) -> tuple[list[int], list[int]]:
-    weights = [parameter.numel() for parameter in masks.parameters.values()]
-    return weights, list(masks.zeros().values())
+def _check_flops_target(flops_target: float, selection: SelectionConfig) -> None:
+    require_number("flops_target", flops_target)
+    if not 0.0 < flops_target < 1.0:
+        raise ConfigurationError(
+            f"flops_target={flops_target} is outside (0, 1); it is the share of the dense "
+            "network's FLOPs that is left."
+        )
+    fixed = parse_pattern(selection.pattern).sparsity is not None
+    other = {
+        "scope='layer'": selection.scope == "layer",
+        f"pattern={selection.pattern!r}": fixed,
+        "layer_targets": bool(selection.layer_targets),
+    }
+    for setting, given in other.items():
+        if given:
+            raise ConfigurationError(
+                f"flops_target cannot go with selection.{setting}, which says already how "
+                "many weights of a layer go; leave one of them out."
+            )
 
 
 def _mean(losses: list[float]) -> float | None:

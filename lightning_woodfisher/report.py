@@ -65,6 +65,10 @@ class PruningReport:
         step: optimizer steps done before it, None outside a Trainer.
         collection: how gradients were computed: ``"per-sample"``, many in one pass, or
             ``"loop: <reason>"``, one by one; None when none was.
+        flops_dense: FLOPs of one forward pass of a mini-batch without masks; None when
+            they were not asked for.
+        flops_before: the same with the masks before the step.
+        flops_after: the same with the masks after it.
     """
 
     criterion: str
@@ -86,6 +90,9 @@ class PruningReport:
     epoch: int | None = None
     step: int | None = None
     collection: str | None = None
+    flops_dense: int | None = None
+    flops_before: float | None = None
+    flops_after: float | None = None
 
     @property
     def weights(self) -> int:
@@ -101,6 +108,13 @@ class PruningReport:
     def sparsity(self) -> float:
         """Share of the selected weights that is pruned after the step."""
         return self.zeros / self.weights
+
+    @property
+    def flops_share(self) -> float | None:
+        """Share of the dense FLOPs that is left after the step; None if not counted."""
+        if self.flops_dense is None or self.flops_after is None:
+            return None
+        return self.flops_after / self.flops_dense
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain types, for JSON and checkpoints.
@@ -149,6 +163,7 @@ class PruningReport:
             "predicted_loss_increase": self.predicted_increase,
             "measured_loss_increase": self.measured_increase,
             "bytes_exchanged": float(self.bytes_exchanged),
+            "flops_share": self.flops_share,
         }
         values |= {f"seconds/{phase}": time for phase, time in self.seconds.items()}
         values |= {f"sparsity/{layer.name}": layer.sparsity for layer in self.layers}

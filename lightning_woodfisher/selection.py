@@ -16,7 +16,9 @@ __all__ = [
 ]
 
 import itertools
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,7 +26,12 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import ConfigurationError, PruningError
+from lightning_woodfisher.errors import (
+    ConfigurationError,
+    PruningError,
+    require_number,
+)
+from lightning_woodfisher.patterns import parse_pattern
 
 Scope = Literal["global", "layer"]
 
@@ -41,11 +48,23 @@ class SelectionConfig:
         include: patterns of what to prune (:func:`~.layers.prunable_parameters`); empty
             for Linear and convolution weights.
         exclude: patterns of what to leave dense.
+        pattern: what goes together: ``"unstructured"`` single weights; ``"2:4"`` and the
+            like, N kept of M consecutive inputs; ``"block4"`` and the like, consecutive
+            inputs; ``"rows"``, all weights of an output.
+        layer_targets: sparsity by regular expression on the name, for layers that do not
+            compete with the others; these share what is left of the whole.
+        max_layer_sparsity: no layer gets sparser than this; the others make up for it.
+        flops_power: saliencies are divided by the FLOPs per weight of their layer to this
+            power, so that expensive weights go first; 0 ignores FLOPs.
     """
 
     scope: Scope = "global"
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
+    pattern: str = "unstructured"
+    layer_targets: dict[str, float] = field(default_factory=dict)
+    max_layer_sparsity: float | None = None
+    flops_power: float = 0.0
 
     def __post_init__(self) -> None:
         if self.scope not in {"global", "layer"}:
@@ -65,6 +84,49 @@ class SelectionConfig:
                 raise ConfigurationError(
                     f"selection.{name}={patterns!r} is not a list of patterns (texts)."
                 )
+        self._check_limits()
+        if self.layer_targets and parse_pattern(self.pattern).sparsity is not None:
+            raise ConfigurationError(
+                f"selection.layer_targets cannot go with pattern={self.pattern!r}, which "
+                "gives every layer the same sparsity; leave one of them out."
+            )
+        if self.flops_power and self.scope == "layer":
+            raise ConfigurationError(
+                f"selection.flops_power={self.flops_power} has no effect with "
+                "scope='layer', where layers do not compete; use scope='global'."
+            )
+
+    def _check_limits(self) -> None:
+        parse_pattern(self.pattern)
+        if not isinstance(self.layer_targets, Mapping):
+            raise ConfigurationError(
+                f"selection.layer_targets={self.layer_targets!r} is not a mapping from "
+                "patterns to sparsities."
+            )
+        for pattern, target in self.layer_targets.items():
+            name = f"selection.layer_targets[{pattern!r}]"
+            require_number(name, target)
+            if not 0.0 <= target < 1.0:
+                raise ConfigurationError(f"{name}={target} is outside [0, 1).")
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ConfigurationError(
+                    f"The pattern {pattern!r} of selection.layer_targets is not a regular "
+                    f"expression: {error}."
+                ) from error
+        most = self.max_layer_sparsity
+        if most is not None:
+            require_number("selection.max_layer_sparsity", most)
+            if not 0.0 < most <= 1.0:
+                raise ConfigurationError(
+                    f"selection.max_layer_sparsity={most} is outside (0, 1]."
+                )
+        require_number("selection.flops_power", self.flops_power)
+        if not 0.0 <= self.flops_power < math.inf:
+            raise ConfigurationError(
+                f"selection.flops_power={self.flops_power} must be finite and not negative."
+            )
 
 
 def removal_counts(
@@ -126,7 +188,11 @@ def removal_counts_of_parts(
 
 
 def select_smallest(
-    scores: Tensor, groups: Tensor | None, counts: Sequence[int], comm: Communicator
+    scores: Tensor,
+    groups: Tensor | None,
+    counts: Sequence[int],
+    comm: Communicator,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """Mark the exactly ``counts[g]`` smallest scores of every group g, over all ranks.
 
@@ -136,13 +202,15 @@ def select_smallest(
         groups: int64 ``[D_r]`` group of each score, or None for a single group.
         counts: how many to mark in each group.
         comm: the ranks.
+        sizes: int64 ``[D_r]``, how much each score counts for, at least 1. The smallest
+            scores are marked as long as their sizes add up to no more than the count.
 
     Returns:
         bool ``[D_r]``, True where marked. Ties go to the lowest global index.
 
     Raises:
-        PruningError: when a score is not a number or negative, or a group has fewer
-            members than wanted.
+        PruningError: when a score is not a number or negative, or without sizes, when a
+            group has fewer members than wanted.
     """
     wanted = torch.tensor(list(counts), dtype=torch.int64, device=scores.device)
     member = torch.zeros_like(scores, dtype=torch.int64) if groups is None else groups
@@ -150,36 +218,44 @@ def select_smallest(
     if int(invalid):
         raise PruningError(f"{int(invalid)} saliencies are NaN or negative")
     keys = (scores.double() + 0.0).view(torch.int64)
-    sizes = comm.sum_integers(torch.bincount(member, minlength=len(wanted)))
-    if bool((sizes < wanted).any()):
+    totals = comm.sum_integers(_count(member, len(wanted), sizes))
+    if sizes is None and bool((totals < wanted).any()):
         raise PruningError(
-            f"cannot remove {wanted.tolist()} of {sizes.tolist()} remaining weights"
+            f"cannot remove {wanted.tolist()} of {totals.tolist()} remaining weights"
         )
-    # A group that wants nothing searches for its smallest member and is skipped below.
-    rank_left = (wanted - 1).clamp(min=0)
+    # What is left of the count below the first score that does not go any more. A group
+    # that loses all has no such score; it finds some value and is marked below.
+    everything = totals <= wanted
+    left = wanted.clone()
     threshold = torch.zeros_like(wanted)
     candidates = torch.arange(len(keys), device=keys.device)
     for shift in range(64 - _DIGIT_BITS, -1, -_DIGIT_BITS):
         digit = (keys[candidates] >> shift) & (2**_DIGIT_BITS - 1)
         group = member[candidates]
         histogram = comm.sum_integers(
-            torch.bincount(
-                group * 2**_DIGIT_BITS + digit, minlength=len(wanted) * 2**_DIGIT_BITS
+            _count(
+                group * 2**_DIGIT_BITS + digit,
+                len(wanted) * 2**_DIGIT_BITS,
+                None if sizes is None else sizes[candidates],
             )
         ).view(len(wanted), -1)
         ends = histogram.cumsum(dim=1)
-        # First digit whose cumulative count exceeds the rank we look for.
-        chosen = (
-            (ends <= rank_left.unsqueeze(1)).sum(dim=1).clamp(max=ends.shape[1] - 1)
-        )
+        # First digit whose cumulative size exceeds what is left.
+        chosen = (ends <= left.unsqueeze(1)).sum(dim=1).clamp(max=ends.shape[1] - 1)
         below = (ends - histogram).gather(1, chosen.unsqueeze(1)).squeeze(1)
-        rank_left = rank_left - below
+        left = left - below
         threshold |= chosen << shift
         candidates = candidates[digit == chosen[group]]
-    marked = (keys < threshold[member]) & (wanted[member] > 0)
-    taken = comm.sum_integers(torch.bincount(member[marked], minlength=len(wanted)))
-    _mark_ties(marked, keys, member, threshold, wanted - taken, comm)
+    marked = (keys < threshold[member]) | everything[member]
+    _mark_ties(marked, keys, member, threshold, left, comm, sizes)
     return marked
+
+
+def _count(bins: Tensor, number: int, sizes: Tensor | None) -> Tensor:
+    """Add sizes, or ones, up by bin; int64 ``[number]``."""
+    if sizes is None:
+        return torch.bincount(bins, minlength=number)
+    return bins.new_zeros(number).scatter_add_(0, bins, sizes)
 
 
 def _mark_ties(
@@ -187,15 +263,21 @@ def _mark_ties(
     keys: Tensor,
     member: Tensor,
     threshold: Tensor,
-    missing: Tensor,
+    left: Tensor,
     comm: Communicator,
+    sizes: Tensor | None,
 ) -> None:
-    """Mark the first ``missing[g]`` keys that equal the threshold, in global order."""
-    ties = torch.nonzero(keys == threshold[member]).squeeze(1)
+    """Mark of the keys that equal the threshold the first that ``left[g]`` has room for."""
+    ties = torch.nonzero((keys == threshold[member]) & ~marked).squeeze(1)
     tied_group = member[ties]
-    mine = torch.bincount(tied_group, minlength=len(missing))
-    everyone = comm.gather_numbers([float(n) for n in mine.tolist()])
-    for group, want in enumerate(missing.tolist()):
-        before = int(sum(row[group] for row in everyone[: comm.rank]))
-        here = ties[tied_group == group]
-        marked[here[: max(0, want - before)]] = True
+    weight = torch.ones_like(ties) if sizes is None else sizes[ties]
+    mine = _count(tied_group, len(left), weight)
+    # As integers: sizes may add up to more than float64 counts exactly.
+    everyone = mine.new_zeros(comm.world_size, len(left))
+    everyone[comm.rank] = mine
+    everyone = comm.sum_integers(everyone)
+    before = everyone[: comm.rank].sum(dim=0).tolist()
+    for group, room in enumerate(left.tolist()):
+        here = tied_group == group
+        ends = weight[here].cumsum(dim=0) + before[group]
+        marked[ties[here][ends <= room]] = True

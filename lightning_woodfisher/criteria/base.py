@@ -14,6 +14,7 @@ from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.obs import Update
 from lightning_woodfisher.partition import Partition
+from lightning_woodfisher.patterns import GroupRun, Pattern
 
 
 class Criterion(ABC):
@@ -39,12 +40,19 @@ class Criterion(ABC):
         self.damping: float | None = None
 
     @abstractmethod
-    def layout(self, segments: Sequence[int], world_size: int) -> Partition:
+    def layout(
+        self,
+        segments: Sequence[int],
+        world_size: int,
+        group_sizes: Sequence[int] | None = None,
+    ) -> Partition:
         """Cut the active weights into blocks and choose owners.
 
         Args:
             segments: active weights of each tensor.
             world_size: number of ranks.
+            group_sizes: weights of each tensor that go together, if any do; a group
+                begins at the start of the tensor and after each group.
 
         Returns:
             The partition.
@@ -75,6 +83,22 @@ class Criterion(ABC):
 
         Returns:
             float64 ``[D_r]``, not negative.
+        """
+
+    @abstractmethod
+    def score_groups(
+        self, weights: Tensor, runs: Sequence[GroupRun], pattern: Pattern
+    ) -> tuple[Tensor, Tensor]:
+        """Give the saliency of each group of weights: small ones go first.
+
+        Args:
+            weights: float64 ``[D_r]``.
+            runs: the groups of this rank.
+            pattern: what goes together.
+
+        Returns:
+            Cost of each group, float64 ``[G_r]``, not negative, and bool ``[D_r]``: the
+            weights that leave if their group does.
         """
 
     @abstractmethod

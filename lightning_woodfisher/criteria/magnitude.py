@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_woodfisher.criteria.base import Criterion
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.partition import Partition, make_partition
+from lightning_woodfisher.patterns import GroupRun, Pattern
 
 
 class Magnitude(Criterion):
@@ -20,17 +21,23 @@ class Magnitude(Criterion):
 
     uses_gradients: ClassVar[bool] = False
 
-    def layout(self, segments: Sequence[int], world_size: int) -> Partition:
+    def layout(
+        self,
+        segments: Sequence[int],
+        world_size: int,
+        group_sizes: Sequence[int] | None = None,
+    ) -> Partition:
         """Cut the weights into equal shares; there are no blocks to respect.
 
         Args:
             segments: active weights of each tensor.
             world_size: number of ranks.
+            group_sizes: weights of each tensor that go together.
 
         Returns:
             The partition.
         """
-        return make_partition(segments, 1, world_size)
+        return make_partition(segments, group_sizes or 1, world_size)
 
     def begin(self, partition: Partition, communicator: Communicator) -> None:
         """Do nothing.
@@ -50,6 +57,29 @@ class Magnitude(Criterion):
             ``|w|``.
         """
         return weights.abs()
+
+    def score_groups(
+        self, weights: Tensor, runs: Sequence[GroupRun], pattern: Pattern
+    ) -> tuple[Tensor, Tensor]:
+        """Give Σ w² over what leaves; of N:M these are the smallest weights.
+
+        Args:
+            weights: float64 ``[D_r]``.
+            runs: the groups of this rank.
+            pattern: what goes together.
+
+        Returns:
+            Costs, float64 ``[G_r]``, and bool ``[D_r]``: what leaves.
+        """
+        leaving = torch.zeros_like(weights, dtype=torch.bool)
+        costs = [weights.new_zeros(0)]
+        for run in runs:
+            squares = weights[run.local].square().view(run.count, run.size)
+            number = run.size - pattern.kept
+            order = squares.sort(dim=1, stable=True).indices[:, :number]
+            costs.append(squares.gather(1, order).sum(dim=1))
+            leaving[run.local].view(run.count, run.size).scatter_(1, order, True)
+        return torch.cat(costs), leaving
 
     def compensate(self, weights: Tensor, removed: Tensor) -> Tensor:
         """Remove without compensation.

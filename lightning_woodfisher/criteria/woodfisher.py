@@ -6,6 +6,7 @@ __all__ = ["WoodFisher"]
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_woodfisher.criteria.base import Criterion
@@ -18,7 +19,17 @@ from lightning_woodfisher.fisher import (
     make_inverse_fisher,
 )
 from lightning_woodfisher.obs import Update, saliency, weight_update
-from lightning_woodfisher.partition import Partition, make_partition
+from lightning_woodfisher.partition import (
+    Partition,
+    align_block_size,
+    make_partition,
+)
+from lightning_woodfisher.patterns import (
+    SMALL_GROUP,
+    GroupRun,
+    Pattern,
+    group_costs,
+)
 
 
 class WoodFisher(Criterion):
@@ -29,23 +40,42 @@ class WoodFisher(Criterion):
         self.damping = fisher.damping
         self._inverse: InverseFisher | None = None
 
-    def layout(self, segments: Sequence[int], world_size: int) -> Partition:
+    def layout(
+        self,
+        segments: Sequence[int],
+        world_size: int,
+        group_sizes: Sequence[int] | None = None,
+    ) -> Partition:
         """Cut the active weights into blocks of the Fisher.
 
         Args:
             segments: active weights of each tensor.
             world_size: number of ranks.
+            group_sizes: weights of each tensor that go together.
 
         Returns:
-            Blocks of ``block_size``; for the full Fisher, runs of its columns.
+            Blocks of ``block_size``; for the full Fisher, runs of its columns. With groups
+            blocks are whole groups, or equal parts of one if groups are large.
         """
         fisher = self.fisher
+        size = fisher.block_size or full_column_chunk(segments)
+        sizes: int | list[int] = size
+        if group_sizes:
+            sizes = [
+                align_block_size(size, group, self._may_cut(group))
+                for group in group_sizes
+            ]
         return make_partition(
             segments,
-            fisher.block_size or full_column_chunk(segments),
+            sizes,
             world_size,
             block_cost(fisher.num_gradients, fisher.block_size, fisher.engine),
+            group_sizes,
         )
+
+    def _may_cut(self, group_size: int) -> bool:
+        # Across blocks of a block-diagonal F the cost of a group is a sum.
+        return self.fisher.block_size is not None and group_size > SMALL_GROUP
 
     def begin(self, partition: Partition, communicator: Communicator) -> None:
         """Make the empty Fisher of this rank's blocks.
@@ -95,6 +125,51 @@ class WoodFisher(Criterion):
         """
         self.inverse_fisher.factorize()
         return saliency(weights, self.inverse_fisher.diagonal())
+
+    def score_groups(
+        self, weights: Tensor, runs: Sequence[GroupRun], pattern: Pattern
+    ) -> tuple[Tensor, Tensor]:
+        """Invert the Fisher and give the joint saliencies of groups.
+
+        Args:
+            weights: float64 ``[D_r]``.
+            runs: the groups of this rank.
+            pattern: what goes together.
+
+        Returns:
+            ½ w_Sᵀ([F⁻¹]_SS)⁻¹w_S, float64 ``[G_r]``, and S, bool ``[D_r]``.
+        """
+        inverse = self.inverse_fisher
+        inverse.factorize()
+        leaving = torch.zeros_like(weights, dtype=torch.bool)
+        costs = [weights.new_zeros(run.count) for run in runs]
+        sizes = [0] * len(inverse.units)
+        by_unit = {run.unit: i for i, run in enumerate(runs)}
+        cut = []
+        for i, run in enumerate(runs):
+            if run.size <= inverse.units[run.unit].size:
+                sizes[run.unit] = run.size
+            else:
+                cut.append(i)
+
+        def compare(unit: int, blocks: Tensor) -> None:
+            index = by_unit[unit]
+            run = runs[index]
+            values = weights[run.local].view(run.count, run.size)
+            found, chosen = group_costs(blocks[: run.count], values, pattern)
+            costs[index] = found
+            leaving[run.local] = chosen.flatten()
+
+        inverse.visit_sub_blocks(sizes, compare)
+        if cut:
+            # S is whole blocks, so that ([F⁻¹]_SS)⁻¹ is F_SS.
+            shares = 0.5 * weights * inverse.fisher_matvec(weights)
+            for i in cut:
+                run = runs[i]
+                own = shares[run.local].view(run.count, run.size)
+                costs[i] = own.sum(dim=1).clamp(min=0.0)
+                leaving[run.local] = True
+        return torch.cat([weights.new_zeros(0), *costs]), leaving
 
     def compensate(self, weights: Tensor, removed: Tensor) -> Tensor:
         """Compute the OBS update.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["InverseFisher", "raise_until_definite"]
+__all__ = ["InverseFisher", "group_products", "raise_until_definite"]
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -123,6 +123,44 @@ class InverseFisher(ABC):
         """
         return self._diagonal
 
+    def sub_blocks(self, size: int) -> Tensor:
+        """Give the blocks of F⁻¹ on its diagonal that belong to groups of weights.
+
+        Args:
+            size: consecutive weights in a group, q; the first group begins where a block
+                begins. What a block has left over at its end is in no group.
+
+        Returns:
+            [F⁻¹]_SS of each group S, float64 ``[D_r/q, q, q]``.
+        """
+        found = [torch.empty(0, size, size, dtype=torch.float64, device=self._device)]
+        found *= 1 + len(self.units)
+
+        def keep(index: int, blocks: Tensor) -> None:
+            found[index + 1] = blocks
+
+        self.visit_sub_blocks([size] * len(self.units), keep)
+        return torch.cat(found)
+
+    def visit_sub_blocks(
+        self, sizes: Sequence[int], consume: Callable[[int, Tensor], None]
+    ) -> None:
+        """Hand the sub-blocks of one unit after another over, to keep few of them.
+
+        Damping may be raised where digits do not suffice. Call it on all ranks.
+
+        Args:
+            sizes: q of each unit as in :meth:`sub_blocks`, 0 to pass it over.
+            consume: gets the number of a unit and its ``[K·(B // q), q, q]``; it may be
+                called for several units at once, and again with better numbers.
+        """
+
+        def visit(index: int) -> None:
+            if sizes[index]:
+                consume(index, self._sub_blocks(index, sizes[index]))
+
+        self._each_unit(visit)
+
     @abstractmethod
     def matvec(self, vector: Tensor) -> Tensor:
         """Multiply by the inverse.
@@ -173,6 +211,10 @@ class InverseFisher(ABC):
     @abstractmethod
     def _factorize(self) -> None: ...
 
+    @abstractmethod
+    def _sub_blocks(self, index: int, size: int) -> Tensor:
+        """[F⁻¹]_SS of the groups of one unit, float64 ``[K·(B // q), q, q]``."""
+
     def _each_unit(self, work: Callable[[int], None]) -> None:
         """Do something for the number of every unit, several at a time."""
         run_pieces(work, range(len(self.units)), self._device)
@@ -186,6 +228,23 @@ class InverseFisher(ABC):
     def _blocks(self, vector: Tensor, unit: Unit) -> Tensor:
         """View the weights of a unit as ``[K, B]``."""
         return vector[self._local(unit)].view(unit.count, unit.size)
+
+
+def group_products(columns: Tensor, size: int) -> Tensor:
+    """Multiply groups of columns by themselves.
+
+    Args:
+        columns: X, ``[K, n, B]``.
+        size: columns of a group, q.
+
+    Returns:
+        X_SᵀX_S of each group, ``[K, B // q, q, q]``.
+    """
+    blocks, length, width = columns.shape
+    number = width // size
+    groups = columns[..., : number * size].reshape(blocks, length, number, size)
+    groups = groups.transpose(1, 2)
+    return groups.mT @ groups
 
 
 def raise_until_definite(

@@ -7,6 +7,7 @@ __all__ = [
     "DualInverseFisher",
     "RowsInverseFisher",
     "complement_of",
+    "group_complements",
 ]
 
 
@@ -14,7 +15,11 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.engines.base import InverseFisher, raise_until_definite
+from lightning_woodfisher.engines.base import (
+    InverseFisher,
+    group_products,
+    raise_until_definite,
+)
 from lightning_woodfisher.engines.rows import RowStore
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.products import (
@@ -163,6 +168,26 @@ class DualInverseFisher(RowsInverseFisher):
             return self._factor(index, damping, kept)
         return factor, rows
 
+    def _sub_blocks(self, index: int, size: int) -> Tensor:
+        before = self._dampings[index].clone()
+
+        def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
+            factor, rows = self._factor(index, damping)
+            complements, pivots = group_complements(factor, rows, size)
+            if self._is_too_coarse(rows.dtype, pivots.min()):
+                self._in_double.add(index)
+                factor, rows = self._factor(index, damping)
+                complements, pivots = group_complements(factor, rows, size)
+            return complements, ~(pivots > SMALLEST_COMPLEMENT).all(dim=-1)
+
+        if self.units[index].size < size:
+            return self._full(0, 0.0).view(0, size, size)
+        complements = raise_until_definite(attempt, self._dampings[index])
+        if not torch.equal(before, self._dampings[index]):
+            self._factorize_unit(index)
+        damping = self._dampings[index].view(-1, 1, 1, 1)
+        return (complements / damping).flatten(0, 1)
+
     def matvec(self, vector: Tensor) -> Tensor:
         """See :meth:`InverseFisher.matvec`.
 
@@ -244,6 +269,26 @@ def complement_of(factor: Tensor, rows: Tensor) -> Tensor:
         λ·diag(F⁻¹), float64 ``[K, B]``; negative or NaN where digits did not suffice.
     """
     return 1.0 - solve_lower(factor, rows).square_().sum(dim=-2).double()
+
+
+def group_complements(factor: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Compute I − Z_SᵀZ_S with LZ = G for groups S of columns.
+
+    Args:
+        factor: L, float64 ``[K, N, N]``.
+        rows: G, ``[K, N, B]``; overwritten.
+        size: columns of a group, q.
+
+    Returns:
+        λ·[F⁻¹]_SS, float64 ``[K, B // q, q, q]``, and the smallest pivot of each,
+        ``[K, B // q]``: what is left of a weight's own complement when the group is
+        known; negative where digits did not suffice.
+    """
+    complements = -group_products(solve_lower(factor, rows), size).double()
+    complements.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    triangles, info = torch.linalg.cholesky_ex(complements)
+    pivots = triangles.diagonal(dim1=-2, dim2=-1).square().amin(dim=-1)
+    return complements, torch.where(info == 0, pivots, -1.0).nan_to_num(nan=-1.0)
 
 
 def _solve(factor: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["FullInverseFisher"]
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from lightning_woodfisher.engines.dual import (
     SMALLEST_COMPLEMENT,
     RowsInverseFisher,
     complement_of,
+    group_complements,
 )
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.products import (
@@ -112,6 +113,63 @@ class FullInverseFisher(RowsInverseFisher):
             self._dtype = torch.float64
             factor = compute()
         return factor[0]
+
+    def visit_sub_blocks(
+        self, sizes: Sequence[int], consume: Callable[[int, Tensor], None]
+    ) -> None:
+        """See :meth:`InverseFisher.visit_sub_blocks`.
+
+        Args:
+            sizes: of the groups of each unit.
+            consume: gets a unit and its sub-blocks.
+        """
+        first = float(self._lambda)
+
+        def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
+            if float(damping) != first:
+                self._refactorize()
+            least = self._visit(sizes, consume)
+            if self._is_too_coarse(self._dtype, least, math.sqrt(self._total_units)):
+                self._dtype = torch.float64
+                self._refactorize()
+                least = self._visit(sizes, consume)
+            return self._factor, least <= SMALLEST_COMPLEMENT
+
+        raise_until_definite(attempt, self._lambda)
+
+    def _refactorize(self) -> None:
+        self._factor = self._factorize_gram(None)
+        self._solve_diagonal(self._factor, self._lambda)
+
+    def _visit(
+        self, sizes: Sequence[int], consume: Callable[[int, Tensor], None]
+    ) -> Tensor:
+        """Hand out what has enough digits; give the smallest pivot of all ranks, ``[1]``."""
+        smallest = self._full(len(self.units) + 1, 1.0)
+
+        def visit(index: int) -> None:
+            size = sizes[index]
+            if not size or self.units[index].size < size:
+                return
+            blocks, pivots = self._group_complements(index, size, self._dtype)
+            if self._is_too_coarse(self._dtype, pivots.min()):
+                blocks, pivots = self._group_complements(index, size, torch.float64)
+            smallest[index] = pivots.min()
+            if bool(smallest[index] > SMALLEST_COMPLEMENT):
+                consume(index, blocks / self._lambda)
+
+        self._each_unit(visit)
+        return -self._comm.maximum(-smallest.min().reshape(1))
+
+    def _group_complements(
+        self, index: int, size: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        rows = self._unit_rows(index, dtype).unsqueeze(0)
+        blocks, pivots = group_complements(self._factor.unsqueeze(0), rows, size)
+        return blocks[0], pivots[0]
+
+    def _sub_blocks(self, index: int, size: int) -> Tensor:
+        return self._group_complements(index, size, torch.float64)[0] / self._lambda
 
     def matvec(self, vector: Tensor) -> Tensor:
         """See :meth:`InverseFisher.matvec`.

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.engines.base import InverseFisher, raise_until_definite
+from lightning_woodfisher.engines.base import (
+    InverseFisher,
+    group_products,
+    raise_until_definite,
+)
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.products import (
     Precision,
@@ -94,6 +98,10 @@ class PrimalInverseFisher(InverseFisher):
         factor = self._factor(index, lambda damped: damped)
         diagonal = invert_lower(factor).square_().sum(dim=-2)
         self._blocks(self._diagonal, self.units[index]).copy_(diagonal)
+
+    def _sub_blocks(self, index: int, size: int) -> Tensor:
+        factor = self._factor(index, lambda damped: damped)
+        return group_products(invert_lower(factor), size).flatten(0, 1)
 
     def matvec(self, vector: Tensor) -> Tensor:
         """See :meth:`InverseFisher.matvec`.
