@@ -48,6 +48,24 @@ class LayerFlops:
             for flops, weights in zip(self.by_layer, self.weights, strict=True)
         ]
 
+    def describe(
+        self, before: Mapping[str, int], after: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """Give the fields of a report.
+
+        Args:
+            before: pruned weights of each selected tensor before a step.
+            after: the same after it.
+
+        Returns:
+            Values by name of the field.
+        """
+        return {
+            "flops_dense": self.dense,
+            "flops_before": self.masked(list(before.values())),
+            "flops_after": self.masked(list(after.values())),
+        }
+
     def masked(self, zeros: Sequence[int]) -> float:
         """Count the FLOPs of the masked network.
 

@@ -47,7 +47,13 @@ from lightning_woodfisher.losses import FunctionLoss, LossSource
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
 from lightning_woodfisher.patterns import parse_pattern, require_pattern_fits
-from lightning_woodfisher.quotas import Quotas, make_quotas, require_target_fits
+from lightning_woodfisher.quotas import (
+    Quotas,
+    flops_share_of_step,
+    make_quotas,
+    require_flops_target_fits,
+    require_target_fits,
+)
 from lightning_woodfisher.report import LayerReport, PruningReport
 from lightning_woodfisher.resources import ResourceEstimate
 from lightning_woodfisher.sampling import Sampling
@@ -102,7 +108,7 @@ class PruningConfig:
                 f"recompute_steps={self.recompute_steps} must be at least 1."
             )
         if self.flops_target is not None:
-            _check_flops_target(self.flops_target, self.selection)
+            require_flops_target_fits(self.selection, self.flops_target)
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,9 @@ class Pruner:
                         for i in range(self.config.recompute_steps)
                     ]
                     flops = self._count_flops(source, seeds[0])
-                    share = self._flops_share(target_sparsity, final_sparsity)
+                    share = flops_share_of_step(
+                        self.config.flops_target, target_sparsity, final_sparsity
+                    )
                     selector = Selector(
                         self.masks,
                         self.config.selection,
@@ -212,12 +220,8 @@ class Pruner:
                     parts, target_sparsity, zeros_before, sent, clock.seconds
                 )
                 if flops is not None:
-                    before, after = zeros_before.values(), self.masks.zeros().values()
                     report = dataclasses.replace(
-                        report,
-                        flops_dense=flops.dense,
-                        flops_before=flops.masked(list(before)),
-                        flops_after=flops.masked(list(after)),
+                        report, **flops.describe(zeros_before, self.masks.zeros())
                     )
                 # No rank may keep a step that another one takes back.
                 self.comm.agree()
@@ -242,14 +246,8 @@ class Pruner:
             if flops is not None:
                 # Refuses a target that is out of reach.
                 quotas = make_quotas(config.selection, layers_of(self.masks), 0.0)
-                Selector(
-                    self.masks,
-                    config.selection,
-                    comm,
-                    quotas,
-                    flops,
-                    config.flops_target,
-                )
+                share = config.flops_target
+                Selector(self.masks, config.selection, comm, quotas, flops, share)
             criterion = make_criterion(config.criterion, fisher, config.update)
             if not criterion.uses_gradients:
                 sampling.measure(config.seed)
@@ -275,15 +273,6 @@ class Pruner:
         return make_quotas(
             selection, layers_of(masks), target_sparsity, final_sparsity, parts
         )
-
-    def _flops_share(
-        self, target_sparsity: float, final_sparsity: float | None
-    ) -> float | None:
-        """Share of the dense FLOPs after a step: as far on its way as the sparsity."""
-        share = self.config.flops_target
-        if share is None or not final_sparsity:
-            return share
-        return 1.0 - (1.0 - share) * min(1.0, target_sparsity / final_sparsity)
 
     def _count_flops(self, source: LossSource, seed: int) -> LayerFlops | None:
         if not self.config.counts_flops:
@@ -516,27 +505,6 @@ def check_sparsity(target_sparsity: float) -> None:
             f"target_sparsity={target_sparsity} is outside [0, 1); it is the share of zeros, "
             "so 90 % is 0.9."
         )
-
-
-def _check_flops_target(flops_target: float, selection: SelectionConfig) -> None:
-    require_number("flops_target", flops_target)
-    if not 0.0 < flops_target < 1.0:
-        raise ConfigurationError(
-            f"flops_target={flops_target} is outside (0, 1); it is the share of the dense "
-            "network's FLOPs that is left."
-        )
-    fixed = parse_pattern(selection.pattern).sparsity is not None
-    other = {
-        "scope='layer'": selection.scope == "layer",
-        f"pattern={selection.pattern!r}": fixed,
-        "layer_targets": bool(selection.layer_targets),
-    }
-    for setting, given in other.items():
-        if given:
-            raise ConfigurationError(
-                f"flops_target cannot go with selection.{setting}, which says already how "
-                "many weights of a layer go; leave one of them out."
-            )
 
 
 def _mean(losses: list[float]) -> float | None:

@@ -7,13 +7,24 @@ give the others must.
 
 from __future__ import annotations
 
-__all__ = ["Layers", "Quotas", "make_quotas", "require_target_fits"]
+__all__ = [
+    "Layers",
+    "Quotas",
+    "flops_share_of_step",
+    "make_quotas",
+    "require_flops_target_fits",
+    "require_target_fits",
+]
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_woodfisher.errors import ConfigurationError, nearest
+from lightning_woodfisher.errors import (
+    ConfigurationError,
+    nearest,
+    require_number,
+)
 from lightning_woodfisher.patterns import parse_pattern
 from lightning_woodfisher.selection import SelectionConfig, removal_counts_of_parts
 
@@ -150,6 +161,54 @@ def require_target_fits(
             f"target_sparsity={target_sparsity:g} is out of reach when no layer may have "
             f"more than selection.max_layer_sparsity={most:g}; raise the limit."
         )
+
+
+def require_flops_target_fits(selection: SelectionConfig, flops_target: float) -> None:
+    """Refuse a share of FLOPs that is none, or settings that say already how many go.
+
+    Args:
+        selection: the settings.
+        flops_target: share of the dense network's FLOPs that is left.
+
+    Raises:
+        ConfigurationError: naming the setting.
+    """
+    require_number("flops_target", flops_target)
+    if not 0.0 < flops_target < 1.0:
+        raise ConfigurationError(
+            f"flops_target={flops_target} is outside (0, 1); it is the share of the dense "
+            "network's FLOPs that is left."
+        )
+    fixed = parse_pattern(selection.pattern).sparsity is not None
+    other = {
+        "scope='layer'": selection.scope == "layer",
+        f"pattern={selection.pattern!r}": fixed,
+        "layer_targets": bool(selection.layer_targets),
+    }
+    for setting, given in other.items():
+        if given:
+            raise ConfigurationError(
+                f"flops_target cannot go with selection.{setting}, which says already how "
+                "many weights of a layer go; leave one of them out."
+            )
+
+
+def flops_share_of_step(
+    flops_target: float | None, target_sparsity: float, final_sparsity: float | None
+) -> float | None:
+    """Say how many FLOPs are left after a step on the way to the target.
+
+    Args:
+        flops_target: share of the dense FLOPs after the last step.
+        target_sparsity: of this step.
+        final_sparsity: of the last step; None for a single step.
+
+    Returns:
+        The share: as far on its way as the sparsity. None without a target.
+    """
+    if flops_target is None or not final_sparsity:
+        return flops_target
+    return 1.0 - (1.0 - flops_target) * min(1.0, target_sparsity / final_sparsity)
 
 
 def _own_targets(selection: SelectionConfig, names: Sequence[str]) -> dict[int, float]:

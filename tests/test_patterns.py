@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import (
     ConfigurationError,
@@ -346,6 +347,25 @@ def test_every_group_keeps_n(
     for weight in matrices(model):
         for group in in_groups(weight, 4):
             assert sum(bool(weight[place] != 0) for place in group) == 2
+
+
+def test_gradients_of_many_samples_at_once_come_in_the_order_of_groups() -> None:
+    inputs, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    weights = []
+    for collection in ("auto", "loop"):
+        model = convolution()
+        report = prune(
+            model,
+            TensorDataset(inputs, labels),
+            loss,
+            target_sparsity=0.5,
+            selection=SelectionConfig(pattern="2:4"),
+            fisher=FisherConfig(40, 1, None, DAMPING, collection=collection),
+        )
+        assert (report.collection == "per-sample") == (collection == "auto")
+        weights.append([p.detach() for p in matrices(model)])
+    for many, one in zip(*weights, strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-6, atol=1e-9)
 
 
 def test_magnitude_keeps_the_largest_of_each_group() -> None:

@@ -131,6 +131,14 @@ def test_with_scope_layer_the_others_keep_the_target_of_all() -> None:
     assert found == [28, 15, 6]
 
 
+def test_a_limit_is_not_rounded_twice() -> None:
+    # 0.29 · 100 is 28.999999999999996 in floating point.
+    layers = Layers(("a",), ((1, 100),), (100,), (9,))
+    quotas = make_quotas(SelectionConfig(max_layer_sparsity=0.29), layers, 0.29)
+    assert quotas.caps == (20,)
+    assert quotas.totals == [20]
+
+
 def test_targets_of_layers_grow_with_the_schedule() -> None:
     layers = Layers(("a", "b"), ((1, 100), (1, 100)), (100, 100), (0, 0))
     selection = SelectionConfig(layer_targets={"a": 0.2})
