@@ -21,6 +21,7 @@ __all__ = [
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -58,6 +59,7 @@ from lightning_woodfisher.selection import (
     select_smallest,
 )
 from lightning_woodfisher.sharding import reshard
+from lightning_woodfisher.step_search import search_first_order, search_scales
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class PruningConfig:
     recompute_steps: int = 1
     measure_loss: bool = True
     seed: int = 0
+    step_search: bool = False
+    update_scale: float = 1.0
 
     @property
     def reads_data(self) -> bool:
@@ -89,6 +93,12 @@ class PruningConfig:
                 f"{', '.join(get_args(Update))}.{nearest(self.update, get_args(Update))}"
             )
         require_integer("recompute_steps", self.recompute_steps)
+        require_number("update_scale", self.update_scale)
+        if not 0.0 <= self.update_scale <= 1.0:
+            raise ConfigurationError(
+                f"update_scale={self.update_scale} is outside [0, 1]; 1 is the whole "
+                "update, 0 none."
+            )
         if self.recompute_steps < 1:
             raise ConfigurationError(
                 f"recompute_steps={self.recompute_steps} must be at least 1."
@@ -107,6 +117,7 @@ class _PartResult:
     losses_before: list[float]
     losses_after: list[float]
     collection: str | None
+    scales: Sequence[float]
 
     @property
     def measured(self) -> float | None:
@@ -248,15 +259,46 @@ class Pruner:
         criterion.begin(active.partition, comm)
         losses_before, collection = sampling.observe(criterion, active, seed)
 
+        def trial_loss(trial: Tensor, gone: Tensor) -> float:
+            if not active.try_on(trial, gone):
+                return math.inf
+            return sampling.measure_trial(criterion, seed)
+
         with clock("factorize"):
             weights = active.gather()
+            descent = criterion.descent() if config.step_search else None
+        if descent is not None:
+            with clock("search"):
+                nothing = torch.zeros_like(weights, dtype=torch.bool)
+                criterion.first_order_scale = search_first_order(
+                    lambda scale: trial_loss(weights + scale * descent, nothing),
+                    config.fisher.damping,
+                    config.update_scale,
+                )
+        with clock("factorize"):
             scores = criterion.score(weights)
         with clock("select"):
             groups = active.layers() if config.selection.scope == "layer" else None
             removed = select_smallest(scores, groups, counts, comm)
             thresholds = active.largest_by_layer(scores, removed)
         with clock("update"):
-            change = criterion.compensate(weights, removed)
+            directions = criterion.directions(weights, removed)
+
+        def change_at(scales: Sequence[float]) -> Tensor:
+            moves = [s * d for s, d in zip(scales, directions, strict=True)]
+            return sum(moves, torch.where(removed, -weights, 0.0))
+
+        scales = (config.update_scale,) * len(directions)
+        if config.step_search:
+            with clock("search"):
+                scales = search_scales(
+                    lambda trial: trial_loss(weights + change_at(trial), removed),
+                    len(directions),
+                    config.update_scale,
+                    0.0 if descent is None else criterion.first_order_scale,
+                )
+        with clock("update"):
+            change = change_at(scales)
             shares = criterion.predicted_increase(change)
             predicted = None if shares is None else active.sum_by_layer(shares)
         with clock("write"):
@@ -270,6 +312,7 @@ class Pruner:
             losses_before=losses_before,
             losses_after=sampling.measure(seed),
             collection=collection,
+            scales=scales,
         )
 
     def _report(
@@ -317,6 +360,8 @@ class Pruner:
                 dict.fromkeys(p.collection for p in parts if p.collection)
             )
             or None,
+            update_scales=tuple(p.scales[0] for p in parts if p.scales),
+            first_order_scales=tuple(p.scales[1] for p in parts if len(p.scales) > 1),
         )
 
 
@@ -333,6 +378,8 @@ def prune(
     recompute_steps: int = 1,
     measure_loss: bool = True,
     seed: int = 0,
+    step_search: bool = False,
+    update_scale: float = 1.0,
     progress: Progress | None = None,
 ) -> PruningReport:
     """Prune a plain PyTorch model in place; no Trainer needed.
@@ -351,11 +398,13 @@ def prune(
         target_sparsity: share of the selected weights that is zero afterwards, [0, 1).
         fisher: how the Fisher is estimated.
         selection: which weights may go.
-        criterion: ``"woodfisher"`` or ``"magnitude"``.
+        criterion: ``"woodfisher"``, ``"woodtaylor"`` or ``"magnitude"``.
         update: ``"joint"``, ``"independent"`` or ``"none"``.
         recompute_steps: reach the sparsity in this many parts, each with fresh gradients.
         measure_loss: also measure the loss after the step on the same samples.
         seed: of the samples and of anything random in the model.
+        step_search: take as much of each update as lowers the loss most.
+        update_scale: share of the update that is taken; with the search, at most.
         progress: see :class:`Pruner`.
 
     Returns:
@@ -369,6 +418,8 @@ def prune(
         recompute_steps=recompute_steps,
         measure_loss=measure_loss,
         seed=seed,
+        step_search=step_search,
+        update_scale=update_scale,
     )
     reshard(model)
     parameters = prunable_parameters(

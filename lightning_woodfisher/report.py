@@ -65,6 +65,9 @@ class PruningReport:
         step: optimizer steps done before it, None outside a Trainer.
         collection: how gradients were computed: ``"per-sample"``, many in one pass, or
             ``"loop: <reason>"``, one by one; None when none was.
+        update_scales: in each part, the share of the compensation that was taken; empty
+            without one.
+        first_order_scales: in each part, the share of the first-order step; empty without.
     """
 
     criterion: str
@@ -86,6 +89,8 @@ class PruningReport:
     epoch: int | None = None
     step: int | None = None
     collection: str | None = None
+    update_scales: tuple[float, ...] = ()
+    first_order_scales: tuple[float, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -114,7 +119,8 @@ class PruningReport:
         ]
         plain["raised_damping"] = dict(self.raised_damping)
         plain["seconds"] = dict(self.seconds)
-        plain["fisher_bytes"] = list(self.fisher_bytes)
+        for name in ("fisher_bytes", "update_scales", "first_order_scales"):
+            plain[name] = list(plain[name])
         return plain
 
     @classmethod
@@ -131,8 +137,13 @@ class PruningReport:
             LayerReport(**{**layer, "shape": tuple(layer["shape"])})
             for layer in plain["layers"]
         )
-        fisher_bytes = tuple(plain["fisher_bytes"])
-        return cls(**{**plain, "layers": layers, "fisher_bytes": fisher_bytes})
+        # Reports of older versions have fewer fields.
+        numbers = {
+            name: tuple(plain[name])
+            for name in ("fisher_bytes", "update_scales", "first_order_scales")
+            if name in plain
+        }
+        return cls(**{**plain, "layers": layers, **numbers})
 
     def metrics(self) -> dict[str, float]:
         """Give the scalars for a logger.
@@ -149,6 +160,8 @@ class PruningReport:
             "predicted_loss_increase": self.predicted_increase,
             "measured_loss_increase": self.measured_increase,
             "bytes_exchanged": float(self.bytes_exchanged),
+            "update_scale": next(reversed(self.update_scales), None),
+            "first_order_scale": next(reversed(self.first_order_scales), None),
         }
         values |= {f"seconds/{phase}": time for phase, time in self.seconds.items()}
         values |= {f"sparsity/{layer.name}": layer.sparsity for layer in self.layers}

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Sampling"]
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from lightning_woodfisher.active_weights import ActiveWeights
 from lightning_woodfisher.clock import PhaseClock, Progress, no_progress
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.fisher import FisherConfig, rows_in_chunk
 from lightning_woodfisher.gradients import (
     LossSource,
@@ -20,6 +22,7 @@ from lightning_woodfisher.gradients import (
     iterate_chunks,
     mean_loss,
 )
+from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.sharded_gradients import (
     collect_sharded_gradients,
@@ -28,6 +31,9 @@ from lightning_woodfisher.sharded_gradients import (
 from lightning_woodfisher.sharding import undisturbed
 
 _SAMPLES_EVALUATED_AT_ONCE = 64
+_FIRST_ORDER_BATCH = 256
+_ROWS_ADDED_AT_ONCE = 8
+_MOST_TRIAL_BATCHES = 16
 
 
 class Sampling:
@@ -99,15 +105,8 @@ class Sampling:
             self._progress("Collecting gradients", fisher.num_gradients) as tick,
         ):
             rows = self.rows(active, seed, losses, tick, notes)
-            try:
-                for chunk in iterate_chunks(rows, rows_in_chunk(fisher)):
-                    with self._clock("accumulate"):
-                        criterion.observe(chunk)
-            except Exception:
-                # The others need this rank until the last exchange.
-                for _ in rows:
-                    pass
-                raise
+            self._feed(rows, rows_in_chunk(fisher), criterion.observe)
+            self._observe_first_order(criterion, active, seed)
         # The loss after the step is measured in groups, and so must be the one before.
         if self._group(seed) > 1:
             losses = self.measure(seed)
@@ -120,6 +119,7 @@ class Sampling:
         losses: list[float] | None = None,
         tick: Callable[[int], object] = lambda _: None,
         notes: list[str] | None = None,
+        fisher: FisherConfig | None = None,
     ) -> Iterator[Tensor]:
         """Compute gradients.
 
@@ -129,13 +129,14 @@ class Sampling:
             losses: receives those of the mini-batches at the end.
             tick: called with the number of gradients that have been done.
             notes: receives how gradients were computed.
+            fisher: how many gradients of how many samples, if not as given at first.
 
         Returns:
             This rank's slice of all gradients, in order: tensors ``[n, D_r]``.
         """
         losses = [] if losses is None else losses
         notes = [] if notes is None else notes
-        fisher, parameters = self._fisher, self._masks.parameters
+        fisher, parameters = fisher or self._fisher, self._masks.parameters
         count, size = fisher.num_gradients, fisher.gradient_batch_size
         if self._masks.sharded:
             notes.append("loop: the model is sharded")
@@ -178,12 +179,97 @@ class Sampling:
         """
         if not self._measure_loss:
             return []
-        fisher, group = self._fisher, self._group(seed)
-        count, size = fisher.num_gradients // group, fisher.gradient_batch_size * group
         with self._clock("measure"):
-            batches = self._source.batches(count, size, seed)
-            measure = sharded_mean_loss if self._masks.sharded else mean_loss
-            return measure(self._source, batches, count, self._comm, seed)
+            return self._losses(seed, *self._groups(seed))
+
+    def measure_trial(self, criterion: Criterion, seed: int) -> float:
+        """Compute the mean loss at weights that are on trial.
+
+        Args:
+            criterion: 4,096 of its ``first_order_samples`` are taken where it uses any,
+                the same for all trials.
+            seed: of the samples.
+
+        Returns:
+            The mean loss; it may be infinite or NaN.
+        """
+        sample = self._first_order(criterion, seed)
+        if sample is None:
+            count, size = self._groups(seed)
+        else:
+            seed, count, size = sample
+            count = min(count, _MOST_TRIAL_BATCHES)
+        losses = self._losses(seed, count, size, finite=False)
+        return sum(losses) / len(losses)
+
+    def _losses(
+        self, seed: int, count: int, size: int, finite: bool = True
+    ) -> list[float]:
+        batches = self._source.batches(count, size, seed)
+        if self._masks.sharded:
+            return sharded_mean_loss(self._source, batches, count, self._comm, seed)
+        return mean_loss(self._source, batches, count, self._comm, seed, finite=finite)
+
+    def _observe_first_order(
+        self, criterion: Criterion, active: ActiveWeights, seed: int
+    ) -> None:
+        """Feed a criterion with the gradients of its larger sample, if it wants one."""
+        sample = self._first_order(criterion, seed)
+        if sample is None:
+            return
+        seed, count, size = sample
+        fisher = dataclasses.replace(
+            self._fisher,
+            num_gradients=count,
+            gradient_batch_size=size,
+            row_dtype="float32",
+        )
+        rows = self.rows(active, seed, fisher=fisher)
+        self._feed(rows, _ROWS_ADDED_AT_ONCE, criterion.observe_first_order)
+
+    def _feed(
+        self, rows: Iterator[Tensor], size: int, take: Callable[[Tensor], None]
+    ) -> None:
+        """Hand all rows on in groups that do not depend on the number of ranks."""
+        try:
+            for chunk in iterate_chunks(rows, size):
+                with self._clock("accumulate"):
+                    take(chunk)
+        except Exception:
+            # The others need this rank until the last exchange.
+            for _ in rows:
+                pass
+            raise
+
+    def _first_order(
+        self, criterion: Criterion, seed: int
+    ) -> tuple[int, int, int] | None:
+        """Seed, number and size of the mini-batches of the first-order sample."""
+        fisher = self._fisher
+        samples = fisher.first_order_samples
+        if samples is None or not criterion.first_order:
+            return None
+        # BatchNorm in training mode makes gradients depend on the size of the batch.
+        size = min(samples, _FIRST_ORDER_BATCH)
+        if fisher.model_mode == "train":
+            size = min(samples, fisher.gradient_batch_size)
+        count, seed = samples // size, derive_seed(seed, "first order")
+        name = f"fisher.first_order_samples={samples}"
+        try:
+            regroupable = self._source.batches(count, size, seed).regroupable
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{name}: {error}") from error
+        if not regroupable:
+            raise ConfigurationError(
+                f"{name} needs a map-style dataset, for the data comes in batches whose "
+                "size nobody knows; set it to None, or give a dataset."
+            )
+        return seed, count, size
+
+    def _groups(self, seed: int) -> tuple[int, int]:
+        """Number and size of the batches in which losses are measured."""
+        fisher, group = self._fisher, self._group(seed)
+        return fisher.num_gradients // group, fisher.gradient_batch_size * group
 
     def _group(self, seed: int) -> int:
         """How many mini-batches are evaluated as one: small ones are slow one by one."""
