@@ -21,7 +21,6 @@ __all__ = [
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -59,7 +58,7 @@ from lightning_woodfisher.selection import (
     select_smallest,
 )
 from lightning_woodfisher.sharding import reshard
-from lightning_woodfisher.step_search import search_first_order, search_scales
+from lightning_woodfisher.step_length import StepLength
 
 
 @dataclass(frozen=True)
@@ -259,22 +258,21 @@ class Pruner:
         criterion.begin(active.partition, comm)
         losses_before, collection = sampling.observe(criterion, active, seed)
 
-        def trial_loss(trial: Tensor, gone: Tensor) -> float:
-            if not active.try_on(trial, gone):
-                return math.inf
-            return sampling.measure_trial(criterion, seed)
-
+        search = config.step_search and config.update != "none"
         with clock("factorize"):
             weights = active.gather()
-            descent = criterion.descent() if config.step_search else None
-        if descent is not None:
-            with clock("search"):
-                nothing = torch.zeros_like(weights, dtype=torch.bool)
-                criterion.first_order_scale = search_first_order(
-                    lambda scale: trial_loss(weights + scale * descent, nothing),
-                    config.fisher.damping,
-                    config.update_scale,
-                )
+            descent = criterion.descent() if search else None
+        length = StepLength(
+            criterion,
+            active,
+            sampling,
+            weights,
+            seed,
+            largest=config.update_scale,
+            search=search,
+        )
+        with clock("search"):
+            length.prepare(descent)
         with clock("factorize"):
             scores = criterion.score(weights)
         with clock("select"):
@@ -283,22 +281,9 @@ class Pruner:
             thresholds = active.largest_by_layer(scores, removed)
         with clock("update"):
             directions = criterion.directions(weights, removed)
-
-        def change_at(scales: Sequence[float]) -> Tensor:
-            moves = [s * d for s, d in zip(scales, directions, strict=True)]
-            return sum(moves, torch.where(removed, -weights, 0.0))
-
-        scales = (config.update_scale,) * len(directions)
-        if config.step_search:
-            with clock("search"):
-                scales = search_scales(
-                    lambda trial: trial_loss(weights + change_at(trial), removed),
-                    len(directions),
-                    config.update_scale,
-                    0.0 if descent is None else criterion.first_order_scale,
-                )
+        with clock("search"):
+            scales, change = length.choose(removed, directions)
         with clock("update"):
-            change = change_at(scales)
             shares = criterion.predicted_increase(change)
             predicted = None if shares is None else active.sum_by_layer(shares)
         with clock("write"):

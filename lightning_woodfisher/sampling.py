@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from lightning_woodfisher.active_weights import ActiveWeights
+from lightning_woodfisher.batches import Batches, KeptBatches
 from lightning_woodfisher.clock import PhaseClock, Progress, no_progress
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.distributed import Communicator
@@ -33,7 +34,8 @@ from lightning_woodfisher.sharding import undisturbed
 _SAMPLES_EVALUATED_AT_ONCE = 64
 _FIRST_ORDER_BATCH = 256
 _ROWS_ADDED_AT_ONCE = 8
-_MOST_TRIAL_BATCHES = 16
+# The first-order sample is read for the gradient and for every trial of the search.
+_BYTES_OF_SAMPLES_KEPT = 2**28
 
 
 class Sampling:
@@ -66,6 +68,8 @@ class Sampling:
         self._clock = clock or PhaseClock()
         self._progress = progress
         self._measure_loss = measure_loss
+        # The first-order sample of this part.
+        self._kept: tuple[tuple[int, ...], Batches | None] = (), None
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -154,7 +158,7 @@ class Sampling:
             )
         return collect_gradients(
             self._source,
-            self._source.batches(count, size, seed),
+            self._batches(count, size, seed),
             parameters,
             active.positions,
             active.partition.shard_sizes(),
@@ -186,8 +190,7 @@ class Sampling:
         """Compute the mean loss at weights that are on trial.
 
         Args:
-            criterion: 4,096 of its ``first_order_samples`` are taken where it uses any,
-                the same for all trials.
+            criterion: whose ``first_order_samples`` are taken where it uses any.
             seed: of the samples.
 
         Returns:
@@ -198,14 +201,13 @@ class Sampling:
             count, size = self._groups(seed)
         else:
             seed, count, size = sample
-            count = min(count, _MOST_TRIAL_BATCHES)
         losses = self._losses(seed, count, size, finite=False)
         return sum(losses) / len(losses)
 
     def _losses(
         self, seed: int, count: int, size: int, finite: bool = True
     ) -> list[float]:
-        batches = self._source.batches(count, size, seed)
+        batches = self._batches(count, size, seed)
         if self._masks.sharded:
             return sharded_mean_loss(self._source, batches, count, self._comm, seed)
         return mean_loss(self._source, batches, count, self._comm, seed, finite=finite)
@@ -255,16 +257,26 @@ class Sampling:
             size = min(samples, fisher.gradient_batch_size)
         count, seed = samples // size, derive_seed(seed, "first order")
         name = f"fisher.first_order_samples={samples}"
+        if self._kept[0] == (count, size, seed):
+            return seed, count, size
         try:
-            regroupable = self._source.batches(count, size, seed).regroupable
+            batches = self._source.batches(count, size, seed)
         except ConfigurationError as error:
             raise ConfigurationError(f"{name}: {error}") from error
-        if not regroupable:
+        if not batches.regroupable:
             raise ConfigurationError(
                 f"{name} needs a map-style dataset, for the data comes in batches whose "
                 "size nobody knows; set it to None, or give a dataset."
             )
+        kept = KeptBatches(batches, _BYTES_OF_SAMPLES_KEPT)
+        self._kept = (count, size, seed), kept
         return seed, count, size
+
+    def _batches(self, count: int, size: int, seed: int) -> Batches:
+        key, kept = self._kept
+        if kept is not None and key == (count, size, seed):
+            return kept
+        return self._source.batches(count, size, seed)
 
     def _groups(self, seed: int) -> tuple[int, int]:
         """Number and size of the batches in which losses are measured."""

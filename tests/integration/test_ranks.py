@@ -185,7 +185,7 @@ CASES = {
     "rows of bfloat16": Case(row_dtype="bfloat16"),
     "bfloat16, full": Case(row_dtype="bfloat16", block_size=None),
     "searched": Case(block_size=None, step_search=True, recompute_steps=2),
-    "searched, stream": Case(stream="iterator", step_search=True),
+    "searched, iterator": Case(stream="iterator", step_search=True),
     "WoodTaylor": Case(criterion="woodtaylor", update="independent"),
     "WoodTaylor, searched": Case(
         build=convolutional,
@@ -276,12 +276,18 @@ def test_the_cases_prune_what_they_were_asked_for(
     assert bool(reports[-1]["raised_damping"]) == (case == "raised damping")
     one_by_one: dict[str, str] = {
         **dict.fromkeys(
-            ("stream of batches", "iterator", "stream that shuffles"),
+            (
+                "stream of batches",
+                "iterator",
+                "stream that shuffles",
+                "searched, iterator",
+            ),
             "loop: the data comes in batches",
         ),
         "one by one": "loop: asked for",
-        "batchnorm and dropout in training mode": (
-            "loop: in training mode samples of a batch may influence each other"
+        **dict.fromkeys(
+            ("batchnorm and dropout in training mode", "WoodTaylor, training mode"),
+            "loop: in training mode samples of a batch may influence each other",
         ),
     }
     expected = one_by_one.get(case, "per-sample")
