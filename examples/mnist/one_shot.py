@@ -7,8 +7,12 @@ FOLDER holds ``mnist.npz`` (``x_train`` and ``x_test`` as uint8 ``[n, 28, 28]``,
 ``fc3.weight`` [10, 20]: the network of the paper, 93.97 % on the test images).
 
 Prints the accuracy on the test images for magnitude, WoodFisher as published
-(independent updates in blocks of 784), the joint update with the full Fisher, and the
-joint update recomputed in parts. N = 1000 gradients of one sample, λ = 1e-5.
+(independent updates in blocks of 784), the joint update with the full Fisher, the joint
+update recomputed in parts, and WoodTaylor in parts whose length is taken by the measured
+loss. N = 1000 gradients of one sample; λ = 1e-5, with WoodTaylor 1e-3. ``--only`` chooses
+methods, ``--set`` tries other settings:
+
+    python examples/mnist/one_shot.py --data FOLDER --only "48 parts" --set damping=3e-4
 """
 
 from __future__ import annotations
