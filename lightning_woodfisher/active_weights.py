@@ -208,38 +208,77 @@ class ActiveWeights:
                 has been written then.
         """
         comm, masks = self._comm, self._masks
-        # A kept weight may not underflow to zero silently, but a removed one is zero.
-        new = torch.where(removed, 0.0, weights).to(_common_dtype(masks.parameters))
-        gone = removed
-        # Nobody else needs the weights of a shard.
+        new, gone = self._share(weights, removed), removed
         if not masks.sharded:
             sizes = self.partition.shard_sizes()
-            new = comm.gather_shards(new, sizes)
             gone = comm.gather_shards(gone.to(torch.uint8), sizes).bool()
             comm.require_equal(_checksum([new]), "the updated weights")
             comm.require_equal(_checksum([gone]), "the masks")
-        parts = {
-            name: values.to(masks.local(name).dtype)
-            for name, values in self._by_tensor(new).items()
-        }
-        # In the dtype in which they will be written: float16 overflows early.
-        bad = sum(int((~values.isfinite()).sum()) for values in parts.values())
-        bad = int(max(row[0] for row in comm.gather_numbers([bad])))
+        parts = self._in_own_dtype(new)
+        bad = self._count_bad(parts)
         if bad:
             raise PruningError(
                 f"{bad} updated weights are not finite; "
                 "raise fisher.damping or recompute_steps, or lower the step's sparsity"
             )
+        self._put(parts)
         pruned = {}
         for name, leaving in self._by_tensor(gone).items():
-            part, where = masks.local(name), self.positions[name]
-            flat = part.reshape(-1).clone()
-            flat[where] = parts[name]
-            part.copy_(flat.view(part.shape))
-            mask = torch.zeros_like(flat, dtype=torch.bool)
-            mask[where] = leaving
+            part = masks.local(name)
+            mask = torch.zeros_like(part, dtype=torch.bool).reshape(-1)
+            mask[self.positions[name]] = leaving
             pruned[name] = mask.view(part.shape)
         masks.grow(pruned)
+
+    @torch.no_grad()
+    def try_on(self, weights: Tensor, removed: Tensor) -> bool:
+        """Put weights into the model that :meth:`write` will overwrite; no mask grows.
+
+        Args:
+            weights: float64 ``[D_r]``.
+            removed: bool ``[D_r]``; these are zero in the trial.
+
+        Returns:
+            False when a weight is not finite in the dtype of its tensor; nothing has been
+            written then.
+        """
+        parts = self._in_own_dtype(self._share(weights, removed))
+        if self._count_bad(parts):
+            return False
+        self._put(parts)
+        return True
+
+    def _share(self, weights: Tensor, removed: Tensor) -> Tensor:
+        """Give all active weights that this rank holds in the model, ``[D]``."""
+        # A kept weight may not underflow to zero silently, but a removed one is zero.
+        dtype = _common_dtype(self._masks.parameters)
+        new = torch.where(removed, 0.0, weights).to(dtype)
+        # Nobody else needs the weights of a shard.
+        if self._masks.sharded:
+            return new
+        return self._comm.gather_shards(new, self.partition.shard_sizes())
+
+    def _in_own_dtype(self, values: Tensor) -> dict[str, Tensor]:
+        """Cut a vector of all active weights, each tensor in the dtype of the model."""
+        masks = self._masks
+        return {
+            name: part.to(masks.local(name).dtype)
+            for name, part in self._by_tensor(values).items()
+        }
+
+    def _count_bad(self, parts: Mapping[str, Tensor]) -> int:
+        """Count what is not finite, on the rank that has most of it."""
+        # In the dtype in which they will be written: float16 overflows early.
+        bad = sum(int((~values.isfinite()).sum()) for values in parts.values())
+        return int(max(row[0] for row in self._comm.gather_numbers([bad])))
+
+    def _put(self, parts: Mapping[str, Tensor]) -> None:
+        """Overwrite the active weights in the model."""
+        for name, values in parts.items():
+            part = self._masks.local(name)
+            flat = part.reshape(-1).clone()
+            flat[self.positions[name]] = values
+            part.copy_(flat.view(part.shape))
 
     def _by_tensor(self, values: Tensor) -> dict[str, Tensor]:
         """Cut a vector of all active weights that this rank holds."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "Batches",
     "DatasetBatches",
+    "KeptBatches",
     "StreamBatches",
     "Streams",
     "loader_batches",
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -258,6 +260,74 @@ def _warn_of(sampler: str) -> None:
         "gradients are taken of samples from the whole dataset; pass a loader over a "
         "torch.utils.data.Subset if that is too much.",
         stacklevel=4,
+    )
+
+
+class KeptBatches(Batches):
+    """Batches that are fetched again and again, and kept as far as memory is given.
+
+    Args:
+        batches: which can be fetched in any order.
+        most_bytes: of the tensors that are kept.
+    """
+
+    def __init__(self, batches: Batches, most_bytes: int) -> None:
+        self._batches = batches
+        self._left = most_bytes
+        self._kept: dict[int, Any] = {}
+        self.regroupable = batches.regroupable
+        self.size = batches.size
+
+    def fetch(self, index: int) -> Any:
+        """Make one batch, or give it once more.
+
+        Args:
+            index: which one.
+
+        Returns:
+            The batch.
+        """
+        if index in self._kept:
+            return _copy(self._kept[index])
+        # The caller's generators must not tell whether a batch had to be made.
+        with random_states_kept():
+            batch = self._batches.fetch(index)
+        leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        size = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+        if size <= self._left:
+            self._left -= size
+            self._kept[index] = _copy(batch)
+        return batch
+
+    def fetch_group(self, first: int, count: int, seed: int) -> Any:
+        """Make one batch of the samples of several.
+
+        Args:
+            first: number of the first batch.
+            count: number of batches.
+            seed: the samples of batch i are drawn under ``derive_seed(seed, i)``.
+
+        Returns:
+            The samples.
+        """
+        return self._batches.fetch_group(first, count, seed)
+
+    def describe(self, index: int) -> str:
+        """Name the samples of a batch.
+
+        Args:
+            index: which batch.
+
+        Returns:
+            Their indices in the dataset.
+        """
+        return self._batches.describe(index)
+
+
+def _copy(batch: Any) -> Any:
+    # A loss may change its batch in place.
+    return tree_map(
+        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch
     )
 
 

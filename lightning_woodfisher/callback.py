@@ -81,7 +81,9 @@ class WoodFisherPruningCallback(pl.Callback):
             three quarters of training, with a step at every epoch.
         fisher: how the Fisher is estimated.
         selection: which weights may go and what they compete for.
-        criterion: ``"woodfisher"``, or ``"magnitude"`` as a baseline.
+        criterion: ``"woodfisher"``; ``"woodtaylor"``, which also follows the gradient of
+            the loss, for networks that are not at a minimum (use ``step_search``); or
+            ``"magnitude"`` as a baseline.
         update: how the kept weights make up for the removed ones: ``"joint"`` minimises
             the quadratic model, ``"independent"`` sums the single-weight updates as
             published, ``"none"`` leaves them alone.
@@ -99,6 +101,11 @@ class WoodFisherPruningCallback(pl.Callback):
         flops_target: share of the dense network's FLOPs that is left at the end. It then
             decides how many weights go, and ``target_sparsity`` and the schedule say only
             how fast: a step at half the target sparsity saves half of the FLOPs.
+        step_search: take as much of each update as gives the smallest loss measured on the
+            samples, nothing if need be, so that no update makes it worse.
+        update_scale: share of the update of the kept weights that is taken, in [0, 1];
+            with ``step_search`` the most that is. 0 leaves them alone, like
+            ``update="none"`` and Optimal Brain Damage.
 
     Raises:
         ConfigurationError: for a value that cannot work.
@@ -119,6 +126,8 @@ class WoodFisherPruningCallback(pl.Callback):
         report_path: str | None = None,
         seed: int = 0,
         flops_target: float | None = None,
+        step_search: bool = False,
+        update_scale: float = 1.0,
     ) -> None:
         check_sparsity(target_sparsity)
         if flops_target is None:
@@ -134,6 +143,8 @@ class WoodFisherPruningCallback(pl.Callback):
             measure_loss=measure_loss,
             seed=seed,
             flops_target=flops_target,
+            step_search=step_search,
+            update_scale=update_scale,
         )
         self.loss_method = loss_method
         self.dataloader = dataloader

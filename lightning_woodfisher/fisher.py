@@ -87,6 +87,9 @@ class FisherConfig:
         collection: ``"auto"`` computes many gradients in one pass where that gives the
             same numbers, ``"loop"`` each of them on its own.
         row_dtype: of gradients that are exchanged and kept; bfloat16 halves both.
+        first_order_samples: samples of the mean gradient of ``criterion="woodtaylor"`` and
+            of the losses of its step search, rounded down to whole mini-batches of 256;
+            None takes those of the N gradients.
     """
 
     num_gradients: int = 256
@@ -100,11 +103,13 @@ class FisherConfig:
     memory_budget: str | int | None = None
     collection: Collection = "auto"
     row_dtype: RowDtype = "float32"
+    first_order_samples: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_gradients", "gradient_batch_size", "block_size"):
+        optional = ("block_size", "first_order_samples")
+        for name in ("num_gradients", "gradient_batch_size", *optional):
             value = getattr(self, name)
-            if name == "block_size" and value is None:
+            if name in optional and value is None:
                 continue
             require_integer(f"fisher.{name}", value)
             if value < 1:

@@ -177,7 +177,13 @@ def iterate_chunks(rows: Iterable[Tensor], size: int) -> Iterator[Tensor]:
 
 
 def mean_loss(
-    source: LossSource, batches: Batches, count: int, comm: Communicator, seed: int
+    source: LossSource,
+    batches: Batches,
+    count: int,
+    comm: Communicator,
+    seed: int,
+    *,
+    finite: bool = True,
 ) -> list[float]:
     """Compute the losses of the mini-batches without gradients, shared by the ranks.
 
@@ -189,6 +195,7 @@ def mean_loss(
         count: N.
         comm: the ranks.
         seed: the one given to :func:`collect_gradients`.
+        finite: False lets losses that are not finite pass.
 
     Returns:
         N losses in order, the same on every rank.
@@ -199,7 +206,8 @@ def mean_loss(
         for index in range(comm.rank, count, comm.world_size):
             with seeded(derive_seed(seed, index)):
                 own[index] = _value(source, batches, index)
-            _require_finite(own[index], batches, index)
+            if finite:
+                _require_finite(own[index], batches, index)
     except Exception as error:
         failure = error
     comm.agree(failure)

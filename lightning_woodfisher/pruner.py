@@ -19,7 +19,7 @@ __all__ = [
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -65,6 +65,7 @@ from lightning_woodfisher.selector import (
     take_zeros,
 )
 from lightning_woodfisher.sharding import reshard
+from lightning_woodfisher.step_length import StepLength
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class PruningConfig:
     measure_loss: bool = True
     seed: int = 0
     flops_target: float | None = None
+    step_search: bool = False
+    update_scale: float = 1.0
 
     @property
     def counts_flops(self) -> bool:
@@ -103,6 +106,12 @@ class PruningConfig:
                 f"{', '.join(get_args(Update))}.{nearest(self.update, get_args(Update))}"
             )
         require_integer("recompute_steps", self.recompute_steps)
+        require_number("update_scale", self.update_scale)
+        if not 0.0 <= self.update_scale <= 1.0:
+            raise ConfigurationError(
+                f"update_scale={self.update_scale} is outside [0, 1]; 1 is the whole "
+                "update, 0 none."
+            )
         if self.recompute_steps < 1:
             raise ConfigurationError(
                 f"recompute_steps={self.recompute_steps} must be at least 1."
@@ -123,6 +132,7 @@ class _PartResult:
     losses_before: list[float]
     losses_after: list[float]
     collection: str | None
+    scales: Sequence[float]
 
     @property
     def measured(self) -> float | None:
@@ -309,13 +319,30 @@ class Pruner:
         criterion.begin(active.partition, comm)
         losses_before, collection = sampling.observe(criterion, active, seed)
 
+        search = config.step_search and config.update != "none"
         with clock("factorize"):
             weights = active.gather()
+            descent = criterion.descent() if search else None
+        length = StepLength(
+            criterion,
+            active,
+            sampling,
+            weights,
+            seed,
+            largest=config.update_scale,
+            search=search,
+        )
+        with clock("search"):
+            length.prepare(descent)
+        with clock("factorize"):
             candidates = selector.candidates(criterion, active, weights)
         with clock("select"):
             removed, thresholds = selector.choose(candidates, active, part)
         with clock("update"):
-            change = criterion.compensate(weights, removed)
+            directions = criterion.directions(weights, removed)
+        with clock("search"):
+            scales, change = length.choose(removed, directions)
+        with clock("update"):
             shares = criterion.predicted_increase(change)
             predicted = None if shares is None else active.sum_by_layer(shares)
         with clock("write"):
@@ -329,6 +356,7 @@ class Pruner:
             losses_before=losses_before,
             losses_after=sampling.measure(seed),
             collection=collection,
+            scales=scales,
         )
 
     def _report(
@@ -376,6 +404,8 @@ class Pruner:
                 dict.fromkeys(p.collection for p in parts if p.collection)
             )
             or None,
+            update_scales=tuple(p.scales[0] for p in parts if p.scales),
+            first_order_scales=tuple(p.scales[1] for p in parts if len(p.scales) > 1),
         )
 
 
@@ -392,6 +422,8 @@ def prune(
     recompute_steps: int = 1,
     measure_loss: bool = True,
     seed: int = 0,
+    step_search: bool = False,
+    update_scale: float = 1.0,
     progress: Progress | None = None,
     flops_target: float | None = None,
 ) -> PruningReport:
@@ -411,11 +443,13 @@ def prune(
         target_sparsity: share of the selected weights that is zero afterwards, [0, 1).
         fisher: how the Fisher is estimated.
         selection: which weights may go.
-        criterion: ``"woodfisher"`` or ``"magnitude"``.
+        criterion: ``"woodfisher"``, ``"woodtaylor"`` or ``"magnitude"``.
         update: ``"joint"``, ``"independent"`` or ``"none"``.
         recompute_steps: reach the sparsity in this many parts, each with fresh gradients.
         measure_loss: also measure the loss after the step on the same samples.
         seed: of the samples and of anything random in the model.
+        step_search: take as much of each update as lowers the loss most.
+        update_scale: share of the update that is taken; with the search, at most.
         progress: see :class:`Pruner`.
         flops_target: in place of ``target_sparsity``: prune until the masked network needs
             this share of the FLOPs of the dense one, within 0.5 %.
@@ -437,6 +471,8 @@ def prune(
         measure_loss=measure_loss,
         seed=seed,
         flops_target=flops_target,
+        step_search=step_search,
+        update_scale=update_scale,
     )
     if target_sparsity is not None:
         check_sparsity(target_sparsity)

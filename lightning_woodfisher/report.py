@@ -69,6 +69,9 @@ class PruningReport:
             they were not asked for.
         flops_before: the same with the masks before the step.
         flops_after: the same with the masks after it.
+        update_scales: in each part, the share of the compensation that was taken; empty
+            without one.
+        first_order_scales: in each part, the share of the first-order step; empty without.
     """
 
     criterion: str
@@ -93,6 +96,8 @@ class PruningReport:
     flops_dense: int | None = None
     flops_before: float | None = None
     flops_after: float | None = None
+    update_scales: tuple[float, ...] = ()
+    first_order_scales: tuple[float, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -128,7 +133,8 @@ class PruningReport:
         ]
         plain["raised_damping"] = dict(self.raised_damping)
         plain["seconds"] = dict(self.seconds)
-        plain["fisher_bytes"] = list(self.fisher_bytes)
+        for name in ("fisher_bytes", "update_scales", "first_order_scales"):
+            plain[name] = list(plain[name])
         return plain
 
     @classmethod
@@ -145,8 +151,13 @@ class PruningReport:
             LayerReport(**{**layer, "shape": tuple(layer["shape"])})
             for layer in plain["layers"]
         )
-        fisher_bytes = tuple(plain["fisher_bytes"])
-        return cls(**{**plain, "layers": layers, "fisher_bytes": fisher_bytes})
+        # Reports of older versions have fewer fields.
+        numbers = {
+            name: tuple(plain[name])
+            for name in ("fisher_bytes", "update_scales", "first_order_scales")
+            if name in plain
+        }
+        return cls(**{**plain, "layers": layers, **numbers})
 
     def metrics(self) -> dict[str, float]:
         """Give the scalars for a logger.
@@ -164,6 +175,8 @@ class PruningReport:
             "measured_loss_increase": self.measured_increase,
             "bytes_exchanged": float(self.bytes_exchanged),
             "flops_share": self.flops_share,
+            "update_scale": next(reversed(self.update_scales), None),
+            "first_order_scale": next(reversed(self.first_order_scales), None),
         }
         values |= {f"seconds/{phase}": time for phase, time in self.seconds.items()}
         values |= {f"sparsity/{layer.name}": layer.sparsity for layer in self.layers}

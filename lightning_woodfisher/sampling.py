@@ -5,14 +5,17 @@ from __future__ import annotations
 __all__ = ["Sampling"]
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
 from lightning_woodfisher.active_weights import ActiveWeights
+from lightning_woodfisher.batches import Batches, KeptBatches
 from lightning_woodfisher.clock import PhaseClock, Progress, no_progress
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.fisher import FisherConfig, rows_in_chunk
 from lightning_woodfisher.gradients import (
     LossSource,
@@ -20,6 +23,7 @@ from lightning_woodfisher.gradients import (
     iterate_chunks,
     mean_loss,
 )
+from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.sharded_gradients import (
     collect_sharded_gradients,
@@ -28,6 +32,10 @@ from lightning_woodfisher.sharded_gradients import (
 from lightning_woodfisher.sharding import undisturbed
 
 _SAMPLES_EVALUATED_AT_ONCE = 64
+_FIRST_ORDER_BATCH = 256
+_ROWS_ADDED_AT_ONCE = 8
+# The first-order sample is read for the gradient and for every trial of the search.
+_BYTES_OF_SAMPLES_KEPT = 2**28
 
 
 class Sampling:
@@ -60,6 +68,8 @@ class Sampling:
         self._clock = clock or PhaseClock()
         self._progress = progress
         self._measure_loss = measure_loss
+        # The first-order sample of this part.
+        self._kept: tuple[tuple[int, ...], Batches | None] = (), None
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -99,16 +109,10 @@ class Sampling:
             self._progress("Collecting gradients", fisher.num_gradients) as tick,
         ):
             rows = self.rows(active, seed, losses, tick, notes)
-            try:
-                size = rows_in_chunk(fisher, active.partition.size)
-                for chunk in iterate_chunks(rows, size):
-                    with self._clock("accumulate"):
-                        criterion.observe(chunk)
-            except Exception:
-                # The others need this rank until the last exchange.
-                for _ in rows:
-                    pass
-                raise
+            self._feed(
+                rows, rows_in_chunk(fisher, active.partition.size), criterion.observe
+            )
+            self._observe_first_order(criterion, active, seed)
         # The loss after the step is measured in groups, and so must be the one before.
         if self._group(seed) > 1:
             losses = self.measure(seed)
@@ -121,6 +125,7 @@ class Sampling:
         losses: list[float] | None = None,
         tick: Callable[[int], object] = lambda _: None,
         notes: list[str] | None = None,
+        fisher: FisherConfig | None = None,
     ) -> Iterator[Tensor]:
         """Compute gradients.
 
@@ -130,13 +135,14 @@ class Sampling:
             losses: receives those of the mini-batches at the end.
             tick: called with the number of gradients that have been done.
             notes: receives how gradients were computed.
+            fisher: how many gradients of how many samples, if not as given at first.
 
         Returns:
             This rank's slice of all gradients, in order: tensors ``[n, D_r]``.
         """
         losses = [] if losses is None else losses
         notes = [] if notes is None else notes
-        fisher, parameters = self._fisher, self._masks.parameters
+        fisher, parameters = fisher or self._fisher, self._masks.parameters
         count, size = fisher.num_gradients, fisher.gradient_batch_size
         if self._masks.sharded:
             notes.append("loop: the model is sharded")
@@ -154,7 +160,7 @@ class Sampling:
             )
         return collect_gradients(
             self._source,
-            self._source.batches(count, size, seed),
+            self._batches(count, size, seed),
             parameters,
             active.positions,
             active.partition.shard_sizes(),
@@ -179,12 +185,105 @@ class Sampling:
         """
         if not self._measure_loss:
             return []
-        fisher, group = self._fisher, self._group(seed)
-        count, size = fisher.num_gradients // group, fisher.gradient_batch_size * group
         with self._clock("measure"):
+            return self._losses(seed, *self._groups(seed))
+
+    def measure_trial(self, criterion: Criterion, seed: int) -> float:
+        """Compute the mean loss at weights that are on trial.
+
+        Args:
+            criterion: whose ``first_order_samples`` are taken where it uses any.
+            seed: of the samples.
+
+        Returns:
+            The mean loss; it may be infinite or NaN.
+        """
+        sample = self._first_order(criterion, seed)
+        if sample is None:
+            count, size = self._groups(seed)
+        else:
+            seed, count, size = sample
+        losses = self._losses(seed, count, size, finite=False)
+        return sum(losses) / len(losses)
+
+    def _losses(
+        self, seed: int, count: int, size: int, finite: bool = True
+    ) -> list[float]:
+        batches = self._batches(count, size, seed)
+        if self._masks.sharded:
+            return sharded_mean_loss(self._source, batches, count, self._comm, seed)
+        return mean_loss(self._source, batches, count, self._comm, seed, finite=finite)
+
+    def _observe_first_order(
+        self, criterion: Criterion, active: ActiveWeights, seed: int
+    ) -> None:
+        """Feed a criterion with the gradients of its larger sample, if it wants one."""
+        sample = self._first_order(criterion, seed)
+        if sample is None:
+            return
+        seed, count, size = sample
+        fisher = dataclasses.replace(
+            self._fisher,
+            num_gradients=count,
+            gradient_batch_size=size,
+            row_dtype="float32",
+        )
+        rows = self.rows(active, seed, fisher=fisher)
+        self._feed(rows, _ROWS_ADDED_AT_ONCE, criterion.observe_first_order)
+
+    def _feed(
+        self, rows: Iterator[Tensor], size: int, take: Callable[[Tensor], None]
+    ) -> None:
+        """Hand all rows on in groups that do not depend on the number of ranks."""
+        try:
+            for chunk in iterate_chunks(rows, size):
+                with self._clock("accumulate"):
+                    take(chunk)
+        except Exception:
+            # The others need this rank until the last exchange.
+            for _ in rows:
+                pass
+            raise
+
+    def _first_order(
+        self, criterion: Criterion, seed: int
+    ) -> tuple[int, int, int] | None:
+        """Seed, number and size of the mini-batches of the first-order sample."""
+        fisher = self._fisher
+        samples = fisher.first_order_samples
+        if samples is None or not criterion.first_order:
+            return None
+        # BatchNorm in training mode makes gradients depend on the size of the batch.
+        size = min(samples, _FIRST_ORDER_BATCH)
+        if fisher.model_mode == "train":
+            size = min(samples, fisher.gradient_batch_size)
+        count, seed = samples // size, derive_seed(seed, "first order")
+        name = f"fisher.first_order_samples={samples}"
+        if self._kept[0] == (count, size, seed):
+            return seed, count, size
+        try:
             batches = self._source.batches(count, size, seed)
-            measure = sharded_mean_loss if self._masks.sharded else mean_loss
-            return measure(self._source, batches, count, self._comm, seed)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{name}: {error}") from error
+        if not batches.regroupable:
+            raise ConfigurationError(
+                f"{name} needs a map-style dataset, for the data comes in batches whose "
+                "size nobody knows; set it to None, or give a dataset."
+            )
+        kept = KeptBatches(batches, _BYTES_OF_SAMPLES_KEPT)
+        self._kept = (count, size, seed), kept
+        return seed, count, size
+
+    def _batches(self, count: int, size: int, seed: int) -> Batches:
+        key, kept = self._kept
+        if kept is not None and key == (count, size, seed):
+            return kept
+        return self._source.batches(count, size, seed)
+
+    def _groups(self, seed: int) -> tuple[int, int]:
+        """Number and size of the batches in which losses are measured."""
+        fisher, group = self._fisher, self._group(seed)
+        return fisher.num_gradients // group, fisher.gradient_batch_size * group
 
     def _group(self, seed: int) -> int:
         """How many mini-batches are evaluated as one: small ones are slow one by one."""

@@ -168,3 +168,17 @@ def test_format_table() -> None:
         "───",
         "sum",
     ]
+
+
+def test_scales_are_logged_and_survive_json_and_may_be_missing() -> None:
+    scaled = dataclasses.replace(
+        BARE, update_scales=(1.0, 0.5), first_order_scales=(0.01, 0.03)
+    )
+    metrics = scaled.metrics()
+    assert metrics["pruning/update_scale"] == 0.5
+    assert metrics["pruning/first_order_scale"] == 0.03
+    plain = json.loads(json.dumps(scaled.to_dict()))
+    assert PruningReport.from_dict(plain) == scaled
+    # What an older version has written.
+    del plain["update_scales"], plain["first_order_scales"]
+    assert PruningReport.from_dict(plain) == BARE

@@ -7,13 +7,19 @@ FOLDER holds ``mnist.npz`` (``x_train`` and ``x_test`` as uint8 ``[n, 28, 28]``,
 ``fc3.weight`` [10, 20]: the network of the paper, 93.97 % on the test images).
 
 Prints the accuracy on the test images for magnitude, WoodFisher as published
-(independent updates in blocks of 784), the joint update with the full Fisher, and the
-joint update recomputed in parts. N = 1000 gradients of one sample, λ = 1e-5.
+(independent updates in blocks of 784), the joint update with the full Fisher, the joint
+update recomputed in parts, and WoodTaylor in parts whose length is taken by the measured
+loss. N = 1000 gradients of one sample; λ = 1e-5, with WoodTaylor 1e-3. ``--only`` chooses
+methods, ``--set`` tries other settings:
+
+    python examples/mnist/one_shot.py --data FOLDER --only "48 parts" --set damping=3e-4
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import dataclasses
 import statistics
 from pathlib import Path
 from typing import Any
@@ -36,7 +42,25 @@ METHODS: dict[str, dict[str, Any]] = {
         "block_size": None,
         "recompute_steps": 8,
     },
+    "joint, full Fisher, 16 parts": {
+        "update": "joint",
+        "block_size": None,
+        "recompute_steps": 16,
+    },
 }
+WOODTAYLOR: dict[str, Any] = {
+    "criterion": "woodtaylor",
+    "update": "joint",
+    "block_size": None,
+    "damping": 1e-3,
+    "first_order_samples": 17_408,
+    "step_search": True,
+}
+for _parts in (16, 48):
+    METHODS[f"WoodTaylor, step search, {_parts} parts"] = {
+        **WOODTAYLOR,
+        "recompute_steps": _parts,
+    }
 
 
 def load(folder: Path) -> tuple[TensorDataset, Tensor, Tensor, dict[str, Tensor]]:
@@ -90,18 +114,34 @@ def main() -> None:
         "--sparsities", type=float, nargs="+", default=[0.9, 0.95, 0.98]
     )
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="methods with this in their name")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print the scales of the steps"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="other settings for these methods, such as damping=3e-4",
+    )
     arguments = parser.parse_args()
     train, images, labels, state = load(arguments.data)
     dense = accuracy(mlpnet(state), images, labels)
     print(f"dense: {dense:.2f} % of {len(labels):,} test images")
     rows = []
+    changes = {
+        name: ast.literal_eval(value)
+        for name, value in (text.split("=", 1) for text in arguments.set)
+    }
     for name, settings in METHODS.items():
-        settings = dict(settings)
+        if arguments.only not in name:
+            continue
+        settings = {**settings, **changes}
+        known = {field.name for field in dataclasses.fields(FisherConfig)}
+        own = {key: settings.pop(key) for key in known & settings.keys()}
         fisher = FisherConfig(
-            num_gradients=1000,
-            gradient_batch_size=1,
-            damping=1e-5,
-            block_size=settings.pop("block_size"),
+            **{"num_gradients": 1000, "gradient_batch_size": 1, "damping": 1e-5, **own}
         )
         for sparsity in arguments.sparsities:
             found = []
@@ -109,7 +149,7 @@ def main() -> None:
             seeds = 1 if settings.get("criterion") == "magnitude" else arguments.seeds
             for seed in range(seeds):
                 model = mlpnet(state)
-                prune(
+                report = prune(
                     model,
                     train,
                     loss_fn,
@@ -120,6 +160,12 @@ def main() -> None:
                     **settings,
                 )
                 found.append(accuracy(model, images, labels))
+                if arguments.verbose:
+                    print(
+                        report.update_scales,
+                        report.first_order_scales,
+                        dict(report.seconds),
+                    )
             each = "  ".join(f"{value:.2f}" for value in found)
             rows.append((name, f"{sparsity:g}", f"{statistics.mean(found):.2f}", each))
     head = ("MLPNet on MNIST, one shot", "sparsity", "mean", "accuracy by seed, %")

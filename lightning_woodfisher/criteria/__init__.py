@@ -9,14 +9,16 @@ from typing import Literal
 from lightning_woodfisher.criteria.base import Criterion
 from lightning_woodfisher.criteria.magnitude import Magnitude
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
+from lightning_woodfisher.criteria.woodtaylor import WoodTaylor
 from lightning_woodfisher.errors import ConfigurationError, nearest
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.obs import Update
 
-CriterionName = Literal["woodfisher", "magnitude"]
+CriterionName = Literal["woodfisher", "woodtaylor", "magnitude"]
 
 CRITERIA: dict[str, type[Criterion]] = {
     "woodfisher": WoodFisher,
+    "woodtaylor": WoodTaylor,
     "magnitude": Magnitude,
 }
 

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_woodfisher.distributed import Communicator
@@ -29,15 +30,22 @@ class Criterion(ABC):
 
     Attributes:
         uses_gradients: whether rows must be collected for it.
+        first_order: whether it has a mean gradient, to which ``first_order_samples`` and
+            :meth:`observe_first_order` belong.
+        compensates: whether the kept weights change.
+        first_order_scale: share of :meth:`descent` that :meth:`score` takes for granted.
         damping: λ, None for a criterion without.
     """
 
     uses_gradients: ClassVar[bool] = True
+    first_order: ClassVar[bool] = False
+    compensates: ClassVar[bool] = True
 
     def __init__(self, fisher: FisherConfig, update: Update) -> None:
         self.fisher = fisher
         self.update: Update = update
         self.damping: float | None = None
+        self.first_order_scale = 1.0
 
     @abstractmethod
     def layout(
@@ -73,6 +81,21 @@ class Criterion(ABC):
         Args:
             rows: tensor ``[n, D_r]``.
         """
+
+    def observe_first_order(self, rows: Tensor) -> None:  # noqa: B027  (few have any)
+        """Take in gradients of the sample for the mean gradient.
+
+        Args:
+            rows: tensor ``[n, D_r]``.
+        """
+
+    def descent(self) -> Tensor | None:
+        """Give the step of first order with nothing removed; call it after all rows.
+
+        Returns:
+            float64 ``[D_r]``, or None for a criterion without.
+        """
+        return None
 
     @abstractmethod
     def score(self, weights: Tensor) -> Tensor:
@@ -112,6 +135,22 @@ class Criterion(ABC):
         Returns:
             δ, float64 ``[D_r]``; exactly −w where removed.
         """
+
+    def directions(self, weights: Tensor, removed: Tensor) -> Sequence[Tensor]:
+        """Take the change of the kept weights apart into what can be scaled on its own.
+
+        Args:
+            weights: float64 ``[D_r]``.
+            removed: bool ``[D_r]``.
+
+        Returns:
+            float64 ``[D_r]`` each, zero where removed: the compensation, and after it a
+            direction of first order where the criterion has one. Their sum is what
+            :meth:`compensate` does to the kept weights.
+        """
+        if self.update == "none" or not self.compensates:
+            return ()
+        return (torch.where(removed, 0.0, self.compensate(weights, removed)),)
 
     def predicted_increase(self, change: Tensor) -> Tensor | None:
         """Predict the rise of the loss under a change of the weights.

@@ -20,6 +20,7 @@ class Magnitude(Criterion):
     """Saliency |w|, no update."""
 
     uses_gradients: ClassVar[bool] = False
+    compensates: ClassVar[bool] = False
 
     def layout(
         self,

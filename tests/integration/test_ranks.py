@@ -110,6 +110,8 @@ class Case:
     stream: Literal["", "list", "iterator", "shuffled", "loader"] = ""
     collection: Any = "auto"
     row_dtype: Any = "float32"
+    first_order_samples: int | None = None
+    step_search: bool = False
 
     def prune(self) -> tuple[nn.Module, list[PruningReport]]:
         dtype = torch.float64 if self.double else torch.float32
@@ -133,6 +135,7 @@ class Case:
             model_mode=self.model_mode,
             collection=self.collection,
             row_dtype=self.row_dtype,
+            first_order_samples=self.first_order_samples,
         )
         reports = [
             prune(
@@ -146,6 +149,7 @@ class Case:
                 update=self.update,
                 recompute_steps=self.recompute_steps,
                 seed=5,
+                step_search=self.step_search,
             )
             for target in self.targets
         ]
@@ -180,6 +184,24 @@ CASES = {
     "one by one": Case(collection="loop"),
     "rows of bfloat16": Case(row_dtype="bfloat16"),
     "bfloat16, full": Case(row_dtype="bfloat16", block_size=None),
+    "searched": Case(block_size=None, step_search=True, recompute_steps=2),
+    "searched, iterator": Case(stream="iterator", step_search=True),
+    "WoodTaylor": Case(criterion="woodtaylor", update="independent"),
+    "WoodTaylor, searched": Case(
+        build=convolutional,
+        criterion="woodtaylor",
+        step_search=True,
+        recompute_steps=2,
+        first_order_samples=120,
+    ),
+    "WoodTaylor, training mode": Case(
+        build=convolutional,
+        criterion="woodtaylor",
+        block_size=None,
+        model_mode="train",
+        step_search=True,
+        first_order_samples=159,
+    ),
     "many micro-batches": Case(
         build=convolutional, num_gradients=50, gradient_batch_size=2
     ),
@@ -254,12 +276,18 @@ def test_the_cases_prune_what_they_were_asked_for(
     assert bool(reports[-1]["raised_damping"]) == (case == "raised damping")
     one_by_one: dict[str, str] = {
         **dict.fromkeys(
-            ("stream of batches", "iterator", "stream that shuffles"),
+            (
+                "stream of batches",
+                "iterator",
+                "stream that shuffles",
+                "searched, iterator",
+            ),
             "loop: the data comes in batches",
         ),
         "one by one": "loop: asked for",
-        "batchnorm and dropout in training mode": (
-            "loop: in training mode samples of a batch may influence each other"
+        **dict.fromkeys(
+            ("batchnorm and dropout in training mode", "WoodTaylor, training mode"),
+            "loop: in training mode samples of a batch may influence each other",
         ),
     }
     expected = one_by_one.get(case, "per-sample")
