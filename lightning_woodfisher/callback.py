@@ -80,7 +80,8 @@ class WoodFisherPruningCallback(pl.Callback):
             three quarters of training, with a step at every epoch.
         fisher: how the Fisher is estimated.
         selection: which weights may go and what they compete for.
-        criterion: ``"woodfisher"``, or ``"magnitude"`` as a baseline.
+        criterion: ``"woodfisher"``, or as a baseline ``"kfac"``, ``"diagonal_fisher"``,
+            ``"hessian_diagonal"`` or ``"magnitude"``.
         update: how the kept weights make up for the removed ones: ``"joint"`` minimises
             the quadratic model, ``"independent"`` sums the single-weight updates as
             published, ``"none"`` leaves them alone.

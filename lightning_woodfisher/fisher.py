@@ -33,6 +33,7 @@ __all__ = [
     "choose_engine",
     "full_column_chunk",
     "make_inverse_fisher",
+    "mini_batches_in_group",
     "rows_in_chunk",
 ]
 
@@ -59,6 +60,9 @@ from lightning_woodfisher.sizes import parse_bytes
 Engine = Literal["auto", "primal", "dual"]
 Collection = Literal["auto", "loop"]
 RowDtype = Literal["float32", "bfloat16"]
+
+
+_SAMPLES_EVALUATED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -239,3 +243,19 @@ def rows_in_chunk(fisher: FisherConfig) -> int:
     ):
         return min(32, fisher.num_gradients)
     return min(128, fisher.num_gradients)
+
+
+def mini_batches_in_group(fisher: FisherConfig) -> int:
+    """Choose how many mini-batches are evaluated as one: small ones are slow one by one.
+
+    Args:
+        fisher: the settings.
+
+    Returns:
+        A divisor of N with about 64 samples; 1 in training mode, where BatchNorm makes the
+        loss depend on the size of the batch.
+    """
+    if fisher.model_mode == "train":
+        return 1
+    most = max(1, _SAMPLES_EVALUATED_AT_ONCE // fisher.gradient_batch_size)
+    return max(g for g in range(1, most + 1) if fisher.num_gradients % g == 0)

@@ -75,7 +75,7 @@ class PruningConfig:
     @property
     def reads_data(self) -> bool:
         """Whether a step looks at any sample."""
-        return self.measure_loss or CRITERIA[self.criterion].uses_gradients
+        return self.measure_loss or CRITERIA[self.criterion].needs != "nothing"
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
@@ -205,12 +205,7 @@ class Pruner:
         )
         with comm.failing_together(), sampling.session():
             criterion = make_criterion(config.criterion, fisher, config.update)
-            if not criterion.uses_gradients:
-                sampling.measure(config.seed)
-                return
-            active = ActiveWeights(self.masks, criterion.layout, comm)
-            for _ in sampling.rows(active, config.seed):
-                pass
+            sampling.rehearse(criterion, config.seed)
 
     def _counts_of_parts(self, target_sparsity: float) -> list[list[int]]:
         """How many weights each group gives up, in each part."""
@@ -351,7 +346,8 @@ def prune(
         target_sparsity: share of the selected weights that is zero afterwards, [0, 1).
         fisher: how the Fisher is estimated.
         selection: which weights may go.
-        criterion: ``"woodfisher"`` or ``"magnitude"``.
+        criterion: ``"woodfisher"``, or as a baseline ``"kfac"``, ``"diagonal_fisher"``,
+            ``"hessian_diagonal"`` or ``"magnitude"``.
         update: ``"joint"``, ``"independent"`` or ``"none"``.
         recompute_steps: reach the sparsity in this many parts, each with fresh gradients.
         measure_loss: also measure the loss after the step on the same samples.
@@ -408,6 +404,7 @@ def within_memory(
         config.update,
         max(p.element_size() for p in masks.parameters.values()),
         torch.get_num_threads() if comm.device.type == "cpu" else 1,
+        [p.shape for p in masks.parameters.values()],
     )
     fisher, cost = fit_into_memory(work, comm, ranks_on_host)
     return dataclasses.replace(config, fisher=fisher), cost

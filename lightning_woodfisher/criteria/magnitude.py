@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.criteria.base import Criterion
+from lightning_woodfisher.criteria.base import Criterion, Needs
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.partition import Partition, make_partition
 
@@ -18,7 +18,7 @@ from lightning_woodfisher.partition import Partition, make_partition
 class Magnitude(Criterion):
     """Saliency |w|, no update."""
 
-    uses_gradients: ClassVar[bool] = False
+    needs: ClassVar[Needs] = "nothing"
 
     def layout(self, segments: Sequence[int], world_size: int) -> Partition:
         """Cut the weights into equal shares; there are no blocks to respect.

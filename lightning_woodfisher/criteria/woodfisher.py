@@ -14,6 +14,7 @@ from lightning_woodfisher.fisher import (
     FisherConfig,
     InverseFisher,
     block_cost,
+    choose_engine,
     full_column_chunk,
     make_inverse_fisher,
 )
@@ -126,6 +127,14 @@ class WoodFisher(Criterion):
             λ by first active weight (global number).
         """
         return self.inverse_fisher.raised()
+
+    @property
+    def engine(self) -> str:
+        """``"primal"``, ``"dual"`` or ``"full"``."""
+        fisher = self.fisher
+        if fisher.block_size is None:
+            return "full"
+        return choose_engine(fisher.engine, fisher.num_gradients, fisher.block_size)
 
     @property
     def state_bytes(self) -> int:
