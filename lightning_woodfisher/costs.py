@@ -172,7 +172,7 @@ def rank_memory(work: Work, rank: int) -> dict[str, Memory]:
     kept = total * (work.weight_bytes + 1) + 8 * active
     phases: dict[str, Memory] = {}
     if work.engine == "factors":
-        phases["collect"] = _factor_collection(work, units, kept)
+        phases["collect"] = _factor_collection(work, units, kept, state)
     elif work.uses_gradients:
         phases |= _collection(work, units, kept, state)
     # From here on all active weights are there in float64.
@@ -265,13 +265,15 @@ def _collection(
     }
 
 
-def _factor_collection(work: Work, units: Sequence[Unit], kept: int) -> Memory:
+def _factor_collection(
+    work: Work, units: Sequence[Unit], kept: int, state: int
+) -> Memory:
     """Memory while the Kronecker factors of layers are taken; patches not counted."""
     ranks, own = work.world_size, _factor_numbers(work, units)
     everything = _factor_numbers(work, work.partition.units)
     sending = everything * (1 + (ranks > 1)) + own * ranks * (ranks > 1)
-    # The sums, and the means made of them.
-    return Memory(2 * 8 * own, sending * work.computed_bytes, 0, kept)
+    # The sums, and the means made of them, take what the inverses take later.
+    return Memory(state, sending * work.computed_bytes, 0, kept)
 
 
 def _factor_numbers(work: Work, units: Sequence[Unit]) -> int:

@@ -100,7 +100,7 @@ class Sampling:
             losses: list[float] = []
             criterion.observe_factors(self.factors(active, seed, losses))
             # They are of the same groups as the losses after the step.
-            return losses if self._measure_loss else [], "hooks on layers"
+            return losses if self._measure_loss else [], "factors of layers"
         fisher, curved = self._fisher, criterion.needs == "curvature rows"
         losses = []
         notes: list[str] = []

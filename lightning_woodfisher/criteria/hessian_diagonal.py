@@ -19,7 +19,8 @@ class HessianDiagonal(DiagonalFisher):
     mean of z∘Hz estimates diag(H) of the active weights (Hutchinson 1990; Bekas, Kokiopoulou
     & Saad 2007). Where H couples weights the estimate is noisy: the error of one entry
     falls like the root of Σ_k H_jk² over the number of probes. A negative curvature counts
-    as none, for a saddle is no reason to prefer a weight.
+    as none, for a saddle is no reason to prefer a weight. An ``autograd.Function`` marked
+    ``once_differentiable`` counts as constant: PyTorch drops what lies behind it.
     """
 
     needs: ClassVar[Needs] = "curvature rows"
