@@ -42,7 +42,7 @@ _DUAL_GRAMS, _DUAL_ROWS = 4, 2
 _FULL_GRAMS = 6
 # Copies of a layer's factor when it is inverted, and of its weights when it is updated.
 _FACTOR_MATRICES = 2
-_LAYER_VECTORS = 11
+_LAYER_MATRICES, _LAYER_VECTORS = 3, 7
 # Steps of conjugate gradients in the joint update, about.
 _SOLVER_STEPS = 50
 # Whole vectors of the shard that live at once, 8 bytes each: after the factorisation
@@ -175,16 +175,22 @@ def rank_memory(work: Work, rank: int) -> dict[str, Memory]:
         phases["collect"] = _factor_collection(work, units, kept, state)
     elif work.uses_gradients:
         phases |= _collection(work, units, kept, state)
+    layers = work.engine == "factors"  # One follows the other, with vectors of its own.
     # From here on all active weights are there in float64.
     kept += 8 * active
     gathering = work.gather_bytes * active
     vectors = 8 * own
     inverting, solving = _workspace(work, units)
     phases["factorize"] = Memory(
-        state, 0, inverting, kept + max(gathering, _VECTORS_FACTORIZE * vectors)
+        state,
+        0,
+        inverting,
+        kept + max(gathering, (1 if layers else _VECTORS_FACTORIZE) * vectors),
     )
     phases["select"] = Memory(state, 0, 0, kept + _VECTORS_SELECT * vectors)
-    phases["update"] = Memory(state, 0, solving, kept + _VECTORS_UPDATE * vectors)
+    phases["update"] = Memory(
+        state, 0, solving, kept + (2 if layers else _VECTORS_UPDATE) * vectors
+    )
     longest = max(work.partition.shard_sizes())
     buffers = longest * (1 + work.world_size) * (work.world_size > 1)
     shared = (work.gather_bytes + 2) * active + work.gather_bytes * buffers
@@ -272,8 +278,11 @@ def _factor_collection(
     ranks, own = work.world_size, _factor_numbers(work, units)
     everything = _factor_numbers(work, work.partition.units)
     sending = everything * (1 + (ranks > 1)) + own * ranks * (ranks > 1)
-    # The sums, and the means made of them, take what the inverses take later.
-    return Memory(state, sending * work.computed_bytes, 0, kept)
+    # What is being added to the row, and which of its numbers are finite. The sums and
+    # the means made of them take as much as factors and inverses do later.
+    largest = max((max(pair) ** 2 for pair in _sides(work, units)), default=0)
+    workspace = work.computed_bytes * largest + everything
+    return Memory(state, sending * work.computed_bytes, workspace, kept)
 
 
 def _factor_numbers(work: Work, units: Sequence[Unit]) -> int:
@@ -307,8 +316,9 @@ def _workspace(work: Work, units: Sequence[Unit]) -> tuple[int, int]:
         sides = _sides(work, units)
         squares = max((max(pair) ** 2 for pair in sides), default=0)
         dense = max((o * i for o, i in sides), default=0)
-        inverting = 8 * max(_FACTOR_MATRICES * squares, 2 * dense)
-        return inverting, 8 * _LAYER_VECTORS * dense
+        inverting = 8 * max(_FACTOR_MATRICES * squares, dense)
+        solving = _LAYER_MATRICES * dense + _LAYER_VECTORS * _largest(units)
+        return inverting, 8 * solving
     else:
         inverting = solving = 0
     if host_bytes(work, units):

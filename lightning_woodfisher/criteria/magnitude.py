@@ -16,7 +16,7 @@ from lightning_woodfisher.partition import Partition, make_partition
 
 
 class Magnitude(Criterion):
-    """Saliency |w|, no update."""
+    """Saliency ``|w|``, no update."""
 
     needs: ClassVar[Needs] = "nothing"
 
