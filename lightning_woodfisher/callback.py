@@ -82,8 +82,9 @@ class WoodFisherPruningCallback(pl.Callback):
         fisher: how the Fisher is estimated.
         selection: which weights may go and what they compete for.
         criterion: ``"woodfisher"``; ``"woodtaylor"``, which also follows the gradient of
-            the loss, for networks that are not at a minimum (use ``step_search``); or
-            ``"magnitude"`` as a baseline.
+            the loss, for networks that are not at a minimum (use ``step_search``); or as a
+            baseline ``"kfac"``, ``"diagonal_fisher"``, ``"hessian_diagonal"`` or
+            ``"magnitude"``.
         update: how the kept weights make up for the removed ones: ``"joint"`` minimises
             the quadratic model, ``"independent"`` sums the single-weight updates as
             published, ``"none"`` leaves them alone.

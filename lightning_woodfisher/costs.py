@@ -22,7 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightning_woodfisher.criteria import CRITERIA, make_criterion
-from lightning_woodfisher.fisher import FisherConfig, choose_engine, rows_in_chunk
+from lightning_woodfisher.factors import factor_sides
+from lightning_woodfisher.fisher import (
+    FisherConfig,
+    mini_batches_in_group,
+    rows_in_chunk,
+)
 from lightning_woodfisher.gradients import micro_batch_size
 from lightning_woodfisher.obs import Update
 from lightning_woodfisher.partition import Partition, Unit
@@ -35,6 +40,11 @@ _GRAM_ITEMSIZE = {"auto": 4, "float32": 4, "float64": 8}
 _PRIMAL_MATRICES = 4
 _DUAL_GRAMS, _DUAL_ROWS = 4, 2
 _FULL_GRAMS = 6
+# Copies of a layer's factor when it is inverted, and of its weights when it is updated.
+_FACTOR_MATRICES = 2
+_LAYER_MATRICES, _LAYER_VECTORS = 3, 7
+# Steps of conjugate gradients in the joint update, about.
+_SOLVER_STEPS = 50
 # Whole vectors of the shard that live at once, 8 bytes each: after the factorisation
 # (diagonal and its parts), in the choice of weights, and when they are written.
 _VECTORS_FACTORIZE = 5
@@ -57,8 +67,10 @@ class Work:
         weight_bytes: bytes of a weight in the model.
         threads: units in work at once.
         sharded: every rank holds 1/R of every tensor (FSDP2) and all of it is its own.
+        shapes: of each selected tensor; K-FAC only.
 
     Attributes:
+        engine: what the criterion keeps of the curvature.
         held: weights of each selected tensor that a rank holds.
         exchanging: ranks among which gradients are exchanged.
         partition: the blocks and their owners, the same as in the step itself.
@@ -73,6 +85,8 @@ class Work:
     weight_bytes: int = 4
     threads: int = 1
     sharded: bool = False
+    shapes: Sequence[Sequence[int]] = ()
+    engine: str = field(init=False)
     held: Sequence[int] = field(init=False)
     exchanging: int = field(init=False)
     partition: Partition = field(init=False)
@@ -86,21 +100,17 @@ class Work:
         active = [-(-n // shards) for n in self.active]
         partition = criterion.layout(active, exchanging)
         object.__setattr__(self, "partition", partition)
+        object.__setattr__(self, "engine", criterion.engine)
 
     @property
     def uses_gradients(self) -> bool:
-        """Whether gradients are collected."""
-        return CRITERIA[self.criterion].uses_gradients
+        """Whether there are backward passes."""
+        return CRITERIA[self.criterion].needs != "nothing"
 
     @property
-    def engine(self) -> str:
-        """``"primal"``, ``"dual"``, ``"full"``, or ``"none"`` without a Fisher."""
-        if not self.uses_gradients:
-            return "none"
-        fisher = self.fisher
-        if fisher.block_size is None:
-            return "full"
-        return choose_engine(fisher.engine, fisher.num_gradients, fisher.block_size)
+    def twice(self) -> bool:
+        """Whether the loss is differentiated twice."""
+        return CRITERIA[self.criterion].needs == "curvature rows"
 
     @property
     def computed_bytes(self) -> int:
@@ -116,7 +126,7 @@ class Work:
     def gradients_at_once(self) -> int:
         """Rows that a rank computes in one pass, if the network allows more than one."""
         fisher = self.fisher
-        if fisher.collection == "loop" or self.sharded:
+        if fisher.collection == "loop" or self.sharded or self.twice:
             return 1
         return micro_batch_size(
             fisher.num_gradients, fisher.gradient_batch_size, self.partition.size
@@ -172,18 +182,26 @@ def rank_memory(work: Work, rank: int) -> dict[str, Memory]:
     # Weights and masks as they were before, and the positions of the active weights.
     kept = total * (work.weight_bytes + 1) + 8 * active
     phases: dict[str, Memory] = {}
-    if work.uses_gradients:
+    if work.engine == "factors":
+        phases["collect"] = _factor_collection(work, units, kept, state)
+    elif work.uses_gradients:
         phases |= _collection(work, units, kept, state)
+    layers = work.engine == "factors"  # One follows the other, with vectors of its own.
     # From here on all active weights are there in float64.
     kept += 8 * active
     gathering = work.gather_bytes * active
     vectors = 8 * own
     inverting, solving = _workspace(work, units)
     phases["factorize"] = Memory(
-        state, 0, inverting, kept + max(gathering, _VECTORS_FACTORIZE * vectors)
+        state,
+        0,
+        inverting,
+        kept + max(gathering, (1 if layers else _VECTORS_FACTORIZE) * vectors),
     )
     phases["select"] = Memory(state, 0, 0, kept + _VECTORS_SELECT * vectors)
-    phases["update"] = Memory(state, 0, solving, kept + _VECTORS_UPDATE * vectors)
+    phases["update"] = Memory(
+        state, 0, solving, kept + (2 if layers else _VECTORS_UPDATE) * vectors
+    )
     longest = max(work.partition.shard_sizes())
     buffers = longest * (1 + work.exchanging) * (work.exchanging > 1)
     shared = (work.gather_bytes + 2) * active + work.gather_bytes * buffers
@@ -209,7 +227,12 @@ def state_bytes(work: Work, units: Sequence[Unit]) -> int:
         return item * sum(unit.count * unit.size**2 for unit in units)
     if work.engine == "none":
         return 0
+    if work.engine == "factors":
+        # The damped factors and their inverses.
+        return 2 * 8 * (_factor_numbers(work, units) - 2 * len(units))
     weights = sum(unit.count * unit.size for unit in units)
+    if work.engine == "diagonal":
+        return 8 * weights
     return work.row_bytes * work.fisher.num_gradients * weights
 
 
@@ -243,16 +266,43 @@ def _collection(
     if ranks > 1:
         sending += arrived * min(ranks * at_once, count)
     gradients = work.weight_bytes * (sum(work.held) + max(work.held, default=0))
+    # z, its product with the Hessian and the gradient with its graph live together.
+    gradients *= 3 if work.twice else 1
     diagonal = kept + 8 * own
     waiting = chunk * arrived
     # A unit's rows in float64 if need be, and their product.
     products = max((unit.count * unit.size**2 for unit in units), default=0)
     products *= 4 * (work.engine == "primal")
     workspace = work.threads * (2 * 8 * chunk * _largest(units) + products)
+    if work.engine == "diagonal":
+        workspace = 2 * 8 * own
     return {
         "collect": Memory(state, sending + waiting, 0, diagonal + gradients),
         "accumulate": Memory(state, sending + waiting, workspace, diagonal),
     }
+
+
+def _factor_collection(
+    work: Work, units: Sequence[Unit], kept: int, state: int
+) -> Memory:
+    """Memory while the Kronecker factors of layers are taken; patches not counted."""
+    ranks, own = work.world_size, _factor_numbers(work, units)
+    everything = _factor_numbers(work, work.partition.units)
+    sending = everything * (1 + (ranks > 1)) + own * ranks * (ranks > 1)
+    # What is being added to the row, and which of its numbers are finite. The sums and
+    # the means made of them take as much as factors and inverses do later.
+    largest = max((max(pair) ** 2 for pair in _sides(work, units)), default=0)
+    workspace = work.computed_bytes * largest + everything
+    return Memory(state, sending * work.computed_bytes, workspace, kept)
+
+
+def _factor_numbers(work: Work, units: Sequence[Unit]) -> int:
+    """Count the numbers that travel for some layers: factors, samples and positions."""
+    return sum(o**2 + i**2 + 2 for o, i in _sides(work, units))
+
+
+def _sides(work: Work, units: Sequence[Unit]) -> list[tuple[int, int]]:
+    return [factor_sides(work.shapes[unit.segment]) for unit in units]
 
 
 def _workspace(work: Work, units: Sequence[Unit]) -> tuple[int, int]:
@@ -272,6 +322,14 @@ def _workspace(work: Work, units: Sequence[Unit]) -> tuple[int, int]:
     elif work.engine == "full":
         rows = _DUAL_ROWS * count * _largest(units)
         inverting = solving = 8 * (_FULL_GRAMS * count**2 + rows)
+    elif work.engine == "factors":
+        # Layers follow one another.
+        sides = _sides(work, units)
+        squares = max((max(pair) ** 2 for pair in sides), default=0)
+        dense = max((o * i for o, i in sides), default=0)
+        inverting = 8 * max(_FACTOR_MATRICES * squares, dense)
+        solving = _LAYER_MATRICES * dense + _LAYER_VECTORS * _largest(units)
+        return inverting, 8 * solving
     else:
         inverting = solving = 0
     if host_bytes(work, units):
@@ -310,9 +368,15 @@ def rank_traffic(work: Work, rank: int) -> dict[str, int]:
             rank * work.gradients_at_once, count, ranks * work.gradients_at_once
         )
     )
+    exchange = own_rows * others * work.row_bytes
+    if work.engine == "factors":
+        batches = count // mini_batches_in_group(work.fisher)
+        abroad = [u for r in range(ranks) if r != rank for u in work.partition.owned(r)]
+        own_batches = len(range(rank, batches, ranks))
+        exchange = own_batches * _factor_numbers(work, abroad) * work.computed_bytes
     sums = (1 + (work.update == "joint")) * (work.engine == "full")
     return {
-        "exchange": own_rows * others * work.row_bytes,
+        "exchange": exchange,
         "gather": (ranks - 1) * max(sizes) * (work.gather_bytes + 1),
         "reduce": 2 * (ranks - 1) * 8 * count**2 * sums // ranks,
     }
@@ -320,6 +384,8 @@ def rank_traffic(work: Work, rank: int) -> dict[str, int]:
 
 def rank_flops(work: Work, rank: int) -> dict[str, int]:
     """Count the floating-point operations of a rank, without the gradients themselves.
+
+    Nor are those in here that make the Kronecker factors: they depend on the inputs.
 
     Args:
         work: the part of the step.
@@ -343,6 +409,14 @@ def rank_flops(work: Work, rank: int) -> dict[str, int]:
             cubic = k * n**3 // 3 if work.engine == "dual" else 0
             factorize += product + cubic + n**2 * k * b
             update += (product + cubic if joint else 0) + 8 * n * k * b
+    if work.engine == "diagonal":
+        gram = 2 * n * sum(unit.count * unit.size for unit in units)
+    if work.engine == "factors":
+        for outputs, inputs in _sides(work, units):
+            product = 2 * outputs * inputs * (outputs + inputs)
+            factorize += outputs**3 + inputs**3
+            # A product with the inverse, or one with it and one with F in each step.
+            update += product * (2 * _SOLVER_STEPS if joint else 1)
     if work.engine == "full":
         # Every rank factorises the one N×N matrix.
         factorize += n**3 // 3

@@ -17,7 +17,7 @@ __all__ = ["Communicator", "ExactSum", "Pending"]
 import contextlib
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -236,6 +236,29 @@ class Communicator:
         dist.all_gather_into_tensor(everyone, mine, group=self._group)
         rows: list[list[float]] = everyone.view(self.world_size, -1).tolist()
         return rows
+
+    def gather_in_order(
+        self, own: Mapping[int, float], count: int, at_once: int = 1
+    ) -> list[float]:
+        """Put numbers that the ranks hold, micro-batch by micro-batch, into order.
+
+        Args:
+            own: this rank's numbers by i; micro-batch k belongs to rank k mod R.
+            count: how many there are on all ranks.
+            at_once: numbers of a micro-batch.
+
+        Returns:
+            All numbers, on every rank.
+        """
+        size = self.world_size
+        mine = [
+            own.get((r * size + self.rank) * at_once + j, math.nan)
+            for r in range(-(-count // (size * at_once)))
+            for j in range(at_once)
+        ]
+        columns = self.gather_numbers(mine)
+        places = (divmod(i, at_once) for i in range(count))
+        return [columns[k % size][k // size * at_once + j] for k, j in places]
 
     def sum_integers(self, values: Tensor) -> Tensor:
         """Add integer tensors over ranks, in place.

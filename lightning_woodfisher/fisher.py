@@ -33,6 +33,7 @@ __all__ = [
     "choose_engine",
     "full_column_chunk",
     "make_inverse_fisher",
+    "mini_batches_in_group",
     "rows_in_chunk",
 ]
 
@@ -61,6 +62,9 @@ Engine = Literal["auto", "primal", "dual"]
 _ENTRIES_IN_CHUNK = 2**26
 Collection = Literal["auto", "loop"]
 RowDtype = Literal["float32", "bfloat16"]
+
+
+_SAMPLES_EVALUATED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -247,3 +251,19 @@ def rows_in_chunk(fisher: FisherConfig, weights: int) -> int:
     ):
         return min(32, most)
     return min(most, max(64, min(256, _ENTRIES_IN_CHUNK // max(1, weights))))
+
+
+def mini_batches_in_group(fisher: FisherConfig) -> int:
+    """Choose how many mini-batches are evaluated as one: small ones are slow one by one.
+
+    Args:
+        fisher: the settings.
+
+    Returns:
+        A divisor of N with about 64 samples; 1 in training mode, where BatchNorm makes the
+        loss depend on the size of the batch.
+    """
+    if fisher.model_mode == "train":
+        return 1
+    most = max(1, _SAMPLES_EVALUATED_AT_ONCE // fisher.gradient_batch_size)
+    return max(g for g in range(1, most + 1) if fisher.num_gradients % g == 0)

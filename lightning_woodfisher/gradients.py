@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = [
     "Batches",
     "DatasetBatches",
+    "Derivative",
     "FunctionLoss",
     "LossSource",
     "StreamBatches",
@@ -63,6 +64,9 @@ _TOLERANCE_16_BIT = 1e-1
 # The rounding of a batch does not shrink with the gradient of a sample that fits well.
 _SHARE_OF_LARGEST = 1e-2
 
+# Given a scalar loss and its number, one tensor (or None for zeros) for each parameter.
+Derivative = Callable[[Tensor, int], Sequence[Tensor | None]]
+
 
 def collect_gradients(
     source: LossSource,
@@ -79,6 +83,7 @@ def collect_gradients(
     collection: Collection = "auto",
     row_dtype: RowDtype = "float32",
     note: Callable[[str], object] = lambda _: None,
+    derivative: Derivative | None = None,
 ) -> Iterator[Tensor]:
     """Compute the gradients of this rank and yield this rank's slice of all of them.
 
@@ -101,12 +106,14 @@ def collect_gradients(
         row_dtype: ``"bfloat16"`` rounds the rows before they are exchanged.
         note: called when all are done with ``"per-sample"``, or ``"loop: <reason>"``;
             the same on every rank.
+        derivative: what a row holds instead of the gradient, given the loss and i; goes
+            with ``collection="loop"``.
 
     Yields:
         Tensors of shape ``[n, D_r]``: gradients in order of i.
     """
     _require_trainable(parameters)
-    maker = _Rows(source, batches, parameters, active, seed)
+    maker = _Rows(source, batches, parameters, active, seed, derivative)
     maker.reason = _why_loop(source, batches, parameters, collection)
     at_once = 1
     if not maker.reason:
@@ -144,7 +151,7 @@ def collect_gradients(
     if pending is not None:
         yield pending.wait()
     comm.agree(maker.failure)
-    losses.extend(_in_order(maker.losses, count, comm, at_once))
+    losses.extend(comm.gather_in_order(maker.losses, count, at_once))
     note(maker.describe(comm))
 
 
@@ -211,7 +218,7 @@ def mean_loss(
     except Exception as error:
         failure = error
     comm.agree(failure)
-    return _in_order(own, count, comm)
+    return comm.gather_in_order(own, count)
 
 
 def _why_loop(
@@ -262,12 +269,18 @@ class _Rows:
         parameters: Mapping[str, nn.Parameter],
         active: Mapping[str, Tensor],
         seed: int,
+        derivative: Derivative | None,
     ) -> None:
         self._source = source
         self._batches = batches
         self._parameters = parameters
         self._active = active
         self._seed = seed
+        self._derivative = derivative or (
+            lambda loss, _: torch.autograd.grad(
+                loss, list(parameters.values()), allow_unused=True
+            )
+        )
         self.reason = ""
         self.losses: dict[int, float] = {}
         self.failure: Exception | None = None
@@ -328,7 +341,13 @@ class _Rows:
     def _alone(self, index: int, row: Tensor) -> float:
         with seeded(derive_seed(self._seed, index)):
             return _gradient(
-                self._source, self._batches, index, self._parameters, self._active, row
+                self._source,
+                self._batches,
+                index,
+                self._parameters,
+                self._active,
+                row,
+                self._derivative,
             )
 
     def _together(self, first: int, rows: Tensor) -> tuple[float, torch.dtype]:
@@ -400,6 +419,7 @@ def _gradient(
     parameters: Mapping[str, nn.Parameter],
     active: Mapping[str, Tensor],
     row: Tensor,
+    derivative: Derivative,
 ) -> float:
     """Write one gradient into ``row`` and return the loss."""
     batch = batches.fetch(index)
@@ -414,9 +434,7 @@ def _gradient(
                 "without gradients, so it cannot be differentiated"
             )
         # autograd.grad never touches .grad or the hooks that DDP hangs on it.
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-            loss * scale, list(parameters.values()), allow_unused=True
-        )
+        gradients = derivative(loss * scale, index)
         start = 0
         for name, gradient in zip(parameters, gradients, strict=True):
             where = active[name]
@@ -467,29 +485,3 @@ def _all_finite(values: Tensor) -> bool:
 def _row_dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
     double = any(parameter.dtype == torch.float64 for parameter in parameters)
     return torch.float64 if double else torch.float32
-
-
-def _in_order(
-    own: Mapping[int, float], count: int, comm: Communicator, at_once: int = 1
-) -> list[float]:
-    """Put numbers that the ranks hold, micro-batch by micro-batch, into order of i.
-
-    Args:
-        own: this rank's numbers by i; micro-batch k belongs to rank k mod R.
-        count: how many there are on all ranks.
-        comm: the ranks.
-        at_once: numbers of a micro-batch.
-
-    Returns:
-        All numbers.
-    """
-    size = comm.world_size
-    rounds = -(-count // (size * at_once))
-    mine = [
-        own.get((r * size + comm.rank) * at_once + j, math.nan)
-        for r in range(rounds)
-        for j in range(at_once)
-    ]
-    columns = comm.gather_numbers(mine)
-    places = (divmod(i, at_once) for i in range(count))
-    return [columns[k % size][k // size * at_once + j] for k, j in places]

@@ -16,6 +16,7 @@ __all__ = [
     "UNSTRUCTURED",
     "GroupRun",
     "Pattern",
+    "cheapest_in_groups",
     "group_costs",
     "parse_pattern",
     "require_pattern_fits",
@@ -275,3 +276,26 @@ def _support_costs(inverse: Tensor, weights: Tensor, supports: Tensor) -> Tensor
         row = matrices[..., 0, 1:].unsqueeze(-2)
         matrices = matrices[..., 1:, 1:] - column.unsqueeze(-1) * row
     return 0.5 * total
+
+
+def cheapest_in_groups(
+    worth: Tensor, runs: Sequence[GroupRun], pattern: Pattern
+) -> tuple[Tensor, Tensor]:
+    """Choose what leaves each group when weights do not depend on each other.
+
+    Args:
+        worth: of each weight, float64 ``[D_r]``.
+        runs: the groups.
+        pattern: how many of a group stay.
+
+    Returns:
+        What leaves costs, float64 ``[G_r]``, and bool ``[D_r]``: what leaves.
+    """
+    leaving = torch.zeros_like(worth, dtype=torch.bool)
+    costs = [worth.new_zeros(0)]
+    for run in runs:
+        each = worth[run.local].view(run.count, run.size)
+        order = each.sort(dim=1, stable=True).indices[:, : run.size - pattern.kept]
+        costs.append(each.gather(1, order).sum(dim=1))
+        leaving[run.local].view(run.count, run.size).scatter_(1, order, True)
+    return torch.cat(costs), leaving

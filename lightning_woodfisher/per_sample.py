@@ -11,7 +11,14 @@ output, D active weights.
 
 from __future__ import annotations
 
-__all__ = ["per_sample_rows", "why_not"]
+__all__ = [
+    "LayerCall",
+    "is_plain",
+    "per_sample_rows",
+    "record_calls",
+    "unfold",
+    "why_not",
+]
 
 import contextlib
 import math
@@ -39,8 +46,15 @@ _CHANNEL_BLOCK = 8
 
 
 @dataclass
-class _Call:
-    """One call of a layer: what went in, and where the gradient will come out."""
+class LayerCall:
+    """One call of a layer: what went in, and where the gradient will come out.
+
+    Attributes:
+        layer: the one that was called.
+        inputs: what went in, without graph.
+        edge: of what came out.
+        names: of the wanted parameters, by their key in the layer.
+    """
 
     layer: nn.Module
     inputs: Tensor
@@ -67,7 +81,7 @@ def why_not(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str | N
             name = wanted[id(parameter)]
             if not parameter.requires_grad:
                 return f"{name} is frozen"
-            if key not in {"weight", "bias"} or not _is_plain(module):
+            if key not in {"weight", "bias"} or not is_plain(module):
                 return f"{name} belongs to a {type(module).__name__}"
     return None
 
@@ -102,8 +116,8 @@ def per_sample_rows(
         PruningError: when the loss is not finite, or a layer gets a tensor whose first
             dimension does not number the samples.
     """
-    calls: list[_Call] = []
-    with _recorded(model, parameters, calls):
+    calls: list[LayerCall] = []
+    with record_calls(model, parameters, calls):
         loss = compute_loss()
     value = float(loss.detach())
     if not math.isfinite(value):
@@ -146,8 +160,15 @@ def per_sample_rows(
     return value, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a layer computes what its class in ``torch.nn`` says."""
+def is_plain(module: nn.Module) -> bool:
+    """Tell whether a layer computes what its class in ``torch.nn`` says.
+
+    Args:
+        module: any layer.
+
+    Returns:
+        True for a Linear or convolution layer whose forward pass is that of torch.
+    """
     for cls in _LAYERS:
         if isinstance(module, cls):
             # MultiheadAttention uses the weight of its output layer without calling it.
@@ -164,10 +185,19 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _recorded(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], calls: list[_Call]
+def record_calls(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], calls: list[LayerCall]
 ) -> Iterator[None]:
-    """Note the calls of all layers that own a parameter."""
+    """Note the calls of all layers that own a parameter.
+
+    Args:
+        model: the network.
+        parameters: the wanted ones, by name.
+        calls: receives the calls, in order.
+
+    Yields:
+        Nothing; hooks are there inside only.
+    """
     names = {id(parameter): name for name, parameter in parameters.items()}
     handles = []
 
@@ -184,7 +214,7 @@ def _recorded(
         # The edge, not the tensor: an operation in place would change what that means.
         edge = get_gradient_edge(output)
         used = {key: names[id(p)] for key, p in owned if id(p) in names}
-        calls.append(_Call(layer, inputs.detach(), edge, used))
+        calls.append(LayerCall(layer, inputs.detach(), edge, used))
 
     try:
         for module in model.modules():
@@ -212,7 +242,7 @@ def _add(target: Tensor, values: Tensor, where: Tensor, first: bool) -> None:
 
 
 @torch.no_grad()
-def _products(call: _Call, key: str, gradient: Tensor, count: int) -> Tensor:
+def _products(call: LayerCall, key: str, gradient: Tensor, count: int) -> Tensor:
     """Gradient of one parameter in one call for every row, ``[P, n]``."""
     layer = call.layer
     if isinstance(layer, _ConvNd):
@@ -230,6 +260,29 @@ def _products(call: _Call, key: str, gradient: Tensor, count: int) -> Tensor:
         return gradient.sum(dim=1)
     inputs = call.inputs.to(gradient.dtype).reshape(count, -1, call.inputs.shape[-1])
     return torch.bmm(gradient.mT, inputs).view(count, -1)
+
+
+def unfold(layer: _ConvNd, inputs: Tensor) -> Tensor:
+    """Give what a convolution multiplies its weight with.
+
+    Args:
+        layer: the convolution; L are the positions of its output, k its taps.
+        inputs: ``[S, C, ...]``.
+
+    Returns:
+        ``[S, C, L.., k..]``.
+    """
+    return _windows(layer, *_padded(layer, inputs))
+
+
+def _windows(layer: _ConvNd, inputs: Tensor, padding: tuple[int, ...]) -> Tensor:
+    if any(padding):
+        inputs = F.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
+    steps = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    for axis, (taps, stride, dilation) in enumerate(steps, start=2):
+        window = inputs.unfold(axis, (taps - 1) * dilation + 1, stride)
+        inputs = window[..., ::dilation]
+    return inputs
 
 
 def _rest(gradient: Tensor) -> int:
@@ -295,12 +348,7 @@ def _multiply(
     count: int,
 ) -> Tensor:
     """Weight gradients as a product of unfolded inputs and output gradients."""
-    if any(padding):
-        inputs = F.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
-    steps = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
-    for axis, (taps, stride, dilation) in enumerate(steps, start=2):
-        window = inputs.unfold(axis, (taps - 1) * dilation + 1, stride)
-        inputs = window[..., ::dilation]
+    inputs = _windows(layer, inputs, padding)
     groups, axes = layer.groups, len(padding)
     # [P·m, I, L.., k..] -> [P, m, G, I/G, L.., k..] -> [P·G, I/G·k, m·L]
     split = (count, len(inputs) // count, groups)

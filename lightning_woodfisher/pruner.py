@@ -91,7 +91,7 @@ class PruningConfig:
     @property
     def reads_data(self) -> bool:
         """Whether a step looks at any sample."""
-        uses_gradients = CRITERIA[self.criterion].uses_gradients
+        uses_gradients = CRITERIA[self.criterion].needs != "nothing"
         return self.measure_loss or uses_gradients or self.counts_flops
 
     def __post_init__(self) -> None:
@@ -259,13 +259,8 @@ class Pruner:
                 share = config.flops_target
                 Selector(self.masks, config.selection, comm, quotas, flops, share)
             criterion = make_criterion(config.criterion, fisher, config.update)
-            if not criterion.uses_gradients:
-                sampling.measure(config.seed)
-                return
             pattern = parse_pattern(config.selection.pattern)
-            active = ActiveWeights(self.masks, criterion.layout, comm, pattern)
-            for _ in sampling.rows(active, config.seed):
-                pass
+            sampling.rehearse(criterion, config.seed, pattern)
 
     def _quotas(self, target_sparsity: float, final_sparsity: float | None) -> Quotas:
         """What must go in each part; nothing by number when FLOPs decide."""
@@ -443,7 +438,10 @@ def prune(
         target_sparsity: share of the selected weights that is zero afterwards, [0, 1).
         fisher: how the Fisher is estimated.
         selection: which weights may go.
-        criterion: ``"woodfisher"``, ``"woodtaylor"`` or ``"magnitude"``.
+        criterion: ``"woodfisher"``; ``"woodtaylor"``, which also follows the gradient of
+            the loss, for networks that are not at a minimum (use ``step_search``); or as a
+            baseline ``"kfac"``, ``"diagonal_fisher"``, ``"hessian_diagonal"`` or
+            ``"magnitude"``.
         update: ``"joint"``, ``"independent"`` or ``"none"``.
         recompute_steps: reach the sparsity in this many parts, each with fresh gradients.
         measure_loss: also measure the loss after the step on the same samples.
@@ -521,6 +519,7 @@ def within_memory(
         max(p.element_size() for p in masks.parameters.values()),
         torch.get_num_threads() if comm.device.type == "cpu" else 1,
         masks.sharded,
+        [p.shape for p in masks.parameters.values()],
     )
     fisher, cost = fit_into_memory(work, comm, ranks_on_host)
     return dataclasses.replace(config, fisher=fisher), cost

@@ -64,7 +64,8 @@ class PruningReport:
         epoch: epoch at whose start it happened, None outside a Trainer.
         step: optimizer steps done before it, None outside a Trainer.
         collection: how gradients were computed: ``"per-sample"``, many in one pass, or
-            ``"loop: <reason>"``, one by one; None when none was.
+            ``"loop: <reason>"``, one by one; ``"factors of layers"`` for K-FAC; None when
+            none was.
         flops_dense: FLOPs of one forward pass of a mini-batch without masks; None when
             they were not asked for.
         flops_before: the same with the masks before the step.

@@ -47,7 +47,8 @@ class ResourceEstimate:
     Attributes:
         weights: selected weights.
         active: those of them that are not pruned yet, D.
-        engine: ``"primal"``, ``"dual"``, ``"full"``, or ``"none"`` for magnitude.
+        engine: ``"primal"``, ``"dual"``, ``"full"``; ``"diagonal"``, ``"factors"`` (K-FAC), or
+            ``"none"`` for magnitude.
         fisher: the settings.
         world_size: number of ranks, R.
         blocks: blocks of the Fisher.
@@ -276,10 +277,11 @@ def estimate(
         parameters = prunable_parameters(
             model_or_shapes, chosen.include, chosen.exclude
         )
-        weights = [parameter.numel() for parameter in parameters.values()]
+        shapes = [tuple(parameter.shape) for parameter in parameters.values()]
         weight_bytes = max(p.element_size() for p in parameters.values())
     else:
-        weights = [math.prod(shape) for shape in model_or_shapes.values()]
+        shapes = [tuple(shape) for shape in model_or_shapes.values()]
+    weights = [math.prod(shape) for shape in shapes]
     work = Work(
         weights,
         [round(count * (1 - sparsity)) for count in weights],
@@ -290,6 +292,7 @@ def estimate(
         weight_bytes,
         threads,
         sharded,
+        shapes,
     )
     return estimate_counts(
         work, memory, flops_per_second, bytes_per_second, seconds_per_gradient
@@ -326,7 +329,9 @@ def estimate_counts(
     passes = -(-count // work.exchanging)
     seconds: dict[str, float] = {}
     if seconds_per_gradient is not None:
-        seconds["gradients"] = passes * seconds_per_gradient
+        # A Hessian product takes about as long as two gradients.
+        each = seconds_per_gradient * (2 if work.twice else 1)
+        seconds["gradients"] = passes * each
     if bytes_per_second is not None:
         seconds["send"] = sum(bytes_sent.values()) / bytes_per_second
     if flops_per_second is not None:
@@ -381,7 +386,7 @@ def _remedies(work: Work, memory: int) -> dict[str, Any]:
         lambda n: not fits(with_ranks(n)), work.world_size, most
     )
     gradients = block_size = None
-    if work.uses_gradients:
+    if work.engine in {"primal", "dual", "full"}:
         gradients = _largest_where(
             lambda n: fits(with_fisher(num_gradients=n)), 1, count
         )
@@ -421,7 +426,7 @@ def _largest_where(holds: Callable[[int], bool], low: int, high: int) -> int | N
 
 
 def _count_blocks(work: Work) -> int:
-    if work.engine in {"full", "none"}:
+    if work.engine in {"full", "none", "diagonal"}:
         return int(work.engine == "full")
     shards = work.world_size // work.exchanging
     return shards * sum(unit.count for unit in work.partition.units)

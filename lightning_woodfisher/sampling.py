@@ -14,9 +14,15 @@ from lightning_woodfisher.active_weights import ActiveWeights
 from lightning_woodfisher.batches import Batches, KeptBatches
 from lightning_woodfisher.clock import PhaseClock, Progress, no_progress
 from lightning_woodfisher.criteria import Criterion
+from lightning_woodfisher.curvature import hutchinson, twice_differentiable
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError
-from lightning_woodfisher.fisher import FisherConfig, rows_in_chunk
+from lightning_woodfisher.factors import KroneckerFactors, collect_factors
+from lightning_woodfisher.fisher import (
+    FisherConfig,
+    mini_batches_in_group,
+    rows_in_chunk,
+)
 from lightning_woodfisher.gradients import (
     LossSource,
     collect_gradients,
@@ -25,13 +31,13 @@ from lightning_woodfisher.gradients import (
 )
 from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.patterns import Pattern
 from lightning_woodfisher.sharded_gradients import (
     collect_sharded_gradients,
     sharded_mean_loss,
 )
 from lightning_woodfisher.sharding import undisturbed
 
-_SAMPLES_EVALUATED_AT_ONCE = 64
 _FIRST_ORDER_BATCH = 256
 _ROWS_ADDED_AT_ONCE = 8
 # The first-order sample is read for the gradient and for every trial of the search.
@@ -88,30 +94,35 @@ class Sampling:
     def observe(
         self, criterion: Criterion, active: ActiveWeights, seed: int
     ) -> tuple[list[float], str | None]:
-        """Feed a criterion with the gradients it wants.
+        """Feed a criterion with what it needs.
 
         Args:
             criterion: begun.
-            active: whose gradients.
+            active: the weights that it is about.
             seed: of the samples.
 
         Returns:
             The losses before the step (empty when they are not measured), and how
             gradients were computed.
         """
-        if not criterion.uses_gradients:
+        if criterion.needs == "nothing":
             return self.measure(seed), None
-        fisher = self._fisher
-        losses: list[float] = []
+        if criterion.needs == "factors":
+            losses: list[float] = []
+            criterion.observe_factors(self.factors(active, seed, losses))
+            # They are of the same groups as the losses after the step.
+            return losses if self._measure_loss else [], "factors of layers"
+        fisher, curved = self._fisher, criterion.needs == "curvature rows"
+        losses = []
         notes: list[str] = []
+        what = "Hessian products" if curved else "gradients"
         with (
             self._clock("collect"),
-            self._progress("Collecting gradients", fisher.num_gradients) as tick,
+            self._progress(f"Collecting {what}", fisher.num_gradients) as tick,
         ):
-            rows = self.rows(active, seed, losses, tick, notes)
-            self._feed(
-                rows, rows_in_chunk(fisher, active.partition.size), criterion.observe
-            )
+            rows = self.rows(active, seed, losses, tick, notes, curved=curved)
+            size = rows_in_chunk(fisher, active.partition.size)
+            self._feed(rows, size, criterion.observe)
             self._observe_first_order(criterion, active, seed)
         # The loss after the step is measured in groups, and so must be the one before.
         if self._group(seed) > 1:
@@ -126,8 +137,9 @@ class Sampling:
         tick: Callable[[int], object] = lambda _: None,
         notes: list[str] | None = None,
         fisher: FisherConfig | None = None,
+        curved: bool = False,
     ) -> Iterator[Tensor]:
-        """Compute gradients.
+        """Compute gradients, or Hessian products.
 
         Args:
             active: whose gradients.
@@ -136,6 +148,7 @@ class Sampling:
             tick: called with the number of gradients that have been done.
             notes: receives how gradients were computed.
             fisher: how many gradients of how many samples, if not as given at first.
+            curved: rows are z∘Hz (:mod:`.curvature`).
 
         Returns:
             This rank's slice of all gradients, in order: tensors ``[n, D_r]``.
@@ -145,6 +158,8 @@ class Sampling:
         fisher, parameters = fisher or self._fisher, self._masks.parameters
         count, size = fisher.num_gradients, fisher.gradient_batch_size
         if self._masks.sharded:
+            if curved:
+                self._require_whole_parameters("hessian_diagonal")
             notes.append("loop: the model is sharded")
             return collect_sharded_gradients(
                 self._source,
@@ -158,7 +173,7 @@ class Sampling:
                 tick,
                 divisible=fisher.model_mode == "eval",
             )
-        return collect_gradients(
+        rows = collect_gradients(
             self._source,
             self._batches(count, size, seed),
             parameters,
@@ -169,10 +184,77 @@ class Sampling:
             seed,
             losses,
             tick,
-            collection=fisher.collection,
+            collection="loop" if curved else fisher.collection,
             row_dtype=fisher.row_dtype,
-            note=notes.append,
+            note=(lambda _: notes.append("loop: Hessian products"))
+            if curved
+            else notes.append,
+            derivative=hutchinson(parameters, active.positions, seed)
+            if curved
+            else None,
         )
+        return _in_context(twice_differentiable, rows) if curved else rows
+
+    def factors(
+        self,
+        active: ActiveWeights,
+        seed: int,
+        losses: list[float] | None = None,
+    ) -> list[KroneckerFactors]:
+        """Compute the Kronecker factors of whole layers.
+
+        Args:
+            active: the weights; their partition has one block for each tensor.
+            seed: of the samples.
+            losses: receives those of groups of mini-batches, as of :meth:`measure`.
+
+        Returns:
+            The factors of this rank's layers, in order.
+        """
+        self._require_whole_parameters("kfac")
+        count, size = self._groups(seed)
+        with (
+            self._clock("collect"),
+            self._progress("Collecting factors", count) as tick,
+        ):
+            return collect_factors(
+                self._source,
+                self._source.batches(count, size, seed),
+                self._masks.parameters,
+                active.positions,
+                active.partition,
+                count,
+                self._comm,
+                seed,
+                [] if losses is None else losses,
+                tick,
+            )
+
+    def rehearse(self, criterion: Criterion, seed: int, pattern: Pattern) -> None:
+        """Compute what a criterion needs, and drop it.
+
+        Args:
+            criterion: not begun.
+            seed: of the samples.
+            pattern: of the selection.
+        """
+        if criterion.needs == "nothing":
+            self.measure(seed)
+            return
+        active = ActiveWeights(self._masks, criterion.layout, self._comm, pattern)
+        if criterion.needs == "factors":
+            self.factors(active, seed)
+            return
+        for _ in self.rows(active, seed, curved=criterion.needs == "curvature rows"):
+            pass
+
+    def _require_whole_parameters(self, criterion: str) -> None:
+        if self._masks.sharded:
+            raise ConfigurationError(
+                f"criterion={criterion!r} needs whole parameters on every rank, but these "
+                "are sharded (fully_shard, FSDP2); use DDP, or criterion='woodfisher' or "
+                "'diagonal_fisher'."
+            )
 
     def measure(self, seed: int) -> list[float]:
         """Compute the losses of the samples of the gradients, at the present weights.
@@ -286,14 +368,23 @@ class Sampling:
         return fisher.num_gradients // group, fisher.gradient_batch_size * group
 
     def _group(self, seed: int) -> int:
-        """How many mini-batches are evaluated as one: small ones are slow one by one."""
+        """How many mini-batches are evaluated as one."""
         fisher = self._fisher
         count, size = fisher.num_gradients, fisher.gradient_batch_size
-        # In training mode BatchNorm makes the loss depend on the size of the batch.
-        if (
-            fisher.model_mode == "train"
-            or not self._source.batches(count, size, seed).regroupable
-        ):
+        if not self._source.batches(count, size, seed).regroupable:
             return 1
-        most = max(1, _SAMPLES_EVALUATED_AT_ONCE // size)
-        return max(g for g in range(1, most + 1) if count % g == 0)
+        return mini_batches_in_group(fisher)
+
+
+def _in_context(
+    context: Callable[[], contextlib.AbstractContextManager[None]],
+    rows: Iterator[Tensor],
+) -> Iterator[Tensor]:
+    """Compute each row inside a context, but use it outside."""
+    while True:
+        with context():
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+        yield row

@@ -181,6 +181,17 @@ def test_fit_reaches_the_sparsity_and_validate_reads_its_checkpoint() -> None:
     assert Path("report.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("criterion", ["kfac", "diagonal_fisher", "hessian_diagonal"])
+def test_a_baseline_is_chosen_by_name(criterion: str) -> None:
+    def choose(config: dict[str, Any]) -> None:
+        pruning(config)["criterion"] = criterion
+
+    assert status("fit", "--config", write(choose)) == 0
+    reports = json.loads(Path("report.json").read_text())
+    assert [report["criterion"] for report in reports] == [criterion] * 2
+    assert sum(layer["zeros_after"] for layer in reports[-1]["layers"]) == WEIGHTS // 2
+
+
 def test_an_option_of_the_command_line_overrides_the_file() -> None:
     trainer = ["--trainer.max_epochs", "3", "--model.width", "16"]
     assert status("fit", "--config", write(), *trainer) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -23,7 +24,11 @@ from lightning_woodfisher import (
 from lightning_woodfisher import budget as budget_module
 from lightning_woodfisher.allocations import AllocationMeter, measure_step_bytes
 from lightning_woodfisher.budget import free_bytes, require_one_device
+from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.pruner import Pruner, PruningConfig
 from lightning_woodfisher.shapes import SHAPES
 from lightning_woodfisher.sizes import parse_bytes
 
@@ -108,6 +113,54 @@ def test_magnitude_keeps_no_state_and_is_estimated_within_its_bytes() -> None:
     assert (cost.engine, cost.state_bytes, cost.gradient_passes) == ("none", 0, 0)
     peak = measure_step_bytes(step)
     assert 0.6 * cost.peak_bytes <= peak <= 1.15 * cost.peak_bytes
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.8])
+@pytest.mark.parametrize(
+    ("criterion", "engine"),
+    [
+        ("diagonal_fisher", "diagonal"),
+        ("hessian_diagonal", "diagonal"),
+        ("kfac", "factors"),
+    ],
+)
+def test_baselines_take_the_bytes_that_were_estimated(
+    criterion: str, engine: str, sparsity: float
+) -> None:
+    torch.manual_seed(0)
+    widths = (300, 200, 400, 10)
+    layers = [nn.Linear(i, o) for i, o in itertools.pairwise(widths)]
+    model = nn.Sequential(*[m for layer in layers for m in (layer, nn.Tanh())])
+    for layer in layers:
+        flat = layer.weight.data.view(-1)
+        flat[: round(flat.numel() * sparsity)] = 0.0
+    masks = Masks(prunable_parameters(model))
+    masks.take_zeros()
+    settings = fisher(16, 16, gradient_batch_size=1)
+    config = PruningConfig(settings, criterion=criterion, measure_loss=False)
+    pruner = Pruner(masks, config, Communicator())
+    data = [torch.randn(1, 300) for _ in range(16)]
+    source = FunctionLoss(model, data, lambda m, batch: m(batch).square().mean())
+    cost = estimate(model, fisher=settings, criterion=criterion, sparsity=sparsity)
+    assert cost.engine == engine
+    reports = []
+    peak = measure_step_bytes(lambda: reports.append(pruner.step(source, 0.9)))
+    assert cost.state_bytes == reports[0].fisher_bytes[0]
+    # Here, activations are small beside the weights.
+    assert 0.8 * cost.peak_bytes <= peak <= 1.15 * cost.peak_bytes
+
+
+def test_factors_of_layers_by_hand() -> None:
+    shapes = {"conv": (8, 3, 3, 3), "fc": (10, 20)}
+    settings = FisherConfig(num_gradients=96, gradient_batch_size=4)
+    one = estimate(shapes, fisher=settings, criterion="kfac")
+    # A factor of each side and its inverse, float64.
+    assert one.state_bytes == 2 * 8 * (8**2 + 27**2 + 10**2 + 20**2)
+    two = estimate(shapes, fisher=settings, criterion="kfac", world_size=2)
+    # Sixteen mini-batches of four in a pass; of six passes each rank has three. A rank
+    # sends the sums of the layer that it does not own, with two counts.
+    assert two.bytes_sent["exchange"] == 3 * 4 * (8**2 + 27**2 + 2)
+    assert two.flops["factorize"] == 8**3 + 27**3
 
 
 def test_sums_of_one_layer_by_hand() -> None:

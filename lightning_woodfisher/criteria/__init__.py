@@ -7,6 +7,9 @@ __all__ = ["CRITERIA", "Criterion", "CriterionName", "make_criterion"]
 from typing import Literal
 
 from lightning_woodfisher.criteria.base import Criterion
+from lightning_woodfisher.criteria.diagonal_fisher import DiagonalFisher
+from lightning_woodfisher.criteria.hessian_diagonal import HessianDiagonal
+from lightning_woodfisher.criteria.kfac import KFAC
 from lightning_woodfisher.criteria.magnitude import Magnitude
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.criteria.woodtaylor import WoodTaylor
@@ -14,11 +17,21 @@ from lightning_woodfisher.errors import ConfigurationError, nearest
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.obs import Update
 
-CriterionName = Literal["woodfisher", "woodtaylor", "magnitude"]
+CriterionName = Literal[
+    "woodfisher",
+    "woodtaylor",
+    "kfac",
+    "diagonal_fisher",
+    "hessian_diagonal",
+    "magnitude",
+]
 
 CRITERIA: dict[str, type[Criterion]] = {
     "woodfisher": WoodFisher,
     "woodtaylor": WoodTaylor,
+    "kfac": KFAC,
+    "diagonal_fisher": DiagonalFisher,
+    "hessian_diagonal": HessianDiagonal,
     "magnitude": Magnitude,
 }
 

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-__all__ = ["Criterion"]
+__all__ = ["Criterion", "Needs"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.factors import KroneckerFactors
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.obs import Update
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.patterns import GroupRun, Pattern
 
+# What a criterion wants to observe: rows of gradients, rows z∘Hz of the Hessian, factors of
+# whole layers, or none of these.
+Needs = Literal["gradients", "curvature rows", "factors", "nothing"]
+
 
 class Criterion(ABC):
     """One part of a pruning step, from gradients to new weights, on this rank's shard.
 
-    The pruner calls :meth:`layout`, :meth:`begin`, :meth:`observe` for all rows,
-    :meth:`score`, and :meth:`compensate`. Vectors are float64 ``[D_r]``.
+    The pruner calls :meth:`layout`, :meth:`begin`, :meth:`observe` for all rows (or once
+    :meth:`observe_factors`), :meth:`score`, and :meth:`compensate`. Vectors are float64
+    ``[D_r]``.
 
     Args:
         fisher: how gradients become a Fisher matrix.
         update: how the kept weights make up for the removed ones.
 
     Attributes:
-        uses_gradients: whether rows must be collected for it.
+        needs: what it observes.
         first_order: whether it has a mean gradient, to which ``first_order_samples`` and
             :meth:`observe_first_order` belong.
         compensates: whether the kept weights change.
@@ -37,7 +43,7 @@ class Criterion(ABC):
         damping: λ, None for a criterion without.
     """
 
-    uses_gradients: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "gradients"
     first_order: ClassVar[bool] = False
     compensates: ClassVar[bool] = True
 
@@ -76,7 +82,7 @@ class Criterion(ABC):
         """
 
     def observe(self, rows: Tensor) -> None:  # noqa: B027  (magnitude has nothing to do)
-        """Take in gradients; every row comes once, in order.
+        """Take in rows of gradients or of the Hessian; each comes once, in order.
 
         Args:
             rows: tensor ``[n, D_r]``.
@@ -96,6 +102,15 @@ class Criterion(ABC):
             float64 ``[D_r]``, or None for a criterion without.
         """
         return None
+
+    def observe_factors(  # noqa: B027  (only one criterion needs them)
+        self, factors: Sequence[KroneckerFactors]
+    ) -> None:
+        """Take in the Kronecker factors of this rank's layers.
+
+        Args:
+            factors: one for each unit of this rank, in order.
+        """
 
     @abstractmethod
     def score(self, weights: Tensor) -> Tensor:
@@ -170,6 +185,11 @@ class Criterion(ABC):
             λ by first active weight (global number).
         """
         return {}
+
+    @property
+    def engine(self) -> str:
+        """What it keeps of the curvature, as estimates name it; ``"none"`` for nothing."""
+        return "none"
 
     @property
     def state_bytes(self) -> int:

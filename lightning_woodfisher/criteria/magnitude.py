@@ -10,16 +10,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.criteria.base import Criterion
+from lightning_woodfisher.criteria.base import Criterion, Needs
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.partition import Partition, make_partition
-from lightning_woodfisher.patterns import GroupRun, Pattern
+from lightning_woodfisher.patterns import GroupRun, Pattern, cheapest_in_groups
 
 
 class Magnitude(Criterion):
-    """Saliency |w|, no update."""
+    """Saliency ``|w|``, no update."""
 
-    uses_gradients: ClassVar[bool] = False
+    needs: ClassVar[Needs] = "nothing"
     compensates: ClassVar[bool] = False
 
     def layout(
@@ -72,15 +72,7 @@ class Magnitude(Criterion):
         Returns:
             Costs, float64 ``[G_r]``, and bool ``[D_r]``: what leaves.
         """
-        leaving = torch.zeros_like(weights, dtype=torch.bool)
-        costs = [weights.new_zeros(0)]
-        for run in runs:
-            squares = weights[run.local].square().view(run.count, run.size)
-            number = run.size - pattern.kept
-            order = squares.sort(dim=1, stable=True).indices[:, :number]
-            costs.append(squares.gather(1, order).sum(dim=1))
-            leaving[run.local].view(run.count, run.size).scatter_(1, order, True)
-        return torch.cat(costs), leaving
+        return cheapest_in_groups(weights.square(), runs, pattern)
 
     def compensate(self, weights: Tensor, removed: Tensor) -> Tensor:
         """Remove without compensation.

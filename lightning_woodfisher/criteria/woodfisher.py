@@ -15,6 +15,7 @@ from lightning_woodfisher.fisher import (
     FisherConfig,
     InverseFisher,
     block_cost,
+    choose_engine,
     full_column_chunk,
     make_inverse_fisher,
 )
@@ -201,6 +202,14 @@ class WoodFisher(Criterion):
             λ by first active weight (global number).
         """
         return self.inverse_fisher.raised()
+
+    @property
+    def engine(self) -> str:
+        """``"primal"``, ``"dual"`` or ``"full"``."""
+        fisher = self.fisher
+        if fisher.block_size is None:
+            return "full"
+        return choose_engine(fisher.engine, fisher.num_gradients, fisher.block_size)
 
     @property
     def state_bytes(self) -> int:

@@ -137,6 +137,10 @@ STEPS: dict[str, dict[str, Any]] = {
         "fisher": FisherConfig(8, 3, 16, collection="loop"),
         "criterion": "magnitude",
     },
+    "diagonal Fisher": {
+        "fisher": FisherConfig(8, 3, 16, collection="loop"),
+        "criterion": "diagonal_fisher",
+    },
     "whole Fisher": {"fisher": FisherConfig(8, 3, None, collection="loop")},
     "training mode": {
         "fisher": FisherConfig(8, 2, 16, model_mode="train", collection="loop")
@@ -153,6 +157,7 @@ SAME_BITS = (
     "primal",
     "by layer",
     "magnitude",
+    "diagonal Fisher",
     "training mode",
     "parts of single weights",
 )
@@ -357,10 +362,11 @@ def refused() -> dict[str, str]:
     """Job: layouts that cannot be pruned."""
     messages = {}
 
-    def attempt(name: str, net: nn.Module) -> None:
+    def attempt(name: str, net: nn.Module, **options: Any) -> None:
         messages[name] = ""
+        options = {"fisher": FisherConfig(8, 2), **options}
         try:
-            prune(net, images(), loss, target_sparsity=0.5)
+            prune(net, images(), loss, target_sparsity=0.5, **options)
         except ConfigurationError as error:
             messages[name] = str(error)
 
@@ -374,6 +380,8 @@ def refused() -> dict[str, str]:
     plane = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
     attempt("plane", shard(linear(), plane))
     attempt("part", shard(linear(), plane["replicate"]))
+    for criterion in ("kfac", "hessian_diagonal"):
+        attempt(criterion, shard(linear(), mesh), criterion=criterion)
     return messages
 
 
@@ -383,6 +391,8 @@ def test_other_layouts_are_refused_by_name(ranks: RankPool) -> None:
         assert "'1.weight' has placements (Shard(dim=1),)" in found["columns"]
         assert "mesh of 2 dimension(s)" in found["plane"]
         assert "'1.weight' is sharded over the ranks" in found["part"]
+        for criterion in ("kfac", "hessian_diagonal"):
+            assert f"'{criterion}' needs whole parameters" in found[criterion]
 
 
 # ---------------------------------------------------------------- fits

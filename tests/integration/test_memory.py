@@ -47,7 +47,10 @@ def test_weights_on_the_meta_device_are_refused() -> None:
 
 
 def _prune(
-    budget: int | None, width: int, together: bool = False
+    budget: int | None,
+    width: int,
+    together: bool = False,
+    criterion: str = "woodfisher",
 ) -> tuple[int, int, list[float]]:
     torch.manual_seed(0)
     model = torch.nn.Linear(16, width, bias=False)
@@ -60,6 +63,7 @@ def _prune(
         lambda m, batch: m(batch[0] if together else batch).square().mean(),
         target_sparsity=0.5,
         fisher=fisher(num_gradients=20, memory_budget=budget),
+        criterion=criterion,
         measure_loss=False,
     )
     return report.bytes_exchanged, report.world_size, model.weight.view(-1).tolist()
@@ -74,6 +78,21 @@ def test_traffic_is_as_estimated_on_real_ranks(ranks: RankPool) -> None:
             cost = estimate({"w": (7, 16)}, fisher=chosen, world_size=world_size)
             sent = [sent for sent, _, _ in results]
             assert sent == [cost.total_bytes_sent] * world_size
+
+
+@pytest.mark.parametrize("criterion", ["kfac", "diagonal_fisher", "hessian_diagonal"])
+def test_traffic_of_the_baselines_is_as_estimated(
+    ranks: RankPool, criterion: str
+) -> None:
+    for world_size in (2, 3):
+        results = ranks.run(world_size, _prune, None, 7, True, criterion)
+        cost = estimate(
+            {"w": (7, 16)},
+            fisher=fisher(num_gradients=20),
+            criterion=criterion,
+            world_size=world_size,
+        )
+        assert {sent for sent, _, _ in results} == {cost.total_bytes_sent}
 
 
 def test_more_ranks_than_blocks_work_and_change_nothing(ranks: RankPool) -> None:

@@ -169,6 +169,27 @@ CASES = {
     "full, recomputed": Case(block_size=None, recompute_steps=2),
     "magnitude": Case(criterion="magnitude"),
     "magnitude, layer": Case(criterion="magnitude", scope="layer"),
+    "kfac": Case(build=convolutional, criterion="kfac", num_gradients=50),
+    "kfac, independent": Case(criterion="kfac", update="independent"),
+    "kfac, layer, recomputed": Case(
+        build=convolutional, criterion="kfac", scope="layer", recompute_steps=2
+    ),
+    "kfac, stream of batches": Case(criterion="kfac", stream="list"),
+    "kfac, step by step": Case(criterion="kfac", targets=(0.4, 0.9), double=True),
+    "diagonal Fisher": Case(criterion="diagonal_fisher", num_gradients=50),
+    "diagonal Fisher, one by one": Case(
+        build=convolutional, criterion="diagonal_fisher", collection="loop"
+    ),
+    "Hessian diagonal": Case(build=convolutional, criterion="hessian_diagonal"),
+    "Hessian diagonal, recomputed": Case(
+        criterion="hessian_diagonal", recompute_steps=2, double=True
+    ),
+    "Hessian diagonal in training mode": Case(
+        build=convolutional, criterion="hessian_diagonal", model_mode="train"
+    ),
+    "kfac in training mode": Case(
+        build=convolutional, criterion="kfac", model_mode="train"
+    ),
     "batchnorm": Case(build=convolutional),
     "batchnorm and dropout in training mode": Case(
         build=convolutional, model_mode="train"
@@ -285,14 +306,19 @@ def test_the_cases_prune_what_they_were_asked_for(
             "loop: the data comes in batches",
         ),
         "one by one": "loop: asked for",
+        "diagonal Fisher, one by one": "loop: asked for",
         **dict.fromkeys(
             ("batchnorm and dropout in training mode", "WoodTaylor, training mode"),
             "loop: in training mode samples of a batch may influence each other",
         ),
     }
     expected = one_by_one.get(case, "per-sample")
-    if CASES[case].criterion == "magnitude":
-        expected = None
+    by_criterion = {
+        "magnitude": None,
+        "kfac": "factors of layers",
+        "hessian_diagonal": "loop: Hessian products",
+    }
+    expected = by_criterion.get(CASES[case].criterion, expected)
     assert reports[-1]["collection"] == expected
     # BatchNorm's statistics are as before.
     for name, buffer in make(CASES[case].build).named_buffers():

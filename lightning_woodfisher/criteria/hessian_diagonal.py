@@ -1,0 +1,33 @@
+"""Diagonal of the Hessian by Hutchinson's estimator, a baseline without Fisher."""
+
+from __future__ import annotations
+
+__all__ = ["HessianDiagonal"]
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from lightning_woodfisher.criteria.base import Needs
+from lightning_woodfisher.criteria.diagonal_fisher import DiagonalFisher
+
+
+class HessianDiagonal(DiagonalFisher):
+    """Saliency ½w²(max(H_jj, 0) + λ), no change of the kept weights.
+
+    Each of ``num_gradients`` probes z of random signs sees a mini-batch of its own; the
+    mean of z∘Hz estimates diag(H) of the active weights (Hutchinson 1990; Bekas, Kokiopoulou
+    & Saad 2007). Where H couples weights the estimate is noisy: the error of one entry
+    falls like the root of Σ_k H_jk² over the number of probes. A negative curvature counts
+    as none, for a saddle is no reason to prefer a weight. An ``autograd.Function`` marked
+    ``once_differentiable`` counts as constant: PyTorch drops what lies behind it.
+    """
+
+    needs: ClassVar[Needs] = "curvature rows"
+
+    def _diagonal_of(self, row: Tensor) -> Tensor:
+        return row
+
+    def _curvature(self) -> Tensor:
+        mean = self._total / max(1, self._rows)
+        return mean.clamp(min=0.0) + self.fisher.damping
