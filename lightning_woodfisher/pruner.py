@@ -44,10 +44,11 @@ from lightning_woodfisher.errors import (
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.local_model import LocalModel, require_points
 from lightning_woodfisher.losses import FunctionLoss, LossSource
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
-from lightning_woodfisher.report import LayerReport, PruningReport
+from lightning_woodfisher.report import LayerReport, LocalModelPoint, PruningReport
 from lightning_woodfisher.resources import ResourceEstimate
 from lightning_woodfisher.sampling import Sampling
 from lightning_woodfisher.selection import (
@@ -70,6 +71,7 @@ class PruningConfig:
     update: Update = "joint"
     recompute_steps: int = 1
     measure_loss: bool = True
+    local_model_points: int = 0
     seed: int = 0
 
     @property
@@ -93,6 +95,7 @@ class PruningConfig:
             raise ConfigurationError(
                 f"recompute_steps={self.recompute_steps} must be at least 1."
             )
+        require_points(self.local_model_points, self.measure_loss)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class _PartResult:
     fisher_bytes: int
     losses_before: list[float]
     losses_after: list[float]
+    local_model: tuple[LocalModelPoint, ...]
     collection: str | None
 
     @property
@@ -123,6 +127,7 @@ class Pruner:
         config: how to prune.
         communicator: the ranks of the job.
         progress: given a title and a total, a context that yields a counter.
+        make_sampling: the class that asks model and data, or one with its ways.
     """
 
     def __init__(
@@ -131,11 +136,13 @@ class Pruner:
         config: PruningConfig,
         communicator: Communicator,
         progress: Progress | None = None,
+        make_sampling: Callable[..., Sampling] = Sampling,
     ) -> None:
         self.masks = masks
         self.config = config
         self.comm = communicator
         self._progress = progress or no_progress
+        self._make_sampling = make_sampling
 
     def step(
         self, source: LossSource, target_sparsity: float, position: int = 0
@@ -156,7 +163,7 @@ class Pruner:
         """
         sent_before = self.comm.bytes_sent
         clock = PhaseClock()
-        sampling = Sampling(
+        sampling = self._make_sampling(
             source,
             self.masks,
             self.config.fisher,
@@ -259,8 +266,15 @@ class Pruner:
             change = criterion.compensate(weights, removed)
             shares = criterion.predicted_increase(change)
             predicted = None if shares is None else active.sum_by_layer(shares)
+        local_model = LocalModel(self.masks, config.local_model_points)
         with clock("write"):
             active.write(weights + change, removed)
+
+        def predict(fraction: float) -> float | None:
+            shares = criterion.predicted_increase(fraction * change)
+            return None if shares is None else sum(active.sum_by_layer(shares))
+
+        losses_after = sampling.measure(seed)
         return _PartResult(
             thresholds=thresholds,
             predicted=predicted,
@@ -268,7 +282,10 @@ class Pruner:
             raised_damping=active.name_blocks(criterion.raised_damping()),
             fisher_bytes=criterion.state_bytes,
             losses_before=losses_before,
-            losses_after=sampling.measure(seed),
+            losses_after=losses_after,
+            local_model=local_model.check(
+                predict, lambda: sampling.measure(seed), losses_before, losses_after
+            ),
             collection=collection,
         )
 
@@ -317,6 +334,7 @@ class Pruner:
                 dict.fromkeys(p.collection for p in parts if p.collection)
             )
             or None,
+            local_model=tuple(p.local_model for p in parts if p.local_model),
         )
 
 
@@ -332,6 +350,7 @@ def prune(
     update: Update = "joint",
     recompute_steps: int = 1,
     measure_loss: bool = True,
+    local_model_points: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PruningReport:
@@ -355,6 +374,8 @@ def prune(
         update: ``"joint"``, ``"independent"`` or ``"none"``.
         recompute_steps: reach the sparsity in this many parts, each with fresh gradients.
         measure_loss: also measure the loss after the step on the same samples.
+        local_model_points: compare predicted and measured loss at so many points between
+            the weights before and after each part; 0 for none, 5 is a good number.
         seed: of the samples and of anything random in the model.
         progress: see :class:`Pruner`.
 
@@ -368,6 +389,7 @@ def prune(
         update=update,
         recompute_steps=recompute_steps,
         measure_loss=measure_loss,
+        local_model_points=local_model_points,
         seed=seed,
     )
     reshard(model)

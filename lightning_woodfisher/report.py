@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LayerReport", "PruningReport", "format_table"]
+__all__ = ["LayerReport", "LocalModelPoint", "PruningReport", "format_table"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +39,21 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class LocalModelPoint:
+    """Rise of the mean loss at a fraction of a part's update, predicted and measured.
+
+    Attributes:
+        fraction: t in [0, 1]; the weights are w + t·δ.
+        predicted: t²·½δᵀFδ of the quadratic model; None for a criterion without one.
+        measured: on the samples of the part's gradients.
+    """
+
+    fraction: float
+    predicted: float | None
+    measured: float
+
+
+@dataclass(frozen=True)
 class PruningReport:
     """What one pruning step did.
 
@@ -65,6 +80,7 @@ class PruningReport:
         step: optimizer steps done before it, None outside a Trainer.
         collection: how gradients were computed: ``"per-sample"``, many in one pass, or
             ``"loop: <reason>"``, one by one; None when none was.
+        local_model: for each part, the loss along its update (``local_model_points``).
     """
 
     criterion: str
@@ -86,6 +102,7 @@ class PruningReport:
     epoch: int | None = None
     step: int | None = None
     collection: str | None = None
+    local_model: tuple[tuple[LocalModelPoint, ...], ...] = ()
 
     @property
     def weights(self) -> int:
@@ -115,6 +132,9 @@ class PruningReport:
         plain["raised_damping"] = dict(self.raised_damping)
         plain["seconds"] = dict(self.seconds)
         plain["fisher_bytes"] = list(self.fisher_bytes)
+        plain["local_model"] = [
+            [asdict(point) for point in part] for part in self.local_model
+        ]
         return plain
 
     @classmethod
@@ -131,8 +151,15 @@ class PruningReport:
             LayerReport(**{**layer, "shape": tuple(layer["shape"])})
             for layer in plain["layers"]
         )
-        fisher_bytes = tuple(plain["fisher_bytes"])
-        return cls(**{**plain, "layers": layers, "fisher_bytes": fisher_bytes})
+        changed = {
+            "layers": layers,
+            "fisher_bytes": tuple(plain["fisher_bytes"]),
+            "local_model": tuple(
+                tuple(LocalModelPoint(**point) for point in part)
+                for part in plain.get("local_model", ())
+            ),
+        }
+        return cls(**{**plain, **changed})
 
     def metrics(self) -> dict[str, float]:
         """Give the scalars for a logger.
@@ -152,6 +179,11 @@ class PruningReport:
         }
         values |= {f"seconds/{phase}": time for phase, time in self.seconds.items()}
         values |= {f"sparsity/{layer.name}": layer.sparsity for layer in self.layers}
+        for number, part in enumerate(self.local_model):
+            for point in part:
+                where = f"part_{number}/at_{point.fraction:.3g}"
+                values[f"local_model/predicted/{where}"] = point.predicted
+                values[f"local_model/measured/{where}"] = point.measured
         return {f"pruning/{k}": float(v) for k, v in values.items() if v is not None}
 
     def to_table(self) -> str:
