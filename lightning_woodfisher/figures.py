@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_LABELS = 24
+_INCHES_PER_LETTER = 0.08
 
 
 def has_matplotlib() -> bool:
@@ -92,7 +93,9 @@ def draw_sweep(report: SweepReport, metric: str | None = None) -> Figure:
     axes.set_xlabel(across)
     axes.set_ylabel(metric)
     if len(lines) < _MOST_LABELS:
-        axes.legend(fontsize="small")
+        longest = max((len(label) for label in lines), default=0)
+        figure.set_figwidth(7.0 + _INCHES_PER_LETTER * longest)
+        figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 

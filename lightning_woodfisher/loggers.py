@@ -142,32 +142,23 @@ def _log_to_wandb(logger: WandbLogger, report: PruningReport, step: int) -> None
         ],
     )
     bars = wandb.plot.bar(table, "layer", "sparsity", title="Sparsity per layer")
-    # With step= W&B would drop whatever comes later for an earlier step.
-    logger.experiment.log(
-        {
-            "pruning/layers": table,
-            "pruning/sparsity_per_layer": bars,
-            "trainer/global_step": step,
-        }
-    )
+    entry = {
+        "pruning/layers": table,
+        "pruning/sparsity_per_layer": bars,
+        "trainer/global_step": step,
+    }
     if report.local_model:
-        _log_local_model(logger, report, step)
-
-
-def _log_local_model(logger: WandbLogger, report: PruningReport, step: int) -> None:
-    import wandb
-
-    points = wandb.Table(
-        columns=["part", "fraction", "predicted", "measured"],
-        data=[
-            [number, point.fraction, point.predicted, point.measured]
-            for number, part in enumerate(report.local_model)
-            for point in part
-        ],
-    )
-    entry = {"pruning/local_model_points": points, "trainer/global_step": step}
-    if has_matplotlib():
-        entry["pruning/local_model"] = wandb.Image(draw_local_model(report))
+        entry["pruning/local_model_points"] = wandb.Table(
+            columns=["part", "fraction", "predicted", "measured"],
+            data=[
+                [number, point.fraction, point.predicted, point.measured]
+                for number, part in enumerate(report.local_model)
+                for point in part
+            ],
+        )
+        if has_matplotlib():
+            entry["pruning/local_model"] = wandb.Image(draw_local_model(report))
+    # With step= W&B would drop whatever comes later for an earlier step.
     logger.experiment.log(entry)
 
 

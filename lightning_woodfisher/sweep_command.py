@@ -79,7 +79,8 @@ def run_sweep_command(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
             "could be compared."
         )
     callback = _take_callback(run.trainer)
-    trying = _TrySettings(options, callback, run.config["fit"].get("ckpt_path"))
+    checkpoint = options.ckpt_path or run.config["fit"].get("ckpt_path")
+    trying = _TrySettings(options, callback, checkpoint)
     run.trainer.callbacks.append(trying)
     run.trainer.fit(run.model, datamodule=run.datamodule)
     report = trying.report
@@ -294,10 +295,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Find good one-shot pruning settings: every combination of the values "
         "below is tried on a trained network and judged by its validation loop. Without "
         "any, three dampings are tried. Other arguments are those of `fit`, such as "
-        "--config run.yaml, --ckpt_path best.ckpt, --trainer.limit_val_batches 50.",
+        "--config run.yaml or --trainer.limit_val_batches 50.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+    )
+    # An option of `fit` too, where Lightning reads more than the weights.
+    parser.add_argument(
+        "--ckpt_path", help="file with the weights to prune; it is only read"
     )
     _swept(parser.add_argument_group("settings to try, each with one or more values"))
     add = parser.add_argument_group("results").add_argument
