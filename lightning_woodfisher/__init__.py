@@ -3,6 +3,7 @@
 from lightning_woodfisher.callback import WoodFisherPruningCallback
 from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.fisher import FisherConfig
+from lightning_woodfisher.presets import preset
 from lightning_woodfisher.pruner import prune
 from lightning_woodfisher.report import PruningReport
 from lightning_woodfisher.resources import ResourceEstimate, estimate
@@ -13,6 +14,7 @@ from lightning_woodfisher.schedule import (
     PruningSchedule,
 )
 from lightning_woodfisher.selection import SelectionConfig
+from lightning_woodfisher.sweeps import SweepReport, sweep
 
 __version__ = "0.1.0"
 
@@ -27,7 +29,10 @@ __all__ = [
     "PruningSchedule",
     "ResourceEstimate",
     "SelectionConfig",
+    "SweepReport",
     "WoodFisherPruningCallback",
     "estimate",
+    "preset",
     "prune",
+    "sweep",
 ]

@@ -40,6 +40,7 @@ class ActiveWeights:
             this rank's part of it.
         partition: the blocks and their owners.
         runs: the groups of this rank that have still to give; none without a pattern.
+        pattern: as given.
 
     Raises:
         ConfigurationError: for a group that has given up a part of what it must.
@@ -54,7 +55,7 @@ class ActiveWeights:
     ) -> None:
         self._masks = masks
         self._comm = communicator
-        self._pattern = pattern
+        self.pattern = pattern
         # Weights in groups that have still to give, of each tensor.
         self._in_groups = dict.fromkeys(masks.parameters, 0)
         if pattern.is_grouped:
@@ -287,7 +288,7 @@ class ActiveWeights:
 
     def _by_group(self, name: str) -> Tensor:
         """Positions of the active weights of one tensor in the order of its groups."""
-        pattern, kept = self._pattern, self._masks.kept(name)
+        pattern, kept = self.pattern, self._masks.kept(name)
         places = torch.arange(kept.numel(), device=kept.device).view(kept.shape)
         groups, active = pattern.grouped(places), pattern.grouped(kept)
         number, size = active.sum(dim=1), groups.shape[1]
@@ -308,7 +309,7 @@ class ActiveWeights:
         """Groups of each unit of this rank; they lie at the start of a segment."""
         number, rank = len(self.positions), self._comm.rank
         sizes = [
-            self._pattern.group_size(parameter.shape)
+            self.pattern.group_size(parameter.shape)
             for parameter in self._masks.parameters.values()
         ]
         waiting = list(self._in_groups.values())
@@ -331,9 +332,9 @@ class ActiveWeights:
         segments = [len(positions) for positions in self.positions.values()]
         ranks = self._comm.world_size
         sizes: list[int] | None = None
-        if self._pattern.is_grouped:
+        if self.pattern.is_grouped:
             shapes = [p.shape for p in self._masks.parameters.values()]
-            sizes = [self._pattern.group_size(shape) for shape in shapes]
+            sizes = [self.pattern.group_size(shape) for shape in shapes]
         if not self._masks.sharded:
             return layout(segments, ranks, sizes)
         everyone = self._comm.gather_numbers([float(count) for count in segments])

@@ -42,6 +42,7 @@ from lightning_woodfisher.preparation import (
     require_same_selection,
     training_horizon,
 )
+from lightning_woodfisher.presets import preset
 from lightning_woodfisher.pruner import (
     Pruner,
     PruningConfig,
@@ -96,6 +97,9 @@ class WoodFisherPruningCallback(pl.Callback):
             needed for iterable-style data.
         measure_loss: measure the loss after each step on the same samples, to compare the
             rise with the predicted one.
+        local_model_points: compare predicted and measured loss at so many points between
+            the weights before and after each part of a step; 0 for none, 5 is a good
+            number. Each but the two ends costs one more pass over the samples.
         report_path: JSON file that receives the reports of all steps; rewritten after
             each step.
         seed: of the choice of samples and of anything random in the module.
@@ -129,6 +133,7 @@ class WoodFisherPruningCallback(pl.Callback):
         flops_target: float | None = None,
         step_search: bool = False,
         update_scale: float = 1.0,
+        local_model_points: int = 0,
     ) -> None:
         check_sparsity(target_sparsity)
         if flops_target is None:
@@ -142,6 +147,7 @@ class WoodFisherPruningCallback(pl.Callback):
             update=update,
             recompute_steps=recompute_steps,
             measure_loss=measure_loss,
+            local_model_points=local_model_points,
             seed=seed,
             flops_target=flops_target,
             step_search=step_search,
@@ -159,6 +165,20 @@ class WoodFisherPruningCallback(pl.Callback):
         self._done: list[tuple[Unit, int]] = []
         self._restored_masks: Mapping[str, Any] | None = None
         self._handles: list[RemovableHandle] = []
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> WoodFisherPruningCallback:
+        """Make the callback with published settings; see :mod:`.presets`.
+
+        Args:
+            name: ``"resnet50_90"``, ``"mobilenetv1_75"``, ``"bert_90"`` or
+                ``"resnet20_oneshot"``.
+            overrides: arguments of the callback that replace those of the preset.
+
+        Returns:
+            The callback.
+        """
+        return cls(**{**preset(name), **overrides})
 
     def __repr__(self) -> str:
         return (

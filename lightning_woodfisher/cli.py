@@ -28,7 +28,9 @@ from lightning_woodfisher.callback import WoodFisherPruningCallback
 from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
 from lightning_woodfisher.estimate_command import run_estimate
 from lightning_woodfisher.fisher import FisherConfig
+from lightning_woodfisher.presets import to_yaml
 from lightning_woodfisher.selection import SelectionConfig
+from lightning_woodfisher.sweep_command import run_sweep_command
 
 # Classes whose short name works in YAML, and whose arguments a typo may have meant.
 _OUR_CLASSES = (
@@ -81,6 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return benchmark(given[1:])
         if given[:1] == ["estimate"]:
             return run_estimate(given[1:], _CLI)
+        if given[:1] == ["sweep"]:
+            return run_sweep_command(given[1:], _CLI)
+        if given[:1] == ["preset"]:
+            sys.stdout.write(to_yaml(" ".join(given[1:])))
+            return 0
         _CLI(
             args=given,
             save_config_callback=_SaveConfig,

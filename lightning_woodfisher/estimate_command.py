@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["read_run", "run_estimate"]
+__all__ = ["command_line", "read_run", "run_estimate"]
 
 import argparse
 import contextlib
@@ -129,7 +129,7 @@ def read_run(
 
         def _set_seed(self) -> None: ...
 
-    with _command_line(["fit", *arguments]):
+    with command_line(["fit", *arguments]):
         reader = Reader()
     config, made = reader.config["fit"], reader.made["fit"]
     callbacks = made["trainer"]["callbacks"]
@@ -159,8 +159,15 @@ def read_run(
 
 
 @contextlib.contextmanager
-def _command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """Stand in for ``sys.argv``: LightningCLI warns when it is given arguments beside it."""
+def command_line(arguments: Sequence[str]) -> Iterator[None]:
+    """Stand in for ``sys.argv``: LightningCLI warns when it is given arguments beside it.
+
+    Args:
+        arguments: without the name of the program.
+
+    Yields:
+        Nothing.
+    """
     before = sys.argv
     sys.argv = [before[0], *arguments]
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["announce", "log_report", "progress_bar"]
+__all__ = ["announce", "log_report", "progress_bar", "terminal_bar"]
 
 import contextlib
 import functools
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm.auto import tqdm
 
 from lightning_woodfisher.clock import Progress
+from lightning_woodfisher.figures import draw_local_model, has_matplotlib
 from lightning_woodfisher.report import PruningReport
 
 
@@ -22,7 +23,8 @@ def log_report(trainer: pl.Trainer, report: PruningReport) -> None:
     """Send the numbers of a pruning step to every logger.
 
     Scalars go to all loggers under ``pruning/…``, at the Trainer's global step. W&B also
-    gets a table of the layers and a bar chart of their sparsity.
+    gets a table of the layers and a bar chart of their sparsity, and the local model where
+    the report has one: its points, and a figure if matplotlib is installed.
 
     Args:
         trainer: its loggers are used; nothing is written on ranks other than 0.
@@ -77,7 +79,7 @@ def progress_bar(trainer: pl.Trainer) -> Progress | None:
         return None
     if isinstance(bar, RichProgressBar):
         return functools.partial(_show_rich, bar)
-    return _show_tqdm
+    return terminal_bar
 
 
 @contextlib.contextmanager
@@ -97,7 +99,16 @@ def _show_rich(
 
 
 @contextlib.contextmanager
-def _show_tqdm(title: str, total: int) -> Iterator[Callable[[int], object]]:
+def terminal_bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
+    """Show a tqdm bar where the output is a terminal.
+
+    Args:
+        title: before the bar.
+        total: up to which number.
+
+    Yields:
+        What is called with the number that has been done.
+    """
     # disable=None: silent where the output is not a terminal.
     with tqdm(desc=title, total=total, leave=False, disable=None) as bar:
         yield bar.update
@@ -131,14 +142,24 @@ def _log_to_wandb(logger: WandbLogger, report: PruningReport, step: int) -> None
         ],
     )
     bars = wandb.plot.bar(table, "layer", "sparsity", title="Sparsity per layer")
+    entry = {
+        "pruning/layers": table,
+        "pruning/sparsity_per_layer": bars,
+        "trainer/global_step": step,
+    }
+    if report.local_model:
+        entry["pruning/local_model_points"] = wandb.Table(
+            columns=["part", "fraction", "predicted", "measured"],
+            data=[
+                [number, point.fraction, point.predicted, point.measured]
+                for number, part in enumerate(report.local_model)
+                for point in part
+            ],
+        )
+        if has_matplotlib():
+            entry["pruning/local_model"] = wandb.Image(draw_local_model(report))
     # With step= W&B would drop whatever comes later for an earlier step.
-    logger.experiment.log(
-        {
-            "pruning/layers": table,
-            "pruning/sparsity_per_layer": bars,
-            "trainer/global_step": step,
-        }
-    )
+    logger.experiment.log(entry)
 
 
 def _pair(predicted: float | None, measured: float | None) -> str:

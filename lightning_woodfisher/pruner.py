@@ -43,6 +43,7 @@ from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.flops import LayerFlops, count_flops
 from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.local_model import LocalModel, require_points
 from lightning_woodfisher.losses import FunctionLoss, LossSource
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
@@ -54,7 +55,7 @@ from lightning_woodfisher.quotas import (
     require_flops_target_fits,
     require_target_fits,
 )
-from lightning_woodfisher.report import LayerReport, PruningReport
+from lightning_woodfisher.report import LayerReport, LocalModelPoint, PruningReport
 from lightning_woodfisher.resources import ResourceEstimate
 from lightning_woodfisher.sampling import Sampling
 from lightning_woodfisher.selection import SelectionConfig
@@ -78,6 +79,7 @@ class PruningConfig:
     update: Update = "joint"
     recompute_steps: int = 1
     measure_loss: bool = True
+    local_model_points: int = 0
     seed: int = 0
     flops_target: float | None = None
     step_search: bool = False
@@ -118,6 +120,7 @@ class PruningConfig:
             )
         if self.flops_target is not None:
             require_flops_target_fits(self.selection, self.flops_target)
+        require_points(self.local_model_points, self.measure_loss)
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class _PartResult:
     fisher_bytes: int
     losses_before: list[float]
     losses_after: list[float]
+    local_model: tuple[LocalModelPoint, ...]
     collection: str | None
     scales: Sequence[float]
 
@@ -149,6 +153,7 @@ class Pruner:
         config: how to prune.
         communicator: the ranks of the job.
         progress: given a title and a total, a context that yields a counter.
+        make_sampling: the class that asks model and data, or one with its ways.
     """
 
     def __init__(
@@ -157,11 +162,13 @@ class Pruner:
         config: PruningConfig,
         communicator: Communicator,
         progress: Progress | None = None,
+        make_sampling: Callable[..., Sampling] = Sampling,
     ) -> None:
         self.masks = masks
         self.config = config
         self.comm = communicator
         self._progress = progress or no_progress
+        self._make_sampling = make_sampling
 
     def step(
         self,
@@ -188,7 +195,7 @@ class Pruner:
         """
         sent_before = self.comm.bytes_sent
         clock = PhaseClock()
-        sampling = Sampling(
+        sampling = self._make_sampling(
             source,
             self.masks,
             self.config.fisher,
@@ -340,8 +347,15 @@ class Pruner:
         with clock("update"):
             shares = criterion.predicted_increase(change)
             predicted = None if shares is None else active.sum_by_layer(shares)
+        local_model = LocalModel(self.masks, config.local_model_points)
         with clock("write"):
             active.write(weights + change, removed)
+
+        def predict(fraction: float) -> float | None:
+            shares = criterion.predicted_increase(fraction * change)
+            return None if shares is None else sum(active.sum_by_layer(shares))
+
+        losses_after = sampling.measure(seed)
         return _PartResult(
             thresholds=thresholds,
             predicted=predicted,
@@ -349,7 +363,10 @@ class Pruner:
             raised_damping=active.name_blocks(criterion.raised_damping()),
             fisher_bytes=criterion.state_bytes,
             losses_before=losses_before,
-            losses_after=sampling.measure(seed),
+            losses_after=losses_after,
+            local_model=local_model.check(
+                predict, lambda: sampling.measure(seed), losses_before, losses_after
+            ),
             collection=collection,
             scales=scales,
         )
@@ -401,6 +418,7 @@ class Pruner:
             or None,
             update_scales=tuple(p.scales[0] for p in parts if p.scales),
             first_order_scales=tuple(p.scales[1] for p in parts if len(p.scales) > 1),
+            local_model=tuple(p.local_model for p in parts if p.local_model),
         )
 
 
@@ -416,6 +434,7 @@ def prune(
     update: Update = "joint",
     recompute_steps: int = 1,
     measure_loss: bool = True,
+    local_model_points: int = 0,
     seed: int = 0,
     step_search: bool = False,
     update_scale: float = 1.0,
@@ -445,6 +464,8 @@ def prune(
         update: ``"joint"``, ``"independent"`` or ``"none"``.
         recompute_steps: reach the sparsity in this many parts, each with fresh gradients.
         measure_loss: also measure the loss after the step on the same samples.
+        local_model_points: compare predicted and measured loss at so many points between
+            the weights before and after each part; 0 for none, 5 is a good number.
         seed: of the samples and of anything random in the model.
         step_search: take as much of each update as lowers the loss most.
         update_scale: share of the update that is taken; with the search, at most.
@@ -467,6 +488,7 @@ def prune(
         update=update,
         recompute_steps=recompute_steps,
         measure_loss=measure_loss,
+        local_model_points=local_model_points,
         seed=seed,
         flops_target=flops_target,
         step_search=step_search,

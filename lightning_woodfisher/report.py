@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LayerReport", "PruningReport", "format_table"]
+__all__ = ["LayerReport", "LocalModelPoint", "PruningReport", "format_table"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +36,21 @@ class LayerReport:
     def sparsity(self) -> float:
         """Share of pruned weights after the step."""
         return self.zeros_after / self.weights
+
+
+@dataclass(frozen=True)
+class LocalModelPoint:
+    """Rise of the mean loss at a fraction of a part's update, predicted and measured.
+
+    Attributes:
+        fraction: t in [0, 1]; the weights are w + t·δ.
+        predicted: t²·½δᵀFδ of the quadratic model; None for a criterion without one.
+        measured: on the samples of the part's gradients.
+    """
+
+    fraction: float
+    predicted: float | None
+    measured: float
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,7 @@ class PruningReport:
         update_scales: in each part, the share of the compensation that was taken; empty
             without one.
         first_order_scales: in each part, the share of the first-order step; empty without.
+        local_model: for each part, the loss along its update (``local_model_points``).
     """
 
     criterion: str
@@ -99,6 +115,7 @@ class PruningReport:
     flops_after: float | None = None
     update_scales: tuple[float, ...] = ()
     first_order_scales: tuple[float, ...] = ()
+    local_model: tuple[tuple[LocalModelPoint, ...], ...] = ()
 
     @property
     def weights(self) -> int:
@@ -136,6 +153,9 @@ class PruningReport:
         plain["seconds"] = dict(self.seconds)
         for name in ("fisher_bytes", "update_scales", "first_order_scales"):
             plain[name] = list(plain[name])
+        plain["local_model"] = [
+            [asdict(point) for point in part] for part in self.local_model
+        ]
         return plain
 
     @classmethod
@@ -158,7 +178,12 @@ class PruningReport:
             for name in ("fisher_bytes", "update_scales", "first_order_scales")
             if name in plain
         }
-        return cls(**{**plain, "layers": layers, **numbers})
+        curves = tuple(
+            tuple(LocalModelPoint(**point) for point in part)
+            for part in plain.get("local_model", ())
+        )
+        changed = {"layers": layers, "local_model": curves, **numbers}
+        return cls(**{**plain, **changed})
 
     def metrics(self) -> dict[str, float]:
         """Give the scalars for a logger.
@@ -181,6 +206,11 @@ class PruningReport:
         }
         values |= {f"seconds/{phase}": time for phase, time in self.seconds.items()}
         values |= {f"sparsity/{layer.name}": layer.sparsity for layer in self.layers}
+        for number, part in enumerate(self.local_model):
+            for point in part:
+                where = f"part_{number}/at_{point.fraction:.3g}"
+                values[f"local_model/predicted/{where}"] = point.predicted
+                values[f"local_model/measured/{where}"] = point.measured
         return {f"pruning/{k}": float(v) for k, v in values.items() if v is not None}
 
     def to_table(self) -> str:

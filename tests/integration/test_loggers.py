@@ -136,6 +136,29 @@ def test_wandb_offline(tmp_path: Path) -> None:
     require_wandb(read_run(tmp_path), reports, AT[1])
 
 
+def test_the_local_model_reaches_wandb(tmp_path: Path) -> None:
+    logger = WandbLogger(project="tests", save_dir=tmp_path, offline=True)
+    seed_all(0)
+    pruner = pruning(
+        schedule=PolynomialSchedule(1, 2), local_model_points=3, recompute_steps=2
+    )
+    trainer(pruner, logger=logger, max_epochs=4).fit(Classifier(), loader())
+    wandb.finish()
+    run = read_run(tmp_path)
+    entries = [e for e in run.history if "pruning/local_model_points" in e]
+    assert len(entries) == len(pruner.reports) == 2
+    for entry, report in zip(entries, pruner.reports, strict=True):
+        columns, rows = run.table(entry["pruning/local_model_points"])
+        assert columns == ["part", "fraction", "predicted", "measured"]
+        assert rows == [
+            [number, point.fraction, point.predicted, point.measured]
+            for number, part in enumerate(report.local_model)
+            for point in part
+        ]
+        picture = run.folder / "files" / entry["pruning/local_model"]["path"]
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
 def fit_with_wandb(folder: str) -> list[dict[str, Any]]:
     """Job: a fit on two processes, logged to W&B and to a sheet."""
     os.chdir(folder)
