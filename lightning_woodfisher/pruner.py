@@ -21,6 +21,7 @@ __all__ = [
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -30,14 +31,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_woodfisher.active_weights import ActiveWeights, require_same_start
+from lightning_woodfisher.batchnorm import BatchNormStatistics, estimate_statistics
 from lightning_woodfisher.budget import fit_into_memory, require_one_device
 from lightning_woodfisher.clock import PhaseClock, Progress, no_progress
 from lightning_woodfisher.costs import Work
-from lightning_woodfisher.criteria import CRITERIA, make_criterion
+from lightning_woodfisher.criteria import CRITERIA, Criterion, make_criterion
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import (
     ConfigurationError,
     nearest,
+    require_flag,
     require_integer,
     require_number,
 )
@@ -47,6 +50,7 @@ from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.losses import FunctionLoss, LossSource
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
+from lightning_woodfisher.parts import Parts, Spacing
 from lightning_woodfisher.report import LayerReport, PruningReport
 from lightning_woodfisher.resources import ResourceEstimate
 from lightning_woodfisher.sampling import Sampling
@@ -54,7 +58,7 @@ from lightning_woodfisher.selection import (
     Scope,
     SelectionConfig,
     removal_counts,
-    removal_counts_of_parts,
+    removal_counts_until,
     select_smallest,
 )
 from lightning_woodfisher.sharding import reshard
@@ -71,11 +75,19 @@ class PruningConfig:
     recompute_steps: int = 1
     measure_loss: bool = True
     seed: int = 0
+    recompute_spacing: Spacing = "geometric"
+    reuse_gradients: bool = False
+    trust: float | None = None
+    batchnorm_recalibration_batches: int = 0
 
     @property
     def reads_data(self) -> bool:
         """Whether a step looks at any sample."""
-        return self.measure_loss or CRITERIA[self.criterion].uses_gradients
+        return (
+            self.measure_loss
+            or self.batchnorm_recalibration_batches > 0
+            or CRITERIA[self.criterion].uses_gradients
+        )
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
@@ -93,6 +105,61 @@ class PruningConfig:
             raise ConfigurationError(
                 f"recompute_steps={self.recompute_steps} must be at least 1."
             )
+        self._check_parts()
+        require_integer(
+            "batchnorm_recalibration_batches", self.batchnorm_recalibration_batches
+        )
+        if self.batchnorm_recalibration_batches < 0:
+            raise ConfigurationError(
+                f"batchnorm_recalibration_batches={self.batchnorm_recalibration_batches} "
+                "must be at least 0."
+            )
+
+    def _check_parts(self) -> None:
+        """Refuse what cannot work about the parts of a step."""
+        spacing = self.recompute_spacing
+        if spacing not in get_args(Spacing):
+            raise ConfigurationError(
+                f"recompute_spacing={spacing!r} is unknown; use one of "
+                f"{', '.join(get_args(Spacing))}.{nearest(spacing, get_args(Spacing))}"
+            )
+        require_flag("reuse_gradients", self.reuse_gradients)
+        criterion = CRITERIA[self.criterion]
+        if self.reuse_gradients and not criterion.can_restrict:
+            able = [name for name, other in CRITERIA.items() if other.can_restrict]
+            raise ConfigurationError(
+                f"reuse_gradients cannot go with criterion={self.criterion!r}; use "
+                f"{' or '.join(able)}, or new gradients for each part."
+            )
+        if self.trust is None:
+            return
+        require_number("trust", self.trust)
+        if not (self.trust > 0 and math.isfinite(self.trust)):
+            raise ConfigurationError(
+                f"trust={self.trust} must be positive and finite: the measured rise of "
+                "the loss that is tolerated, as a multiple of the predicted one."
+            )
+        if not self.measure_loss or not criterion.uses_gradients:
+            raise ConfigurationError(
+                f"trust={self.trust} compares the measured with the predicted rise of the "
+                "loss; it needs measure_loss and a criterion that predicts one."
+            )
+        if self.recompute_steps == 1:
+            raise ConfigurationError(
+                f"trust={self.trust} makes the parts that follow smaller, but "
+                "recompute_steps=1 has none; set recompute_steps to 2 or more."
+            )
+
+
+@dataclass
+class _Observed:
+    """A criterion that has seen its gradients, and what it has removed since."""
+
+    criterion: Criterion
+    active: ActiveWeights
+    losses: list[float]
+    collection: str | None
+    gone: Tensor
 
 
 @dataclass(frozen=True)
@@ -113,6 +180,12 @@ class _PartResult:
         """Rise of the mean loss."""
         before, after = _mean(self.losses_before), _mean(self.losses_after)
         return None if before is None or after is None else after - before
+
+    def is_beyond(self, trust: float) -> bool:
+        """Whether the loss has risen by more than that multiple of the prediction."""
+        if self.measured is None or self.predicted is None:
+            return False
+        return self.measured > trust * sum(self.predicted)
 
 
 class Pruner:
@@ -167,23 +240,25 @@ class Pruner:
         )
         with self.comm.failing_together():
             require_same_start(self.masks, self.comm)
-            counts = self._counts_of_parts(target_sparsity)
+            self._check_target(target_sparsity)
             zeros_before = self.masks.zeros()
-            with self._whole_or_absent():
+            with self._whole_or_absent(source.model):
                 with sampling.session():
-                    parts = [
-                        self._part(
-                            sampling,
-                            clock,
-                            removals,
-                            derive_seed(self.config.seed, position, i),
-                        )
-                        for i, removals in enumerate(counts)
-                    ]
+                    parts, halvings = self._parts(
+                        sampling, clock, target_sparsity, position
+                    )
                     self.masks.verify()
+                    statistics = self._recalibrate(source, clock, position)
+                # The session has put back what was there before.
+                statistics.write(source.model)
                 sent = self.comm.bytes_sent - sent_before
                 report = self._report(
                     parts, target_sparsity, zeros_before, sent, clock.seconds
+                )
+                report = dataclasses.replace(
+                    report,
+                    halvings=halvings,
+                    batchnorm_layers=len(statistics.layers),
                 )
                 # No rank may keep a step that another one takes back.
                 self.comm.agree()
@@ -212,8 +287,48 @@ class Pruner:
             for _ in sampling.rows(active, config.seed):
                 pass
 
-    def _counts_of_parts(self, target_sparsity: float) -> list[list[int]]:
-        """How many weights each group gives up, in each part."""
+    def _parts(
+        self, sampling: Sampling, clock: PhaseClock, target: float, position: int
+    ) -> tuple[list[_PartResult], int]:
+        """Do all parts; give their results and how often parts were halved."""
+        config, scope = self.config, self.config.selection.scope
+        start = _weights_and_zeros(self.masks)
+        way = Parts(config.recompute_steps)
+        results: list[_PartResult] = []
+        observed: _Observed | None = None
+        removed = [0] * len(removal_counts(scope, target, *start))
+        while not way.is_done:
+            until = removal_counts_until(
+                scope, target, *start, way.advance(), config.recompute_spacing
+            )
+            counts = [b - a for a, b in zip(removed, until, strict=True)]
+            removed = until
+            seed = derive_seed(config.seed, position, len(results))
+            if observed is None or not config.reuse_gradients:
+                observed = self._observe(sampling, seed)
+                first_seed = seed
+            else:
+                observed.criterion.restrict(~observed.gone)
+                observed.losses, seed = results[-1].losses_after, first_seed
+            results.append(self._part(sampling, clock, observed, counts, seed))
+            if config.trust is not None and results[-1].is_beyond(config.trust):
+                way.halve()
+        return results, way.halvings
+
+    def _recalibrate(
+        self, source: LossSource, clock: PhaseClock, position: int
+    ) -> BatchNormStatistics:
+        """Estimate BatchNorm statistics of the pruned network, where asked for."""
+        count = self.config.batchnorm_recalibration_batches
+        if not count:
+            return BatchNormStatistics({})
+        with clock("recalibrate"):
+            seed = derive_seed(self.config.seed, position, "batchnorm")
+            size = self.config.fisher.gradient_batch_size
+            return estimate_statistics(source, count, size, self.comm, seed)
+
+    def _check_target(self, target_sparsity: float) -> None:
+        """Refuse a sparsity that pruning cannot reach."""
         check_sparsity(target_sparsity)
         masks, scope = self.masks, self.config.selection.scope
         if is_too_sparse(masks, scope, target_sparsity):
@@ -221,14 +336,12 @@ class Pruner:
                 f"target sparsity {target_sparsity} is below the {masks.sparsity():.4f} "
                 "that the selected weights have already; pruning can only add zeros."
             )
-        weights, zeros = _weights_and_zeros(masks)
-        parts = self.config.recompute_steps
-        return removal_counts_of_parts(scope, target_sparsity, weights, zeros, parts)
 
     @contextlib.contextmanager
-    def _whole_or_absent(self) -> Iterator[None]:
-        """Put weights and masks back when the body fails."""
+    def _whole_or_absent(self, model: nn.Module) -> Iterator[None]:
+        """Put weights, masks and BatchNorm statistics back when the body fails."""
         masks = self.masks
+        statistics = BatchNormStatistics.of(model)
         weights = {name: masks.local(name).clone() for name in masks.parameters}
         try:
             with masks.restored_on_error():
@@ -236,21 +349,39 @@ class Pruner:
         except BaseException:
             for name, before in weights.items():
                 masks.local(name).copy_(before)
+            statistics.write(model)
             raise
 
-    def _part(
-        self, sampling: Sampling, clock: PhaseClock, counts: Sequence[int], seed: int
-    ) -> _PartResult:
-        """Gradients, inverse, mask and update, once through."""
+    def _observe(self, sampling: Sampling, seed: int) -> _Observed:
+        """Show gradients of the active weights to a fresh criterion."""
         config, comm = self.config, self.comm
         criterion = make_criterion(config.criterion, config.fisher, config.update)
         active = ActiveWeights(self.masks, criterion.layout, comm)
         criterion.begin(active.partition, comm)
-        losses_before, collection = sampling.observe(criterion, active, seed)
+        losses, collection = sampling.observe(criterion, active, seed)
+        gone = torch.zeros(
+            active.partition.shard_sizes()[comm.rank],
+            dtype=torch.bool,
+            device=comm.device,
+        )
+        return _Observed(criterion, active, losses, collection, gone)
+
+    def _part(
+        self,
+        sampling: Sampling,
+        clock: PhaseClock,
+        observed: _Observed,
+        counts: Sequence[int],
+        seed: int,
+    ) -> _PartResult:
+        """Inverse, mask and update, once through."""
+        config, comm = self.config, self.comm
+        criterion, active = observed.criterion, observed.active
+        losses_before, collection = observed.losses, observed.collection
 
         with clock("factorize"):
             weights = active.gather()
-            scores = criterion.score(weights)
+            scores = criterion.score(weights).masked_fill(observed.gone, math.inf)
         with clock("select"):
             groups = active.layers() if config.selection.scope == "layer" else None
             removed = select_smallest(scores, groups, counts, comm)
@@ -260,7 +391,8 @@ class Pruner:
             shares = criterion.predicted_increase(change)
             predicted = None if shares is None else active.sum_by_layer(shares)
         with clock("write"):
-            active.write(weights + change, removed)
+            observed.gone |= removed
+            active.write(weights + change, observed.gone)
         return _PartResult(
             thresholds=thresholds,
             predicted=predicted,
@@ -334,6 +466,10 @@ def prune(
     measure_loss: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
+    recompute_spacing: Spacing = "geometric",
+    reuse_gradients: bool = False,
+    trust: float | None = None,
+    batchnorm_recalibration_batches: int = 0,
 ) -> PruningReport:
     """Prune a plain PyTorch model in place; no Trainer needed.
 
@@ -357,6 +493,14 @@ def prune(
         measure_loss: also measure the loss after the step on the same samples.
         seed: of the samples and of anything random in the model.
         progress: see :class:`Pruner`.
+        recompute_spacing: where the parts end: ``"geometric"`` in the kept share,
+            ``"linear"`` or ``"polynomial"``.
+        reuse_gradients: all parts use the gradients of the first one, with a new inverse
+            on the weights that are left.
+        trust: when the loss has risen in a part by more than this multiple of the
+            prediction, the parts that follow are half as long, down to an eighth.
+        batchnorm_recalibration_batches: re-estimate BatchNorm's running statistics on so
+            many batches after the step; 0 leaves them.
 
     Returns:
         What happened.
@@ -369,6 +513,10 @@ def prune(
         recompute_steps=recompute_steps,
         measure_loss=measure_loss,
         seed=seed,
+        recompute_spacing=recompute_spacing,
+        reuse_gradients=reuse_gradients,
+        trust=trust,
+        batchnorm_recalibration_batches=batchnorm_recalibration_batches,
     )
     reshard(model)
     parameters = prunable_parameters(

@@ -55,7 +55,7 @@ class PruningReport:
             over parts like ``predicted_increase``; None when not measured.
         loss_before: mean loss before the first part, on the samples of its gradients.
         loss_after: mean loss after the last part, on the samples of its gradients.
-        parts: number of parts (``recompute_steps``).
+        parts: number of parts: ``recompute_steps``, or more where ``trust`` was lost.
         num_gradients: gradients taken in each part.
         seconds: wall-clock seconds by phase.
         bytes_exchanged: bytes that all ranks together have sent.
@@ -65,6 +65,9 @@ class PruningReport:
         step: optimizer steps done before it, None outside a Trainer.
         collection: how gradients were computed: ``"per-sample"``, many in one pass, or
             ``"loop: <reason>"``, one by one; None when none was.
+        halvings: how often the parts became half as long, because the loss had risen by
+            more than ``trust`` times the prediction.
+        batchnorm_layers: layers whose running statistics were estimated anew.
     """
 
     criterion: str
@@ -86,6 +89,8 @@ class PruningReport:
     epoch: int | None = None
     step: int | None = None
     collection: str | None = None
+    halvings: int = 0
+    batchnorm_layers: int = 0
 
     @property
     def weights(self) -> int:

@@ -15,11 +15,13 @@ from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.fisher import FisherConfig, rows_in_chunk
 from lightning_woodfisher.gradients import (
+    Batches,
     LossSource,
     collect_gradients,
     iterate_chunks,
     mean_loss,
 )
+from lightning_woodfisher.labels import UnlabelledBatches
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.sharded_gradients import (
     collect_sharded_gradients,
@@ -108,8 +110,9 @@ class Sampling:
                 for _ in rows:
                     pass
                 raise
-        # The loss after the step is measured in groups, and so must be the one before.
-        if self._group(seed) > 1:
+        # The loss after the step is measured in groups and on the labels of the data, and
+        # so must be the one before.
+        if self._group(seed) > 1 or fisher.labels == "sampled":
             losses = self.measure(seed)
         return losses, "; ".join(notes)
 
@@ -150,10 +153,11 @@ class Sampling:
                 losses,
                 tick,
                 divisible=fisher.model_mode == "eval",
+                choose=self._batches_of_gradients,
             )
         return collect_gradients(
             self._source,
-            self._source.batches(count, size, seed),
+            self._batches_of_gradients(count, size, seed),
             parameters,
             active.positions,
             active.partition.shard_sizes(),
@@ -181,9 +185,18 @@ class Sampling:
         fisher, group = self._fisher, self._group(seed)
         count, size = fisher.num_gradients // group, fisher.gradient_batch_size * group
         with self._clock("measure"):
-            batches = self._source.batches(count, size, seed)
+            batches = self._batches(count, size, seed)
             measure = sharded_mean_loss if self._masks.sharded else mean_loss
             return measure(self._source, batches, count, self._comm, seed)
+
+    def _batches(self, count: int, size: int, seed: int) -> Batches:
+        return self._source.batches(count, size, seed, self._fisher.repeat_samples)
+
+    def _batches_of_gradients(self, count: int, size: int, seed: int) -> Batches:
+        batches = self._batches(count, size, seed)
+        if self._fisher.labels == "true":
+            return batches
+        return UnlabelledBatches(batches, seed, self._source.model)
 
     def _group(self, seed: int) -> int:
         """How many mini-batches are evaluated as one: small ones are slow one by one."""
@@ -192,7 +205,7 @@ class Sampling:
         # In training mode BatchNorm makes the loss depend on the size of the batch.
         if (
             fisher.model_mode == "train"
-            or not self._source.batches(count, size, seed).regroupable
+            or not self._batches(count, size, seed).regroupable
         ):
             return 1
         most = max(1, _SAMPLES_EVALUATED_AT_ONCE // size)

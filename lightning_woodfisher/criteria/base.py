@@ -28,10 +28,12 @@ class Criterion(ABC):
 
     Attributes:
         uses_gradients: whether rows must be collected for it.
+        can_restrict: whether :meth:`restrict` makes it ready for another part.
         damping: λ, None for a criterion without.
     """
 
     uses_gradients: ClassVar[bool] = True
+    can_restrict: ClassVar[bool] = False
 
     def __init__(self, fisher: FisherConfig, update: Update) -> None:
         self.fisher = fisher
@@ -87,6 +89,13 @@ class Criterion(ABC):
 
         Returns:
             δ, float64 ``[D_r]``; exactly −w where removed.
+        """
+
+    def restrict(self, kept: Tensor) -> None:  # noqa: B027  (many have nothing to drop)
+        """Drop weights for good, for another part with the same gradients.
+
+        Args:
+            kept: bool ``[D_r]``; the others have become zero.
         """
 
     def predicted_increase(self, change: Tensor) -> Tensor | None:

@@ -19,6 +19,7 @@ class Magnitude(Criterion):
     """Saliency |w|, no update."""
 
     uses_gradients: ClassVar[bool] = False
+    can_restrict: ClassVar[bool] = True
 
     def layout(self, segments: Sequence[int], world_size: int) -> Partition:
         """Cut the weights into equal shares; there are no blocks to respect.
