@@ -113,6 +113,8 @@ def estimate_statistics(
     layers = batchnorm_layers(model)
     if not layers:
         return BatchNormStatistics({})
+    # Other buffers may differ between ranks in the middle of training.
+    comm.broadcast(model.buffers())
     batches = source.batches(count, max(size, _FEWEST_SAMPLES), seed, True)
     model.eval()
     width = sum(2 * _mean(layer).numel() + 1 for layer in layers.values())
