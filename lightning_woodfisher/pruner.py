@@ -304,13 +304,16 @@ class Pruner:
             counts = [b - a for a, b in zip(removed, until, strict=True)]
             removed = until
             seed = derive_seed(config.seed, position, len(results))
-            if observed is None or not config.reuse_gradients:
+            if observed is None:
                 observed = self._observe(sampling, seed)
                 first_seed = seed
             else:
                 observed.criterion.restrict(~observed.gone)
                 observed.losses, seed = results[-1].losses_after, first_seed
             results.append(self._part(sampling, clock, observed, counts, seed))
+            if not config.reuse_gradients:
+                # Its Fisher must be gone before there is another one.
+                observed = None
             if config.trust is not None and results[-1].is_beyond(config.trust):
                 way.halve()
         return results, way.halvings

@@ -119,6 +119,16 @@ def test_centring_ignores_what_all_gradients_share(form: Form) -> None:
     assert float((other.diagonal() / plain.diagonal()).min()) < 0.99
 
 
+def test_a_large_mean_does_not_cost_the_primal_form_its_float32() -> None:
+    rows = gradients(150)
+    sizes = [
+        fed(make("primal", 150, 1.0, centered=centered), rows + mean, 50).state_bytes
+        for centered, mean in ((False, 0.0), (True, 100.0), (False, 100.0))
+    ]
+    assert sizes[0] == sizes[1] == 4 * (3 * 20**2 + 10**2 + 13**2)
+    assert sizes[2] == 2 * sizes[0]
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("damping", [1e-5, 1e-3])
 @pytest.mark.parametrize("number", [12, 150])

@@ -23,7 +23,7 @@ from lightning_woodfisher import (
 from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.parts import Parts
-from lightning_woodfisher.pruner import PruningConfig
+from lightning_woodfisher.pruner import Pruner, PruningConfig
 
 
 def samples(number: int = 160) -> TensorDataset:
@@ -347,6 +347,30 @@ def test_a_failing_recalibration_takes_the_step_back(kind: str) -> None:
             Counted(),
             target_sparsity=0.6,
             fisher=FisherConfig(num_gradients=9, gradient_batch_size=5),
+            batchnorm_recalibration_batches=2,
+        )
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_failure_after_recalibration_takes_the_statistics_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = convolutional()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def fail(*_: Any) -> None:
+        assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+        raise LookupError("too late")
+
+    monkeypatch.setattr(Pruner, "_report", fail)
+    with pytest.raises(LookupError, match="too late"):
+        prune(
+            model,
+            images(),
+            Counted(),
+            target_sparsity=0.6,
+            fisher=FisherConfig(num_gradients=8, gradient_batch_size=2),
             batchnorm_recalibration_batches=2,
         )
     for name, value in model.state_dict().items():

@@ -178,7 +178,7 @@ def test_weight_decay_stays_without_the_option_and_without_steps() -> None:
 
 
 def test_an_optimizer_without_weight_decay_is_refused() -> None:
-    module = Classifier(optimizer=lambda p: torch.optim.LBFGS(p))
+    module = Classifier(optimizer=torch.optim.LBFGS)
     pruner = pruning(weight_decay_off_after_last_step=True)
     with pytest.raises(ConfigurationError, match="but there is LBFGS"):
         trainer(pruner).fit(module, loader())
