@@ -50,10 +50,12 @@ class Batches(ABC):
     Attributes:
         regroupable: whether asking for fewer and larger batches under the same seed gives
             the same samples in larger groups.
+        why_whole: the reason when they are not regroupable.
         size: samples in a batch, m; None when nobody knows.
     """
 
     regroupable: bool = False
+    why_whole: str = "the data comes in batches"
     size: int | None = None
 
     @abstractmethod
@@ -96,7 +98,9 @@ class Batches(ABC):
 
 
 class DatasetBatches(Batches):
-    """Batches of a map-style dataset under an own seeded permutation, no sample twice.
+    """Batches of a map-style dataset under an own seeded permutation.
+
+    No sample comes twice, unless ``repeat`` allows to go through the data again.
 
     Args:
         dataset: anything with ``__len__`` and ``__getitem__``.
@@ -106,9 +110,12 @@ class DatasetBatches(Batches):
         collate: list of samples to batch.
         regroupable: False when ``collate`` can make a batch of one item only.
         indices: the samples that may be drawn; None for the whole dataset.
+        repeat: whether, when all samples were drawn, they may be drawn again in another
+            order.
 
     Raises:
-        ConfigurationError: when there are fewer than N·m samples.
+        ConfigurationError: when there are fewer than N·m samples and none may be
+            repeated, or no sample at all.
     """
 
     def __init__(
@@ -120,6 +127,7 @@ class DatasetBatches(Batches):
         collate: Callable[[list[Any]], Any] = default_collate,
         regroupable: bool = True,
         indices: Sequence[int] | None = None,
+        repeat: bool = False,
     ) -> None:
         if not isinstance(dataset, Sized):
             raise ConfigurationError(
@@ -128,17 +136,21 @@ class DatasetBatches(Batches):
             )
         samples = len(dataset) if indices is None else len(indices)
         where = "the dataset" if indices is None else "what the sampler may draw"
-        if samples < count * size:
+        if samples < count * size and not (repeat and samples):
             raise ConfigurationError(
                 f"num_gradients={count} times gradient_batch_size={size} needs "
                 f"{count * size} samples, but {where} has {samples}; lower one of "
-                f"them (num_gradients={max(1, samples // size)} would fit)."
+                f"them (num_gradients={max(1, samples // size)} would fit), or set "
+                "fisher.repeat_samples."
                 if samples >= size
                 else f"gradient_batch_size={size} exceeds the {samples} samples of "
                 f"{where}; lower it."
             )
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(samples, generator=generator)[: count * size]
+        rounds = -(-count * size // samples)
+        order = torch.cat(
+            [torch.randperm(samples, generator=generator) for _ in range(rounds)]
+        )[: count * size]
         self._dataset = dataset
         if indices is not None:
             order = torch.as_tensor(indices, dtype=torch.int64)[order]
@@ -195,7 +207,7 @@ class DatasetBatches(Batches):
 
 
 def loader_batches(
-    loader: DataLoader[Any], count: int, size: int, seed: int
+    loader: DataLoader[Any], count: int, size: int, seed: int, repeat: bool = False
 ) -> Batches | None:
     """Draw from the dataset of a DataLoader rather than from its iterator.
 
@@ -210,6 +222,7 @@ def loader_batches(
         count: number of batches, N.
         size: samples in a batch, m; not used where automatic batching is off.
         seed: of the choice.
+        repeat: as in :class:`DatasetBatches`.
 
     Returns:
         The batches; None when the dataset is iterable-style.
@@ -227,12 +240,19 @@ def loader_batches(
             lambda items: collate(items[0]),
             regroupable=False,
             indices=_drawn_by(loader.sampler),
+            repeat=repeat,
         )
     sampler = loader.sampler
     if type(loader.batch_sampler) is not BatchSampler:
         sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
     return DatasetBatches(
-        dataset, count, size, seed, collate, indices=_drawn_by(sampler)
+        dataset,
+        count,
+        size,
+        seed,
+        collate,
+        indices=_drawn_by(sampler),
+        repeat=repeat,
     )
 
 
@@ -341,12 +361,22 @@ class StreamBatches(Batches):
         iterable: of batches; each gives one gradient.
         count: number of batches that will be needed, N.
         seed: of whatever the iterable draws.
+        repeat: whether to open the iterable again when it has ended too early.
     """
 
-    def __init__(self, iterable: Iterable[Any], count: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        iterable: Iterable[Any],
+        count: int,
+        seed: int = 0,
+        repeat: bool = False,
+    ) -> None:
         self._iterable = iterable
         self._iterator: Iterator[Any] | None = None
         self._next = 0
+        self._repeat = repeat
+        # Batches since it was opened: an empty one is not opened again.
+        self._since_opened = 0
         self._count = count
         self._seed = seed
 
@@ -369,13 +399,18 @@ class StreamBatches(Batches):
                 try:
                     batch = next(self._iterator)
                 except StopIteration:
-                    break
+                    if not (self._repeat and self._since_opened):
+                        break
+                    self._iterator, self._since_opened = None, 0
+                    continue
             self._next += 1
+            self._since_opened += 1
             if self._next > index:
                 return batch
         raise ConfigurationError(
             f"the data ended after {self._next} batches, but num_gradients="
-            f"{self._count} needs one batch each; lower num_gradients or give more."
+            f"{self._count} needs one batch each; lower num_gradients or give more, or "
+            "set fisher.repeat_samples, which an iterator cannot do."
         )
 
     def describe(self, index: int) -> str:
@@ -405,18 +440,19 @@ class Streams:
         self._key: tuple[int, int] | None = None
         self._read: list[Any] = []
 
-    def batches(self, count: int, seed: int) -> StreamBatches:
+    def batches(self, count: int, seed: int, repeat: bool = False) -> StreamBatches:
         """Open it.
 
         Args:
             count: number of batches that will be needed, N.
             seed: with an iterator, another seed reads on.
+            repeat: as in :class:`StreamBatches`.
 
         Returns:
             The batches; nothing is read yet.
         """
         if not isinstance(self._data, Iterator):
-            return StreamBatches(self._data, count, seed)
+            return StreamBatches(self._data, count, seed, repeat)
         if self._key != (count, seed):
             self.finish()
             self._key, self._read = (count, seed), []

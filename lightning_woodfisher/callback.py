@@ -28,18 +28,24 @@ from torch.utils.hooks import RemovableHandle
 from lightning_woodfisher.budget import require_one_device
 from lightning_woodfisher.criteria import CriterionName
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import ConfigurationError, PruningError
+from lightning_woodfisher.errors import (
+    ConfigurationError,
+    PruningError,
+    require_flag,
+)
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.loggers import announce, log_report, progress_bar
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
+from lightning_woodfisher.parts import Spacing
 from lightning_woodfisher.patterns import require_pattern_fits
 from lightning_woodfisher.preparation import (
     describe_plan,
     refuse_averaging,
     require_enough_batches,
     require_same_selection,
+    require_weight_decay,
     training_horizon,
 )
 from lightning_woodfisher.presets import preset
@@ -111,6 +117,17 @@ class WoodFisherPruningCallback(pl.Callback):
         update_scale: share of the update of the kept weights that is taken, in [0, 1];
             with ``step_search`` the most that is. 0 leaves them alone, like
             ``update="none"`` and Optimal Brain Damage.
+        recompute_spacing: where the parts of a step end: ``"geometric"`` in the kept
+            share, ``"linear"`` or ``"polynomial"``.
+        reuse_gradients: all parts of a step use the gradients of the first one, with a new
+            inverse on the weights that are left.
+        trust: when the loss has risen in a part by more than this multiple of the
+            prediction, the parts that follow are half as long, down to an eighth.
+        batchnorm_recalibration_batches: re-estimate BatchNorm's running statistics on so
+            many batches (of 64 samples or ``gradient_batch_size``, the larger) after each
+            step; 0 leaves them.
+        weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
+            zero once the last planned step is done.
 
     Raises:
         ConfigurationError: for a value that cannot work.
@@ -134,6 +151,11 @@ class WoodFisherPruningCallback(pl.Callback):
         step_search: bool = False,
         update_scale: float = 1.0,
         local_model_points: int = 0,
+        recompute_spacing: Spacing = "geometric",
+        reuse_gradients: bool = False,
+        trust: float | None = None,
+        batchnorm_recalibration_batches: int = 0,
+        weight_decay_off_after_last_step: bool = False,
     ) -> None:
         check_sparsity(target_sparsity)
         if flops_target is None:
@@ -152,7 +174,15 @@ class WoodFisherPruningCallback(pl.Callback):
             flops_target=flops_target,
             step_search=step_search,
             update_scale=update_scale,
+            recompute_spacing=recompute_spacing,
+            reuse_gradients=reuse_gradients,
+            trust=trust,
+            batchnorm_recalibration_batches=batchnorm_recalibration_batches,
         )
+        require_flag(
+            "weight_decay_off_after_last_step", weight_decay_off_after_last_step
+        )
+        self.weight_decay_off_after_last_step = weight_decay_off_after_last_step
         self.loss_method = loss_method
         self.dataloader = dataloader
         self.report_path = report_path
@@ -261,9 +291,15 @@ class WoodFisherPruningCallback(pl.Callback):
             with Communicator(pl_module.device).failing_together():
                 fisher = self.config.fisher
                 batches = self._source(trainer, pl_module).batches(
-                    fisher.num_gradients, fisher.gradient_batch_size, self.config.seed
+                    fisher.num_gradients,
+                    fisher.gradient_batch_size,
+                    self.config.seed,
+                    fisher.repeat_samples,
                 )
-                require_enough_batches(batches, self.dataloader, fisher.num_gradients)
+                if not fisher.repeat_samples:
+                    require_enough_batches(
+                        batches, self.dataloader, fisher.num_gradients
+                    )
         if self._plan:
             # Nothing is allocated yet; the first step is the one that needs most.
             self._step_config, cost = within_memory(
@@ -275,6 +311,10 @@ class WoodFisherPruningCallback(pl.Callback):
             kind = self.config.criterion
             plan = describe_plan(self._plan, self._done, masks, kind)
             announce(trainer, f"{plan}\n{cost.summary()}")
+        if self.weight_decay_off_after_last_step:
+            require_weight_decay(trainer.optimizers)
+            # A checkpoint may have been loaded without the state of its optimizers.
+            self._end_weight_decay(trainer)
         for optimizer in trainer.optimizers:
             post = optimizer.register_step_post_hook(lambda *_: masks.apply())
             self._handles.append(post)
@@ -494,6 +534,16 @@ class WoodFisherPruningCallback(pl.Callback):
             self._publish(trainer, report)
         else:
             self._done += [(unit, step.position) for step in due]
+        self._end_weight_decay(trainer)
+
+    def _end_weight_decay(self, trainer: pl.Trainer) -> None:
+        """Switch weight decay off when the last planned step is done."""
+        if not self.weight_decay_off_after_last_step or not self._plan or self._ahead():
+            return
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                if "weight_decay" in group:
+                    group["weight_decay"] = 0.0
 
     def _publish(self, trainer: pl.Trainer, report: PruningReport) -> None:
         log_report(trainer, report)

@@ -6,6 +6,7 @@ __all__ = [
     "ConfigurationError",
     "PruningError",
     "nearest",
+    "require_flag",
     "require_integer",
     "require_number",
 ]
@@ -35,6 +36,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def require_flag(name: str, value: object) -> None:
+    """Check that a setting is True or False.
+
+    Args:
+        name: of the setting.
+        value: what the user gave.
+
+    Raises:
+        ConfigurationError: for anything else.
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name}={value!r} is neither true nor false.")
 
 
 def require_integer(name: str, value: object) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "FisherConfig",
     "FullInverseFisher",
     "InverseFisher",
+    "Labels",
     "PrimalInverseFisher",
     "RowDtype",
     "block_cost",
@@ -49,6 +50,7 @@ from lightning_woodfisher.engines.full import FullInverseFisher
 from lightning_woodfisher.engines.primal import PrimalInverseFisher
 from lightning_woodfisher.errors import (
     ConfigurationError,
+    require_flag,
     require_integer,
     require_number,
 )
@@ -61,6 +63,7 @@ Engine = Literal["auto", "primal", "dual"]
 # Numbers that a chunk of gradients may hold before it takes fewer gradients.
 _ENTRIES_IN_CHUNK = 2**26
 Collection = Literal["auto", "loop"]
+Labels = Literal["true", "sampled"]
 RowDtype = Literal["float32", "bfloat16"]
 
 
@@ -94,6 +97,14 @@ class FisherConfig:
         first_order_samples: samples of the mean gradient of ``criterion="woodtaylor"`` and
             of the losses of its step search, rounded down to whole mini-batches of 256;
             None takes those of the N gradients.
+        labels: ``"true"`` takes the labels of the data (empirical Fisher); ``"sampled"``
+            draws them from the model's own softmax (the true Fisher, where m = 1). Batches
+            must be ``(inputs, class labels)`` and ``model(inputs)`` the logits
+            ``[n, C, ...]``, or the model must have a method ``sample_labels(batch)`` that
+            returns the batch with labels drawn from what it predicts.
+        centered: subtract the mean gradient, which leaves the covariance of the gradients.
+        repeat_samples: where N·m samples are more than there are, go through the data
+            again in another order; without it that is an error.
     """
 
     num_gradients: int = 256
@@ -108,6 +119,9 @@ class FisherConfig:
     collection: Collection = "auto"
     row_dtype: RowDtype = "float32"
     first_order_samples: int | None = None
+    labels: Labels = "true"
+    centered: bool = False
+    repeat_samples: bool = False
 
     def __post_init__(self) -> None:
         optional = ("block_size", "first_order_samples")
@@ -137,6 +151,7 @@ class FisherConfig:
             "precision": Precision,
             "collection": Collection,
             "row_dtype": RowDtype,
+            "labels": Labels,
         }
         for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
@@ -144,6 +159,8 @@ class FisherConfig:
                     f"fisher.{name}={getattr(self, name)!r} is unknown; use one of "
                     f"{', '.join(get_args(known))}."
                 )
+        for name in ("centered", "repeat_samples"):
+            require_flag(f"fisher.{name}", getattr(self, name))
         if self.block_size is None and self.engine == "primal":
             raise ConfigurationError(
                 "fisher.engine='primal' cannot go with fisher.block_size=None: it would "
@@ -177,6 +194,7 @@ def make_inverse_fisher(
     engine: Engine = "auto",
     precision: Precision = "auto",
     offload_rows: bool = False,
+    centered: bool = False,
 ) -> InverseFisher:
     """Choose the engine and make this rank's part of the inverse Fisher.
 
@@ -189,6 +207,7 @@ def make_inverse_fisher(
         engine: which form; ``"auto"`` takes the cheaper one.
         precision: of the products of gradients.
         offload_rows: keep rows in host memory.
+        centered: subtract the mean gradient.
 
     Returns:
         An empty inverse Fisher that waits for gradients.
@@ -197,7 +216,15 @@ def make_inverse_fisher(
     if block_size is not None:
         chosen = choose_engine(engine, num_gradients, block_size)
         cls = PrimalInverseFisher if chosen == "primal" else DualInverseFisher
-    return cls(partition, num_gradients, damping, communicator, precision, offload_rows)
+    return cls(
+        partition,
+        num_gradients,
+        damping,
+        communicator,
+        precision,
+        offload_rows,
+        centered,
+    )
 
 
 def block_cost(

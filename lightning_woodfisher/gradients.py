@@ -20,6 +20,7 @@ __all__ = [
     "derive_seed",
     "iterate_chunks",
     "loader_batches",
+    "loss_value",
     "mean_loss",
     "micro_batch_size",
     "scalar_loss",
@@ -212,7 +213,7 @@ def mean_loss(
     try:
         for index in range(comm.rank, count, comm.world_size):
             with seeded(derive_seed(seed, index)):
-                own[index] = _value(source, batches, index)
+                own[index] = loss_value(source, batches, index)
             if finite:
                 _require_finite(own[index], batches, index)
     except Exception as error:
@@ -233,7 +234,7 @@ def _why_loop(
     if any(module.training for module in source.model.modules()):
         return "in training mode samples of a batch may influence each other"
     if not batches.regroupable or batches.size is None:
-        return "the data comes in batches"
+        return batches.why_whole
     return why_not(source.model, parameters) or ""
 
 
@@ -391,8 +392,20 @@ class _Rows:
         return ""
 
 
-def _value(source: LossSource, batches: Batches, index: int) -> float:
-    """Compute one loss without gradients, or with them where the loss needs them."""
+def loss_value(source: LossSource, batches: Batches, index: int) -> float:
+    """Compute one loss without gradients, or with them where the loss needs them.
+
+    Args:
+        source: where losses come from, with its session entered.
+        batches: the mini-batches.
+        index: which one.
+
+    Returns:
+        The loss.
+
+    Raises:
+        RuntimeError: whatever the loss raises.
+    """
     batch = batches.fetch(index)
     try:
         with random_states_kept(), torch.no_grad():

@@ -21,6 +21,7 @@ from lightning_woodfisher.batches import (
 )
 from lightning_woodfisher.errors import PruningError
 from lightning_woodfisher.isolation import ModelMode, isolated
+from lightning_woodfisher.labels import UnlabelledBatch, labelled
 
 
 class LossSource(ABC):
@@ -39,13 +40,16 @@ class LossSource(ABC):
         self.loss_scale = 1.0
 
     @abstractmethod
-    def batches(self, count: int, size: int, seed: int) -> Batches:
+    def batches(
+        self, count: int, size: int, seed: int, repeat: bool = False
+    ) -> Batches:
         """Choose the mini-batches of one estimate.
 
         Args:
             count: N.
             size: m.
             seed: different seeds give different samples where the data allows it.
+            repeat: whether samples may come again when there are fewer than N·m.
 
         Returns:
             The batches.
@@ -56,7 +60,8 @@ class LossSource(ABC):
         """Run the model.
 
         Args:
-            batch: what :class:`Batches` made.
+            batch: what :class:`Batches` made; of an :class:`.UnlabelledBatch` the labels
+                are drawn (:func:`.labelled`).
             index: number of the batch.
 
         Returns:
@@ -99,25 +104,28 @@ class FunctionLoss(LossSource):
         self._loss_fn = loss_fn
         self._streams = Streams(data)  # type: ignore[arg-type]
 
-    def batches(self, count: int, size: int, seed: int) -> Batches:
+    def batches(
+        self, count: int, size: int, seed: int, repeat: bool = False
+    ) -> Batches:
         """Choose the mini-batches; an iterable gives them as they come.
 
         Args:
             count: N.
             size: m, for a Dataset.
             seed: of the choice, for a Dataset.
+            repeat: whether samples may come again when there are fewer than N·m.
 
         Returns:
             The batches.
         """
         data = self._data
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-            return DatasetBatches(data, count, size, seed)
+            return DatasetBatches(data, count, size, seed, repeat=repeat)
         if isinstance(data, DataLoader):
-            chosen = loader_batches(data, count, size, seed)
+            chosen = loader_batches(data, count, size, seed, repeat)
             if chosen is not None:
                 return chosen
-        return self._streams.batches(count, seed)
+        return self._streams.batches(count, seed, repeat)
 
     def loss(self, batch: Any, index: int) -> Tensor:
         """Call the loss function.
@@ -130,7 +138,9 @@ class FunctionLoss(LossSource):
             Scalar tensor.
         """
         device = next(self.model.parameters()).device
-        result = self._loss_fn(self.model, _to_device(batch, device))
+        drawn = batch if isinstance(batch, UnlabelledBatch) else None
+        batch = _to_device(batch if drawn is None else drawn.batch, device)
+        result = self._loss_fn(self.model, labelled(self.model, batch, drawn))
         return scalar_loss(
             result, index, "loss_fn", "return the mean loss of the batch"
         )

@@ -7,6 +7,7 @@ __all__ = [
     "refuse_averaging",
     "require_enough_batches",
     "require_same_selection",
+    "require_weight_decay",
     "training_horizon",
 ]
 
@@ -16,6 +17,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.optim import Optimizer
 
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.gradients import Batches, StreamBatches
@@ -110,6 +112,23 @@ def require_enough_batches(batches: Batches, data: Any, num_gradients: int) -> N
         raise ConfigurationError(
             f"dataloader has {length} batches, but num_gradients={num_gradients} needs "
             "one batch each; lower num_gradients or give more."
+        )
+
+
+def require_weight_decay(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that know no weight decay that could be switched off.
+
+    Args:
+        optimizers: those of the Trainer.
+
+    Raises:
+        ConfigurationError: when no parameter group has a ``weight_decay``.
+    """
+    kinds = [type(optimizer).__name__ for optimizer in optimizers]
+    if not any("weight_decay" in g for o in optimizers for g in o.param_groups):
+        raise ConfigurationError(
+            "weight_decay_off_after_last_step needs an optimizer with weight_decay in its "
+            f"parameter groups, but there is {', '.join(kinds) or 'none'}; leave it out."
         )
 
 

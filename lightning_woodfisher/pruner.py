@@ -19,6 +19,7 @@ __all__ = [
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -28,14 +29,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_woodfisher.active_weights import ActiveWeights, require_same_start
+from lightning_woodfisher.batchnorm import BatchNormStatistics, estimate_statistics
 from lightning_woodfisher.budget import fit_into_memory, require_one_device
 from lightning_woodfisher.clock import PhaseClock, Progress, no_progress
 from lightning_woodfisher.costs import Work
-from lightning_woodfisher.criteria import CRITERIA, make_criterion
+from lightning_woodfisher.criteria import CRITERIA, Criterion, make_criterion
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import (
     ConfigurationError,
     nearest,
+    require_flag,
     require_integer,
     require_number,
 )
@@ -47,6 +50,7 @@ from lightning_woodfisher.local_model import LocalModel, require_points
 from lightning_woodfisher.losses import FunctionLoss, LossSource
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
+from lightning_woodfisher.parts import Parts, Spacing
 from lightning_woodfisher.patterns import parse_pattern, require_pattern_fits
 from lightning_woodfisher.quotas import (
     Quotas,
@@ -84,6 +88,10 @@ class PruningConfig:
     flops_target: float | None = None
     step_search: bool = False
     update_scale: float = 1.0
+    recompute_spacing: Spacing = "geometric"
+    reuse_gradients: bool = False
+    trust: float | None = None
+    batchnorm_recalibration_batches: int = 0
 
     @property
     def counts_flops(self) -> bool:
@@ -93,8 +101,12 @@ class PruningConfig:
     @property
     def reads_data(self) -> bool:
         """Whether a step looks at any sample."""
-        uses_gradients = CRITERIA[self.criterion].needs != "nothing"
-        return self.measure_loss or uses_gradients or self.counts_flops
+        return (
+            self.measure_loss
+            or self.counts_flops
+            or self.batchnorm_recalibration_batches > 0
+            or CRITERIA[self.criterion].needs != "nothing"
+        )
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
@@ -121,6 +133,66 @@ class PruningConfig:
         if self.flops_target is not None:
             require_flops_target_fits(self.selection, self.flops_target)
         require_points(self.local_model_points, self.measure_loss)
+        self._check_parts()
+        require_integer(
+            "batchnorm_recalibration_batches", self.batchnorm_recalibration_batches
+        )
+        if self.batchnorm_recalibration_batches < 0:
+            raise ConfigurationError(
+                f"batchnorm_recalibration_batches={self.batchnorm_recalibration_batches} "
+                "must be at least 0."
+            )
+
+    def _check_parts(self) -> None:
+        """Refuse what cannot work about the parts of a step."""
+        spacing = self.recompute_spacing
+        if spacing not in get_args(Spacing):
+            raise ConfigurationError(
+                f"recompute_spacing={spacing!r} is unknown; use one of "
+                f"{', '.join(get_args(Spacing))}.{nearest(spacing, get_args(Spacing))}"
+            )
+        require_flag("reuse_gradients", self.reuse_gradients)
+        criterion = CRITERIA[self.criterion]
+        if self.reuse_gradients and not criterion.can_restrict:
+            able = [name for name, other in CRITERIA.items() if other.can_restrict]
+            raise ConfigurationError(
+                f"reuse_gradients cannot go with criterion={self.criterion!r}; use "
+                f"{' or '.join(able)}, or new gradients for each part."
+            )
+        if self.reuse_gradients and self.selection.pattern != "unstructured":
+            raise ConfigurationError(
+                "reuse_gradients cannot go with selection.pattern="
+                f"{self.selection.pattern!r}; take new gradients for each part."
+            )
+        if self.trust is None:
+            return
+        require_number("trust", self.trust)
+        if not (self.trust > 0 and math.isfinite(self.trust)):
+            raise ConfigurationError(
+                f"trust={self.trust} must be positive and finite: the measured rise of "
+                "the loss that is tolerated, as a multiple of the predicted one."
+            )
+        if not self.measure_loss or criterion.needs == "nothing":
+            raise ConfigurationError(
+                f"trust={self.trust} compares the measured with the predicted rise of the "
+                "loss; it needs measure_loss and a criterion that predicts one."
+            )
+        if self.recompute_steps == 1:
+            raise ConfigurationError(
+                f"trust={self.trust} makes the parts that follow smaller, but "
+                "recompute_steps=1 has none; set recompute_steps to 2 or more."
+            )
+
+
+@dataclass
+class _Observed:
+    """A criterion that has seen its gradients, and what it has removed since."""
+
+    criterion: Criterion
+    active: ActiveWeights
+    losses: list[float]
+    collection: str | None
+    gone: Tensor
 
 
 @dataclass(frozen=True)
@@ -143,6 +215,12 @@ class _PartResult:
         """Rise of the mean loss."""
         before, after = _mean(self.losses_before), _mean(self.losses_after)
         return None if before is None or after is None else after - before
+
+    def is_beyond(self, trust: float) -> bool:
+        """Whether the loss has risen by more than that multiple of the prediction."""
+        if self.measured is None or self.predicted is None:
+            return False
+        return self.measured > trust * sum(self.predicted)
 
 
 class Pruner:
@@ -208,13 +286,10 @@ class Pruner:
             require_same_start(self.masks, self.comm)
             quotas = self._quotas(target_sparsity, final_sparsity)
             zeros_before = self.masks.zeros()
-            with self._whole_or_absent():
+            with self._whole_or_absent(source.model):
                 with sampling.session():
-                    seeds = [
-                        derive_seed(self.config.seed, position, i)
-                        for i in range(self.config.recompute_steps)
-                    ]
-                    flops = self._count_flops(source, seeds[0])
+                    seed = derive_seed(self.config.seed, position, 0)
+                    flops = self._count_flops(source, seed)
                     share = flops_share_of_step(
                         self.config.flops_target, target_sparsity, final_sparsity
                     )
@@ -225,13 +300,13 @@ class Pruner:
                         quotas,
                         flops,
                         share,
-                        len(seeds),
+                        self.config.recompute_spacing,
                     )
-                    parts = [
-                        self._part(sampling, clock, selector, i, seed)
-                        for i, seed in enumerate(seeds)
-                    ]
+                    parts, halvings = self._parts(sampling, clock, selector, position)
                     self.masks.verify()
+                    statistics = self._recalibrate(source, clock, position)
+                # The session has put back what was there before.
+                statistics.write(source.model)
                 sent = self.comm.bytes_sent - sent_before
                 report = self._report(
                     parts, target_sparsity, zeros_before, sent, clock.seconds
@@ -240,6 +315,11 @@ class Pruner:
                     report = dataclasses.replace(
                         report, **flops.describe(zeros_before, self.masks.zeros())
                     )
+                report = dataclasses.replace(
+                    report,
+                    halvings=halvings,
+                    batchnorm_layers=len(statistics.layers),
+                )
                 # No rank may keep a step that another one takes back.
                 self.comm.agree()
             return report
@@ -269,6 +349,45 @@ class Pruner:
             pattern = parse_pattern(config.selection.pattern)
             sampling.rehearse(criterion, config.seed, pattern)
 
+    def _parts(
+        self, sampling: Sampling, clock: PhaseClock, selector: Selector, position: int
+    ) -> tuple[list[_PartResult], int]:
+        """Do all parts; give their results and how often parts were halved."""
+        config = self.config
+        way = Parts(config.recompute_steps)
+        results: list[_PartResult] = []
+        observed: _Observed | None = None
+        while not way.is_done:
+            fraction = way.advance()
+            seed = derive_seed(config.seed, position, len(results))
+            if observed is None:
+                observed = self._observe(sampling, selector, seed)
+                first_seed = seed
+            else:
+                observed.criterion.restrict(~observed.gone)
+                observed.losses, seed = results[-1].losses_after, first_seed
+            results.append(
+                self._part(sampling, clock, selector, observed, fraction, seed)
+            )
+            if not config.reuse_gradients:
+                # Its Fisher must be gone before there is another one.
+                observed = None
+            if config.trust is not None and results[-1].is_beyond(config.trust):
+                way.halve()
+        return results, way.halvings
+
+    def _recalibrate(
+        self, source: LossSource, clock: PhaseClock, position: int
+    ) -> BatchNormStatistics:
+        """Estimate BatchNorm statistics of the pruned network, where asked for."""
+        count = self.config.batchnorm_recalibration_batches
+        if not count:
+            return BatchNormStatistics({})
+        with clock("recalibrate"):
+            seed = derive_seed(self.config.seed, position, "batchnorm")
+            size = self.config.fisher.gradient_batch_size
+            return estimate_statistics(source, count, size, self.comm, seed)
+
     def _quotas(self, target_sparsity: float, final_sparsity: float | None) -> Quotas:
         """What must go in each part; nothing by number when FLOPs decide."""
         check_sparsity(target_sparsity)
@@ -281,9 +400,9 @@ class Pruner:
                 f"target sparsity {target_sparsity} is below the {masks.sparsity():.4f} "
                 "that the selected weights have already; pruning can only add zeros."
             )
-        parts = self.config.recompute_steps
+        spacing = self.config.recompute_spacing
         return make_quotas(
-            selection, layers_of(masks), target_sparsity, final_sparsity, parts
+            selection, layers_of(masks), target_sparsity, final_sparsity, spacing
         )
 
     def _count_flops(self, source: LossSource, seed: int) -> LayerFlops | None:
@@ -294,9 +413,10 @@ class Pruner:
         return count_flops(source, self.masks, self.comm, number, size, seed)
 
     @contextlib.contextmanager
-    def _whole_or_absent(self) -> Iterator[None]:
-        """Put weights and masks back when the body fails."""
+    def _whole_or_absent(self, model: nn.Module) -> Iterator[None]:
+        """Put weights, masks and BatchNorm statistics back when the body fails."""
         masks = self.masks
+        statistics = BatchNormStatistics.of(model)
         weights = {name: masks.local(name).clone() for name in masks.parameters}
         try:
             with masks.restored_on_error():
@@ -304,22 +424,36 @@ class Pruner:
         except BaseException:
             for name, before in weights.items():
                 masks.local(name).copy_(before)
+            statistics.write(model)
             raise
+
+    def _observe(self, sampling: Sampling, selector: Selector, seed: int) -> _Observed:
+        """Show gradients of the active weights to a fresh criterion."""
+        config, comm = self.config, self.comm
+        criterion = make_criterion(config.criterion, config.fisher, config.update)
+        active = ActiveWeights(self.masks, criterion.layout, comm, selector.pattern)
+        criterion.begin(active.partition, comm)
+        losses, collection = sampling.observe(criterion, active, seed)
+        gone = torch.zeros(
+            active.partition.shard_sizes()[comm.rank],
+            dtype=torch.bool,
+            device=comm.device,
+        )
+        return _Observed(criterion, active, losses, collection, gone)
 
     def _part(
         self,
         sampling: Sampling,
         clock: PhaseClock,
         selector: Selector,
-        part: int,
+        observed: _Observed,
+        fraction: float,
         seed: int,
     ) -> _PartResult:
-        """Gradients, inverse, mask and update, once through."""
-        config, comm = self.config, self.comm
-        criterion = make_criterion(config.criterion, config.fisher, config.update)
-        active = ActiveWeights(self.masks, criterion.layout, comm, selector.pattern)
-        criterion.begin(active.partition, comm)
-        losses_before, collection = sampling.observe(criterion, active, seed)
+        """Inverse, mask and update, once through."""
+        config = self.config
+        criterion, active = observed.criterion, observed.active
+        losses_before, collection = observed.losses, observed.collection
 
         search = config.step_search and config.update != "none"
         with clock("factorize"):
@@ -337,9 +471,9 @@ class Pruner:
         with clock("search"):
             length.prepare(descent)
         with clock("factorize"):
-            candidates = selector.candidates(criterion, active, weights)
+            candidates = selector.candidates(criterion, active, weights, observed.gone)
         with clock("select"):
-            removed, thresholds = selector.choose(candidates, active, part)
+            removed, thresholds = selector.choose(candidates, active, fraction)
         with clock("update"):
             directions = criterion.directions(weights, removed)
         with clock("search"):
@@ -349,7 +483,8 @@ class Pruner:
             predicted = None if shares is None else active.sum_by_layer(shares)
         local_model = LocalModel(self.masks, config.local_model_points)
         with clock("write"):
-            active.write(weights + change, removed)
+            observed.gone |= removed
+            active.write(weights + change, observed.gone)
 
         def predict(fraction: float) -> float | None:
             shares = criterion.predicted_increase(fraction * change)
@@ -440,6 +575,10 @@ def prune(
     update_scale: float = 1.0,
     progress: Progress | None = None,
     flops_target: float | None = None,
+    recompute_spacing: Spacing = "geometric",
+    reuse_gradients: bool = False,
+    trust: float | None = None,
+    batchnorm_recalibration_batches: int = 0,
 ) -> PruningReport:
     """Prune a plain PyTorch model in place; no Trainer needed.
 
@@ -472,6 +611,14 @@ def prune(
         progress: see :class:`Pruner`.
         flops_target: in place of ``target_sparsity``: prune until the masked network needs
             this share of the FLOPs of the dense one, within 0.5 %.
+        recompute_spacing: where the parts end: ``"geometric"`` in the kept share,
+            ``"linear"`` or ``"polynomial"``.
+        reuse_gradients: all parts use the gradients of the first one, with a new inverse
+            on the weights that are left.
+        trust: when the loss has risen in a part by more than this multiple of the
+            prediction, the parts that follow are half as long, down to an eighth.
+        batchnorm_recalibration_batches: re-estimate BatchNorm's running statistics on so
+            many batches after the step; 0 leaves them.
 
     Returns:
         What happened.
@@ -493,6 +640,10 @@ def prune(
         flops_target=flops_target,
         step_search=step_search,
         update_scale=update_scale,
+        recompute_spacing=recompute_spacing,
+        reuse_gradients=reuse_gradients,
+        trust=trust,
+        batchnorm_recalibration_batches=batchnorm_recalibration_batches,
     )
     if target_sparsity is not None:
         check_sparsity(target_sparsity)

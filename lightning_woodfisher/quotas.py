@@ -25,8 +25,9 @@ from lightning_woodfisher.errors import (
     nearest,
     require_number,
 )
+from lightning_woodfisher.parts import Spacing
 from lightning_woodfisher.patterns import parse_pattern
-from lightning_woodfisher.selection import SelectionConfig, removal_counts_of_parts
+from lightning_woodfisher.selection import SelectionConfig, removal_counts_until
 
 _SAME = 1e-9
 
@@ -54,23 +55,40 @@ class Quotas:
 
     Attributes:
         competitors: number of the group in which each layer competes.
-        parts: for each part of the step and each group of layers, how many weights.
+        groups: for each group of layers its target, weights and zeros.
+        spacing: where the parts of the step end.
         caps: how many weights each layer may give up at most, None without limits.
         granularity: weights that go together in each group of layers; fewer may stay.
     """
 
     competitors: tuple[int, ...]
-    parts: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[float, int, int], ...]
+    spacing: Spacing
     caps: tuple[int, ...] | None
     granularity: tuple[int, ...]
 
     @property
     def totals(self) -> list[int]:
         """Weights that must go in all parts by group of layers, in whole groups."""
-        sums = [sum(counts) for counts in zip(*self.parts, strict=True)]
         return [
             count if count >= grain else 0
-            for count, grain in zip(sums, self.granularity, strict=True)
+            for count, grain in zip(self.until(1.0), self.granularity, strict=True)
+        ]
+
+    def until(self, fraction: float) -> list[int]:
+        """Count the weights that must go in the first part of the step.
+
+        Args:
+            fraction: of the step that is done then, in [0, 1].
+
+        Returns:
+            Their number by group of layers.
+        """
+        return [
+            removal_counts_until(
+                "global", target, [weights], [zeros], fraction, self.spacing
+            )[0]
+            for target, weights, zeros in self.groups
         ]
 
 
@@ -79,7 +97,7 @@ def make_quotas(
     layers: Layers,
     target_sparsity: float,
     final_sparsity: float | None = None,
-    parts: int = 1,
+    spacing: Spacing = "geometric",
 ) -> Quotas:
     """Share what a step must remove out.
 
@@ -89,7 +107,7 @@ def make_quotas(
         target_sparsity: share of the weights that is zero after the step.
         final_sparsity: the same after the last step, by which targets of layers are
             scaled; None when this step is the last.
-        parts: of the step.
+        spacing: where the parts of the step end.
 
     Returns:
         The quotas. Targets and limits that contradict one another are a
@@ -117,15 +135,10 @@ def make_quotas(
         if pattern.is_grouped:
             leaving = pattern.leaving(layers.shapes[layer])
             grains[group] = max(grains[group], leaving)
-    by_group = [
-        [counts[0] for counts in removal_counts_of_parts("global", *group, parts)]
-        for group in zip(
-            targets, [[w] for w in weights], [[z] for z in zeros], strict=True
-        )
-    ]
     quotas = Quotas(
         tuple(competitors),
-        tuple(zip(*by_group, strict=True)),
+        tuple(zip(targets, weights, zeros, strict=True)),
+        spacing,
         caps,
         tuple(grains),
     )

@@ -70,7 +70,7 @@ class PruningReport:
             over parts like ``predicted_increase``; None when not measured.
         loss_before: mean loss before the first part, on the samples of its gradients.
         loss_after: mean loss after the last part, on the samples of its gradients.
-        parts: number of parts (``recompute_steps``).
+        parts: number of parts: ``recompute_steps``, or more where ``trust`` was lost.
         num_gradients: gradients taken in each part.
         seconds: wall-clock seconds by phase.
         bytes_exchanged: bytes that all ranks together have sent.
@@ -89,6 +89,9 @@ class PruningReport:
             without one.
         first_order_scales: in each part, the share of the first-order step; empty without.
         local_model: for each part, the loss along its update (``local_model_points``).
+        halvings: how often the parts became half as long, because the loss had risen by
+            more than ``trust`` times the prediction.
+        batchnorm_layers: layers whose running statistics were estimated anew.
     """
 
     criterion: str
@@ -116,6 +119,8 @@ class PruningReport:
     update_scales: tuple[float, ...] = ()
     first_order_scales: tuple[float, ...] = ()
     local_model: tuple[tuple[LocalModelPoint, ...], ...] = ()
+    halvings: int = 0
+    batchnorm_layers: int = 0
 
     @property
     def weights(self) -> int:

@@ -30,6 +30,7 @@ from lightning_woodfisher.gradients import (
     mean_loss,
 )
 from lightning_woodfisher.isolation import derive_seed
+from lightning_woodfisher.labels import UnlabelledBatches
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.patterns import Pattern
 from lightning_woodfisher.sharded_gradients import (
@@ -110,6 +111,8 @@ class Sampling:
         if criterion.needs == "factors":
             losses: list[float] = []
             criterion.observe_factors(self.factors(active, seed, losses))
+            if self._fisher.labels == "sampled":
+                losses = self.measure(seed)
             # They are of the same groups as the losses after the step.
             return losses if self._measure_loss else [], "factors of layers"
         fisher, curved = self._fisher, criterion.needs == "curvature rows"
@@ -124,8 +127,9 @@ class Sampling:
             size = rows_in_chunk(fisher, active.partition.size)
             self._feed(rows, size, criterion.observe)
             self._observe_first_order(criterion, active, seed)
-        # The loss after the step is measured in groups, and so must be the one before.
-        if self._group(seed) > 1:
+        # The loss after the step is measured in groups and on the labels of the data, and
+        # so must be the one before.
+        if self._group(seed) > 1 or fisher.labels == "sampled":
             losses = self.measure(seed)
         return losses, "; ".join(notes)
 
@@ -172,10 +176,11 @@ class Sampling:
                 losses,
                 tick,
                 divisible=fisher.model_mode == "eval",
+                choose=self._batches_of_gradients,
             )
         rows = collect_gradients(
             self._source,
-            self._batches(count, size, seed),
+            self._batches_of_gradients(count, size, seed),
             parameters,
             active.positions,
             active.partition.shard_sizes(),
@@ -219,7 +224,7 @@ class Sampling:
         ):
             return collect_factors(
                 self._source,
-                self._source.batches(count, size, seed),
+                self._batches_of_gradients(count, size, seed),
                 self._masks.parameters,
                 active.positions,
                 active.partition,
@@ -360,18 +365,24 @@ class Sampling:
         key, kept = self._kept
         if kept is not None and key == (count, size, seed):
             return kept
-        return self._source.batches(count, size, seed)
+        return self._source.batches(count, size, seed, self._fisher.repeat_samples)
 
     def _groups(self, seed: int) -> tuple[int, int]:
         """Number and size of the batches in which losses are measured."""
         fisher, group = self._fisher, self._group(seed)
         return fisher.num_gradients // group, fisher.gradient_batch_size * group
 
+    def _batches_of_gradients(self, count: int, size: int, seed: int) -> Batches:
+        batches = self._batches(count, size, seed)
+        if self._fisher.labels == "true":
+            return batches
+        return UnlabelledBatches(batches, seed, self._source.model)
+
     def _group(self, seed: int) -> int:
         """How many mini-batches are evaluated as one."""
         fisher = self._fisher
         count, size = fisher.num_gradients, fisher.gradient_batch_size
-        if not self._source.batches(count, size, seed).regroupable:
+        if not self._batches(count, size, seed).regroupable:
             return 1
         return mini_batches_in_group(fisher)
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 __all__ = [
     "SelectionConfig",
     "removal_counts",
-    "removal_counts_of_parts",
+    "removal_counts_until",
     "select_smallest",
 ]
 
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from lightning_woodfisher.errors import (
     PruningError,
     require_number,
 )
+from lightning_woodfisher.parts import Spacing, removed_share
 from lightning_woodfisher.patterns import parse_pattern
 
 Scope = Literal["global", "layer"]
@@ -150,41 +150,41 @@ def removal_counts(
     return [max(0, round(target_sparsity * total) - gone) for total, gone in groups]
 
 
-def removal_counts_of_parts(
+def removal_counts_until(
     scope: Scope,
     target_sparsity: float,
     weights: Sequence[int],
     zeros: Sequence[int],
-    parts: int,
-) -> list[list[int]]:
-    """Spread what :func:`removal_counts` counts over parts.
+    fraction: float,
+    spacing: Spacing = "geometric",
+) -> list[int]:
+    """Count how many of :func:`removal_counts` go in the first part of a step.
 
-    In every group the kept share falls geometrically, from that which is there to that of
-    the target.
+    In every group the kept share falls from that which is there to that of the target.
 
     Args:
         scope: as there.
         target_sparsity: as there.
-        weights: as there.
-        zeros: as there.
-        parts: number of parts, at least 1.
+        weights: as there, at the start of the step.
+        zeros: as there, at the start of the step.
+        fraction: of the step that is done, in [0, 1]; 1 gives :func:`removal_counts`.
+        spacing: how the kept share falls; see :func:`.removed_share`.
 
     Returns:
-        For each part a number for each group.
+        A number for each group; it never falls as the fraction grows.
     """
     totals = [sum(weights)] if scope == "global" else weights
     gone = [sum(zeros)] if scope == "global" else zeros
     last = removal_counts(scope, target_sparsity, weights, zeros)
-    by_group: list[list[int]] = []
+    if fraction >= 1.0:
+        return last
+    counts = []
     for total, before, count in zip(totals, gone, last, strict=True):
         kept = total - before
         ratio = min(1.0, (1.0 - target_sparsity) * total / kept) if kept else 1.0
-        removed = [
-            min(count, round(kept * (1.0 - ratio ** (part / parts))))
-            for part in range(parts)
-        ]
-        by_group.append([b - a for a, b in itertools.pairwise([*removed, count])])
-    return [list(counts) for counts in zip(*by_group, strict=True)]
+        share = removed_share(ratio, fraction, spacing)
+        counts.append(min(count, round(kept * share)))
+    return counts
 
 
 def select_smallest(

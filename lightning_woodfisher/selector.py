@@ -14,6 +14,7 @@ __all__ = [
     "weights_to_remove",
 ]
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.flops import LayerFlops
 from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.parts import Spacing, removed_share
 from lightning_woodfisher.patterns import parse_pattern
 from lightning_woodfisher.quotas import Layers, Quotas, make_quotas
 from lightning_woodfisher.selection import SelectionConfig, select_smallest
@@ -60,7 +62,7 @@ class Selector:
         quotas: what must go, in weights; None when only ``flops_target`` counts.
         flops: counted where ``flops_power`` or ``flops_target`` needs them.
         flops_target: share of the dense FLOPs that is left after the step.
-        parts: of the step.
+        spacing: where the parts of the step end.
 
     Raises:
         ConfigurationError: for a target that cannot be reached.
@@ -74,7 +76,7 @@ class Selector:
         quotas: Quotas,
         flops: LayerFlops | None = None,
         flops_target: float | None = None,
-        parts: int = 1,
+        spacing: Spacing = "geometric",
     ) -> None:
         self._masks = masks
         self._selection = selection
@@ -82,14 +84,18 @@ class Selector:
         self._quotas = quotas
         self._flops = flops
         self._flops_target = flops_target
-        self._number = parts
+        self._spacing: Spacing = spacing
         self.pattern = parse_pattern(selection.pattern)
         self._start = list(masks.zeros().values())
         if flops is not None and flops_target is not None:
             self._require_reachable(flops, flops_target)
 
     def candidates(
-        self, criterion: Criterion, active: ActiveWeights, weights: Tensor
+        self,
+        criterion: Criterion,
+        active: ActiveWeights,
+        weights: Tensor,
+        gone: Tensor | None = None,
     ) -> Candidates:
         """Score what may go.
 
@@ -97,6 +103,7 @@ class Selector:
             criterion: has observed all gradients.
             active: the active weights.
             weights: float64 ``[D_r]``.
+            gone: bool ``[D_r]``, removed in earlier parts; for single weights only.
 
         Returns:
             The candidates of this rank.
@@ -111,6 +118,8 @@ class Selector:
             scores = costs / sizes
         else:
             scores, layers = criterion.score(weights), active.layers()
+            if gone is not None:
+                scores = scores.masked_fill(gone, math.inf)
         power = self._selection.flops_power
         if power and self._flops is not None:
             each = self._flops.per_weight
@@ -120,19 +129,19 @@ class Selector:
         return Candidates(scores, layers, sizes, leaving)
 
     def choose(
-        self, candidates: Candidates, active: ActiveWeights, part: int
+        self, candidates: Candidates, active: ActiveWeights, fraction: float
     ) -> tuple[Tensor, list[float | None]]:
         """Choose what goes in one part.
 
         Args:
             candidates: what :meth:`candidates` gave.
             active: the active weights.
-            part: its number, from 0.
+            fraction: of the step that is done at the end of the part, in (0, 1].
 
         Returns:
             bool ``[D_r]``, and the largest saliency that goes in each layer.
         """
-        chosen = self._choose(candidates, part)
+        chosen = self._choose(candidates, fraction)
         thresholds = active.largest_by_layer(
             candidates.scores, chosen, candidates.layers
         )
@@ -140,7 +149,7 @@ class Selector:
             return chosen, thresholds
         return active.members(chosen) & candidates.leaving, thresholds
 
-    def _choose(self, found: Candidates, part: int) -> Tensor:
+    def _choose(self, found: Candidates, fraction: float) -> Tensor:
         comm, quotas = self._comm, self._quotas
         zeros = list(self._masks.zeros().values())
         scores, layers, sizes = found.scores, found.layers, found.sizes
@@ -161,13 +170,15 @@ class Selector:
         if self._flops is not None and self._flops_target is not None:
             each = self._by_layer(self._flops.per_weight, layers)
             sizes = each if sizes is None else sizes * each
-            counts = [self._flops_to_save(self._flops, self._flops_target, part, zeros)]
+            counts = [
+                self._flops_to_save(self._flops, self._flops_target, fraction, zeros)
+            ]
             chosen = select_smallest(scores, None, counts, comm, sizes)
         else:
             groups = None
             if len(quotas.granularity) > 1:
                 groups = self._by_layer(quotas.competitors, layers)
-            counts = self._counts(part, zeros)
+            counts = self._counts(fraction, zeros)
             chosen = select_smallest(scores, groups, counts, comm, sizes)
         if inside is None:
             return chosen
@@ -175,21 +186,21 @@ class Selector:
         everywhere[inside[chosen]] = True
         return everywhere
 
-    def _counts(self, part: int, zeros: list[int]) -> list[int]:
+    def _counts(self, fraction: float, zeros: list[int]) -> list[int]:
         """Weights that each group of layers must give up until the end of a part."""
         quotas = self._quotas
-        counts = [sum(c) for c in zip(*quotas.parts[: part + 1], strict=True)]
+        counts = quotas.until(fraction)
         for layer, group in enumerate(quotas.competitors):
             counts[group] -= zeros[layer] - self._start[layer]
         return [max(0, count) for count in counts]
 
     def _flops_to_save(
-        self, flops: LayerFlops, target: float, part: int, zeros: list[int]
+        self, flops: LayerFlops, target: float, fraction: float, zeros: list[int]
     ) -> int:
-        # Like the kept share of weights, FLOPs fall geometrically over the parts.
+        # FLOPs fall over the parts as the kept share of weights does.
         start = flops.masked(self._start)
         ratio = min(1.0, target * flops.dense / start)
-        goal = start * float(ratio ** ((part + 1) / self._number))
+        goal = start * (1.0 - removed_share(ratio, fraction, self._spacing))
         return max(0, round(flops.masked(zeros) - goal))
 
     def _require_reachable(self, flops: LayerFlops, target: float) -> None:

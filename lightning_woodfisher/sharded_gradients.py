@@ -41,6 +41,7 @@ def collect_sharded_gradients(
     losses: list[float],
     tick: Callable[[int], object] = lambda _: None,
     divisible: bool = True,
+    choose: Callable[[int, int, int], Batches] | None = None,
 ) -> Iterator[Tensor]:
     """Compute all gradients on all ranks and yield this rank's slice of them.
 
@@ -60,15 +61,17 @@ def collect_sharded_gradients(
         tick: called with the number of gradients that have been done.
         divisible: False when the loss of a mini-batch is not the mean of its samples'
             (BatchNorm in training mode).
+        choose: makes the mini-batches of N, m and a seed; by default those of the source.
 
     Yields:
         Tensors of shape ``[1, D_r]``: gradients in order of i.
     """
     parts = 1
-    batches = source.batches(count, size, seed)
+    choose = source.batches if choose is None else choose
+    batches = choose(count, size, seed)
     if divisible and batches.regroupable and size % comm.world_size == 0:
         parts = comm.world_size
-        batches = source.batches(count * parts, size // parts, seed)
+        batches = choose(count * parts, size // parts, seed)
     offset = comm.rank if parts > 1 else 0
     # BatchNorm statistics differ between ranks in the middle of training.
     comm.broadcast(source.model.buffers())

@@ -273,4 +273,6 @@ def kind_of_rows(fisher: FisherConfig) -> FisherConfig:
         precision="auto",
         offload_rows=False,
         memory_budget=None,
+        centered=False,
+        first_order_samples=None,
     )

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_woodfisher.batches import Batches, Streams, loader_batches
 from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.isolation import ModelMode
+from lightning_woodfisher.labels import UnlabelledBatch, labelled
 from lightning_woodfisher.losses import LossSource, scalar_loss
 
 
@@ -64,13 +65,16 @@ class TrainingStepLoss(LossSource):
         if scaler is not None and scaler.is_enabled():
             self.loss_scale = float(scaler.get_scale())
 
-    def batches(self, count: int, size: int, seed: int) -> Batches:
+    def batches(
+        self, count: int, size: int, seed: int, repeat: bool = False
+    ) -> Batches:
         """Choose mini-batches of the training data.
 
         Args:
             count: N.
             size: m.
             seed: of the choice.
+            repeat: whether samples may come again when there are fewer than N·m.
 
         Returns:
             The batches.
@@ -84,11 +88,11 @@ class TrainingStepLoss(LossSource):
             with warnings.catch_warnings():
                 if not self._trainer.is_global_zero:
                     warnings.simplefilter("ignore")
-                chosen = loader_batches(loader, count, size, seed)
+                chosen = loader_batches(loader, count, size, seed, repeat)
             if chosen is not None:
                 return chosen
         if self._streams is not None:
-            return self._streams.batches(count, seed)
+            return self._streams.batches(count, seed, repeat)
         raise ConfigurationError(
             f"the training data is a {_describe(loader)}, from which samples cannot be "
             "drawn at random; pass dataloader=, an iterable that yields the same batches "
@@ -106,17 +110,19 @@ class TrainingStepLoss(LossSource):
             The loss, or the sum of what went to ``manual_backward``.
         """
         trainer, module = self._trainer, self._module
-        batch = trainer.precision_plugin.convert_input(batch)
+        drawn = batch if isinstance(batch, UnlabelledBatch) else None
+        batch = trainer.precision_plugin.convert_input(
+            batch if drawn is None else drawn.batch
+        )
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        arguments = [batch]
-        if is_param_in_hook_signature(self._method, "batch_idx", min_args=2):
-            arguments.append(index)
+        more = is_param_in_hook_signature(self._method, "batch_idx", min_args=2)
         self._backward.clear()
         trainable = [(p, p.requires_grad) for p in module.parameters()]
         try:
             with trainer.precision_plugin.train_step_context():
-                result = self._method(*arguments)
+                batch = labelled(module, batch, drawn)
+                result = self._method(batch, *[index] * more)
         finally:
             # Toggled optimizers; the graph remembers for which weights it was made.
             for parameter, requires_grad in trainable:

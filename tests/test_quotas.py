@@ -142,9 +142,9 @@ def test_a_limit_is_not_rounded_twice() -> None:
 def test_targets_of_layers_grow_with_the_schedule() -> None:
     layers = Layers(("a", "b"), ((1, 100), (1, 100)), (100, 100), (0, 0))
     selection = SelectionConfig(layer_targets={"a": 0.2})
-    assert make_quotas(selection, layers, 0.25, 0.5).parts == ((40, 10),)
-    assert make_quotas(selection, layers, 0.5, 0.5).parts == ((80, 20),)
-    assert make_quotas(selection, layers, 0.5).parts == ((80, 20),)
+    assert make_quotas(selection, layers, 0.25, 0.5).until(1.0) == [40, 10]
+    assert make_quotas(selection, layers, 0.5, 0.5).until(1.0) == [80, 20]
+    assert make_quotas(selection, layers, 0.5).until(1.0) == [80, 20]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.selection import (
     SelectionConfig,
     removal_counts,
-    removal_counts_of_parts,
+    removal_counts_until,
     select_smallest,
 )
 
@@ -168,16 +169,49 @@ def test_removal_counts_miss_the_target_by_half_a_weight_at_most(
         max_size=5,
     ),
     parts=st.integers(1, 6),
+    spacing=st.sampled_from(["geometric", "linear", "polynomial"]),
 )
-def test_parts_add_up_and_none_gives_anything_back(
-    scope: Any, target: float, layers: list[tuple[int, int]], parts: int
+def test_parts_end_at_the_target_and_none_gives_anything_back(
+    scope: Any,
+    target: float,
+    layers: list[tuple[int, int]],
+    parts: int,
+    spacing: Any,
 ) -> None:
     weights, zeros = map(list, zip(*layers, strict=True))
-    counts = removal_counts_of_parts(scope, target, weights, zeros, parts)
-    assert len(counts) == parts
-    assert all(count >= 0 for part in counts for count in part)
-    totals = [sum(group) for group in zip(*counts, strict=True)]
-    assert totals == removal_counts(scope, target, weights, zeros)
+    ends = [
+        removal_counts_until(scope, target, weights, zeros, part / parts, spacing)
+        for part in range(parts + 1)
+    ]
+    assert not any(ends[0])
+    for before, after in itertools.pairwise(ends):
+        assert all(a <= b for a, b in zip(before, after, strict=True))
+    assert ends[-1] == removal_counts(scope, target, weights, zeros)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "expected"),
+    [
+        # Of 1000 weights 100 are gone; 900 shall become 300.
+        ("linear", [[0], [200], [400], [600]]),
+        ("geometric", [[0], [276], [467], [600]]),
+        ("polynomial", [[0], [422], [578], [600]]),
+    ],
+)
+def test_spacing_of_parts(spacing: Any, expected: list[list[int]]) -> None:
+    ends = [
+        removal_counts_until("global", 0.7, [600, 400], [100, 0], part / 3, spacing)
+        for part in range(4)
+    ]
+    assert ends == expected
+    # By hand: what is kept falls by equal amounts, by equal ratios, by a cubic.
+    kept = [900 - end for [end] in ends]
+    by_hand = {
+        "linear": [900, 700, 500, 300],
+        "geometric": [900, 900 / 3 ** (1 / 3), 900 / 3 ** (2 / 3), 300],
+        "polynomial": [300 + 600 * (1 - part / 3) ** 3 for part in range(4)],
+    }[spacing]
+    assert kept == pytest.approx(by_hand, abs=0.5)
 
 
 def test_layers_and_zeros_must_match() -> None:

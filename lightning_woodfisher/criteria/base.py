@@ -40,11 +40,13 @@ class Criterion(ABC):
             :meth:`observe_first_order` belong.
         compensates: whether the kept weights change.
         first_order_scale: share of :meth:`descent` that :meth:`score` takes for granted.
+        can_restrict: whether :meth:`restrict` makes it ready for another part.
         damping: λ, None for a criterion without.
     """
 
     needs: ClassVar[Needs] = "gradients"
     first_order: ClassVar[bool] = False
+    can_restrict: ClassVar[bool] = False
     compensates: ClassVar[bool] = True
 
     def __init__(self, fisher: FisherConfig, update: Update) -> None:
@@ -166,6 +168,13 @@ class Criterion(ABC):
         if self.update == "none" or not self.compensates:
             return ()
         return (torch.where(removed, 0.0, self.compensate(weights, removed)),)
+
+    def restrict(self, kept: Tensor) -> None:  # noqa: B027  (many have nothing to drop)
+        """Drop weights for good, for another part with the same gradients.
+
+        Args:
+            kept: bool ``[D_r]``; the others have become zero.
+        """
 
     def predicted_increase(self, change: Tensor) -> Tensor | None:
         """Predict the rise of the loss under a change of the weights.

@@ -21,6 +21,7 @@ class Magnitude(Criterion):
 
     needs: ClassVar[Needs] = "nothing"
     compensates: ClassVar[bool] = False
+    can_restrict: ClassVar[bool] = True
 
     def layout(
         self,

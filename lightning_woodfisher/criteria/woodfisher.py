@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["WoodFisher"]
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ from lightning_woodfisher.patterns import (
 
 class WoodFisher(Criterion):
     """Saliency w²/(2[F⁻¹]_qq) and the OBS update (Singh & Alistarh, NeurIPS 2020)."""
+
+    can_restrict: ClassVar[bool] = True
 
     def __init__(self, fisher: FisherConfig, update: Update) -> None:
         super().__init__(fisher, update)
@@ -94,6 +97,7 @@ class WoodFisher(Criterion):
             engine=self.fisher.engine,
             precision=self.fisher.precision,
             offload_rows=self.fisher.offload_rows,
+            centered=self.fisher.centered,
         )
 
     @property
@@ -183,6 +187,14 @@ class WoodFisher(Criterion):
             δ, float64 ``[D_r]``.
         """
         return weight_update(weights, removed, self.inverse_fisher, self.update)
+
+    def restrict(self, kept: Tensor) -> None:
+        """Drop weights from the Fisher; the next :meth:`score` inverts what is left.
+
+        Args:
+            kept: bool ``[D_r]``.
+        """
+        self.inverse_fisher.restrict(kept)
 
     def predicted_increase(self, change: Tensor) -> Tensor:
         """Give each weight's share of ½δᵀFδ.

@@ -24,6 +24,8 @@ class WoodTaylor(WoodFisher):
     joint update. g is the mean of the N gradients, or that of ``first_order_samples``.
     """
 
+    # The mean gradient would have to follow the weights.
+    can_restrict: ClassVar[bool] = False
     first_order: ClassVar[bool] = True
 
     def begin(self, partition: Partition, communicator: Communicator) -> None:

@@ -32,6 +32,7 @@ class InverseFisher(ABC):
         communicator: the ranks.
         precision: of the products of gradients; factorisations are always float64.
         offload_rows: keep rows in host memory, for the forms that keep rows.
+        centered: subtract the mean gradient: F = λI + (1/N) Σ (g_i − ḡ)(g_i − ḡ)ᵀ.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class InverseFisher(ABC):
         communicator: Communicator,
         precision: Precision = "auto",
         offload_rows: bool = False,
+        centered: bool = False,
     ) -> None:
         self.units = partition.owned(communicator.rank)
         self.num_gradients = num_gradients
@@ -55,6 +57,10 @@ class InverseFisher(ABC):
         self._total_units = len(partition.units)
         self._total_size = partition.size
         self._initial_damping = damping
+        self._centered = centered
+        self._is_complete = False
+        # False where a weight was dropped; None while none was.
+        self._kept: Tensor | None = None
         self._diagonal = torch.zeros(
             self.size, dtype=torch.float64, device=self._device
         )
@@ -113,7 +119,33 @@ class InverseFisher(ABC):
             raise ValueError(
                 f"observed {self._observed} gradients of {self.num_gradients}"
             )
+        if not self._is_complete:
+            self._complete()
+            self._is_complete = True
         self._factorize()
+
+    def restrict(self, kept: Tensor) -> None:
+        """Drop weights for good, without new gradients; call :meth:`factorize` again.
+
+        What is left is the inverse of F_RR, the Fisher of the kept weights R, with the
+        configured λ. A dropped weight is decoupled from them: its row and column of F are
+        those of λI. The work stays that of all weights.
+
+        Args:
+            kept: bool tensor ``[D_r]``, R; what was dropped before stays dropped.
+
+        Raises:
+            ValueError: when gradients are missing or the width is wrong.
+        """
+        if not self._is_complete or kept.shape != (self.size,):
+            raise ValueError(
+                f"restrict to {tuple(kept.shape)} of {self.size} weights after "
+                f"{self._observed} of {self.num_gradients} gradients; factorize first"
+            )
+        self._kept = kept.clone() if self._kept is None else self._kept & kept
+        for damping in self._dampings:
+            damping.fill_(self._initial_damping)
+        self._restrict(self._kept)
 
     def diagonal(self) -> Tensor:
         """Give the diagonal of F⁻¹.
@@ -207,6 +239,14 @@ class InverseFisher(ABC):
 
     @abstractmethod
     def _add(self, rows: Tensor) -> None: ...
+
+    @abstractmethod
+    def _complete(self) -> None:
+        """Do what needs all gradients and is done only once."""
+
+    @abstractmethod
+    def _restrict(self, kept: Tensor) -> None:
+        """Set the gradients of all weights but the kept ones to zero, ``[D_r]``."""
 
     @abstractmethod
     def _factorize(self) -> None: ...

@@ -49,10 +49,19 @@ class RowsInverseFisher(InverseFisher):
         communicator: Communicator,
         precision: Precision = "auto",
         offload_rows: bool = False,
+        centered: bool = False,
     ) -> None:
         super().__init__(
-            partition, num_gradients, damping, communicator, precision, offload_rows
+            partition,
+            num_gradients,
+            damping,
+            communicator,
+            precision,
+            offload_rows,
+            centered,
         )
+        # ḡ, float64 [D_r]; the sum of the rows until all have come.
+        self._mean = self._full(self.size, 0.0) if centered else None
         self._rows = RowStore(
             [self._local(unit) for unit in self.units],
             num_gradients,
@@ -67,6 +76,26 @@ class RowsInverseFisher(InverseFisher):
 
     def _add(self, rows: Tensor) -> None:
         self._rows.append(rows)
+        if self._mean is not None:
+            # One after the other: the order of the sum depends on nothing else.
+            for row in rows:
+                self._mean += row
+
+    def _complete(self) -> None:
+        if self._mean is not None:
+            self._mean /= self.num_gradients
+
+    def _restrict(self, kept: Tensor) -> None:
+        self._rows.clear(~kept)
+        if self._mean is not None:
+            self._mean.masked_fill_(~kept, 0.0)
+
+    def _unit_rows(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Copy a unit's rows, ``[N, K·B]``, centred where that is asked for."""
+        rows = self._rows[index].to(dtype, copy=True)
+        if self._mean is not None:
+            rows -= self._mean[self._local(self.units[index])].to(dtype)
+        return rows
 
     def _product_dtype(self, columns: int) -> torch.dtype:
         """Choose the dtype in which products of rows are tried."""
@@ -109,9 +138,16 @@ class DualInverseFisher(RowsInverseFisher):
         communicator: Communicator,
         precision: Precision = "auto",
         offload_rows: bool = False,
+        centered: bool = False,
     ) -> None:
         super().__init__(
-            partition, num_gradients, damping, communicator, precision, offload_rows
+            partition,
+            num_gradients,
+            damping,
+            communicator,
+            precision,
+            offload_rows,
+            centered,
         )
         # Units for which float32 has turned out not to be enough.
         self._in_double: set[int] = set()
@@ -119,13 +155,22 @@ class DualInverseFisher(RowsInverseFisher):
     def _blocks_of_rows(self, index: int, dtype: torch.dtype) -> Tensor:
         """Copy a unit's rows as ``[K, N, B]``."""
         unit, rows = self.units[index], self._rows[index]
+        if self._mean is not None:
+            rows = self._unit_rows(index, dtype)
         blocks = rows.view(-1, unit.count, unit.size).transpose(0, 1)
         return blocks.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def _restrict(self, kept: Tensor) -> None:
+        super()._restrict(kept)
+        self._in_double.clear()
 
     def _dtype(self, index: int, kept: Tensor | None = None) -> torch.dtype:
         if index in self._in_double:
             return torch.float64
         columns = self.units[index].size
+        if self._kept is not None:
+            alive = self._blocks(self._kept, self.units[index])
+            kept = alive if kept is None else kept & alive
         if kept is not None:
             columns = int(kept.sum(dim=-1).min())
         return self._product_dtype(columns)

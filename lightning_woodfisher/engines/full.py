@@ -40,15 +40,31 @@ class FullInverseFisher(RowsInverseFisher):
         communicator: Communicator,
         precision: Precision = "auto",
         offload_rows: bool = False,
+        centered: bool = False,
     ) -> None:
         super().__init__(
-            partition, num_gradients, damping, communicator, precision, offload_rows
+            partition,
+            num_gradients,
+            damping,
+            communicator,
+            precision,
+            offload_rows,
+            centered,
         )
         self._lambda = self._full(1, damping)
 
     def _add(self, rows: Tensor) -> None:
         super()._add(rows)
         self._dtype = self._product_dtype(self._total_size)
+
+    def _restrict(self, kept: Tensor) -> None:
+        super()._restrict(kept)
+        self._lambda.fill_(self._initial_damping)
+        self._dtype = self._product_dtype(self._count(kept))
+
+    def _count(self, marked: Tensor) -> int:
+        """Count the marks of all ranks."""
+        return int(self._comm.sum_integers(marked.sum().reshape(1)))
 
     @property
     def damping(self) -> Tensor:
@@ -206,10 +222,10 @@ class FullInverseFisher(RowsInverseFisher):
             δ.
         """
         change = torch.where(removed, -weights, 0.0)
-        columns = int(self._comm.sum_integers((~removed).sum().reshape(1)))
-        if self._are_few(columns):
+        kept = ~removed if self._kept is None else ~removed & self._kept
+        if self._are_few(self._count(kept)):
             self._dtype = torch.float64
-        factor = self._factorize_gram(~removed)
+        factor = self._factorize_gram(kept)
         solved = torch.cholesky_solve(-self._project(change).unsqueeze(-1), factor)
         return torch.where(removed, change, self._combine(solved.squeeze(-1)))
 
@@ -226,17 +242,13 @@ class FullInverseFisher(RowsInverseFisher):
             raise ValueError("the full inverse Fisher is dense on one rank only")
         return super().to_dense()
 
-    def _unit_rows(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Copy a unit's rows, ``[N, K·B]``, in float32 where that is enough."""
-        return self._rows[index].to(dtype or self._dtype, copy=True)
-
     def _largest_square_norm(self) -> Tensor:
         """Largest squared norm of a row inside any unit of any rank, float64 ``[1]``."""
         largest = self._full(len(self.units) + 1, 0.0)
 
         def measure(index: int) -> None:
-            rows = self._rows[index]
-            rows = rows if rows.dtype == torch.float64 else rows.float()
+            double = self._rows.dtype == torch.float64
+            rows = self._unit_rows(index, torch.float64 if double else torch.float32)
             norms = torch.linalg.vector_norm(rows, dim=1)
             largest[index] = norms.max().double().square()
 
@@ -247,7 +259,7 @@ class FullInverseFisher(RowsInverseFisher):
         """Σ over ranks of G_rG_rᵀ, float64 ``[1, N, N]``, over the kept columns."""
 
         def product(index: int) -> Tensor:
-            rows = self._unit_rows(index)
+            rows = self._unit_rows(index, self._dtype)
             if kept is not None:
                 columns = kept[self._local(self.units[index])]
                 rows = rows[:, columns.nonzero().squeeze(1)]
@@ -264,7 +276,7 @@ class FullInverseFisher(RowsInverseFisher):
         bound = self._comm.maximum(largest.reshape(1)) * self._largest.sqrt() * 1.01
 
         def product(index: int) -> Tensor:
-            rows = self._unit_rows(index)
+            rows = self._unit_rows(index, self._dtype)
             return rows @ vector[self._local(self.units[index])].to(rows.dtype)
 
         return self._sum_over_units(product, bound, (self.num_gradients,))
@@ -283,7 +295,7 @@ class FullInverseFisher(RowsInverseFisher):
         result = self._full(self.size, 0.0)
 
         def product(index: int) -> None:
-            rows = self._unit_rows(index)
+            rows = self._unit_rows(index, self._dtype)
             values = rows.mT @ coefficients.to(rows.dtype)
             result[self._local(self.units[index])] = values.double()
 

@@ -46,10 +46,21 @@ class PrimalInverseFisher(InverseFisher):
         communicator: Communicator,
         precision: Precision = "auto",
         offload_rows: bool = False,
+        centered: bool = False,
     ) -> None:
         super().__init__(
-            partition, num_gradients, damping, communicator, precision, offload_rows
+            partition,
+            num_gradients,
+            damping,
+            communicator,
+            precision,
+            offload_rows,
+            centered,
         )
+        # Centred, G stands for rows less the mean of the first ones, c: what is left to
+        # subtract in the end, N(ḡ − c)(ḡ − c)ᵀ, is small then and cancels no digits.
+        self._shift: Tensor | None = None
+        self._shifted_sum = self._full(self.size, 0.0) if centered else None
         dtype = torch.float64 if precision == "float64" else torch.float32
         # The lower half of GᵀG while gradients arrive, all of GᵀG/N after.
         self._gram = [
@@ -63,6 +74,16 @@ class PrimalInverseFisher(InverseFisher):
         return sum(gram.numel() * gram.element_size() for gram in self._gram)
 
     def _add(self, rows: Tensor) -> None:
+        if self._shifted_sum is not None:
+            if self._shift is None:
+                total = torch.zeros_like(self._shifted_sum)
+                for row in rows:
+                    total += row
+                single = rows.dtype != torch.float64
+                mean = total / len(rows)
+                self._shift = mean.float() if single else mean
+            for row in rows:
+                self._shifted_sum += row.double() - self._shift
         self._each_unit(lambda index: self._accumulate(index, rows))
 
     def _accumulate(self, index: int, rows: Tensor) -> None:
@@ -86,15 +107,33 @@ class PrimalInverseFisher(InverseFisher):
         self._gram[index] += half_product(self._columns(rows.double(), index))
 
     def _columns(self, rows: Tensor, index: int) -> Tensor:
-        """View a unit's part of the rows as ``[K, B, n]``."""
+        """View a unit's part of the rows, less c, as ``[K, B, n]``."""
         unit = self.units[index]
+        if self._shift is not None:
+            rows = rows - self._shift[self._local(unit)]
         return rows.view(len(rows), unit.count, unit.size).permute(1, 2, 0)
+
+    def _complete(self) -> None:
+        self._each_unit(self._complete_unit)
+
+    def _complete_unit(self, index: int) -> None:
+        self._gram[index] = mirror(self._gram[index]).div_(self.num_gradients)
+        if self._shifted_sum is not None:
+            rest = self._blocks(self._shifted_sum, self.units[index])
+            rest = (rest / self.num_gradients).to(self._gram[index].dtype)
+            self._gram[index] -= rest.unsqueeze(-1) * rest.unsqueeze(-2)
+
+    def _restrict(self, kept: Tensor) -> None:
+        for index, unit in enumerate(self.units):
+            blocks = self._blocks(kept, unit)
+            # A product could not remove what is not finite.
+            self._gram[index].masked_fill_(~blocks.unsqueeze(-1), 0.0)
+            self._gram[index].masked_fill_(~blocks.unsqueeze(-2), 0.0)
 
     def _factorize(self) -> None:
         self._each_unit(self._factorize_unit)
 
     def _factorize_unit(self, index: int) -> None:
-        self._gram[index] = mirror(self._gram[index]).div_(self.num_gradients)
         factor = self._factor(index, lambda damped: damped)
         diagonal = invert_lower(factor).square_().sum(dim=-2)
         self._blocks(self._diagonal, self.units[index]).copy_(diagonal)

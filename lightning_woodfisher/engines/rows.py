@@ -94,6 +94,19 @@ class RowStore:
             self._begin_copy(index + 1)
         return rows
 
+    def clear(self, columns: Tensor) -> None:
+        """Set columns to zero.
+
+        Args:
+            columns: bool ``[D_r]``, True where the rows become zero.
+        """
+        # No copy to or from the host may be under way.
+        self._arriving.clear()
+        if self._stream is not None:
+            torch.cuda.synchronize(self._device)
+        for place, unit in zip(self._columns, self._units, strict=True):
+            unit.masked_fill_(columns[place].to(unit.device), 0.0)
+
     def _begin_copy(self, index: int) -> None:
         stream = self._stream
         if stream is None or index in self._arriving:

@@ -149,6 +149,23 @@ STEPS: dict[str, dict[str, Any]] = {
         "fisher": FisherConfig(8, 3, 1, collection="loop"),
         "recompute_steps": 2,
     },
+    "centred": {
+        "fisher": FisherConfig(8, 3, 16, collection="loop", centered=True),
+    },
+    "sampled labels": {
+        "fisher": FisherConfig(8, 3, 16, collection="loop", labels="sampled"),
+    },
+    "sampled labels, split batches": {
+        "fisher": FisherConfig(8, 2, 16, collection="loop", labels="sampled"),
+    },
+    "repeated samples": {
+        "fisher": FisherConfig(20, 3, 16, collection="loop", repeat_samples=True),
+    },
+    "same gradients": {
+        "fisher": FisherConfig(8, 3, 16, collection="loop"),
+        "recompute_steps": 3,
+        "reuse_gradients": True,
+    },
 }
 # Those in which no sum is taken in another order; one process computes gradients one by
 # one, too.
@@ -160,7 +177,38 @@ SAME_BITS = (
     "diagonal Fisher",
     "training mode",
     "parts of single weights",
+    "centred",
+    "sampled labels",
+    "repeated samples",
+    "same gradients",
 )
+
+
+def recalibrated(world_size: int) -> dict[str, Tensor]:
+    """Job: BatchNorm statistics of a sharded network, estimated anew."""
+    seed_all(5)
+    net = convolutional() if world_size == 1 else None
+    if net is None:
+        net = shard(convolutional(), everyone(world_size))
+    options: dict[str, Any] = {
+        # Blocks end with a shard, but magnitudes know no blocks.
+        "criterion": "magnitude",
+        "fisher": FisherConfig(8, 3, 16),
+        "batchnorm_recalibration_batches": 3,
+    }
+    report = prune(net, images(), loss, target_sparsity=0.6, seed=3, **options)
+    assert report.batchnorm_layers == 1
+    return {
+        name: value.clone() for name, value in whole(dict(net.named_buffers())).items()
+    }
+
+
+def test_batchnorm_of_a_sharded_network_is_recalibrated(ranks: RankPool) -> None:
+    expected = recalibrated(1)
+    for found in ranks.run(2, recalibrated, 2):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(expected["1.running_mean"], torch.zeros(3))
 
 
 def one_step(name: str, net: nn.Module) -> dict[str, Any]:

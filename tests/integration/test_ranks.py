@@ -112,6 +112,8 @@ class Case:
     row_dtype: Any = "float32"
     first_order_samples: int | None = None
     step_search: bool = False
+    fisher: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def prune(self) -> tuple[nn.Module, list[PruningReport]]:
         dtype = torch.float64 if self.double else torch.float32
@@ -136,6 +138,7 @@ class Case:
             collection=self.collection,
             row_dtype=self.row_dtype,
             first_order_samples=self.first_order_samples,
+            **self.fisher,
         )
         reports = [
             prune(
@@ -150,6 +153,7 @@ class Case:
                 recompute_steps=self.recompute_steps,
                 seed=5,
                 step_search=self.step_search,
+                **self.options,
             )
             for target in self.targets
         ]
@@ -226,6 +230,51 @@ CASES = {
     "many micro-batches": Case(
         build=convolutional, num_gradients=50, gradient_batch_size=2
     ),
+    "centred, primal": Case(num_gradients=40, block_size=8, fisher={"centered": True}),
+    "centred, dual": Case(num_gradients=9, block_size=50, fisher={"centered": True}),
+    "centred, full": Case(block_size=None, fisher={"centered": True}),
+    "sampled labels": Case(num_gradients=30, fisher={"labels": "sampled"}),
+    "sampled labels in training mode": Case(
+        build=convolutional, model_mode="train", fisher={"labels": "sampled"}
+    ),
+    "sampled labels of a stream": Case(stream="list", fisher={"labels": "sampled"}),
+    "repeated samples": Case(num_gradients=90, fisher={"repeat_samples": True}),
+    "repeated stream": Case(
+        num_gradients=50, stream="list", fisher={"repeat_samples": True}
+    ),
+    "repeated stream that shuffles": Case(
+        num_gradients=50, stream="shuffled", fisher={"repeat_samples": True}
+    ),
+    **{
+        f"same gradients, {name}": Case(
+            num_gradients=number,
+            block_size=size,
+            recompute_steps=3,
+            options={"reuse_gradients": True},
+        )
+        for name, number, size in (
+            ("primal", 24, 8),
+            ("dual", 9, 50),
+            ("full", 13, None),
+        )
+    },
+    "same gradients, layer": Case(
+        scope="layer",
+        recompute_steps=3,
+        fisher={"centered": True},
+        options={"reuse_gradients": True, "recompute_spacing": "polynomial"},
+    ),
+    "linear spacing without trust": Case(
+        recompute_steps=4, options={"recompute_spacing": "linear", "trust": 1e-6}
+    ),
+    "batchnorm recalibrated": Case(
+        build=convolutional, options={"batchnorm_recalibration_batches": 5}
+    ),
+    "batchnorm recalibrated on a stream": Case(
+        build=convolutional,
+        stream="iterator",
+        options={"batchnorm_recalibration_batches": 2},
+    ),
 }
 
 
@@ -297,18 +346,17 @@ def test_the_cases_prune_what_they_were_asked_for(
     assert bool(reports[-1]["raised_damping"]) == (case == "raised damping")
     one_by_one: dict[str, str] = {
         **dict.fromkeys(
-            (
-                "stream of batches",
-                "iterator",
-                "stream that shuffles",
-                "searched, iterator",
-            ),
+            [
+                name
+                for name, chosen in CASES.items()
+                if chosen.stream not in {"", "loader"}
+            ],
             "loop: the data comes in batches",
         ),
         "one by one": "loop: asked for",
         "diagonal Fisher, one by one": "loop: asked for",
         **dict.fromkeys(
-            ("batchnorm and dropout in training mode", "WoodTaylor, training mode"),
+            [name for name, chosen in CASES.items() if chosen.model_mode == "train"],
             "loop: in training mode samples of a batch may influence each other",
         ),
     }
@@ -320,9 +368,12 @@ def test_the_cases_prune_what_they_were_asked_for(
     }
     expected = by_criterion.get(CASES[case].criterion, expected)
     assert reports[-1]["collection"] == expected
-    # BatchNorm's statistics are as before.
+    # BatchNorm's statistics are as before, unless they were to be estimated anew.
     for name, buffer in make(CASES[case].build).named_buffers():
-        assert torch.equal(state[name], buffer), name
+        anew = "recalibrated" in case and "running" in name
+        assert torch.equal(state[name], buffer) != anew, name
+    if case == "linear spacing without trust":
+        assert reports[-1]["parts"] > 4
 
 
 def test_bytes_exchanged_are_counted(
