@@ -3,8 +3,8 @@
 from lightning_woodfisher.callback import WoodFisherPruningCallback
 from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.fisher import FisherConfig
+from lightning_woodfisher.one_shot import prune
 from lightning_woodfisher.presets import preset
-from lightning_woodfisher.pruner import prune
 from lightning_woodfisher.report import PruningReport
 from lightning_woodfisher.resources import ResourceEstimate, estimate
 from lightning_woodfisher.schedule import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["fit_into_memory", "free_bytes", "require_one_device"]
+__all__ = ["fit_into_memory", "free_bytes", "require_one_device", "within_memory"]
 
 import dataclasses
 import os
@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.costs import Work
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.fisher import FisherConfig
+from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.resources import ResourceEstimate, estimate_counts
 from lightning_woodfisher.sizes import format_bytes
 
@@ -135,3 +137,35 @@ def _least_free(comm: Communicator) -> int | None:
 def _least_needed(cost: ResourceEstimate, sharing: int) -> float:
     """What the ranks that share one memory are sure to take of it together."""
     return max(sharing * cost.smallest_peak_bytes, cost.peak_bytes) / _TOLERANCE
+
+
+def within_memory(
+    masks: Masks, config: PruningConfig, comm: Communicator, ranks_on_host: int = 1
+) -> tuple[PruningConfig, ResourceEstimate]:
+    """Check that the next step fits into memory; see :func:`~.budget.fit_into_memory`.
+
+    Args:
+        masks: what is pruned already.
+        config: how to prune.
+        comm: the ranks.
+        ranks_on_host: how many of them share the memory of this machine.
+
+    Returns:
+        The settings, changed where only that makes it fit, and the estimate.
+    """
+    zeros = masks.zeros()
+    weights = {name: p.numel() for name, p in masks.parameters.items()}
+    work = Work(
+        list(weights.values()),
+        [count - zeros[name] for name, count in weights.items()],
+        config.fisher,
+        comm.world_size,
+        config.criterion,
+        config.update,
+        max(p.element_size() for p in masks.parameters.values()),
+        torch.get_num_threads() if comm.device.type == "cpu" else 1,
+        masks.sharded,
+        [p.shape for p in masks.parameters.values()],
+    )
+    fisher, cost = fit_into_memory(work, comm, ranks_on_host)
+    return dataclasses.replace(config, fisher=fisher), cost

@@ -25,7 +25,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_woodfisher.budget import require_one_device
+from lightning_woodfisher.budget import require_one_device, within_memory
+from lightning_woodfisher.configuration import PruningConfig, check_sparsity
 from lightning_woodfisher.criteria import CriterionName
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import (
@@ -49,12 +50,7 @@ from lightning_woodfisher.preparation import (
     training_horizon,
 )
 from lightning_woodfisher.presets import preset
-from lightning_woodfisher.pruner import (
-    Pruner,
-    PruningConfig,
-    check_sparsity,
-    within_memory,
-)
+from lightning_woodfisher.pruner import Pruner
 from lightning_woodfisher.quotas import require_target_fits
 from lightning_woodfisher.report import PruningReport
 from lightning_woodfisher.schedule import (

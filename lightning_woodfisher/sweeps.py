@@ -19,23 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_woodfisher.budget import free_bytes, require_one_device
+from lightning_woodfisher.budget import free_bytes, require_one_device, within_memory
 from lightning_woodfisher.clock import Progress, no_progress
+from lightning_woodfisher.configuration import PruningConfig, check_sparsity
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.losses import FunctionLoss, LossSource
 from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.pruner import (
-    Pruner,
-    PruningConfig,
-    check_sparsity,
-    is_too_sparse,
-    within_memory,
-)
+from lightning_woodfisher.pruner import Pruner
 from lightning_woodfisher.report import PruningReport, format_table
 from lightning_woodfisher.selection import SelectionConfig
+from lightning_woodfisher.selector import is_too_sparse
 from lightning_woodfisher.sizes import parse_bytes
 from lightning_woodfisher.stored_rows import RowStore, StoredSampling, kind_of_rows
 

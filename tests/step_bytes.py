@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher import FisherConfig
+from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.pruner import Pruner, PruningConfig
+from lightning_woodfisher.pruner import Pruner
 
 
 class _RandomGradients(torch.autograd.Function):

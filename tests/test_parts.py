@@ -20,10 +20,11 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
+from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.parts import Parts
-from lightning_woodfisher.pruner import Pruner, PruningConfig
+from lightning_woodfisher.pruner import Pruner
 
 
 def samples(number: int = 160) -> TensorDataset:

@@ -22,6 +22,7 @@ from lightning_woodfisher import (
     prune,
 )
 from lightning_woodfisher.active_weights import ActiveWeights
+from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.fisher import make_inverse_fisher
@@ -30,7 +31,7 @@ from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.partition import align_block_size, make_partition
 from lightning_woodfisher.patterns import group_costs, parse_pattern
-from lightning_woodfisher.pruner import Pruner, PruningConfig
+from lightning_woodfisher.pruner import Pruner
 from lightning_woodfisher.selector import take_zeros
 
 DAMPING = 1e-3

@@ -24,11 +24,12 @@ from lightning_woodfisher import (
 from lightning_woodfisher import budget as budget_module
 from lightning_woodfisher.allocations import AllocationMeter, measure_step_bytes
 from lightning_woodfisher.budget import free_bytes, require_one_device
+from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.pruner import Pruner, PruningConfig
+from lightning_woodfisher.pruner import Pruner
 from lightning_woodfisher.shapes import SHAPES
 from lightning_woodfisher.sizes import parse_bytes
 

@@ -20,8 +20,8 @@ from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import ConfigurationError, FisherConfig, prune, sweep
 from lightning_woodfisher.cli import main
+from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.figures import draw_sweep
-from lightning_woodfisher.pruner import PruningConfig
 from lightning_woodfisher.sweeps import SweepReport, SweepResult
 
 # One by one, so that a gradient has the same bits whatever its neighbours are.

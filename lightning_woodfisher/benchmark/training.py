@@ -42,8 +42,8 @@ from lightning_woodfisher.gradients import FunctionLoss, collect_gradients, deri
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update, saliency
+from lightning_woodfisher.one_shot import prune
 from lightning_woodfisher.partition import make_partition
-from lightning_woodfisher.pruner import prune
 from lightning_woodfisher.selection import select_smallest
 
 _BATCH = 128

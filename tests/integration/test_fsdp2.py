@@ -39,12 +39,13 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
+from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import PruningError
 from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.pruner import Pruner, PruningConfig
+from lightning_woodfisher.pruner import Pruner
 from lightning_woodfisher.sharded_gradients import (
     collect_sharded_gradients,
     sharded_mean_loss,

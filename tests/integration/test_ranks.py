@@ -26,13 +26,14 @@ from lightning_woodfisher import (
     prune,
 )
 from lightning_woodfisher.active_weights import ActiveWeights
+from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.distributed import Communicator, ExactSum
 from lightning_woodfisher.fisher import FullInverseFisher
 from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.pruner import Pruner, PruningConfig
+from lightning_woodfisher.pruner import Pruner
 
 WORLD_SIZES = (1, 2, 3)
 

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import FisherConfig, prune, sweep
 from lightning_woodfisher.cli import main
-from lightning_woodfisher.pruner import PruningConfig
+from lightning_woodfisher.configuration import PruningConfig
 
 FISHER = FisherConfig(num_gradients=20, gradient_batch_size=4, block_size=16)
 
