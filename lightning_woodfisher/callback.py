@@ -15,12 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -45,7 +39,9 @@ from lightning_woodfisher.preparation import (
     describe_plan,
     refuse_averaging,
     require_enough_batches,
+    require_masks_hold,
     require_same_selection,
+    require_supported,
     require_weight_decay,
     training_horizon,
 )
@@ -231,7 +227,7 @@ class WoodFisherPruningCallback(pl.Callback):
         """
         if stage != "fit":
             return
-        _require_supported(trainer)
+        require_supported(trainer)
         refuse_averaging(trainer)
         if self.loss_method is not None and not callable(
             getattr(pl_module, self.loss_method, None)
@@ -633,30 +629,10 @@ class WoodFisherPruningCallback(pl.Callback):
     def _take_restored_masks(self) -> None:
         if self._restored_masks is not None:
             self._get_masks().load_state_dict(self._restored_masks)
-            self._require_masks_hold()
+            require_masks_hold(self._get_masks())
         self._restored_masks = None
-
-    def _require_masks_hold(self) -> None:
-        violations = self._get_masks().violations()
-        if violations:
-            raise ConfigurationError(
-                "the checkpoint's weights and masks disagree: weights that its masks call "
-                f"pruned are not zero, by parameter: {violations}. Was it edited, or saved "
-                "from averaged weights?"
-            )
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def _require_supported(trainer: pl.Trainer) -> None:
-    strategy = trainer.strategy
-    known = DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy
-    if not isinstance(strategy, known) or isinstance(strategy, DeepSpeedStrategy):
-        raise ConfigurationError(
-            f"strategy {type(strategy).__name__} shards or moves the parameters in a way "
-            "that pruning does not support; use a single device or 'ddp', or for sharded "
-            "parameters ModelParallelStrategy with fully_shard (FSDP2)."
-        )

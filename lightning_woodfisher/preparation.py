@@ -6,7 +6,9 @@ __all__ = [
     "describe_plan",
     "refuse_averaging",
     "require_enough_batches",
+    "require_masks_hold",
     "require_same_selection",
+    "require_supported",
     "require_weight_decay",
     "training_horizon",
 ]
@@ -17,6 +19,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch.optim import Optimizer
 
 from lightning_woodfisher.errors import ConfigurationError
@@ -188,3 +196,40 @@ def describe_plan(
         f"Pruning {weights:,} weights of {len(masks.parameters)} tensors by "
         f"{criterion}:\n{format_table(head, rows)}"
     )
+
+
+def require_supported(trainer: pl.Trainer) -> None:
+    """Refuse a strategy that holds parameters in a way that is not known.
+
+    Args:
+        trainer: with the strategy.
+
+    Raises:
+        ConfigurationError: naming those that work.
+    """
+    strategy = trainer.strategy
+    known = DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy
+    if not isinstance(strategy, known) or isinstance(strategy, DeepSpeedStrategy):
+        raise ConfigurationError(
+            f"strategy {type(strategy).__name__} shards or moves the parameters in a way "
+            "that pruning does not support; use a single device or 'ddp', or for sharded "
+            "parameters ModelParallelStrategy with fully_shard (FSDP2)."
+        )
+
+
+def require_masks_hold(masks: Masks) -> None:
+    """Refuse weights that the masks of a checkpoint call pruned and that are not zero.
+
+    Args:
+        masks: with the weights.
+
+    Raises:
+        ConfigurationError: counting them by parameter.
+    """
+    violations = masks.violations()
+    if violations:
+        raise ConfigurationError(
+            "the checkpoint's weights and masks disagree: weights that its masks call "
+            f"pruned are not zero, by parameter: {violations}. Was it edited, or saved "
+            "from averaged weights?"
+        )
