@@ -63,6 +63,12 @@ _CHOICE = re.compile(
 _CLASS_PATH = re.compile(r"Problem with given class_path '([\w.]+)'")
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 
+_OTHER_COMMANDS = (
+    "Other commands, each with a --help of its own: estimate (what a pruning step will "
+    "cost), sweep (one-shot settings compared on a checkpoint), preset (settings of "
+    "published results, as YAML), benchmark (the engines on this machine)."
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -89,7 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(to_yaml(" ".join(given[1:])))
             return 0
         _CLI(
-            args=given,
+            # Lightning warns of arguments that are given beside those of the process.
+            args=None if arguments is None else given,
+            parser_kwargs={"epilog": _OTHER_COMMANDS},
             save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
         )

@@ -207,6 +207,9 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "--config CONFIG" in shown
     assert ("--trainer.max_epochs" if command else "{fit,validate,") in shown
+    if not command:
+        for other in ("estimate", "sweep", "preset", "benchmark"):
+            assert f"{other} (" in " ".join(shown.split())
 
 
 def test_every_alternative_of_a_union_is_tried() -> None:
