@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["condense_error", "main"]
 
+import argparse
 import dataclasses
 import inspect
 import os
@@ -28,7 +29,7 @@ from lightning_woodfisher.callback import WoodFisherPruningCallback
 from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
 from lightning_woodfisher.estimate_command import run_estimate
 from lightning_woodfisher.fisher import FisherConfig
-from lightning_woodfisher.presets import to_yaml
+from lightning_woodfisher.presets import PRESETS, to_yaml
 from lightning_woodfisher.selection import SelectionConfig
 from lightning_woodfisher.sweep_command import run_sweep_command
 
@@ -92,8 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[:1] == ["sweep"]:
             return run_sweep_command(given[1:], _CLI)
         if given[:1] == ["preset"]:
-            sys.stdout.write(to_yaml(" ".join(given[1:])))
-            return 0
+            return _run_preset(given[1:])
         _CLI(
             # Lightning warns of arguments that are given beside those of the process.
             args=None if arguments is None else given,
@@ -107,6 +107,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"lightning-woodfisher: error: {ours}\n")
         return 2
+    return 0
+
+
+def _run_preset(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="lightning-woodfisher preset",
+        description="Print settings of a published result as YAML, to be passed as a "
+        "second --config of fit.",
+    )
+    parser.add_argument("name", nargs="?", default="", help=", ".join(PRESETS))
+    sys.stdout.write(to_yaml(parser.parse_args(arguments).name))
     return 0
 
 
