@@ -197,7 +197,10 @@ def _measure_others(
     if options.step:
         with timing.show_progress(3 * repeats) as tick:
             tables["step"] = training.measure_step(
-                repeats=repeats, device=device, tick=tick
+                as_published=options.as_published,
+                repeats=repeats,
+                device=device,
+                tick=tick,
             )
     if options.masks:
         with timing.show_progress(2 * (_MASK_STEPS + training.WARM_UP_STEPS)) as tick:

@@ -54,6 +54,10 @@ _ROWS_TRIED = 8
 WARM_UP_STEPS = 3
 
 
+_BASELINE = "loop + recursion"
+_PUBLISHED = "loop + published recursion"
+
+
 @dataclass(frozen=True)
 class CollectionRow:
     """One way to get per-sample gradients of ResNet-20.
@@ -177,6 +181,7 @@ def measure_step(
     device: torch.device | str = "cpu",
     width: int = 16,
     image_size: int = 32,
+    as_published: bool = False,
     tick: Tick = lambda _: None,
 ) -> list[StepRow]:
     """Measure a pruning step of ResNet-20 to 50 %, gradients included.
@@ -192,6 +197,7 @@ def measure_step(
         device: where.
         width: of the network.
         image_size: of the images.
+        as_published: also with the recursion as batched products over all blocks.
         tick: called after every repetition of every way.
 
     Returns:
@@ -224,13 +230,19 @@ def measure_step(
         )
         remember(f"ours, {update}", pruned)
 
-    def baseline() -> None:
+    def baseline(way: str = _BASELINE, plan: Plan = plan) -> None:
         pruned = copy.deepcopy(model)
         _prune_as_published(pruned, data, fisher, runs, plan)
-        remember(_BASELINE, pruned)
+        remember(way, pruned)
 
+    published = Plan("products", max(run.count for run in runs))
     ways: dict[str, Callable[[], object]] = {
         _BASELINE: baseline,
+        **(
+            {_PUBLISHED: lambda: baseline(_PUBLISHED, published)}
+            if as_published
+            else {}
+        ),
         "ours, independent": lambda: ours("independent"),
         "ours, joint": lambda: ours("joint"),
     }
@@ -287,9 +299,6 @@ def measure_masks(
         )
         for name, (model, inputs) in networks.items()
     ]
-
-
-_BASELINE = "loop + recursion"
 
 
 def _make_network(width: int, device: torch.device) -> ResNet20:
