@@ -13,6 +13,7 @@ from __future__ import annotations
 
 __all__ = [
     "Precision",
+    "add_half_product",
     "cholesky",
     "float32_is_enough",
     "half_product",
@@ -100,10 +101,23 @@ def half_product(rows: Tensor) -> Tensor:
     if not _in_strips(rows, rows.shape[-2]):
         return rows @ rows.mT
     product = rows.new_zeros(*rows.shape[:-1], rows.shape[-2])
-    for block, target in zip(rows, product, strict=True):
-        for low, high in _strips(len(block)):
-            torch.mm(block[low:high], block[:high].mT, out=target[low:high, :high])
+    add_half_product(product, rows)
     return product
+
+
+def add_half_product(total: Tensor, rows: Tensor) -> None:
+    """Add what :func:`half_product` gives, in place.
+
+    Args:
+        total: ``[K, n, n]``; the upper half need not be filled.
+        rows: ``[K, n, b]`` of the same dtype, any strides.
+    """
+    if not _in_strips(rows, rows.shape[-2]):
+        total.baddbmm_(rows, rows.mT)
+        return
+    for block, target in zip(rows, total, strict=True):
+        for low, high in _strips(len(block)):
+            target[low:high, :high].addmm_(block[low:high], block[:high].mT)
 
 
 def mirror(product: Tensor) -> Tensor:

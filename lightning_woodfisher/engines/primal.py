@@ -18,6 +18,7 @@ from lightning_woodfisher.engines.base import (
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.products import (
     Precision,
+    add_half_product,
     cholesky,
     float32_is_enough,
     half_product,
@@ -104,7 +105,7 @@ class PrimalInverseFisher(InverseFisher):
                 return
         # What is there already was precise enough when it was added.
         self._gram[index] = self._gram[index].double()
-        self._gram[index] += half_product(self._columns(rows.double(), index))
+        add_half_product(self._gram[index], self._columns(rows.double(), index))
 
     def _columns(self, rows: Tensor, index: int) -> Tensor:
         """View a unit's part of the rows, less c, as ``[K, B, n]``."""
