@@ -60,13 +60,12 @@ from lightning_woodfisher.products import Precision
 from lightning_woodfisher.sizes import parse_bytes
 
 Engine = Literal["auto", "primal", "dual"]
-# Numbers that a chunk of gradients may hold before it takes fewer gradients.
-_ENTRIES_IN_CHUNK = 2**26
 Collection = Literal["auto", "loop"]
 Labels = Literal["true", "sampled"]
 RowDtype = Literal["float32", "bfloat16"]
 
-
+# Numbers that a chunk of gradients may hold before it takes fewer gradients.
+_ENTRIES_IN_CHUNK = 2**26
 _SAMPLES_EVALUATED_AT_ONCE = 64
 
 

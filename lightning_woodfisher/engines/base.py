@@ -65,6 +65,7 @@ class InverseFisher(ABC):
             self.size, dtype=torch.float64, device=self._device
         )
         self._dampings = [self._full(unit.count, damping) for unit in self.units]
+        self._begin(offload_rows)
 
     @property
     def damping(self) -> Tensor:
@@ -236,6 +237,10 @@ class InverseFisher(ABC):
         """
         identity = torch.eye(self.size, dtype=torch.float64, device=self._device)
         return torch.stack([self.matvec(column) for column in identity], dim=1)
+
+    @abstractmethod
+    def _begin(self, offload_rows: bool) -> None:
+        """Make the state that waits for gradients; called once all else is set."""
 
     @abstractmethod
     def _add(self, rows: Tensor) -> None: ...

@@ -14,16 +14,13 @@ __all__ = [
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.engines.base import (
     InverseFisher,
     group_products,
     raise_until_definite,
 )
 from lightning_woodfisher.engines.rows import RowStore
-from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.products import (
-    Precision,
     cholesky,
     half_product,
     is_well_scaled,
@@ -41,30 +38,12 @@ SMALLEST_COMPLEMENT = 1e-9
 class RowsInverseFisher(InverseFisher):
     """What the two dual forms share: the rows, kept as they came, unit by unit."""
 
-    def __init__(
-        self,
-        partition: Partition,
-        num_gradients: int,
-        damping: float,
-        communicator: Communicator,
-        precision: Precision = "auto",
-        offload_rows: bool = False,
-        centered: bool = False,
-    ) -> None:
-        super().__init__(
-            partition,
-            num_gradients,
-            damping,
-            communicator,
-            precision,
-            offload_rows,
-            centered,
-        )
+    def _begin(self, offload_rows: bool) -> None:
         # ḡ, float64 [D_r]; the sum of the rows until all have come.
-        self._mean = self._full(self.size, 0.0) if centered else None
+        self._mean = self._full(self.size, 0.0) if self._centered else None
         self._rows = RowStore(
             [self._local(unit) for unit in self.units],
-            num_gradients,
+            self.num_gradients,
             self._device,
             offload_rows,
         )
@@ -130,25 +109,8 @@ class RowsInverseFisher(InverseFisher):
 class DualInverseFisher(RowsInverseFisher):
     """State is the rows, N·D_r numbers."""
 
-    def __init__(
-        self,
-        partition: Partition,
-        num_gradients: int,
-        damping: float,
-        communicator: Communicator,
-        precision: Precision = "auto",
-        offload_rows: bool = False,
-        centered: bool = False,
-    ) -> None:
-        super().__init__(
-            partition,
-            num_gradients,
-            damping,
-            communicator,
-            precision,
-            offload_rows,
-            centered,
-        )
+    def _begin(self, offload_rows: bool) -> None:
+        super()._begin(offload_rows)
         # Units for which float32 has turned out not to be enough.
         self._in_double: set[int] = set()
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.engines.base import raise_until_definite
 from lightning_woodfisher.engines.dual import (
     SMALLEST_COMPLEMENT,
@@ -18,9 +17,7 @@ from lightning_woodfisher.engines.dual import (
     complement_of,
     group_complements,
 )
-from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.products import (
-    Precision,
     half_product,
     mirror,
 )
@@ -32,26 +29,9 @@ class FullInverseFisher(RowsInverseFisher):
     The sum is exact (:class:`.ExactSum`), so every world size gets the same bits.
     """
 
-    def __init__(
-        self,
-        partition: Partition,
-        num_gradients: int,
-        damping: float,
-        communicator: Communicator,
-        precision: Precision = "auto",
-        offload_rows: bool = False,
-        centered: bool = False,
-    ) -> None:
-        super().__init__(
-            partition,
-            num_gradients,
-            damping,
-            communicator,
-            precision,
-            offload_rows,
-            centered,
-        )
-        self._lambda = self._full(1, damping)
+    def _begin(self, offload_rows: bool) -> None:
+        super()._begin(offload_rows)
+        self._lambda = self._full(1, self._initial_damping)
 
     def _add(self, rows: Tensor) -> None:
         super()._add(rows)

@@ -9,15 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.engines.base import (
     InverseFisher,
     group_products,
     raise_until_definite,
 )
-from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.products import (
-    Precision,
     add_half_product,
     cholesky,
     float32_is_enough,
@@ -39,30 +36,12 @@ class PrimalInverseFisher(InverseFisher):
     F⁻¹ needs.
     """
 
-    def __init__(
-        self,
-        partition: Partition,
-        num_gradients: int,
-        damping: float,
-        communicator: Communicator,
-        precision: Precision = "auto",
-        offload_rows: bool = False,
-        centered: bool = False,
-    ) -> None:
-        super().__init__(
-            partition,
-            num_gradients,
-            damping,
-            communicator,
-            precision,
-            offload_rows,
-            centered,
-        )
+    def _begin(self, offload_rows: bool) -> None:
         # Centred, G stands for rows less the mean of the first ones, c: what is left to
         # subtract in the end, N(ḡ − c)(ḡ − c)ᵀ, is small then and cancels no digits.
         self._shift: Tensor | None = None
-        self._shifted_sum = self._full(self.size, 0.0) if centered else None
-        dtype = torch.float64 if precision == "float64" else torch.float32
+        self._shifted_sum = self._full(self.size, 0.0) if self._centered else None
+        dtype = torch.float64 if self.precision == "float64" else torch.float32
         # The lower half of GᵀG while gradients arrive, all of GᵀG/N after.
         self._gram = [
             torch.zeros(u.count, u.size, u.size, dtype=dtype, device=self._device)
