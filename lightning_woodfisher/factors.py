@@ -28,15 +28,12 @@ from lightning_woodfisher.batches import Batches
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.isolation import derive_seed, seeded
-from lightning_woodfisher.losses import LossSource
+from lightning_woodfisher.losses import LossSource, lower_loss_scale
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.per_sample import LayerCall, is_plain, record_calls, unfold
 
 # Patches of a convolution are made for so many bytes of samples at once.
 _PATCH_BYTES = 2**26
-# A loss scale that is lowered below this cannot be what makes gradients overflow.
-_SMALLEST_LOSS_SCALE = 1.0
-_LOSS_SCALE_STEP = 16.0
 
 
 @dataclass(frozen=True)
@@ -196,13 +193,14 @@ def _fill(
         _add_calls(calls, gradients, parameters, row, scale, batches.size)
         if bool(row.isfinite().all()):
             return value
-        if scale <= _SMALLEST_LOSS_SCALE:
+        # float16 has overflowed under the scale of the GradScaler; a smaller one may do.
+        lower = lower_loss_scale(scale)
+        if lower is None:
             raise PruningError(
                 f"a Kronecker factor of micro-batch {index} "
                 f"({batches.describe(index)}) is not finite"
             )
-        # float16 has overflowed under the scale of the GradScaler; a smaller one may do.
-        scale = max(scale / _LOSS_SCALE_STEP, _SMALLEST_LOSS_SCALE)
+        scale = lower
 
 
 @torch.no_grad()

@@ -43,12 +43,15 @@ from lightning_woodfisher.distributed import Communicator, Pending
 from lightning_woodfisher.errors import PruningError
 from lightning_woodfisher.fisher import Collection, RowDtype
 from lightning_woodfisher.isolation import derive_seed, random_states_kept, seeded
-from lightning_woodfisher.losses import FunctionLoss, LossSource, scalar_loss
+from lightning_woodfisher.losses import (
+    FunctionLoss,
+    LossSource,
+    differentiable_loss,
+    lower_loss_scale,
+    require_finite,
+    scalar_loss,
+)
 from lightning_woodfisher.per_sample import per_sample_rows, why_not
-
-# A loss scale that is lowered below this cannot be what makes gradients overflow.
-_SMALLEST_LOSS_SCALE = 1.0
-_LOSS_SCALE_STEP = 16.0
 
 # A micro-batch holds at most so many gradients, samples, and bytes of rows.
 _MOST_GRADIENTS = 32
@@ -215,7 +218,7 @@ def mean_loss(
             with seeded(derive_seed(seed, index)):
                 own[index] = loss_value(source, batches, index)
             if finite:
-                _require_finite(own[index], batches, index)
+                require_finite(own[index], batches, index)
     except Exception as error:
         failure = error
     comm.agree(failure)
@@ -370,9 +373,10 @@ class _Rows:
                 )
             if _all_finite(rows):
                 return result
-            if scale <= _SMALLEST_LOSS_SCALE:
+            lower = lower_loss_scale(scale)
+            if lower is None:
                 raise PruningError("a gradient is not finite")
-            scale = max(scale / _LOSS_SCALE_STEP, _SMALLEST_LOSS_SCALE)
+            scale = lower
 
     def _mismatch(self, first: int, rows: Tensor, dtype: torch.dtype) -> str:
         """Compare some rows with the same gradients alone; tell what differs, or ``""``."""
@@ -418,13 +422,6 @@ def loss_value(source: LossSource, batches: Batches, index: int) -> float:
     return float(source.loss(batch, index).detach())
 
 
-def _require_finite(value: float, batches: Batches, index: int) -> None:
-    if not math.isfinite(value):
-        raise PruningError(
-            f"the loss of gradient {index} ({batches.describe(index)}) is {value}"
-        )
-
-
 def _gradient(
     source: LossSource,
     batches: Batches,
@@ -438,14 +435,7 @@ def _gradient(
     batch = batches.fetch(index)
     scale = source.loss_scale
     while True:
-        loss = source.loss(batch, index)
-        value = float(loss.detach())
-        _require_finite(value, batches, index)
-        if not loss.requires_grad:
-            raise PruningError(
-                f"the loss of gradient {index} has no graph: it was detached or computed "
-                "without gradients, so it cannot be differentiated"
-            )
+        loss = differentiable_loss(source, batches, index, batch)
         # autograd.grad never touches .grad or the hooks that DDP hangs on it.
         gradients = derivative(loss * scale, index)
         start = 0
@@ -459,11 +449,12 @@ def _gradient(
                 # Converted before it is unscaled: float16 would underflow.
                 target.copy_(gradient.detach().reshape(-1)[where]).div_(scale)
         if _all_finite(row):
-            return value
-        if scale <= _SMALLEST_LOSS_SCALE:
-            raise PruningError(_name_non_finite(batches, index, parameters, gradients))
+            return float(loss.detach())
         # float16 has overflowed under the scale of the GradScaler; a smaller one may do.
-        scale = max(scale / _LOSS_SCALE_STEP, _SMALLEST_LOSS_SCALE)
+        lower = lower_loss_scale(scale)
+        if lower is None:
+            raise PruningError(_name_non_finite(batches, index, parameters, gradients))
+        scale = lower
 
 
 def _require_trainable(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["FunctionLoss", "LossSource", "scalar_loss"]
+__all__ = [
+    "FunctionLoss",
+    "LossSource",
+    "differentiable_loss",
+    "lower_loss_scale",
+    "require_finite",
+    "scalar_loss",
+]
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -22,6 +30,10 @@ from lightning_woodfisher.batches import (
 from lightning_woodfisher.errors import PruningError
 from lightning_woodfisher.isolation import ModelMode, isolated
 from lightning_woodfisher.labels import UnlabelledBatch, labelled
+
+# A loss scale that is lowered below this cannot be what makes gradients overflow.
+_SMALLEST_LOSS_SCALE = 1.0
+_LOSS_SCALE_STEP = 16.0
 
 
 class LossSource(ABC):
@@ -185,6 +197,64 @@ def scalar_loss(result: Any, index: int, origin: str, remedy: str) -> Tensor:
     raise PruningError(
         f"{origin} returned {found} for gradient {index}, not a scalar loss; {remedy}"
     )
+
+
+def require_finite(value: float, batches: Batches, index: int) -> None:
+    """Refuse a loss that is not a finite number.
+
+    Args:
+        value: the loss.
+        batches: the mini-batches.
+        index: of which it is.
+
+    Raises:
+        PruningError: naming the samples.
+    """
+    if not math.isfinite(value):
+        raise PruningError(
+            f"the loss of gradient {index} ({batches.describe(index)}) is {value}"
+        )
+
+
+def differentiable_loss(
+    source: LossSource, batches: Batches, index: int, batch: Any
+) -> Tensor:
+    """Run the model for a gradient.
+
+    Args:
+        source: where losses come from, with its session entered.
+        batches: the mini-batches.
+        index: which one.
+        batch: its samples.
+
+    Returns:
+        The loss: a finite scalar tensor with a graph.
+
+    Raises:
+        PruningError: for any other.
+    """
+    loss = source.loss(batch, index)
+    require_finite(float(loss.detach()), batches, index)
+    if not loss.requires_grad:
+        raise PruningError(
+            f"the loss of gradient {index} has no graph: it was detached or computed "
+            "without gradients, so it cannot be differentiated"
+        )
+    return loss
+
+
+def lower_loss_scale(scale: float) -> float | None:
+    """Choose the scale to try after gradients have overflowed under one.
+
+    Args:
+        scale: the one under which they have.
+
+    Returns:
+        A smaller one; None where the scale cannot be to blame.
+    """
+    if scale <= _SMALLEST_LOSS_SCALE:
+        return None
+    return max(scale / _LOSS_SCALE_STEP, _SMALLEST_LOSS_SCALE)
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 __all__ = ["collect_sharded_gradients", "sharded_mean_loss"]
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
@@ -21,11 +20,8 @@ from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import PruningError
 from lightning_woodfisher.gradients import Batches, LossSource, derive_seed
 from lightning_woodfisher.isolation import seeded
+from lightning_woodfisher.losses import differentiable_loss, lower_loss_scale
 from lightning_woodfisher.sharding import local, reshard
-
-# A loss scale that is lowered below this cannot be what makes gradients overflow.
-_SMALLEST_LOSS_SCALE = 1.0
-_LOSS_SCALE_STEP = 16.0
 
 _T = TypeVar("_T")
 
@@ -135,36 +131,22 @@ def _gradient(
     with seeded(derive_seed(seed, index)):
         batch = _together(comm, lambda: batches.fetch(index))
         while True:
-            loss = _together(comm, lambda: _checked_loss(source, batches, index, batch))
+            loss = _together(
+                comm, lambda: differentiable_loss(source, batches, index, batch)
+            )
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             row = _take_row(source.model, parameters, active).div_(scale)
             # Ranks see different parts of the gradient, but must decide alike.
             bad = (~row.isfinite()).sum().reshape(1)
             if int(comm.sum_integers(bad)) == 0:
                 return row, float(loss.detach())
-            if scale <= _SMALLEST_LOSS_SCALE:
+            # float16 has overflowed under the scale of the GradScaler.
+            lower = lower_loss_scale(scale)
+            if lower is None:
                 raise PruningError(
                     f"gradient {index} ({batches.describe(index)}) is not finite"
                 )
-            # float16 has overflowed under the scale of the GradScaler.
-            scale = max(scale / _LOSS_SCALE_STEP, _SMALLEST_LOSS_SCALE)
-
-
-def _checked_loss(
-    source: LossSource, batches: Batches, index: int, batch: Any
-) -> Tensor:
-    loss = source.loss(batch, index)
-    if not math.isfinite(float(loss.detach())):
-        raise PruningError(
-            f"the loss of gradient {index} ({batches.describe(index)}) is "
-            f"{float(loss.detach())}"
-        )
-    if not loss.requires_grad:
-        raise PruningError(
-            f"the loss of gradient {index} has no graph: it was detached or computed "
-            "without gradients, so it cannot be differentiated"
-        )
-    return loss
+            scale = lower
 
 
 def _take_row(
