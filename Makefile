@@ -56,5 +56,5 @@ $(VENV)/.demo: $(VENV)/.pip pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) install --quiet --group dev
+	$(PIP) install --quiet -e '.[all]' --group dev
 	touch $@

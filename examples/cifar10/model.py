@@ -1,0 +1,223 @@
+"""ResNet-20 for CIFAR-10 and its data. Nothing in them knows of pruning.
+
+``CIFAR10(folder)`` reads ``cifar10_train_jpeg.npz`` and ``cifar10_test_jpeg.npz`` when they
+lie in the folder (JPEG bytes end to end in ``jpeg``, their ends in ``offsets``, ``labels``);
+otherwise torchvision downloads the original images there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+from torchvision.io import ImageReadMode, decode_jpeg
+
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2470, 0.2435, 0.2616)
+HELD_OUT = 5_000
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut (He et al. 2016, option B).
+
+    Args:
+        inputs: channels in.
+        outputs: channels out; twice as many as come in halve the resolution.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        stride = 1 if inputs == outputs else 2
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if inputs != outputs:
+            self.shortcut.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(outputs))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map ``[n, inputs, h, w]`` to ``[n, outputs, h / stride, w / stride]``."""
+        hidden = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(images)))))
+        return F.relu(hidden + self.shortcut(images))
+
+
+def resnet20(width: int = 16) -> nn.Sequential:
+    """Build ResNet-20: 272 thousand parameters at the width of the paper.
+
+    Args:
+        width: channels of the first of three stages.
+
+    Returns:
+        A network from images ``[n, 3, 32, 32]`` to logits ``[n, 10]``.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False)]
+    layers += [nn.BatchNorm2d(width), nn.ReLU()]
+    inputs = width
+    for outputs in (width, 2 * width, 4 * width):
+        for _ in range(3):
+            layers.append(BasicBlock(inputs, outputs))
+            inputs = outputs
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10)]
+    return nn.Sequential(*layers)
+
+
+class CIFAR10Classifier(pl.LightningModule):
+    """ResNet-20, trained with SGD, momentum 0.9 and one cycle of the learning rate.
+
+    Args:
+        learning_rate: the highest.
+        weight_decay: of all parameters.
+        width: channels of the first stage.
+        weights: file with a ``state_dict`` of the network to start from.
+    """
+
+    def __init__(
+        self,
+        learning_rate: float = 0.2,
+        weight_decay: float = 5e-4,
+        width: int = 16,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.net = resnet20(width)
+        if weights is not None:
+            self.net.load_state_dict(torch.load(weights, weights_only=True))
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify images ``[n, 3, 32, 32]``; returns logits ``[n, 10]``."""
+        logits: Tensor = self.net(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        self.accuracy(self(images), labels)
+        self.log("val_accuracy", self.accuracy, prog_bar=True)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        self.accuracy(self(images), labels)
+        self.log("test_accuracy", self.accuracy)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = torch.optim.SGD(
+            self.parameters(),
+            lr=self.learning_rate,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=self.weight_decay,
+        )
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            self.learning_rate,
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            pct_start=0.25,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+class CIFAR10(pl.LightningDataModule):
+    """45,000 images to train on, 5,000 held out, 10,000 to test.
+
+    Training images are shifted by up to four pixels and mirrored, whole batches at once.
+
+    Args:
+        folder: where the images lie or are downloaded to.
+        batch_size: images in a training batch.
+        images_per_epoch: fewer images to train on, for a quick look.
+    """
+
+    def __init__(
+        self,
+        folder: str = "data",
+        batch_size: int = 128,
+        images_per_epoch: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.batch_size = batch_size
+        self.images_per_epoch = images_per_epoch
+
+    def prepare_data(self) -> None:
+        if not (self.folder / "cifar10_train_jpeg.npz").exists():
+            for train in (True, False):
+                torchvision.datasets.CIFAR10(str(self.folder), train, download=True)
+
+    def setup(self, stage: str) -> None:
+        images, labels = self._read(train=True)
+        end = len(labels) - HELD_OUT
+        kept = min(end, self.images_per_epoch or end)
+        self.train = TensorDataset(images[:kept], labels[:kept])
+        self.held_out = TensorDataset(images[end:], labels[end:])
+        self.test = TensorDataset(*self._read(train=False))
+
+    def _read(self, train: bool) -> tuple[Tensor, Tensor]:
+        path = self.folder / f"cifar10_{'train' if train else 'test'}_jpeg.npz"
+        if path.exists():
+            file = np.load(path)
+            jpeg, ends = torch.from_numpy(file["jpeg"]), file["offsets"]
+            decoded = [
+                decode_jpeg(jpeg[start:end], ImageReadMode.RGB)
+                for start, end in zip(ends[:-1], ends[1:], strict=True)
+            ]
+            pixels, labels = torch.stack(decoded), torch.from_numpy(file["labels"])
+        else:
+            original = torchvision.datasets.CIFAR10(str(self.folder), train)
+            pixels = torch.from_numpy(original.data).permute(0, 3, 1, 2)
+            labels = torch.tensor(original.targets)
+        mean = torch.tensor(MEAN).view(3, 1, 1)
+        std = torch.tensor(STD).view(3, 1, 1)
+        return (pixels.float() / 255 - mean) / std, labels.long()
+
+    def on_after_batch_transfer(
+        self, batch: list[Tensor], dataloader_idx: int
+    ) -> list[Tensor]:
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        images, labels = batch
+        return [_shift_and_mirror(images), labels]
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.held_out, 500)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(self.test, 500)
+
+
+def _shift_and_mirror(images: Tensor) -> Tensor:
+    """Crop 32×32 windows at random places of the reflected images, mirror half of them."""
+    n, device = len(images), images.device
+    padded = F.pad(images, (4, 4, 4, 4), mode="reflect")
+    pixels = torch.arange(32, device=device)
+    rows = torch.randint(9, (n, 1), device=device) + pixels
+    columns = torch.randint(9, (n, 1), device=device) + pixels
+    mirrored = torch.rand(n, 1, device=device) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    batch = torch.arange(n, device=device).view(n, 1, 1)
+    # Indexing puts the channels last, which is the fast format for convolutions, too.
+    windows = padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]
+    return windows.permute(0, 3, 1, 2)

@@ -1,0 +1,44 @@
+"""Train the dense ResNet-20.
+
+    python examples/cifar10/train.py --data FOLDER --epochs 18
+
+writes ``runs/cifar10/dense.pt``, the ``state_dict`` of the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from model import CIFAR10, CIFAR10Classifier
+
+
+def main() -> None:
+    """Train, test, save."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="data", help="folder of the images")
+    parser.add_argument("--epochs", type=int, default=18)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/cifar10/dense.pt"))
+    arguments = parser.parse_args()
+    pl.seed_everything(arguments.seed)
+    module = CIFAR10Classifier()
+    module.to(memory_format=torch.channels_last)
+    trainer = pl.Trainer(
+        max_epochs=arguments.epochs,
+        logger=CSVLogger("runs", "cifar10", f"dense-{arguments.seed}"),
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    data = CIFAR10(arguments.data)
+    trainer.fit(module, data)
+    trainer.test(module, data)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(module.net.state_dict(), arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Structured pruning: whole channels, scored by second-order information."""
