@@ -1,6 +1,6 @@
 """Train the dense ResNet-20.
 
-    python examples/cifar10/train.py --data FOLDER --epochs 18
+    python -m examples.cifar10.train --data FOLDER --epochs 18
 
 writes ``runs/cifar10/dense.pt``, the ``state_dict`` of the network.
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from model import CIFAR10, CIFAR10Classifier
+
+from examples.cifar10.model import CIFAR10, CIFAR10Classifier
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """One-shot pruning of the WoodFisher paper's MLPNet on MNIST, without retraining.
 
-    python examples/mnist/one_shot.py --data FOLDER
+    python -m examples.mnist.one_shot --data FOLDER
 
 FOLDER holds ``mnist.npz`` (``x_train`` and ``x_test`` as uint8 ``[n, 28, 28]``, ``y_train``,
 ``y_test``) and ``mlpnet_mnist_9397.npz`` (``fc1.weight`` [40, 784], ``fc2.weight`` [20, 40],
@@ -12,15 +12,12 @@ update recomputed in parts, and WoodTaylor in parts whose length is taken by the
 loss. N = 1000 gradients of one sample; λ = 1e-5, with WoodTaylor 1e-3. ``--only`` chooses
 methods, ``--set`` tries other settings:
 
-    python examples/mnist/one_shot.py --data FOLDER --only "48 parts" --set damping=3e-4
+    python -m examples.mnist.one_shot --data FOLDER --only "48 parts" --set damping=3e-4
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
-import dataclasses
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +27,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_woodfisher import FisherConfig, prune
-from lightning_woodfisher.report import format_table
+from examples.comparison import compare, parse_arguments
 
+COMMON = {"num_gradients": 1000, "gradient_batch_size": 1, "damping": 1e-5}
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude", "block_size": 784},
-    "independent, blocks of 784": {"update": "independent", "block_size": 784},
-    "joint, full Fisher": {"update": "joint", "block_size": None},
+    "independent, blocks of 784": {
+        "step_search": False,
+        "update": "independent",
+        "block_size": 784,
+    },
+    "joint, full Fisher": {"step_search": False, "update": "joint", "block_size": None},
     "joint, full Fisher, 8 parts": {
+        "step_search": False,
         "update": "joint",
         "block_size": None,
         "recompute_steps": 8,
     },
     "joint, full Fisher, 16 parts": {
+        "step_search": False,
         "update": "joint",
         "block_size": None,
         "recompute_steps": 16,
     },
 }
+METHODS["joint, full Fisher, step search"] = {"update": "joint", "block_size": None}
 WOODTAYLOR: dict[str, Any] = {
     "criterion": "woodtaylor",
     "update": "joint",
@@ -108,68 +112,19 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument(
-        "--sparsities", type=float, nargs="+", default=[0.9, 0.95, 0.98]
+    arguments = parse_arguments(
+        __doc__.split("\n")[0], [0.9, 0.95, 0.98], argparse.ArgumentParser()
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", help="methods with this in their name")
-    parser.add_argument(
-        "--verbose", action="store_true", help="print the scales of the steps"
-    )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="other settings for these methods, such as damping=3e-4",
-    )
-    arguments = parser.parse_args()
     train, images, labels, state = load(arguments.data)
-    dense = accuracy(mlpnet(state), images, labels)
-    print(f"dense: {dense:.2f} % of {len(labels):,} test images")
-    rows = []
-    changes = {
-        name: ast.literal_eval(value)
-        for name, value in (text.split("=", 1) for text in arguments.set)
-    }
-    for name, settings in METHODS.items():
-        if arguments.only not in name:
-            continue
-        settings = {**settings, **changes}
-        known = {field.name for field in dataclasses.fields(FisherConfig)}
-        own = {key: settings.pop(key) for key in known & settings.keys()}
-        fisher = FisherConfig(
-            **{"num_gradients": 1000, "gradient_batch_size": 1, "damping": 1e-5, **own}
-        )
-        for sparsity in arguments.sparsities:
-            found = []
-            # Magnitude draws nothing: every seed gives the same.
-            seeds = 1 if settings.get("criterion") == "magnitude" else arguments.seeds
-            for seed in range(seeds):
-                model = mlpnet(state)
-                report = prune(
-                    model,
-                    train,
-                    loss_fn,
-                    target_sparsity=sparsity,
-                    fisher=fisher,
-                    measure_loss=False,
-                    seed=seed,
-                    **settings,
-                )
-                found.append(accuracy(model, images, labels))
-                if arguments.verbose:
-                    print(
-                        report.update_scales,
-                        report.first_order_scales,
-                        dict(report.seconds),
-                    )
-            each = "  ".join(f"{value:.2f}" for value in found)
-            rows.append((name, f"{sparsity:g}", f"{statistics.mean(found):.2f}", each))
-    head = ("MLPNet on MNIST, one shot", "sparsity", "mean", "accuracy by seed, %")
-    print(format_table(head, rows))
+    compare(
+        "MLPNet on MNIST, one shot",
+        {name: {**COMMON, **settings} for name, settings in METHODS.items()},
+        lambda: mlpnet(state),
+        train,
+        loss_fn,
+        lambda model: accuracy(model, images, labels),
+        arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""One-shot pruning of ResNet-20 on CIFAR-10, without retraining.
+
+    python -m examples.cifar10.one_shot --data FOLDER --weights runs/cifar10/dense.pt
+
+The weights are those that ``examples.cifar10.train`` writes. Gradients are taken of training
+images as they are, BatchNorm in evaluation mode; nothing else is adapted. Prints the
+accuracy on the test images. ``--only`` chooses methods, ``--set`` tries other settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from examples.cifar10.model import CIFAR10, resnet20
+from examples.comparison import compare, parse_arguments
+
+COMMON: dict[str, Any] = {
+    "num_gradients": 1000,
+    "gradient_batch_size": 1,
+    "damping": 1e-5,
+    "model_mode": "eval",
+    # All that is published for this network prunes the convolutions only.
+    "exclude": [r"^\d+\.weight$"],
+}
+PAPER = {"block_size": 36_864, "update": "independent", "step_search": False}
+FULL = {"block_size": None, "update": "joint"}
+MANY = {"damping": 1e-4, "first_order_samples": 10_000, "criterion": "woodtaylor"}
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"criterion": "magnitude"},
+    "diagonal Fisher": {"criterion": "diagonal_fisher", "step_search": False},
+    "K-FAC": {"criterion": "kfac", "step_search": False},
+    "independent, a block a layer (the paper)": PAPER,
+    "joint, full Fisher": {**FULL, "step_search": False},
+    "joint, full Fisher, step search": FULL,
+    "joint, full Fisher, 16 parts": {**FULL, "recompute_steps": 16},
+    "WoodTaylor, full Fisher, 16 parts": {**FULL, **MANY, "recompute_steps": 16},
+}
+
+
+def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross-entropy of a batch."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: TensorDataset) -> float:
+    """Share of right answers in per cent."""
+    model.eval()
+    images, labels = data.tensors
+    right = [
+        (model(part).argmax(1) == truth).sum()
+        for part, truth in zip(images.split(500), labels.split(500), strict=True)
+    ]
+    return 100 * float(sum(right)) / len(labels)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--pattern", default="unstructured", help="such as 2:4")
+    sparsities = [0.5, 0.6, 0.7, 0.8, 0.9]
+    arguments = parse_arguments(__doc__.split("\n")[0], sparsities, parser)
+    state = torch.load(arguments.weights, weights_only=True)
+    data = CIFAR10(str(arguments.data))
+    data.setup("test")
+
+    def dense() -> nn.Module:
+        model = resnet20().to(memory_format=torch.channels_last)
+        model.load_state_dict(state)
+        return model
+
+    common = {**COMMON, "pattern": arguments.pattern}
+    compare(
+        "ResNet-20 on CIFAR-10, one shot",
+        {name: {**common, **settings} for name, settings in METHODS.items()},
+        dense,
+        data.train,
+        loss_fn,
+        lambda model: accuracy(model, data.test),
+        arguments,
+    )
+
+
+if __name__ == "__main__":
+    main()
