@@ -61,7 +61,8 @@ def removal_losses(
     """Measure how the loss rises when one structure at a time is removed.
 
     Filter and bias, and weight and bias of the norms behind it, are set to zero, which
-    is the same function as without them. The model is left as it was.
+    is the same function as without them where the activation of zero is zero. The model is
+    left as it was.
 
     Args:
         model: the network; evaluated with running statistics.

@@ -142,6 +142,7 @@ class Evaluation:
                 )
             scale = lower
 
+    @torch.no_grad()
     def _gather(self, own: dict[int, Tensor], width: int) -> Tensor:
         """Put the rows of all batches into order on every rank."""
         comm = self._comm

@@ -153,7 +153,7 @@ class _Blocks:
             place = places[id(part.parameter)]
             other = right[place]
             if other is not None:
-                values = left[place].double() * other.double()
+                values = left[place].double() * other.detach().double()
                 add_slices(result, values, part.axis, self._of(part))
         return result
 

@@ -157,9 +157,10 @@ class StructureVectors:
         for part in self.parts:
             other = found[id(part.parameter)]
             if other is not None:
+                # A gradient may have a graph, which must not live on.
                 add_slices(
                     result,
-                    part.parameter.detach().double() * other.double(),
+                    part.parameter.detach().double() * other.detach().double(),
                     part.axis,
                     part.structure_of,
                 )
