@@ -16,7 +16,7 @@ from lightning_woodfisher.structured.groups import Group, Member, Role
 class Residual(nn.Module):
     """Stem, one block whose output is added to that of the stem, and a classifier."""
 
-    def __init__(self, outer: int = 4, inner: int = 5, smooth: bool = True) -> None:
+    def __init__(self, outer: int = 4, inner: int = 5, in_place: bool = False) -> None:
         super().__init__()
         self.stem = nn.Conv2d(2, outer, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(outer)
@@ -26,8 +26,9 @@ class Residual(nn.Module):
         self.bn2 = nn.BatchNorm2d(outer)
         self.pool = nn.AvgPool2d(2)
         self.fc = nn.Linear(outer, 3)
-        # In place, as most networks do: the layers' outputs are overwritten.
-        self.act: nn.Module = nn.SiLU() if smooth else nn.ReLU(inplace=True)
+        # In place, as in most networks, it overwrites the outputs of the layers. Of zero it
+        # is zero, and it is not homogeneous, which would hide a mistake.
+        self.act = nn.SiLU(inplace=in_place)
 
     def forward(self, images: Tensor) -> Tensor:
         stem = self.act(self.bn(self.stem(images)))
@@ -125,9 +126,9 @@ def cross_entropy(model: Any, batch: Sequence[Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def make_residual(smooth: bool = True) -> nn.Module:
+def make_residual(in_place: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    return trained(Residual(smooth=smooth))
+    return trained(Residual(in_place=in_place))
 
 
 def make_plain() -> nn.Module:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rank_pool import RankPool
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import PruningError
@@ -45,6 +46,21 @@ def make() -> nn.Module:
     return model
 
 
+class Augmented(Dataset[Any]):
+    """Images with noise of the global generator, which differs between ranks."""
+
+    def __init__(self) -> None:
+        self.clean = images(24, torch.float32)
+        torch.manual_seed(50 + Communicator().rank)
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def __getitem__(self, index: int) -> Any:
+        pixels, label = self.clean[index]
+        return pixels + torch.randn_like(pixels), label
+
+
 def uneven() -> Iterator[Any]:
     pixels, labels = images(24, torch.float32).tensors
     sizes = [7, 3, 9, 5]
@@ -54,7 +70,7 @@ def uneven() -> Iterator[Any]:
 def run() -> list[Tensor]:
     comm, groups, found = Communicator(), residual_groups(), []
     for config in CONFIGS:
-        source = FunctionLoss(make(), images(24, torch.float32), cross_entropy)
+        source = FunctionLoss(make(), Augmented(), cross_entropy)
         scores = score_structures(source, groups, config, comm)
         size = NetworkSize.of_source(source, groups, comm)
         additive = additive_scores(scores, groups, config.limits)
