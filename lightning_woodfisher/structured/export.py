@@ -252,6 +252,7 @@ def plan_removal(
         values = _attributes(module, path, tensors)
         if values:
             attributes[path] = values
+    _require_all_names(model, tensors)
     return RemovalPlan(tensors, attributes)
 
 
@@ -348,6 +349,23 @@ def _attributes(
     else:
         after = {}
     return {key: value for key, value in after.items() if getattr(module, key) != value}
+
+
+def _require_all_names(model: nn.Module, tensors: Mapping[str, object]) -> None:
+    """Refuse to cut a tensor that a layer outside the groups holds, too."""
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                name = f"{path}.{key}" if path else key
+                names.setdefault(id(parameter), []).append(name)
+    for alike in names.values():
+        outside = [name for name in alike if name not in tensors]
+        if outside and len(outside) < len(alike):
+            inside = next(name for name in alike if name in tensors)
+            raise ConfigurationError(
+                f"{inside} and {outside[0]} are one tensor, but no group holds the latter."
+            )
 
 
 def _cut(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:

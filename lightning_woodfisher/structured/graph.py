@@ -5,8 +5,8 @@ from __future__ import annotations
 __all__ = ["trace_coupling"]
 
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -28,10 +28,18 @@ _MIXES_CHANNELS = {
     "EXPAND": "it passes an expand",
     "OUTPUT": "it is an output of the network",
 }
+_PARTS = ("SLICE", "SPLIT", "UNBIND")
 # Names of backward functions: matrix products between activations.
 _ATTENTION = ("bmm", "scaleddotproduct", "softmax")
 # Those that give something else than zero for zero, for the reason in a message.
-NOT_ZERO_AT_ZERO = ("sigmoid", "softplus", "exp", "cos", "hardsigmoid", "logsigmoid")
+_NOT_ZERO_AT_ZERO = ("sigmoid", "softplus", "exp", "cos", "hardsigmoid", "logsigmoid")
+
+
+class _Index(NamedTuple):
+    """A channel at a node, and the channel of the layer that the walk began at."""
+
+    idx: int
+    root_idx: int
 
 
 def trace_coupling(
@@ -139,63 +147,73 @@ def _follow(
     names: Mapping[Any, str],
 ) -> str:
     """Unite what is tied to the outputs of one layer; name suspicious operations."""
+    # Not by get_pruning_group: it finds all index maps anew for each layer, and of a
+    # channel that is reached from several it keeps one.
     outputs = coupling.ports[name, "out"].channels
     roots = [coupling.channel(name, "out", i) for i in range(outputs)]
-    pruner = graph.get_pruner_of_module(layer)
+    start = (
+        graph.module2node[layer],
+        graph.get_pruner_of_module(layer).prune_out_channels,
+    )
+    seen: dict[tuple[Any, Any], set[Any]] = {}
+    waiting = [(*start, [_Index(i, i) for i in range(outputs)])]
     suspects: list[str] = []
-
-    def leave_out(reason: str) -> None:
-        for root in roots:
-            coupling.leave_out(root, reason)
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            group = graph.get_pruning_group(
-                layer, pruner.prune_out_channels, list(range(outputs))
-            )
-    except Exception as error:
-        leave_out(f"torch-pruning cannot follow it: {type(error).__name__}: {error}")
-        return ""
-    for item in group:
-        node, fn = item.dep.target, item.dep.handler
+    while waiting:
+        node, fn, pairs = waiting.pop()
+        known = seen.setdefault((node, fn), set())
+        fresh = [pair for pair in dict.fromkeys(pairs) if pair not in known]
+        known.update(fresh)
+        if not fresh:
+            continue
         own = graph.get_pruner_of_module(node.module)
         side: Side = "out" if fn == own.prune_out_channels else "in"
-        kind, operation = (
-            node.type.name,
-            str(getattr(node.module, "_grad_fn", "")).lower(),
-        )
         other = names.get(node.module)
-        if kind in _MIXES_CHANNELS:
-            leave_out(_MIXES_CHANNELS[kind])
-        elif kind == "SLICE" and _cuts_channels(node):
-            leave_out("it passes a slice of channels")
-        elif any(word in operation for word in _ATTENTION):
-            leave_out(f"it passes an attention product ({operation})")
-        elif not node.outputs and side == "out":
-            leave_out(_MIXES_CHANNELS["OUTPUT"])
-        elif other in coupling.reasons:
-            leave_out(f"{coupling.reasons[other]} ({other})")
-        elif any(word in operation for word in NOT_ZERO_AT_ZERO):
-            suspects.append(node.module._grad_fn)
-        elif (other, "out") in coupling.ports:
-            _unite(coupling, roots, (str(other), side), item, leave_out)
+        reason = coupling.reasons.get(str(other)) or _obstacle(node, side)
+        if reason is None and other is not None and (other, "out") in coupling.ports:
+            channels = [coupling.channel(other, side, pair.idx) for pair in fresh]
+            if min(channels) < 0:
+                reason = f"its channels do not match those of {other} (padding?)"
+            else:
+                for channel, pair in zip(channels, fresh, strict=True):
+                    coupling.unite(roots[pair.root_idx], channel)
+        if reason is not None:
+            _leave_out(coupling, roots, fresh, reason)
+            continue
+        operation = str(getattr(node.module, "_grad_fn", ""))
+        if any(word in operation.lower() for word in _NOT_ZERO_AT_ZERO):
+            suspects.append(operation)
+        for edge in node.dependencies:
+            if edge.is_triggered_by(fn):
+                mapped = fresh
+                if edge.target.type.name in _PARTS:
+                    # The map drops the channels of the other parts, which stay, too.
+                    _leave_out(coupling, roots, fresh, _obstacle(edge.target, side))
+                for mapping in filter(None, edge.index_mapping):
+                    mapped = mapping(mapped)
+                waiting.append((edge.target, edge.handler, mapped))
     return ", ".join(dict.fromkeys(suspects))
 
 
-def _unite(
-    coupling: Coupling,
-    roots: list[int],
-    port: tuple[str, Side],
-    item: Any,
-    leave_out: Callable[[str], None],
+def _leave_out(
+    coupling: Coupling, roots: list[int], pairs: list[_Index], reason: str | None
 ) -> None:
-    for index, root in zip(item.idxs, item.root_idxs, strict=True):
-        channel = coupling.channel(*port, index)
-        if channel < 0 or root is None:
-            leave_out(f"its channels do not match those of {port[0]} (padding?)")
-            return
-        coupling.unite(roots[root], channel)
+    if reason is not None:
+        for pair in pairs:
+            coupling.leave_out(roots[pair.root_idx], reason)
+
+
+def _obstacle(node: Any, side: Side) -> str | None:
+    """Tell why channels that come to a node cannot be pruned."""
+    kind, operation = node.type.name, str(getattr(node.module, "_grad_fn", ""))
+    if kind in _MIXES_CHANNELS:
+        return _MIXES_CHANNELS[kind]
+    if kind == "SLICE" and _cuts_channels(node):
+        return "it passes a slice of channels"
+    if any(word in operation.lower() for word in _ATTENTION):
+        return f"it passes an attention product ({operation})"
+    if not node.outputs and side == "out":
+        return _MIXES_CHANNELS["OUTPUT"]
+    return None
 
 
 def _cuts_channels(node: Any) -> bool:

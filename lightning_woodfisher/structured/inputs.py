@@ -43,7 +43,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return tuple(map_tensors(function, item) for item in value)
+        items = [map_tensors(function, item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
     return value
 
 
