@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["prunable_parameters"]
+__all__ = ["class_paths", "prunable_parameters"]
 
 import re
 from collections.abc import Iterator, Sequence
@@ -134,13 +134,21 @@ def _matches(pattern: str, owners: list[tuple[str, nn.Module]]) -> bool:
             f"The pattern {pattern!r} is not a regular expression: {error}."
         ) from error
     return any(
-        pattern in _class_paths(module)
+        pattern in class_paths(module)
         or (not isinstance(module, _NEVER_BY_NAME) and regex.search(name) is not None)
         for name, module in owners
     )
 
 
-def _class_paths(module: nn.Module) -> Iterator[str]:
+def class_paths(module: nn.Module) -> Iterator[str]:
+    """List the names that select a layer by its class.
+
+    Args:
+        module: a layer.
+
+    Yields:
+        Plain names and import paths of its class and the classes it derives from.
+    """
     for cls in type(module).__mro__:
         if issubclass(cls, nn.Module) and cls is not nn.Module:
             yield cls.__name__
