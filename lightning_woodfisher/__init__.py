@@ -14,6 +14,14 @@ from lightning_woodfisher.schedule import (
     PruningSchedule,
 )
 from lightning_woodfisher.selection import SelectionConfig
+from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.pruner import prune_structures
+from lightning_woodfisher.structured.report import StructureReport
+from lightning_woodfisher.structured_callback import (
+    HAPPruningCallback,
+    SOSPPruningCallback,
+    StructuredPruningCallback,
+)
 from lightning_woodfisher.sweeps import SweepReport, sweep
 
 __version__ = "0.1.0"
@@ -22,17 +30,23 @@ __all__ = [
     "ConfigurationError",
     "ConstantSchedule",
     "FisherConfig",
+    "HAPPruningCallback",
     "OneShotSchedule",
     "PolynomialSchedule",
     "PruningError",
     "PruningReport",
     "PruningSchedule",
     "ResourceEstimate",
+    "SOSPPruningCallback",
     "SelectionConfig",
+    "StructureConfig",
+    "StructureReport",
+    "StructuredPruningCallback",
     "SweepReport",
     "WoodFisherPruningCallback",
     "estimate",
     "preset",
     "prune",
+    "prune_structures",
     "sweep",
 ]

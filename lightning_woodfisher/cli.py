@@ -31,16 +31,25 @@ from lightning_woodfisher.estimate_command import run_estimate
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.presets import PRESETS, to_yaml
 from lightning_woodfisher.selection import SelectionConfig
+from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured_callback import (
+    HAPPruningCallback,
+    SOSPPruningCallback,
+    StructuredPruningCallback,
+)
 from lightning_woodfisher.sweep_command import run_sweep_command
 
 # Classes whose short name works in YAML, and whose arguments a typo may have meant.
 _OUR_CLASSES = (
     WoodFisherPruningCallback,
+    StructuredPruningCallback,
+    SOSPPruningCallback,
+    HAPPruningCallback,
     schedule.PolynomialSchedule,
     schedule.OneShotSchedule,
     schedule.ConstantSchedule,
 )
-_OUR_CONFIGS = (FisherConfig, SelectionConfig)
+_OUR_CONFIGS = (FisherConfig, SelectionConfig, StructureConfig)
 
 # First words of a saved config.
 _SAVED = "lightning.pytorch=="

@@ -57,6 +57,9 @@ class MaskedTraining(pl.Callback, ABC):
 
     #: Of the state in checkpoints.
     _state_version: ClassVar[int] = 1
+    #: Whether a batch must be seen to know what may be pruned; there is none before
+    #: ``on_train_start``.
+    _selects_by_data: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -167,15 +170,10 @@ class MaskedTraining(pl.Callback, ABC):
             trainer: the Trainer.
             pl_module: its module, on its device.
         """
-        # A forward pass before fit may have left gathered copies in place of shards.
-        reshard(pl_module)
-        parameters = self._select(pl_module)
-        if self._restored_masks is None and self.masks is not None:
-            self._restored_masks = self.masks.state_dict()
-        self.masks = Masks(parameters)
-        self._require_sole_owner(trainer)
-        if not trainer.strategy.restore_checkpoint_after_setup:
-            self._take_restored_masks()
+        if not self._selects_by_data:
+            self._begin(trainer, pl_module)
+            if not trainer.strategy.restore_checkpoint_after_setup:
+                self._take_restored_masks()
 
     def on_train_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -186,6 +184,8 @@ class MaskedTraining(pl.Callback, ABC):
             trainer: the Trainer.
             pl_module: its module.
         """
+        if self._selects_by_data:
+            self._begin(trainer, pl_module)
         # A sharded model is given its checkpoint only after on_fit_start.
         self._take_restored_masks()
         self._plan = self._make_plan(trainer)
@@ -333,6 +333,16 @@ class MaskedTraining(pl.Callback, ABC):
         self.reports = [self._read_report(r) for r in state_dict["reports"]]
 
     # ------------------------------------------------------------------ the step
+
+    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Make the masks."""
+        # A forward pass before fit may have left gathered copies in place of shards.
+        reshard(module)
+        parameters = self._select(module)
+        if self._restored_masks is None and self.masks is not None:
+            self._restored_masks = self.masks.state_dict()
+        self.masks = Masks(parameters)
+        self._require_sole_owner(trainer)
 
     def _prune_if_due(
         self,

@@ -22,15 +22,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data", help="folder of the images")
     parser.add_argument("--epochs", type=int, default=18)
+    parser.add_argument("--learning-rate", type=float, default=0.2, help="the highest")
+    parser.add_argument("--weights", help="go on from these, such as an earlier --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10/dense.pt"))
     arguments = parser.parse_args()
     pl.seed_everything(arguments.seed)
-    module = CIFAR10Classifier()
+    module = CIFAR10Classifier(arguments.learning_rate, weights=arguments.weights)
     module.to(memory_format=torch.channels_last)
     trainer = pl.Trainer(
         max_epochs=arguments.epochs,
-        logger=CSVLogger("runs", "cifar10", f"dense-{arguments.seed}"),
+        logger=CSVLogger("runs", "cifar10", arguments.out.stem),
         enable_checkpointing=False,
         enable_model_summary=False,
     )

@@ -1,0 +1,112 @@
+"""Gradual pruning of ResNet-20 on CIFAR-10: WoodFisher and magnitude at the same budget.
+
+    python -m examples.cifar10.gradual --data FOLDER --weights runs/cifar10/dense.pt
+
+Both prune along the same cubic ramp, in six steps over the first half of the epochs, with
+the same learning rates and the same order of the images; WoodFisher also looks at 400
+mini-batches of 10 images in each step. Prints the accuracy on the test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from examples.cifar10.model import CIFAR10, CIFAR10Classifier
+from lightning_woodfisher import (
+    FisherConfig,
+    PolynomialSchedule,
+    WoodFisherPruningCallback,
+)
+from lightning_woodfisher.report import format_table
+
+METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"criterion": "magnitude", "measure_loss": False},
+    "WoodFisher": {
+        "fisher": FisherConfig(
+            num_gradients=400, gradient_batch_size=10, block_size=2000, damping=1e-5
+        )
+    },
+}
+STEPS = 6
+
+
+def fit(
+    method: str, sparsity: float, seed: int, data: CIFAR10, options: argparse.Namespace
+) -> float:
+    """Prune and train one network.
+
+    Args:
+        method: name in ``METHODS``.
+        sparsity: at the end.
+        seed: of everything random.
+        data: the images.
+        options: of the command line.
+
+    Returns:
+        Accuracy on the test images in per cent.
+    """
+    pl.seed_everything(seed, verbose=False)
+    module = CIFAR10Classifier(learning_rate=0.05, weights=options.weights)
+    module.to(memory_format=torch.channels_last)
+    batches = len(data.train) // data.batch_size
+    every = options.epochs * batches // (2 * STEPS)
+    schedule = PolynomialSchedule(
+        start_step=0, end_step=(STEPS - 1) * every, every_n_steps=every
+    )
+    callback = WoodFisherPruningCallback(
+        sparsity, schedule, seed=seed, **METHODS[method]
+    )
+    trainer = pl.Trainer(
+        max_epochs=options.epochs,
+        accelerator=options.accelerator,
+        devices=1,
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, data)
+    found = trainer.test(module, data, verbose=False)
+    return 100 * float(found[0]["test_accuracy"])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="data", help="folder of the images")
+    parser.add_argument("--weights", default="runs/cifar10/dense.pt")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument(
+        "--sparsities", type=float, nargs="+", default=[0.9, 0.95, 0.98]
+    )
+    parser.add_argument("--accelerator", default="auto")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    data = CIFAR10(options.data)
+    data.setup("fit")
+    rows = []
+    for sparsity in options.sparsities:
+        for method in METHODS:
+            found = []
+            for seed in options.seeds:
+                found.append(fit(method, sparsity, seed, data, options))
+                print(f"{method} {sparsity:g} {seed}: {found[-1]:.2f}", flush=True)
+            each = "  ".join(f"{value:.2f}" for value in found)
+            rows.append(
+                (method, f"{sparsity:g}", f"{statistics.mean(found):.2f}", each)
+            )
+    head = ("ResNet-20, gradual", "sparsity", "mean", "accuracy by seed, %")
+    print(format_table(head, rows))
+
+
+if __name__ == "__main__":
+    main()

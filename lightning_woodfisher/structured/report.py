@@ -1,0 +1,166 @@
+"""The numbers of one structured pruning step, frozen."""
+
+from __future__ import annotations
+
+__all__ = ["GroupReport", "StructureReport"]
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lightning_woodfisher.report import format_table
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What a step did to one group of coupled channels.
+
+    Attributes:
+        name: of the group, after its first layer.
+        layers: producing layers.
+        size: number of structures.
+        removed_before: structures that were gone before the step.
+        removed: numbers of the structures that are gone after it, ascending.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    size: int
+    removed_before: int
+    removed: tuple[int, ...]
+
+    @property
+    def kept(self) -> int:
+        """Structures that are left."""
+        return self.size - len(self.removed)
+
+
+@dataclass(frozen=True)
+class StructureReport:
+    """What one structured pruning step did.
+
+    Attributes:
+        method: how structures were scored.
+        structure: which entries make up a structure: ``"conv"``, ``"bn"``, ``"conv+bn"``.
+        measure: what the target counts.
+        target: share of the measure that was to be gone after the step.
+        groups: one report for each group.
+        parameters_dense: of the whole network.
+        parameters: of the network without what is removed.
+        macs_dense: multiply-accumulates of the dense network for one sample.
+        macs: of the network without what is removed.
+        loss_before: mean loss before, in evaluation mode; None when not measured.
+        loss_after: mean loss after, on the same samples.
+        notes: figures of the method, such as the number of probes.
+        seconds: wall-clock seconds by phase.
+        world_size: number of ranks.
+        epoch: epoch at whose start it happened, None outside a Trainer.
+        step: optimizer steps done before it, None outside a Trainer.
+    """
+
+    method: str
+    structure: str
+    measure: str
+    target: float
+    groups: tuple[GroupReport, ...]
+    parameters_dense: int
+    parameters: int
+    macs_dense: int
+    macs: int
+    loss_before: float | None
+    loss_after: float | None
+    notes: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    world_size: int = 1
+    epoch: int | None = None
+    step: int | None = None
+
+    @property
+    def structures(self) -> int:
+        """Number of structures of the dense network."""
+        return sum(group.size for group in self.groups)
+
+    @property
+    def removed(self) -> dict[str, tuple[int, ...]]:
+        """The removed structures, by group."""
+        return {group.name: group.removed for group in self.groups if group.removed}
+
+    def metrics(self) -> dict[str, float]:
+        """Give scalars for loggers.
+
+        Returns:
+            Values by metric name, all under ``pruning/``.
+        """
+        gone = sum(len(group.removed) for group in self.groups)
+        found: dict[str, float] = {
+            "pruning/structures_removed": gone / self.structures,
+            "pruning/parameters_left": self.parameters / self.parameters_dense,
+            "pruning/macs_left": self.macs / max(1, self.macs_dense),
+        }
+        for group in self.groups:
+            found[f"pruning/channels/{group.name}"] = group.kept
+        for name, loss in (
+            ("loss_before", self.loss_before),
+            ("loss_after", self.loss_after),
+        ):
+            if loss is not None:
+                found[f"pruning/{name}"] = loss
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all numbers as plain types.
+
+        Returns:
+            What :meth:`from_dict` reads.
+        """
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> StructureReport:
+        """Read what :meth:`to_dict` gave, perhaps through JSON.
+
+        Args:
+            plain: the numbers.
+
+        Returns:
+            The report.
+        """
+        groups = tuple(
+            GroupReport(
+                **{
+                    **group,
+                    "layers": tuple(group["layers"]),
+                    "removed": tuple(group["removed"]),
+                }
+            )
+            for group in plain["groups"]
+        )
+        return cls(**{**plain, "groups": groups})
+
+    def to_table(self) -> str:
+        """Lay out a table of the groups.
+
+        Returns:
+            Lines of text.
+        """
+        rows = [
+            (
+                group.name if len(group.layers) == 1 else f"{group.name} (tied)",
+                str(len(group.layers)),
+                str(group.size),
+                str(group.kept),
+                f"{group.kept / group.size:.0%}",
+            )
+            for group in self.groups
+        ]
+        kept = sum(group.kept for group in self.groups)
+        share = f"{kept / self.structures:.0%}"
+        total = ("all", "", str(self.structures), str(kept), share)
+        table = format_table(
+            ("channels of", "layers", "dense", "left", ""), rows, total
+        )
+        return (
+            f"{table}\nparameters {self.parameters_dense:,} → {self.parameters:,} "
+            f"({self.parameters / self.parameters_dense:.1%}), MACs {self.macs_dense:,} → "
+            f"{self.macs:,} ({self.macs / max(1, self.macs_dense):.1%})"
+        )

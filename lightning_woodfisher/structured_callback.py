@@ -1,0 +1,346 @@
+"""Callbacks that remove whole channels: SOSP, HAP and their baselines.
+
+During training a removed channel is masked: its filters, biases and norm entries are zero,
+which is the same as if it were not there. After it, :meth:`shrunk_model` cuts it out.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "HAPPruningCallback",
+    "SOSPPruningCallback",
+    "StructuredPruningCallback",
+]
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from torch import nn
+
+from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.loggers import announce
+from lightning_woodfisher.masked_training import MaskedTraining
+from lightning_woodfisher.preparation import training_horizon
+from lightning_woodfisher.schedule import (
+    OneShotSchedule,
+    PlannedStep,
+    PruningSchedule,
+)
+from lightning_woodfisher.structured.captured_inputs import capture_inputs, within
+from lightning_woodfisher.structured.channels import masked_parameters
+from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.export import (
+    RemovalPlan,
+    plan_removal,
+    save_shrunk,
+)
+from lightning_woodfisher.structured.groups import Group
+from lightning_woodfisher.structured.latency import Latency, measure_latency
+from lightning_woodfisher.structured.pruner import (
+    Measure,
+    StructurePruner,
+    require_target,
+)
+from lightning_woodfisher.structured.report import StructureReport
+from lightning_woodfisher.structured.tracing import trace_groups
+
+
+class StructuredPruningCallback(MaskedTraining):
+    """Remove whole channels while a network trains, by any of the methods.
+
+    Args:
+        target: share of the measure that is gone at the end, in [0, 1).
+        measure: what the target counts: ``"macs"`` (multiply-accumulates, half the FLOPs),
+            ``"parameters"`` or ``"structures"`` (channels).
+        config: how channels are scored and chosen.
+        schedule: when and how far; by default once, at the start of training.
+        include: class paths of layers or regular expressions on their names: what may be
+            pruned; empty for all.
+        exclude: what may not.
+        network: name of the submodule to prune, if it is not the one that holds all layers.
+        loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to take
+            the loss from, for a ``training_step`` that does more than compute one.
+        dataloader: where samples come from, in place of the training dataloader.
+        report_path: JSON file that receives the reports of all steps.
+        export_path: folder that receives the smaller network at the end of fit: the plan
+            and a ``state_dict``, for :func:`.load_shrunk`.
+        latency_runs: forward passes that are timed at the end of fit, dense and smaller in
+            turns; 0 for none.
+        weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
+            zero once the last planned step is done.
+
+    Attributes:
+        latency: of the dense and the smaller network, after fit; None before.
+
+    Raises:
+        ConfigurationError: for a value that cannot work.
+    """
+
+    _selects_by_data = True
+
+    def __init__(
+        self,
+        target: float = 0.5,
+        measure: Measure = "macs",
+        config: StructureConfig = StructureConfig(),
+        schedule: PruningSchedule | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        network: str | None = None,
+        loss_method: str | None = None,
+        dataloader: Iterable[Any] | None = None,
+        report_path: str | None = None,
+        export_path: str | None = None,
+        latency_runs: int = 0,
+        weight_decay_off_after_last_step: bool = False,
+    ) -> None:
+        require_target(target, measure)
+        super().__init__(
+            schedule if schedule is not None else OneShotSchedule(epoch=0),
+            loss_method,
+            dataloader,
+            report_path,
+            weight_decay_off_after_last_step,
+        )
+        self.target = target
+        self.measure: Measure = measure
+        self.config = config
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
+        self.network = network
+        self.export_path = export_path
+        self.latency_runs = latency_runs
+        self.latency: Latency | None = None
+        self._groups: tuple[Group, ...] = ()
+        self._traced: tuple[Group, ...] = ()
+        self._inputs: Any = None
+        self._prefix = ""
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(target={self.target}, measure={self.measure!r}, "
+            f"config={self.config!r}, schedule={self.schedule!r})"
+        )
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint; two callbacks differ by what they select."""
+        return self._generate_state_key(
+            include=list(self.include), exclude=list(self.exclude)
+        )
+
+    @property
+    def removed(self) -> dict[str, tuple[int, ...]]:
+        """The channels that are gone, by group of the network."""
+        found = self.reports[-1].removed if self.reports else {}
+        cut = len(self._prefix) + bool(self._prefix)
+        return {name[cut:]: structures for name, structures in found.items()}
+
+    # ------------------------------------------------------------------ smaller models
+
+    def removal_plan(self, module: nn.Module) -> RemovalPlan:
+        """Plan to cut the masked channels out.
+
+        Args:
+            module: the LightningModule; only its network is planned for.
+
+        Returns:
+            The plan, which ``apply`` carries out on the network.
+
+        Raises:
+            ConfigurationError: before anything was traced.
+        """
+        if not self._traced:
+            raise ConfigurationError(
+                "the groups of channels are known once fit has started; call fit first."
+            )
+        return plan_removal(
+            module.get_submodule(self._prefix), self._traced, self.removed
+        )
+
+    def shrunk_model(self, module: nn.Module) -> nn.Module:
+        """Make the physically smaller network, which computes the same.
+
+        Args:
+            module: the LightningModule; it stays as it is.
+
+        Returns:
+            A copy of its network without the masked channels.
+        """
+        plan = self.removal_plan(module)
+        network = module.get_submodule(self._prefix)
+        # Of the whole LightningModule the Trainer would be copied, too.
+        smaller = _copy_network(network)
+        plan.apply(smaller)
+        return smaller
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the masks; write and time the smaller network where asked for.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+        """
+        self._get_masks().verify()
+        if not trainer.is_global_zero or not self.reports:
+            return
+        if not self.export_path and not self.latency_runs:
+            return
+        network = pl_module.get_submodule(self._prefix)
+        smaller = self.shrunk_model(pl_module)
+        if self.export_path:
+            save_shrunk(self.export_path, smaller, self.removal_plan(pl_module))
+        if self.latency_runs:
+            self.latency = measure_latency(
+                network, smaller, self._inputs, self.latency_runs
+            )
+            announce(
+                trainer,
+                f"A forward pass of one sample takes {self.latency.dense * 1e3:.2f} ms "
+                f"dense and {self.latency.shrunk * 1e3:.2f} ms shrunk "
+                f"({self.latency.ratio:.0%}; median of {self.latency.runs}).",
+            )
+            for logger in trainer.loggers:
+                logger.log_metrics(
+                    {
+                        "pruning/latency_dense": self.latency.dense,
+                        "pruning/latency_shrunk": self.latency.shrunk,
+                    },
+                    step=trainer.global_step,
+                )
+
+    # ------------------------------------------------------------------ training starts
+
+    def _select(self, module: pl.LightningModule) -> dict[str, nn.Parameter]:
+        trainer = module.trainer
+        source = self._source(trainer, module)
+        self._prefix, self._inputs = capture_inputs(
+            source, self.network, self.config.seed
+        )
+        network = module.get_submodule(self._prefix)
+        traced = trace_groups(
+            network,
+            self._inputs,
+            include=self.include,
+            exclude=self.exclude,
+            seed=self.config.seed,
+        )
+        self._traced = traced.groups
+        self._groups = within(traced.groups, self._prefix)
+        return masked_parameters(module, self._groups)
+
+    def _make_plan(self, trainer: pl.Trainer) -> tuple[PlannedStep, ...]:
+        if getattr(trainer, "fast_dev_run", False):
+            return (PlannedStep("epoch", 0, self.target),)
+        return self.schedule.plan(self.target, training_horizon(trainer, self.schedule))
+
+    def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        structures = sum(group.size for group in self._groups)
+        steps = ", ".join(
+            f"{step.sparsity:.0%} at {step.unit} {step.position}"
+            for step in self._ahead()
+        )
+        announce(
+            trainer,
+            f"Removing channels by {self.config.method}: {structures:,} structures in "
+            f"{len(self._groups)} groups; {self.measure} removed: {steps or 'no more'}.",
+        )
+
+    # ------------------------------------------------------------------ the step
+
+    def _lacks(self, target: PlannedStep) -> bool:
+        return target.sparsity > 0.0
+
+    def _step(
+        self, trainer: pl.Trainer, module: pl.LightningModule, target: PlannedStep
+    ) -> StructureReport:
+        removed = self.reports[-1].removed if self.reports else {}
+        return self._pruner(module).step(
+            self._source(trainer, module), target.sparsity, removed, target.position
+        )
+
+    def _log(self, trainer: pl.Trainer, report: StructureReport) -> None:
+        announce(trainer, report.to_table())
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(report.metrics(), step=trainer.global_step)
+
+    def _reads_on(self) -> bool:
+        return bool(self._ahead())
+
+    def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._pruner(module).rehearse(self._source(trainer, module))
+
+    def _read_report(self, plain: dict[str, Any]) -> StructureReport:
+        return StructureReport.from_dict(plain)
+
+    def _pruner(self, module: pl.LightningModule) -> StructurePruner:
+        comm = Communicator(module.device)
+        return StructurePruner(
+            self._groups, self._get_masks(), self.config, self.measure, comm
+        )
+
+
+class SOSPPruningCallback(StructuredPruningCallback):
+    """Remove channels by SOSP: second order, with the correlations of all channels.
+
+    Nonnenmacher et al., "SOSP: Efficiently capturing global correlations by second-order
+    structured pruning", ICLR 2022.
+
+    Args:
+        target: share of the measure that is gone at the end, in [0, 1).
+        variant: ``"H"`` takes one Hessian-vector product for all channels, ``"I"`` the
+            Gauss-Newton matrix of pairs of channels.
+        config: how channels are scored and chosen; its ``method`` is set here.
+        options: further arguments of :class:`StructuredPruningCallback`.
+    """
+
+    def __init__(
+        self,
+        target: float = 0.5,
+        variant: Literal["I", "H"] = "H",
+        config: StructureConfig = StructureConfig(),
+        **options: Any,
+    ) -> None:
+        if variant not in ("I", "H"):
+            raise ConfigurationError(f"variant={variant!r} is unknown; use 'I' or 'H'.")
+        method: Literal["sosp_i", "sosp_h"] = "sosp_i" if variant == "I" else "sosp_h"
+        config = dataclasses.replace(config, method=method)
+        super().__init__(target, config=config, **options)
+
+
+class HAPPruningCallback(StructuredPruningCallback):
+    """Remove channels by HAP: the trace of the Hessian of each channel.
+
+    Yu et al., "Hessian-aware pruning and optimal neural implant", WACV 2022. Layers that
+    are added to each other lose the same channels; the authors' code scatters them.
+
+    Args:
+        target: share of the measure that is gone at the end, in [0, 1).
+        config: how channels are scored and chosen; its ``method`` is set here.
+        options: further arguments of :class:`StructuredPruningCallback`.
+    """
+
+    def __init__(
+        self,
+        target: float = 0.5,
+        config: StructureConfig = StructureConfig(),
+        **options: Any,
+    ) -> None:
+        config = dataclasses.replace(config, method="hap")
+        super().__init__(target, config=config, **options)
+
+
+def _copy_network(network: nn.Module) -> nn.Module:
+    if not isinstance(network, pl.LightningModule):
+        return copy.deepcopy(network)
+    trainer = network._trainer
+    network._trainer = None
+    try:
+        return copy.deepcopy(network)
+    finally:
+        network._trainer = trainer
