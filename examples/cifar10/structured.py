@@ -1,0 +1,189 @@
+"""Channels of ResNet-20 on CIFAR-10 removed by several methods, at the same budget.
+
+    python -m examples.cifar10.structured --data FOLDER --weights runs/cifar10/dense.pt
+
+Each method removes a share of the FLOPs at once, the smaller network is cut out and trained
+on, with the same images, order and learning rates for all. Prints the accuracy on the test
+images, the parameters that are left, and the time of a forward pass against the dense one.
+``--rank-correlation`` prints how well the scores rank 64 random channels by the loss that
+their removal really costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Subset, TensorDataset
+
+from examples.cifar10.model import CIFAR10, CIFAR10Classifier
+from lightning_woodfisher import StructureConfig, prune_structures
+from lightning_woodfisher.losses import FunctionLoss
+from lightning_woodfisher.report import format_table
+from lightning_woodfisher.structured.correlation import (
+    rank_correlation,
+    removal_losses,
+)
+from lightning_woodfisher.structured.export import shrink
+from lightning_woodfisher.structured.latency import measure_latency
+from lightning_woodfisher.structured.scores import score_structures
+from lightning_woodfisher.structured.tracing import trace_groups
+
+METHODS: dict[str, dict[str, Any]] = {
+    "SOSP-H": {"method": "sosp_h"},
+    "SOSP-I": {"method": "sosp_i"},
+    "HAP": {"method": "hap"},
+    "magnitude": {"method": "magnitude"},
+    "random": {"method": "random"},
+}
+IMAGE = torch.zeros(1, 3, 32, 32)
+
+
+def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross-entropy of a batch."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def make_trainer(options: argparse.Namespace) -> pl.Trainer:
+    """Make a quiet Trainer."""
+    return pl.Trainer(
+        max_epochs=options.epochs,
+        accelerator=options.accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+    )
+
+
+def accuracy(module: CIFAR10Classifier, data: CIFAR10, trainer: pl.Trainer) -> float:
+    """Give the accuracy on the test images in per cent."""
+    found = trainer.test(module, data, verbose=False)
+    return 100 * float(found[0]["test_accuracy"])
+
+
+def compare(options: argparse.Namespace, data: CIFAR10) -> None:
+    """Print the table of accuracies."""
+    rows = []
+    for removed in options.removed:
+        for name, settings in METHODS.items():
+            if options.only not in name:
+                continue
+            before, after = [], []
+            for seed in options.seeds:
+                pl.seed_everything(seed, verbose=False)
+                module = CIFAR10Classifier(
+                    options.learning_rate, weights=options.weights
+                )
+                module.to(memory_format=torch.channels_last)
+                config = StructureConfig(seed=seed, probes=options.probes, **settings)
+                report, groups = prune_structures(
+                    module.net,
+                    data.train,
+                    loss_fn,
+                    target=removed,
+                    measure="macs",
+                    config=config,
+                    example_inputs=IMAGE,
+                )
+                shrink(module.net, groups, report.removed)
+                before.append(accuracy(module, data, make_trainer(options)))
+                trainer = make_trainer(options)
+                trainer.fit(module, data)
+                after.append(accuracy(module, data, trainer))
+                dense = CIFAR10Classifier(weights=options.weights)
+                latency = measure_latency(dense.net, module.net, IMAGE, 100, 64)
+                print(
+                    f"{name} {removed:g} {seed}: {before[-1]:.2f} → {after[-1]:.2f}, "
+                    f"time {latency.ratio:.0%}, score {report.seconds['score']:.1f} s",
+                    flush=True,
+                )
+            rows.append(
+                (
+                    name,
+                    f"{1 - report.macs / report.macs_dense:.1%}",
+                    f"{report.parameters / report.parameters_dense:.1%}",
+                    f"{statistics.mean(before):.2f}",
+                    f"{statistics.mean(after):.2f}",
+                    "  ".join(f"{value:.2f}" for value in after),
+                    f"{latency.ratio:.0%}",
+                )
+            )
+    head = (
+        "method",
+        "FLOPs removed",
+        "parameters left",
+        "before",
+        "after",
+        "each",
+        "time",
+    )
+    print(format_table(head, rows))
+
+
+def correlate(options: argparse.Namespace, data: CIFAR10) -> None:
+    """Print rank correlations of scores and removal losses."""
+    module = CIFAR10Classifier(weights=options.weights)
+    model = module.net.eval()
+    groups = trace_groups(model, IMAGE).groups
+    every = [(i, n) for i, group in enumerate(groups) for n in range(group.size)]
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(every), generator=generator)[:64]
+    chosen = [every[i] for i in order.tolist()]
+    sample = TensorDataset(*data.train[-2000:])
+
+    @torch.no_grad()
+    def loss(network: nn.Module) -> float:
+        images, labels = sample.tensors
+        parts = zip(images.split(500), labels.split(500), strict=True)
+        return sum(float(loss_fn(network, part)) for part in parts) / 4
+
+    truth = removal_losses(model, groups, chosen, loss)
+    source = FunctionLoss(model, Subset(data.train, range(40_000)), loss_fn)
+    rows = []
+    for name, settings in METHODS.items():
+        cells = []
+        for structure in ("conv", "bn", "conv+bn"):
+            config = StructureConfig(
+                structure=structure, probes=options.probes, **settings
+            )
+            scores = score_structures(source, groups, config)
+            cells.append(f"{rank_correlation(scores.values, chosen, truth):.2f}")
+        rows.append((name, *cells))
+    print(format_table(("rank correlation", "conv", "bn", "conv+bn"), rows))
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="data", help="folder of the images")
+    parser.add_argument("--weights", default="runs/cifar10/dense.pt")
+    parser.add_argument("--rank-correlation", action="store_true")
+    parser.add_argument("--only", default="", metavar="TEXT")
+    parser.add_argument("--removed", type=float, nargs="+", default=[0.5, 0.7])
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--images-per-epoch", type=int)
+    parser.add_argument("--learning-rate", type=float, default=0.05)
+    parser.add_argument("--probes", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--accelerator", default="auto")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    data = CIFAR10(options.data, images_per_epoch=options.images_per_epoch)
+    data.setup("fit")
+    if options.rank_correlation:
+        correlate(options, data)
+    else:
+        compare(options, data)
+
+
+if __name__ == "__main__":
+    main()
