@@ -224,6 +224,14 @@ def test_a_plan_for_another_model_changes_nothing() -> None:
         plan_removal(done, chain_groups(), {"0": [1]})
 
 
+def test_a_tensor_of_a_layer_outside() -> None:
+    model = chain()
+    model.extra = nn.Module()
+    model.extra.weight = model[3].weight
+    with pytest.raises(ConfigurationError, match=r"extra\.weight are one tensor"):
+        plan_removal(model, chain_groups(), {"0": [1]})
+
+
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no shrunk model"):
         load_shrunk(tmp_path, chain())

@@ -21,6 +21,7 @@ from lightning_woodfisher.structured.channels import (
     masked_parameters,
     zero_structures,
 )
+from lightning_woodfisher.structured.coupling import Coupling, structures
 from lightning_woodfisher.structured.export import shrink
 from lightning_woodfisher.structured.groups import Group, Member
 from lightning_woodfisher.structured.removal_check import check_removal
@@ -307,7 +308,7 @@ class NamedInputs(nn.Module):
 def test_model_is_left_as_it_was() -> None:
     model = NamedInputs()
     model.net[2].eval()
-    model.net[3].first[0].weight.requires_grad_(False)
+    model.net[:4].requires_grad_(False)
     inputs = {"pixels": images(torch.float32), "scale": 0.5}
     model(**inputs)["logits"][0].sum().backward()
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -333,6 +334,19 @@ def test_model_is_left_as_it_was() -> None:
         assert now.requires_grad is trainable
         assert now.grad is grad
         assert grad is None or torch.equal(grad, content)
+
+
+def test_reasons_stay_when_channels_unite() -> None:
+    layers = {name: nn.Linear(2, 3) for name in ("a", "b", "c")}
+    coupling = Coupling(layers)
+    a, b, c = (coupling.channel(name, "out", 1) for name in layers)
+    coupling.leave_out(c, "why")
+    coupling.unite(b, c)
+    coupling.unite(a, b)
+    assert coupling.reason(a) == coupling.reason(b) == "why"
+    assert coupling.reason(coupling.channel("a", "out", 0)) is None
+    (rest,) = (g for g in structures(coupling) if g.name == "a")
+    assert rest.members[0].structure_of.tolist() == [0, -1, 1]
 
 
 def test_include_and_exclude() -> None:

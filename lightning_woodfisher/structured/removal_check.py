@@ -169,7 +169,9 @@ def _replace_tensors(
 
 def _noisy(tensor: Tensor, generator: torch.Generator) -> Tensor:
     # Norms, biases and what else is constant at first would hide differences.
-    if tensor.dim() > 1 and bool((tensor != tensor.flatten()[0]).any()):
+    if tensor.numel() == 0 or (
+        tensor.dim() > 1 and bool((tensor != tensor.flatten()[0]).any())
+    ):
         return tensor
     noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 0.5
     return tensor + noise.to(tensor)
