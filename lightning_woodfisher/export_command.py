@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 
-from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.errors import ConfigurationError, nearest
 from lightning_woodfisher.estimate_command import command_line
 from lightning_woodfisher.export.checkpoint import Checkpoint, read_checkpoint
 from lightning_woodfisher.export.dense import save_dense, strip_prefix
@@ -55,6 +55,10 @@ _SUFFIXES = {
     "torch-export": (".pt2",),
     "semi-structured": (".pt", ".pth", ".bin"),
 }
+_SPELLINGS = {
+    f"--{name.replace('_', '-')}": f"--{name}"
+    for name in ("from_zeros", "input_shape", "dynamic_batch")
+}
 _WITHOUT_MODEL = ("sparse", "dense")
 # What a Trainer would be given that is not made.
 _UNUSED = ("callbacks", "logger", "plugins", "profiler", "strategy", "accelerator")
@@ -70,7 +74,8 @@ def run_export(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
     Returns:
         Exit status.
     """
-    options, rest = _parser().parse_known_args(arguments)
+    given = [_SPELLINGS.get(argument, argument) for argument in arguments]
+    options, rest = _parser().parse_known_args(given)
     out = Path(options.out)
     _check(options, rest, out)
     checkpoint = read_checkpoint(options.checkpoint)
@@ -88,8 +93,11 @@ def run_export(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
             "torch-export": _write_program,
             "semi-structured": _write_semi_structured,
         }[options.format]
-        module = _load(_make_module(rest, cli), checkpoint)
+        config = [f"--config={path}" for path in options.config]
+        module = _load(_make_module([*config, *rest], cli), checkpoint)
         summary, note = write(module, _find_network(module, options.network), options)
+    if options.format in _WITHOUT_MODEL and checkpoint.left_out:
+        note = f"\nLeft out, being no tensors: {', '.join(checkpoint.left_out)}."
     sys.stdout.write(f"{summary.to_table()}\n{_describe(checkpoint, options)}{note}\n")
     sys.stdout.write(f"Written: {out}.\n")
     return 0
@@ -113,15 +121,16 @@ def _check(options: argparse.Namespace, rest: Sequence[str], out: Path) -> None:
             f"--out {out} must end in {' or '.join(suffixes)} for --format "
             f"{options.format}."
         )
-    if out.exists() and out.samefile(options.checkpoint):
+    if out.resolve() == Path(options.checkpoint).resolve():
         raise ConfigurationError(f"--out {out} is the checkpoint itself.")
     if options.format in _WITHOUT_MODEL:
         if rest:
+            known = [f"--{name}" for name in vars(options)]
             raise ConfigurationError(
                 f"{' '.join(rest)} means nothing with --format {options.format}, which "
-                "needs no model; leave it out."
+                f"needs no model; leave it out.{nearest(rest[0], known)}"
             )
-    elif not any(a.startswith(("-c", "--config", "--model")) for a in rest):
+    elif not options.config and not any(a.startswith("--model") for a in rest):
         raise ConfigurationError(
             f"--format {options.format} needs the network and not only its weights: add "
             "--config run.yaml, the configuration that `fit` was run with (it saves one as "
@@ -155,7 +164,7 @@ def _load(module: Any, checkpoint: Checkpoint) -> Any:
     module.configure_model()
     module.on_load_checkpoint(checkpoint.content)
     try:
-        module.load_state_dict(checkpoint.weights, strict=module.strict_loading)
+        module.load_state_dict(checkpoint.state_dict, strict=module.strict_loading)
     except RuntimeError as error:
         raise ConfigurationError(
             f"{checkpoint.path} does not fit the model of the configuration: {error}"
@@ -250,9 +259,9 @@ def _write_semi_structured(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-woodfisher export",
+        usage="lightning-woodfisher export CHECKPOINT --format FORMAT --out FILE …",
         description="Write a pruned checkpoint to a file that other programs read: small, "
-        "plain, or with the network in it. Other arguments are those of `fit`, such as "
-        "--config run.yaml.",
+        "plain, or with the network in it.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -260,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     add: Callable[..., Any] = parser.add_argument
     add(
         "checkpoint",
+        metavar="CHECKPOINT",
         help="saved by Lightning with the pruning callback, or a state_dict",
     )
     add("--format", required=True, choices=list(_SUFFIXES), help="see below")
@@ -272,14 +282,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--from_zeros",
-        "--from-zeros",
         action="store_true",
         help="take the weights as they are, without masks: for a checkpoint that has none",
+    )
+    add(
+        "-c",
+        "--config",
+        action="append",
+        default=[],
+        metavar="YAML",
+        help="what fit was run with, to make the network from; other arguments of fit, "
+        "such as --model.width 16, may follow (onnx, torch-export, semi-structured)",
     )
     graph = parser.add_argument_group("onnx and torch-export").add_argument
     graph(
         "--input_shape",
-        "--input-shape",
         nargs="+",
         type=int,
         action="append",
@@ -289,7 +306,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     graph(
         "--dynamic_batch",
-        "--dynamic-batch",
         action="store_true",
         help="take batches of any size; the input needs 2 or more samples then",
     )

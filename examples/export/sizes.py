@@ -29,11 +29,17 @@ Result = TypeVar("Result")
 
 def pruned_state(sparsity: float) -> dict[str, Tensor]:
     """Weights of a ResNet-50 of which a random share is zero."""
+    with torch.device("meta"):
+        shapes = resnet50(weights=None).state_dict()
     torch.manual_seed(0)
-    state = resnet50(weights=None).state_dict()
-    for tensor in state.values():
+    state = {}
+    for name, shape in shapes.items():
+        tensor = torch.zeros_like(shape, device="cpu")
+        if tensor.is_floating_point():
+            tensor.normal_()
         if tensor.dim() >= 2:
             tensor[torch.rand_like(tensor) < sparsity] = 0.0
+        state[name] = tensor
     return state
 
 

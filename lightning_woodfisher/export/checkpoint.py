@@ -18,7 +18,8 @@ from torch import Tensor
 from lightning_woodfisher.errors import ConfigurationError
 
 _MOST_NAMES = 3
-_STATE_KEYS = frozenset({"version", "masks", "done"})
+# Of the callback's state.
+_STATE_KEYS, _STATE_VERSION = frozenset({"version", "masks", "done"}), 1
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Checkpoint:
 
     Attributes:
         path: of the file.
-        weights: the ``state_dict`` of the module.
+        weights: the tensors of the module's ``state_dict``.
         masks: bool tensors by the name of their weight, True where kept; empty when there
             are none.
         content: everything that is in the file.
@@ -37,6 +38,17 @@ class Checkpoint:
     weights: dict[str, Tensor]
     masks: dict[str, Tensor]
     content: Mapping[str, Any]
+
+    @property
+    def state_dict(self) -> Mapping[str, Any]:
+        """All of the module's ``state_dict``, with what some modules put beside tensors."""
+        state: Mapping[str, Any] = self.content.get("state_dict", self.content)
+        return state
+
+    @property
+    def left_out(self) -> list[str]:
+        """Names in the ``state_dict`` that are no tensors."""
+        return [name for name in self.state_dict if name not in self.weights]
 
     @property
     def pruned(self) -> int:
@@ -110,28 +122,39 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise ConfigurationError(
             f"{path} is no checkpoint, or it is cut off ({_first_line(error)})."
         ) from error
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
-    ):
+    content = content if isinstance(content, dict) else {}
+    state = content.get("state_dict", content)
+    weights = {
+        name: value
+        for name, value in (state.items() if isinstance(state, dict) else ())
+        if isinstance(value, Tensor)
+    }
+    # Some modules put other things beside their tensors; a bare state_dict has none.
+    if not weights or (content is state and len(weights) < len(content)):
         raise ConfigurationError(
             f"{path} is no checkpoint: it has neither a state_dict nor is one."
         )
     masks: dict[str, Tensor] = {}
-    for found in _find_masks(content):
+    for found in _find_masks(path, content):
         for name, kept in found.items():
             masks[name] = masks[name] & kept if name in masks else kept
-    return Checkpoint(path, dict(weights), masks, content)
+    return Checkpoint(path, weights, masks, content)
 
 
-def _find_masks(content: Mapping[str, Any]) -> Iterator[Mapping[str, Tensor]]:
+def _find_masks(
+    path: Path, content: Mapping[str, Any]
+) -> Iterator[Mapping[str, Tensor]]:
     """Yield the masks of every pruning callback, whatever its class is called."""
     callbacks = content.get("callbacks")
     for state in callbacks.values() if isinstance(callbacks, dict) else ():
-        if isinstance(state, dict) and state.keys() >= _STATE_KEYS:
-            yield state["masks"]
+        if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
+            continue
+        if state["version"] > _STATE_VERSION:
+            raise ConfigurationError(
+                f"the pruning state of {path} has version {state['version']}; this package "
+                f"reads up to {_STATE_VERSION}. Update lightning-woodfisher."
+            )
+        yield state["masks"]
 
 
 def _explain(path: Path, message: str) -> str:

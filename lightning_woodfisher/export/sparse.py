@@ -201,8 +201,11 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
         ) from error
     except ConfigurationError:
         raise
-    # What json, a missing key, unpack and view_of raise; TypeError: another structure.
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    # What json, missing keys, unpack and view_of raise, and torch for absurd shapes.
+    except (
+        *(ValueError, LookupError, TypeError, AttributeError),
+        *(ArithmeticError, RuntimeError),
+    ) as error:
         raise ConfigurationError(
             f"{path} is damaged: its layout and its tensors do not fit ({error})."
         ) from error
