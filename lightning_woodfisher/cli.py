@@ -28,6 +28,7 @@ from lightning_woodfisher.benchmark.command import main as benchmark
 from lightning_woodfisher.callback import WoodFisherPruningCallback
 from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
 from lightning_woodfisher.estimate_command import run_estimate
+from lightning_woodfisher.export_command import run_export
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.presets import PRESETS, to_yaml
 from lightning_woodfisher.selection import SelectionConfig
@@ -75,7 +76,8 @@ _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 
 _OTHER_COMMANDS = (
     "Other commands, each with a --help of its own: estimate (what a pruning step will "
-    "cost), sweep (one-shot settings compared on a checkpoint), preset (settings of "
+    "cost), sweep (one-shot settings compared on a checkpoint), export (a pruned "
+    "checkpoint as sparse or dense file, ONNX or torch.export), preset (settings of "
     "published results, as YAML), benchmark (the engines on this machine)."
 )
 
@@ -101,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_estimate(given[1:], _CLI)
         if given[:1] == ["sweep"]:
             return run_sweep_command(given[1:], _CLI)
+        if given[:1] == ["export"]:
+            return run_export(given[1:], _CLI)
         if given[:1] == ["preset"]:
             return _run_preset(given[1:])
         _CLI(

@@ -1,0 +1,104 @@
+"""How small a pruned ResNet-50 gets, and how long writing and reading take.
+
+Weights of convolutions and of the classifier are random, and a random share of them is
+zero; BatchNorm and biases are dense. Nothing is trained: sizes depend on the number of
+zeros only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchvision.models import resnet50
+
+from lightning_woodfisher.export import load_sparse, save_sparse
+from lightning_woodfisher.report import format_table
+from lightning_woodfisher.sizes import format_bytes
+
+Result = TypeVar("Result")
+
+
+def pruned_state(sparsity: float) -> dict[str, Tensor]:
+    """Weights of a ResNet-50 of which a random share is zero."""
+    with torch.device("meta"):
+        shapes = resnet50(weights=None).state_dict()
+    torch.manual_seed(0)
+    state = {}
+    for name, shape in shapes.items():
+        tensor = torch.zeros_like(shape, device="cpu")
+        if tensor.is_floating_point():
+            tensor.normal_()
+        if tensor.dim() >= 2:
+            tensor[torch.rand_like(tensor) < sparsity] = 0.0
+        state[name] = tensor
+    return state
+
+
+def timed(call: Callable[[], Result], repeats: int) -> tuple[Result, float]:
+    """Result of a call, and the median of its seconds."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - start)
+    return result, median(seconds)
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two state dicts have the same names, types, shapes and bits."""
+    return list(one) == list(other) and all(
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(
+            a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
+        )
+        for a, b in zip(one.values(), other.values(), strict=True)
+    )
+
+
+def measure(sparsity: float, repeats: int, folder: Path) -> tuple[str, ...]:
+    """One row of the table."""
+    state = pruned_state(sparsity)
+    dense, sparse = folder / "dense.safetensors", folder / "sparse.safetensors"
+    save_file(state, dense)
+    _, seconds_dense = timed(lambda: load_file(dense), repeats)
+    _, seconds_save = timed(lambda: save_sparse(state, sparse), repeats)
+    loaded, seconds_load = timed(lambda: load_sparse(sparse), repeats)
+    if not same_bits(state, loaded):
+        raise SystemExit("The file does not give back what was saved.")
+    size, small = dense.stat().st_size, sparse.stat().st_size
+    return (
+        f"{sparsity:.0%}",
+        format_bytes(size),
+        format_bytes(small),
+        f"{small / size:.2%}",
+        f"{seconds_save:.2f} s",
+        f"{seconds_load:.2f} s",
+        f"{seconds_dense:.2f} s",
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.9, 0.95])
+    parser.add_argument("--repeats", type=int, default=5, help="median of so many")
+    options = parser.parse_args()
+    head = ("zeros", "dense", "sparse", "share", "save", "load", "load dense (mapped)")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [measure(s, options.repeats, Path(folder)) for s in options.sparsity]
+    print(format_table(head, rows))
+    print("Every bit came back.")
+
+
+if __name__ == "__main__":
+    main()
