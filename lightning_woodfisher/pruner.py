@@ -339,16 +339,20 @@ class Pruner:
         )
         with clock("search"):
             length.prepare(descent)
+        # What is not needed any more makes room for what comes.
+        del descent
         with clock("factorize"):
             candidates = selector.candidates(criterion, active, weights, observed.gone)
         with clock("select"):
             removed, thresholds = selector.choose(candidates, active, fraction)
+        del candidates
         with clock("update"):
             directions = criterion.directions(weights, removed)
             others = criterion.alternatives(weights, removed) if search else {}
         observed.gone |= removed
         with clock("search"):
             chosen = length.choose(observed.gone, directions, others)
+        del directions, others, removed
         change = chosen.change
         with clock("update"):
             shares = criterion.predicted_increase(change)

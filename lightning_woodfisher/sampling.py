@@ -20,6 +20,7 @@ from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.factors import KroneckerFactors, collect_factors
 from lightning_woodfisher.fisher import (
     FisherConfig,
+    first_order_batches,
     mini_batches_in_group,
     rows_in_chunk,
 )
@@ -39,7 +40,6 @@ from lightning_woodfisher.sharded_gradients import (
 )
 from lightning_woodfisher.sharding import undisturbed
 
-_FIRST_ORDER_BATCH = 256
 _ROWS_ADDED_AT_ONCE = 8
 # The first-order sample is read for the gradient and for every trial of the search.
 _BYTES_OF_SAMPLES_KEPT = 2**28
@@ -353,11 +353,8 @@ class Sampling:
         samples = fisher.first_order_samples
         if samples is None or not self.has_own_trials(criterion):
             return None
-        # BatchNorm in training mode makes gradients depend on the size of the batch.
-        size = min(samples, _FIRST_ORDER_BATCH)
-        if fisher.model_mode == "train":
-            size = min(samples, fisher.gradient_batch_size)
-        count, seed = samples // size, derive_seed(seed, "first order")
+        count, size = first_order_batches(fisher)
+        seed = derive_seed(seed, "first order")
         name = f"fisher.first_order_samples={samples}"
         if self._kept[0] == (count, size, seed):
             return seed, count, size

@@ -271,6 +271,10 @@ class InverseFisher(ABC):
     def _local(self, unit: Unit) -> slice:
         return slice(unit.start - self._offset, unit.stop - self._offset)
 
+    def _stacked(self, vectors: Tensor) -> Tensor:
+        """View one vector, or several, as ``[V, D_r]``."""
+        return vectors if vectors.dim() > 1 else vectors.unsqueeze(0)
+
     def _blocks(self, vector: Tensor, unit: Unit) -> Tensor:
         """View the weights of a unit as ``[..., K, B]``."""
         shape = (*vector.shape[:-1], unit.count, unit.size)

@@ -252,7 +252,7 @@ class DualInverseFisher(RowsInverseFisher):
             δ.
         """
         change = torch.where(removed, -weights, 0.0)
-        vectors = torch.atleast_2d(change)
+        vectors = self._stacked(change)
 
         def solve(index: int) -> None:
             unit = self.units[index]

@@ -207,7 +207,7 @@ class FullInverseFisher(RowsInverseFisher):
             self._dtype = torch.float64
         factor = self._factorize_gram(kept)
         # One after the other: each has a scale of its own in the exact sum.
-        for vector in torch.atleast_2d(change):
+        for vector in self._stacked(change):
             target = -self._project(vector).unsqueeze(-1)
             solved = torch.cholesky_solve(target, factor).squeeze(-1)
             vector.copy_(torch.where(removed, vector, self._combine(solved)))

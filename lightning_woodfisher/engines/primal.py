@@ -175,7 +175,7 @@ class PrimalInverseFisher(InverseFisher):
             δ.
         """
         change = torch.where(removed, -weights, 0.0)
-        vectors = torch.atleast_2d(change)
+        vectors = self._stacked(change)
 
         def solve(index: int) -> None:
             unit = self.units[index]
