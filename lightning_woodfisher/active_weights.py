@@ -23,6 +23,7 @@ from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.patterns import UNSTRUCTURED, GroupRun, Pattern
 
 _CHECKSUM_PIECE = 2**20
+_ROUNDING = 1e-6
 
 
 class ActiveWeights:
@@ -248,6 +249,22 @@ class ActiveWeights:
             return False
         self._put(parts)
         return True
+
+    def is_same(self, one: Tensor, other: Tensor) -> bool:
+        """Tell whether two vectors differ by no more than roundings.
+
+        Args:
+            one: float64 ``[D_r]``.
+            other: float64 ``[D_r]``.
+
+        Returns:
+            The same on all ranks.
+        """
+        pairs = torch.stack([one, one - other]).abs()
+        # A rank may have no weights.
+        largest = torch.cat([pairs, pairs.new_zeros(2, 1)], dim=1).amax(dim=1)
+        size, gap = self._comm.maximum(largest).tolist()
+        return bool(gap <= _ROUNDING * size)
 
     def _share(self, weights: Tensor, removed: Tensor) -> Tensor:
         """Give all active weights that this rank holds in the model, ``[D]``."""

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from lightning_woodfisher.configuration import PruningConfig
-from lightning_woodfisher.costs import Work
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.patterns import parse_pattern
 from lightning_woodfisher.resources import ResourceEstimate, estimate_counts
 from lightning_woodfisher.sizes import format_bytes
+from lightning_woodfisher.workload import Work
 
 # What tests allow between the estimate and the bytes counted.
 _TOLERANCE = 1.15
@@ -166,6 +167,10 @@ def within_memory(
         torch.get_num_threads() if comm.device.type == "cpu" else 1,
         masks.sharded,
         [p.shape for p in masks.parameters.values()],
+        config.step_search,
+        config.measure_loss,
+        config.local_model_points,
+        parse_pattern(config.selection.pattern),
     )
     fisher, cost = fit_into_memory(work, comm, ranks_on_host)
     return dataclasses.replace(config, fisher=fisher), cost

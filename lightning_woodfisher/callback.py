@@ -66,9 +66,8 @@ class WoodFisherPruningCallback(MaskedTraining):
         fisher: how the Fisher is estimated.
         selection: which weights may go and what they compete for.
         criterion: ``"woodfisher"``; ``"woodtaylor"``, which also follows the gradient of
-            the loss, for networks that are not at a minimum (use ``step_search``); or as a
-            baseline ``"kfac"``, ``"diagonal_fisher"``, ``"hessian_diagonal"`` or
-            ``"magnitude"``.
+            the loss, for networks that are not at a minimum; or as a baseline
+            ``"kfac"``, ``"diagonal_fisher"``, ``"hessian_diagonal"`` or ``"magnitude"``.
         update: how the kept weights make up for the removed ones: ``"joint"`` minimises
             the quadratic model, ``"independent"`` sums the single-weight updates as
             published, ``"none"`` leaves them alone.
@@ -90,7 +89,9 @@ class WoodFisherPruningCallback(MaskedTraining):
             decides how many weights go, and ``target_sparsity`` and the schedule say only
             how fast: a step at half the target sparsity saves half of the FLOPs.
         step_search: take as much of each update as gives the smallest loss measured on the
-            samples, nothing if need be, so that no update makes it worse.
+            samples, nothing if need be, so that no update makes it worse; in place of the
+            joint update the independent one where that is better. Costs a few passes over
+            the samples; False takes the update as it is.
         update_scale: share of the update of the kept weights that is taken, in [0, 1];
             with ``step_search`` the most that is. 0 leaves them alone, like
             ``update="none"`` and Optimal Brain Damage.
@@ -125,7 +126,7 @@ class WoodFisherPruningCallback(MaskedTraining):
         report_path: str | None = None,
         seed: int = 0,
         flops_target: float | None = None,
-        step_search: bool = False,
+        step_search: bool = True,
         update_scale: float = 1.0,
         local_model_points: int = 0,
         recompute_spacing: Spacing = "geometric",

@@ -39,7 +39,7 @@ class PruningConfig:
     local_model_points: int = 0
     seed: int = 0
     flops_target: float | None = None
-    step_search: bool = False
+    step_search: bool = True
     update_scale: float = 1.0
     recompute_spacing: Spacing = "geometric"
     reuse_gradients: bool = False
@@ -52,12 +52,19 @@ class PruningConfig:
         return self.flops_target is not None or self.selection.flops_power > 0
 
     @property
+    def searches(self) -> bool:
+        """Whether the length of an update is measured: there must be an update."""
+        updates = self.update != "none" and CRITERIA[self.criterion].compensates
+        return self.step_search and updates
+
+    @property
     def reads_data(self) -> bool:
         """Whether a step looks at any sample."""
         return (
             self.measure_loss
             or self.counts_flops
             or self.batchnorm_recalibration_batches > 0
+            or self.searches
             or CRITERIA[self.criterion].needs != "nothing"
         )
 
@@ -73,6 +80,7 @@ class PruningConfig:
                 f"{', '.join(get_args(Update))}.{nearest(self.update, get_args(Update))}"
             )
         require_integer("recompute_steps", self.recompute_steps)
+        require_flag("step_search", self.step_search)
         require_number("update_scale", self.update_scale)
         if not 0.0 <= self.update_scale <= 1.0:
             raise ConfigurationError(

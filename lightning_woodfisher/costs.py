@@ -10,7 +10,6 @@ from __future__ import annotations
 
 __all__ = [
     "Memory",
-    "Work",
     "host_bytes",
     "rank_flops",
     "rank_memory",
@@ -19,18 +18,16 @@ __all__ = [
 ]
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from lightning_woodfisher.criteria import CRITERIA, make_criterion
 from lightning_woodfisher.factors import factor_sides
 from lightning_woodfisher.fisher import (
-    FisherConfig,
     mini_batches_in_group,
     rows_in_chunk,
 )
-from lightning_woodfisher.gradients import micro_batch_size
-from lightning_woodfisher.obs import Update
-from lightning_woodfisher.partition import Partition, Unit
+from lightning_woodfisher.partition import Unit
+from lightning_woodfisher.patterns import numbers_in_work
+from lightning_woodfisher.workload import Work
 
 # ---------------------------------------------------------------- what the engine does
 
@@ -49,93 +46,19 @@ _SOLVER_STEPS = 50
 # (diagonal and its parts), in the choice of weights, and when they are written.
 _VECTORS_FACTORIZE = 5
 _VECTORS_SELECT = 11
-_VECTORS_UPDATE = 9
+_VECTORS_UPDATE = 7
+_VECTORS_SEARCH = 6
 _VECTORS_WRITE = 8
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the cost of a part of a step depends on.
-
-    Args:
-        weights: weights of each selected tensor.
-        active: those of them that are not pruned yet.
-        fisher: how the Fisher is estimated.
-        world_size: number of ranks, R.
-        criterion: name of the criterion.
-        update: how the kept weights make up for the removed ones.
-        weight_bytes: bytes of a weight in the model.
-        threads: units in work at once.
-        sharded: every rank holds 1/R of every tensor (FSDP2) and all of it is its own.
-        shapes: of each selected tensor; K-FAC only.
-
-    Attributes:
-        engine: what the criterion keeps of the curvature.
-        held: weights of each selected tensor that a rank holds.
-        exchanging: ranks among which gradients are exchanged.
-        partition: the blocks and their owners, the same as in the step itself.
-    """
-
-    weights: Sequence[int]
-    active: Sequence[int]
-    fisher: FisherConfig
-    world_size: int = 1
-    criterion: str = "woodfisher"
-    update: Update = "joint"
-    weight_bytes: int = 4
-    threads: int = 1
-    sharded: bool = False
-    shapes: Sequence[Sequence[int]] = ()
-    engine: str = field(init=False)
-    held: Sequence[int] = field(init=False)
-    exchanging: int = field(init=False)
-    partition: Partition = field(init=False)
-
-    def __post_init__(self) -> None:
-        criterion = make_criterion(self.criterion, self.fisher, self.update)
-        shards = self.world_size if self.sharded else 1
-        exchanging = 1 if self.sharded else self.world_size
-        object.__setattr__(self, "held", [-(-n // shards) for n in self.weights])
-        object.__setattr__(self, "exchanging", exchanging)
-        active = [-(-n // shards) for n in self.active]
-        partition = criterion.layout(active, exchanging)
-        object.__setattr__(self, "partition", partition)
-        object.__setattr__(self, "engine", criterion.engine)
-
-    @property
-    def uses_gradients(self) -> bool:
-        """Whether there are backward passes."""
-        return CRITERIA[self.criterion].needs != "nothing"
-
-    @property
-    def twice(self) -> bool:
-        """Whether the loss is differentiated twice."""
-        return CRITERIA[self.criterion].needs == "curvature rows"
-
-    @property
-    def computed_bytes(self) -> int:
-        """Bytes of a number in a gradient row when it is computed."""
-        return 8 if self.weight_bytes == 8 else 4
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a number in a gradient row that is sent and kept."""
-        return 2 if self.fisher.row_dtype == "bfloat16" else self.computed_bytes
-
-    @property
-    def gradients_at_once(self) -> int:
-        """Rows that a rank computes in one pass, if the network allows more than one."""
-        fisher = self.fisher
-        if fisher.collection == "loop" or self.sharded or self.twice:
-            return 1
-        return micro_batch_size(
-            fisher.num_gradients, fisher.gradient_batch_size, self.partition.size
-        )
-
-    @property
-    def gather_bytes(self) -> int:
-        """Bytes of a weight when the ranks exchange the new ones."""
-        return 8 if self.weight_bytes == 8 else 4
+# More of them with another update to try, and with a direction of first order; those that
+# a criterion with one keeps: the sum of gradients, and from its inverse on F⁻¹g.
+_VECTORS_ALTERNATIVE = 2
+_VECTORS_DESCENT = 1
+# Beside a point of the local model: the change, its part, and products with F.
+_VECTORS_LOCAL_MODEL = 5
+# Copies of the sub-blocks of the units in work, and of the rows that they are made of.
+_GROUP_MATRICES, _GROUP_ROWS = 3, 2
+_SUPPORT_MATRICES = 2.5
+_VECTORS_GROUPS = 2
 
 
 @dataclass(frozen=True)
@@ -181,6 +104,7 @@ def rank_memory(work: Work, rank: int) -> dict[str, Memory]:
     state = state_bytes(work, units) - host_bytes(work, units)
     # Weights and masks as they were before, and the positions of the active weights.
     kept = total * (work.weight_bytes + 1) + 8 * active
+    kept += 8 * own * work.first_order + _centre_bytes(work, own)
     phases: dict[str, Memory] = {}
     if work.engine == "factors":
         phases["collect"] = _factor_collection(work, units, kept, state)
@@ -189,6 +113,9 @@ def rank_memory(work: Work, rank: int) -> dict[str, Memory]:
     layers = work.engine == "factors"  # One follows the other, with vectors of its own.
     # From here on all active weights are there in float64.
     kept += 8 * active
+    # Its Newton step, and the weights from which points of the local model begin.
+    kept += 8 * own * work.first_order
+    kept += work.weight_bytes * total * (work.local_model_points > 0)
     gathering = work.gather_bytes * active
     vectors = 8 * own
     inverting, solving = _workspace(work, units)
@@ -198,18 +125,47 @@ def rank_memory(work: Work, rank: int) -> dict[str, Memory]:
         inverting,
         kept + max(gathering, (1 if layers else _VECTORS_FACTORIZE) * vectors),
     )
-    phases["select"] = Memory(state, 0, 0, kept + _VECTORS_SELECT * vectors)
+    comparing = kept + _VECTORS_GROUPS * vectors
+    if (groups := Memory(state, 0, _group_bytes(work, units), comparing)).workspace:
+        phases["factorize"] = max(phases["factorize"], groups, key=lambda m: m.total)
+    chosen = _VECTORS_SELECT * vectors
+    if work.group_sizes:
+        chosen = chosen // min(work.group_sizes) + _VECTORS_GROUPS * vectors
+    phases["select"] = Memory(state, 0, 0, kept + chosen)
     phases["update"] = Memory(
-        state, 0, solving, kept + (2 if layers else _VECTORS_UPDATE) * vectors
+        state,
+        0,
+        solving,
+        kept
+        + (2 if layers else _VECTORS_UPDATE + _VECTORS_DESCENT * work.first_order)
+        * vectors,
     )
     longest = max(work.partition.shard_sizes())
     buffers = longest * (1 + work.exchanging) * (work.exchanging > 1)
     shared = (work.gather_bytes + 2) * active + work.gather_bytes * buffers
     written = work.weight_bytes * largest + 2 * total
+    if work.searches:
+        number = _VECTORS_SEARCH + _VECTORS_DESCENT * work.first_order
+        number += _VECTORS_ALTERNATIVE * (work.update == "joint")
+        trial = work.gather_bytes * (active + buffers) + work.weight_bytes * largest
+        phases["search"] = Memory(state, 0, 0, kept + number * vectors + trial)
     phases["write"] = Memory(
         state, 0, 0, kept + _VECTORS_WRITE * vectors + shared + written
     )
+    if work.local_model_points:
+        between = work.weight_bytes * total + 3 * 8 * largest
+        phases["local model"] = Memory(
+            state, 0, solving, kept + between + _VECTORS_LOCAL_MODEL * vectors
+        )
     return phases
+
+
+def _centre_bytes(work: Work, own: int) -> int:
+    """Bytes of the mean gradient, or of what stands in for it until all have come."""
+    if not work.fisher.centered or work.engine not in {"primal", "dual", "full"}:
+        return 0
+    shift = work.computed_bytes if work.engine == "primal" else 0
+    return (8 + shift) * own
 
 
 def state_bytes(work: Work, units: Sequence[Unit]) -> int:
@@ -274,6 +230,8 @@ def _collection(
     products = max((unit.count * unit.size**2 for unit in units), default=0)
     products *= 4 * (work.engine == "primal")
     workspace = work.threads * (2 * 8 * chunk * _largest(units) + products)
+    if work.fisher.centered and work.engine == "primal":
+        workspace += work.threads * work.computed_bytes * chunk * _largest(units)
     if work.engine == "diagonal":
         workspace = 2 * 8 * own
     return {
@@ -332,12 +290,34 @@ def _workspace(work: Work, units: Sequence[Unit]) -> tuple[int, int]:
         return inverting, 8 * solving
     else:
         inverting = solving = 0
+    if work.fisher.centered and work.engine == "dual":
+        # Rows less their mean, before they are cut into blocks.
+        centred = work.computed_bytes * count * _largest(units)
+        inverting, solving = inverting + centred, solving + centred
     if host_bytes(work, units):
         # The rows of a unit come to the device as they are, before they are float64.
         visiting = work.row_bytes * count * _largest(units)
         inverting, solving = inverting + visiting, solving + visiting
     at_once = min(work.threads, max(1, len(units)))
     return at_once * inverting, at_once * solving
+
+
+def _group_bytes(work: Work, units: Sequence[Unit]) -> int:
+    """Bytes of the sub-blocks of F⁻¹ of a unit, and of what their comparison takes."""
+    if not work.group_sizes or work.engine not in {"primal", "dual", "full"}:
+        return 0
+    tensors, found = len(work.shapes), 0
+    for unit in units:
+        size, weights = work.group_sizes[unit.segment % tensors], unit.count * unit.size
+        if size > unit.size:
+            continue
+        length = unit.size if work.engine == "primal" else work.fisher.num_gradients
+        numbers = _GROUP_MATRICES * weights * size + _GROUP_ROWS * weights * length
+        if work.pattern.kind == "N:M":
+            compared = numbers_in_work(weights // size, size, work.pattern)
+            numbers += round(_SUPPORT_MATRICES * compared)
+        found = max(found, 8 * numbers)
+    return found * min(work.threads, max(1, len(units)))
 
 
 def _largest(units: Sequence[Unit]) -> int:
@@ -356,30 +336,38 @@ def rank_traffic(work: Work, rank: int) -> dict[str, int]:
 
     Returns:
         Bytes of the ``"exchange"`` of gradient rows, of the ``"gather"`` of new weights
-        and masks, and of the sums of N×N matrices (``"reduce"``, full Fisher only; as of
-        a ring).
+        and masks, of the weights on trial (``"search"``, about as many as are usual), and
+        of the sums of N×N matrices (``"reduce"``, full Fisher only; as of a ring).
     """
     ranks, sizes = work.exchanging, work.partition.shard_sizes()
     others = work.partition.size - sizes[rank]
     count = work.fisher.num_gradients if work.uses_gradients else 0
-    own_rows = sum(
-        min(work.gradients_at_once, count - first)
-        for first in range(
-            rank * work.gradients_at_once, count, ranks * work.gradients_at_once
-        )
-    )
+    own_rows = _rows_of_rank(rank, ranks, count, work.gradients_at_once)
     exchange = own_rows * others * work.row_bytes
+    sample, _ = work.first_order_batches
+    more_rows = _rows_of_rank(rank, ranks, sample, work.first_order_at_once)
+    exchange += more_rows * others * work.computed_bytes
     if work.engine == "factors":
         batches = count // mini_batches_in_group(work.fisher)
         abroad = [u for r in range(ranks) if r != rank for u in work.partition.owned(r)]
         own_batches = len(range(rank, batches, ranks))
         exchange = own_batches * _factor_numbers(work, abroad) * work.computed_bytes
     sums = (1 + (work.update == "joint")) * (work.engine == "full")
+    abroad_weights = (ranks - 1) * max(sizes)
     return {
         "exchange": exchange,
-        "gather": (ranks - 1) * max(sizes) * (work.gather_bytes + 1),
+        "gather": abroad_weights * (work.gather_bytes + 1),
+        "search": abroad_weights * work.gather_bytes * work.usual_trials,
         "reduce": 2 * (ranks - 1) * 8 * count**2 * sums // ranks,
     }
+
+
+def _rows_of_rank(rank: int, ranks: int, count: int, at_once: int) -> int:
+    """Count the rows that a rank computes; micro-batch k is of rank k mod R."""
+    if not count:
+        return 0
+    starts = range(rank * at_once, count, ranks * at_once)
+    return sum(min(at_once, count - first) for first in starts)
 
 
 def rank_flops(work: Work, rank: int) -> dict[str, int]:
@@ -396,19 +384,25 @@ def rank_flops(work: Work, rank: int) -> dict[str, int]:
     """
     units = work.partition.owned(rank)
     n, joint = work.fisher.num_gradients, work.update == "joint"
+    # Products with F⁻¹, for which blocks are factorised anew: of the mean gradient, and
+    # of the independent update, asked for or on trial.
+    solves = int(work.first_order)
+    independent = int(work.update == "independent" or (work.searches and joint))
     gram = factorize = update = 0
     for unit in units:
         b, k = unit.size, unit.count
         if work.engine == "primal":
             gram += k * 2 * n * b**2
             # A Cholesky factor and its inverse; the factor again for the update.
-            factorize += k * (b**3 // 3 + b**3)
-            update += k * ((b**3 // 3 if joint else 0) + 10 * b**2)
+            factorize += k * (b**3 // 3 * (1 + solves) + b**3)
+            update += k * (b**3 // 3 * (joint + independent) + 10 * b**2)
         elif work.engine in {"dual", "full"}:
             product = 2 * n**2 * k * b
             cubic = k * n**3 // 3 if work.engine == "dual" else 0
             factorize += product + cubic + n**2 * k * b
-            update += (product + cubic if joint else 0) + 8 * n * k * b
+            anew = (product + cubic) * (work.engine == "dual")
+            factorize += anew * solves
+            update += (product + cubic) * joint + anew * independent + 8 * n * k * b
     if work.engine == "diagonal":
         gram = 2 * n * sum(unit.count * unit.size for unit in units)
     if work.engine == "factors":
@@ -416,7 +410,7 @@ def rank_flops(work: Work, rank: int) -> dict[str, int]:
             product = 2 * outputs * inputs * (outputs + inputs)
             factorize += outputs**3 + inputs**3
             # A product with the inverse, or one with it and one with F in each step.
-            update += product * (2 * _SOLVER_STEPS if joint else 1)
+            update += product * (2 * _SOLVER_STEPS * joint + independent)
     if work.engine == "full":
         # Every rank factorises the one N×N matrix.
         factorize += n**3 // 3

@@ -32,6 +32,7 @@ __all__ = [
     "RowDtype",
     "block_cost",
     "choose_engine",
+    "first_order_batches",
     "full_column_chunk",
     "make_inverse_fisher",
     "mini_batches_in_group",
@@ -66,6 +67,8 @@ RowDtype = Literal["float32", "bfloat16"]
 
 # Numbers that a chunk of gradients may hold before it takes fewer gradients.
 _ENTRIES_IN_CHUNK = 2**26
+# Samples of a mini-batch of the first order.
+_FIRST_ORDER_BATCH = 256
 _SAMPLES_EVALUATED_AT_ONCE = 64
 
 
@@ -277,6 +280,25 @@ def rows_in_chunk(fisher: FisherConfig, weights: int) -> int:
     ):
         return min(32, most)
     return min(most, max(64, min(256, _ENTRIES_IN_CHUNK // max(1, weights))))
+
+
+def first_order_batches(fisher: FisherConfig) -> tuple[int, int]:
+    """Cut the first-order sample into mini-batches.
+
+    Args:
+        fisher: the settings.
+
+    Returns:
+        Number and size; (0, 0) without such a sample.
+    """
+    samples = fisher.first_order_samples
+    if samples is None:
+        return 0, 0
+    # BatchNorm in training mode makes gradients depend on the size of the batch.
+    training = fisher.model_mode == "train"
+    most = fisher.gradient_batch_size if training else _FIRST_ORDER_BATCH
+    size = min(samples, most)
+    return samples // size, size
 
 
 def mini_batches_in_group(fisher: FisherConfig) -> int:

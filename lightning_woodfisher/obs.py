@@ -43,13 +43,13 @@ def weight_update(
     * ``"none"``: S set to zero, the other weights left alone.
 
     Args:
-        weights: w, ``[D_r]``.
+        weights: w, ``[D_r]``, or for the joint update several, ``[V, D_r]``.
         removed: S, bool ``[D_r]``.
         inverse_fisher: this rank's blocks.
         update: which of the three.
 
     Returns:
-        δ, ``[D_r]``; exactly −w on the removed weights.
+        δ of the shape of w; exactly −w on the removed weights.
     """
     if update == "joint":
         return inverse_fisher.constrained_solve(weights, removed)

@@ -51,7 +51,7 @@ def prune(
     measure_loss: bool = True,
     local_model_points: int = 0,
     seed: int = 0,
-    step_search: bool = False,
+    step_search: bool = True,
     update_scale: float = 1.0,
     progress: Progress | None = None,
     flops_target: float | None = None,
@@ -77,16 +77,17 @@ def prune(
         fisher: how the Fisher is estimated.
         selection: which weights may go.
         criterion: ``"woodfisher"``; ``"woodtaylor"``, which also follows the gradient of
-            the loss, for networks that are not at a minimum (use ``step_search``); or as a
-            baseline ``"kfac"``, ``"diagonal_fisher"``, ``"hessian_diagonal"`` or
-            ``"magnitude"``.
+            the loss, for networks that are not at a minimum; or as a baseline
+            ``"kfac"``, ``"diagonal_fisher"``, ``"hessian_diagonal"`` or ``"magnitude"``.
         update: ``"joint"``, ``"independent"`` or ``"none"``.
         recompute_steps: reach the sparsity in this many parts, each with fresh gradients.
         measure_loss: also measure the loss after the step on the same samples.
         local_model_points: compare predicted and measured loss at so many points between
             the weights before and after each part; 0 for none, 5 is a good number.
         seed: of the samples and of anything random in the model.
-        step_search: take as much of each update as lowers the loss most.
+        step_search: take as much of each update as gives the smallest measured loss, and
+            the independent one in place of the joint one where that is better; False
+            takes the update as it is.
         update_scale: share of the update that is taken; with the search, at most.
         progress: see :class:`Pruner`.
         flops_target: in place of ``target_sparsity``: prune until the masked network needs

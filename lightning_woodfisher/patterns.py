@@ -18,6 +18,7 @@ __all__ = [
     "Pattern",
     "cheapest_in_groups",
     "group_costs",
+    "numbers_in_work",
     "parse_pattern",
     "require_pattern_fits",
 ]
@@ -260,6 +261,22 @@ def group_costs(
     leaving = torch.zeros_like(weights, dtype=torch.bool)
     leaving.scatter_(1, supports[first.clamp(max=len(supports) - 1)], True)
     return cost, leaving
+
+
+def numbers_in_work(groups: int, size: int, pattern: Pattern) -> int:
+    """Count the numbers of the sub-matrices of supports that are compared at once.
+
+    Args:
+        groups: how many there are.
+        size: weights of a group.
+        pattern: N:M.
+
+    Returns:
+        What :func:`group_costs` holds of them.
+    """
+    leaving = size - pattern.kept
+    each = math.comb(size, leaving) * leaving**2
+    return each * min(groups, max(1, _NUMBERS_AT_ONCE // each))
 
 
 def _support_costs(inverse: Tensor, weights: Tensor, supports: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Numbers come from the papers and from the files that their authors published with them;
 ``source`` says which, and what is ours. They reproduce the method as published
-(``update="independent"``); ``update="joint"`` is worth trying on top.
+(``update="independent"``, ``step_search=False``); ``update="joint"`` and
+``step_search=True`` are worth trying on top.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
                 "damping": 1e-5,
             },
             "update": "independent",
+            "step_search": False,
         },
     ),
     "mobilenetv1_75": (
@@ -66,6 +68,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
                 "damping": 1e-5,
             },
             "update": "independent",
+            "step_search": False,
         },
     ),
     "bert_90": (
@@ -94,6 +97,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             },
             "selection": {"include": [r"encoder\.layer\.\d+\..*weight$"]},
             "update": "independent",
+            "step_search": False,
         },
     ),
     "resnet20_oneshot": (
@@ -113,6 +117,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             },
             "selection": {"include": [r"layer\d\.\d+\.conv\d\.weight$"]},
             "update": "independent",
+            "step_search": False,
         },
     ),
 }

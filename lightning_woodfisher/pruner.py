@@ -75,6 +75,7 @@ class _PartResult:
     local_model: tuple[LocalModelPoint, ...]
     collection: str | None
     scales: Sequence[float]
+    update: str
 
     @property
     def measured(self) -> float | None:
@@ -321,7 +322,9 @@ class Pruner:
         criterion, active = observed.criterion, observed.active
         losses_before, collection = observed.losses, observed.collection
 
-        search = config.step_search and config.update != "none"
+        search = config.searches
+        # Trials of the search overwrite the weights.
+        local_model = LocalModel(self.masks, config.local_model_points)
         with clock("factorize"):
             weights = active.gather()
             descent = criterion.descent() if search else None
@@ -336,27 +339,34 @@ class Pruner:
         )
         with clock("search"):
             length.prepare(descent)
+        # What is not needed any more makes room for what comes.
+        del descent
         with clock("factorize"):
             candidates = selector.candidates(criterion, active, weights, observed.gone)
         with clock("select"):
             removed, thresholds = selector.choose(candidates, active, fraction)
+        del candidates
         with clock("update"):
             directions = criterion.directions(weights, removed)
+            others = criterion.alternatives(weights, removed) if search else {}
+        observed.gone |= removed
         with clock("search"):
-            scales, change = length.choose(removed, directions)
+            chosen = length.choose(observed.gone, directions, others)
+        del directions, others, removed
+        change = chosen.change
         with clock("update"):
             shares = criterion.predicted_increase(change)
             predicted = None if shares is None else active.sum_by_layer(shares)
-        local_model = LocalModel(self.masks, config.local_model_points)
         with clock("write"):
-            observed.gone |= removed
             active.write(weights + change, observed.gone)
 
         def predict(fraction: float) -> float | None:
             shares = criterion.predicted_increase(fraction * change)
             return None if shares is None else sum(active.sum_by_layer(shares))
 
-        losses_after = sampling.measure(seed)
+        losses_after = chosen.losses if config.measure_loss else []
+        if losses_after is None:
+            losses_after = sampling.measure(seed)
         return _PartResult(
             thresholds=thresholds,
             predicted=predicted,
@@ -369,7 +379,8 @@ class Pruner:
                 predict, lambda: sampling.measure(seed), losses_before, losses_after
             ),
             collection=collection,
-            scales=scales,
+            scales=chosen.scales,
+            update=chosen.update,
         )
 
     def _report(
@@ -419,6 +430,7 @@ class Pruner:
             or None,
             update_scales=tuple(p.scales[0] for p in parts if p.scales),
             first_order_scales=tuple(p.scales[1] for p in parts if len(p.scales) > 1),
+            updates=tuple(p.update for p in parts),
             local_model=tuple(p.local_model for p in parts if p.local_model),
         )
 

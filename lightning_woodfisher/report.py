@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+# Fields of a report that are lists in JSON.
+_TUPLES = ("fisher_bytes", "update_scales", "first_order_scales", "updates")
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -88,6 +91,9 @@ class PruningReport:
         update_scales: in each part, the share of the compensation that was taken; empty
             without one.
         first_order_scales: in each part, the share of the first-order step; empty without.
+        updates: in each part, the update of the kept weights that was taken: ``"joint"``,
+            ``"independent"``, or ``"none"`` where they stayed. The search may take another
+            one than was asked for.
         local_model: for each part, the loss along its update (``local_model_points``).
         halvings: how often the parts became half as long, because the loss had risen by
             more than ``trust`` times the prediction.
@@ -118,6 +124,7 @@ class PruningReport:
     flops_after: float | None = None
     update_scales: tuple[float, ...] = ()
     first_order_scales: tuple[float, ...] = ()
+    updates: tuple[str, ...] = ()
     local_model: tuple[tuple[LocalModelPoint, ...], ...] = ()
     halvings: int = 0
     batchnorm_layers: int = 0
@@ -156,7 +163,7 @@ class PruningReport:
         ]
         plain["raised_damping"] = dict(self.raised_damping)
         plain["seconds"] = dict(self.seconds)
-        for name in ("fisher_bytes", "update_scales", "first_order_scales"):
+        for name in _TUPLES:
             plain[name] = list(plain[name])
         plain["local_model"] = [
             [asdict(point) for point in part] for part in self.local_model
@@ -178,11 +185,7 @@ class PruningReport:
             for layer in plain["layers"]
         )
         # Reports of older versions have fewer fields.
-        numbers = {
-            name: tuple(plain[name])
-            for name in ("fisher_bytes", "update_scales", "first_order_scales")
-            if name in plain
-        }
+        numbers = {name: tuple(plain[name]) for name in _TUPLES if name in plain}
         curves = tuple(
             tuple(LocalModelPoint(**point) for point in part)
             for part in plain.get("local_model", ())

@@ -18,7 +18,6 @@ from torch import nn
 
 from lightning_woodfisher.costs import (
     Memory,
-    Work,
     host_bytes,
     rank_flops,
     rank_memory,
@@ -28,9 +27,11 @@ from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.obs import Update
+from lightning_woodfisher.patterns import parse_pattern
 from lightning_woodfisher.report import format_table
 from lightning_woodfisher.selection import SelectionConfig
 from lightning_woodfisher.sizes import format_bytes, format_count, parse_bytes
+from lightning_woodfisher.workload import Work
 
 # More ranks than this are not proposed.
 _MOST_RANKS = 2**16
@@ -58,11 +59,17 @@ class ResourceEstimate:
         host_bytes: bytes of rows that it keeps in host memory.
         smallest_peak_bytes: peak of the rank with the lowest one.
         bytes_sent: bytes that a rank sends: ``"exchange"`` of gradient rows, ``"gather"``
-            of new weights, ``"reduce"`` (full Fisher).
-        total_bytes_sent: exchange and gather of all ranks together, as in
+            of new weights, ``"search"`` of weights on trial, ``"reduce"`` (full Fisher).
+        total_bytes_sent: all but ``"reduce"`` of all ranks together, as in
             :attr:`PruningReport.bytes_exchanged`.
         flops: floating-point operations by phase, without those of the gradients.
         gradient_passes: gradients of mini-batches that a rank computes.
+        first_order_passes: the same of the mini-batches of ``first_order_samples``, which
+            have up to 256 samples.
+        loss_passes: losses of mini-batches that a rank computes without a gradient: trials
+            of the search, before and after, and points of the local model.
+        trials: fewest and most losses that the search measures; the other numbers are
+            for a usual search.
         seconds: estimated seconds by phase, of those phases whose rate was given.
         memory: bytes that a rank may use, None when not said.
         largest_block_size: largest B that fits, the rest unchanged; None when there is
@@ -86,6 +93,9 @@ class ResourceEstimate:
     total_bytes_sent: int
     flops: Mapping[str, int]
     gradient_passes: int
+    first_order_passes: int
+    loss_passes: int
+    trials: tuple[int, int]
     seconds: Mapping[str, float]
     memory: int | None = None
     largest_block_size: int | None = None
@@ -211,7 +221,13 @@ class ResourceEstimate:
             parts.append(f"without a block   {self.idle_ranks} rank(s)")
         parts += [
             f"gradients         {self.gradient_passes:,} of mini-batches of "
-            f"{self.fisher.gradient_batch_size}",
+            f"{self.fisher.gradient_batch_size}"
+            + (
+                f", {self.first_order_passes:,} of the first order"
+                * bool(self.first_order_passes)
+            ),
+            f"losses            {self.loss_passes:,} of mini-batches of {size}"
+            + (f", search {_range_of(self.trials)} times" * bool(self.trials[1])),
             f"sent              {_list_of(self.bytes_sent, format_bytes)}",
             f"operations        {_list_of(self.flops, format_count)}",
         ]
@@ -227,6 +243,9 @@ def estimate(
     selection: SelectionConfig | None = None,
     criterion: str = "woodfisher",
     update: Update = "joint",
+    step_search: bool = True,
+    measure_loss: bool = True,
+    local_model_points: int = 0,
     sparsity: float = 0.0,
     world_size: int = 1,
     memory: str | int | None = None,
@@ -242,9 +261,13 @@ def estimate(
         model_or_shapes: the network, which may be on the meta device, or shapes of the
             weights to prune by name (float32).
         fisher: how the Fisher is estimated.
-        selection: which weights of a network are pruned; shapes are taken as they are.
+        selection: which weights of a network are pruned, and their pattern; shapes are
+            taken as they are.
         criterion: name of the criterion.
         update: how the kept weights make up for the removed ones.
+        step_search: the length of the update is measured.
+        measure_loss: so is the loss after the step.
+        local_model_points: points at which it is measured on the way.
         sparsity: share of the weights that is pruned before the step, assumed the same in
             every tensor.
         world_size: number of ranks.
@@ -293,6 +316,10 @@ def estimate(
         threads,
         sharded,
         shapes,
+        step_search,
+        measure_loss,
+        local_model_points,
+        parse_pattern((selection or SelectionConfig()).pattern),
     )
     return estimate_counts(
         work, memory, flops_per_second, bytes_per_second, seconds_per_gradient
@@ -325,13 +352,17 @@ def estimate_counts(
     sent = [rank_traffic(work, rank) for rank in ranks]
     flops = _largest_of([rank_flops(work, rank) for rank in ranks])
     bytes_sent = _largest_of(sent)
-    count = work.fisher.num_gradients if work.uses_gradients else 0
-    passes = -(-count // work.exchanging)
+    size = work.fisher.gradient_batch_size
+    passes, more = work.gradient_passes, work.first_order_passes
+    losses = -(-work.loss_samples // size)
     seconds: dict[str, float] = {}
     if seconds_per_gradient is not None:
         # A Hessian product takes about as long as two gradients.
         each = seconds_per_gradient * (2 if work.twice else 1)
-        seconds["gradients"] = passes * each
+        share = work.first_order_batches[1] / size
+        seconds["gradients"] = passes * each + more * share * seconds_per_gradient
+        # Without the backward pass, which takes twice as long.
+        seconds["losses"] = losses * seconds_per_gradient / 3
     if bytes_per_second is not None:
         seconds["send"] = sum(bytes_sent.values()) / bytes_per_second
     if flops_per_second is not None:
@@ -350,9 +381,12 @@ def estimate_counts(
         host_bytes=max(host_bytes(work, partition.owned(rank)) for rank in ranks),
         smallest_peak_bytes=min(peaks),
         bytes_sent=bytes_sent,
-        total_bytes_sent=sum(s["exchange"] + s["gather"] for s in sent),
+        total_bytes_sent=sum(s["exchange"] + s["gather"] + s["search"] for s in sent),
         flops=flops,
         gradient_passes=passes,
+        first_order_passes=more,
+        loss_passes=losses,
+        trials=work.trials,
         seconds=seconds,
         memory=None if memory is None else parse_bytes(memory),
     )
@@ -434,6 +468,11 @@ def _count_blocks(work: Work) -> int:
 
 def _largest_of(every: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return {key: max(one[key] for one in every) for key in every[0]}
+
+
+def _range_of(numbers: tuple[int, int]) -> str:
+    fewest, most = numbers
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 def _list_of(numbers: Mapping[str, Any], write: Callable[[Any], str]) -> str:

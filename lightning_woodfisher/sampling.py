@@ -20,6 +20,7 @@ from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.factors import KroneckerFactors, collect_factors
 from lightning_woodfisher.fisher import (
     FisherConfig,
+    first_order_batches,
     mini_batches_in_group,
     rows_in_chunk,
 )
@@ -39,7 +40,6 @@ from lightning_woodfisher.sharded_gradients import (
 )
 from lightning_woodfisher.sharding import undisturbed
 
-_FIRST_ORDER_BATCH = 256
 _ROWS_ADDED_AT_ONCE = 8
 # The first-order sample is read for the gradient and for every trial of the search.
 _BYTES_OF_SAMPLES_KEPT = 2**28
@@ -246,6 +246,8 @@ class Sampling:
         if criterion.needs == "nothing":
             self.measure(seed)
             return
+        # Refuses a sample that the data does not give.
+        self._first_order(criterion, seed)
         active = ActiveWeights(self._masks, criterion.layout, self._comm, pattern)
         if criterion.needs == "factors":
             self.factors(active, seed)
@@ -275,23 +277,34 @@ class Sampling:
         with self._clock("measure"):
             return self._losses(seed, *self._groups(seed))
 
-    def measure_trial(self, criterion: Criterion, seed: int) -> float:
-        """Compute the mean loss at weights that are on trial.
+    def measure_trial(self, criterion: Criterion, seed: int) -> list[float]:
+        """Compute the losses at weights that are on trial.
 
         Args:
-            criterion: whose ``first_order_samples`` are taken where it uses any.
+            criterion: whose ``first_order_samples`` are taken where it uses any;
+                otherwise losses are those of :meth:`measure`.
             seed: of the samples.
 
         Returns:
-            The mean loss; it may be infinite or NaN.
+            Losses; they may be infinite or NaN.
         """
         sample = self._first_order(criterion, seed)
         if sample is None:
             count, size = self._groups(seed)
         else:
             seed, count, size = sample
-        losses = self._losses(seed, count, size, finite=False)
-        return sum(losses) / len(losses)
+        return self._losses(seed, count, size, finite=False)
+
+    def has_own_trials(self, criterion: Criterion) -> bool:
+        """Tell whether trials have other samples than :meth:`measure`.
+
+        Args:
+            criterion: as of :meth:`measure_trial`.
+
+        Returns:
+            True for a criterion that uses ``first_order_samples``.
+        """
+        return criterion.first_order and self._fisher.first_order_samples is not None
 
     def _losses(
         self, seed: int, count: int, size: int, finite: bool = True
@@ -338,13 +351,10 @@ class Sampling:
         """Seed, number and size of the mini-batches of the first-order sample."""
         fisher = self._fisher
         samples = fisher.first_order_samples
-        if samples is None or not criterion.first_order:
+        if samples is None or not self.has_own_trials(criterion):
             return None
-        # BatchNorm in training mode makes gradients depend on the size of the batch.
-        size = min(samples, _FIRST_ORDER_BATCH)
-        if fisher.model_mode == "train":
-            size = min(samples, fisher.gradient_batch_size)
-        count, seed = samples // size, derive_seed(seed, "first order")
+        count, size = first_order_batches(fisher)
+        seed = derive_seed(seed, "first order")
         name = f"fisher.first_order_samples={samples}"
         if self._kept[0] == (count, size, seed):
             return seed, count, size

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-__all__ = ["StepLength"]
+__all__ = ["ChosenStep", "StepLength"]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_woodfisher.active_weights import ActiveWeights
 from lightning_woodfisher.criteria import Criterion
+from lightning_woodfisher.obs import Update
 from lightning_woodfisher.sampling import Sampling
 from lightning_woodfisher.step_search import search_first_order, search_scales
+
+
+@dataclass(frozen=True)
+class ChosenStep:
+    """How the weights change in one part.
+
+    Attributes:
+        change: δ, float64 ``[D_r]``, exactly −w where removed.
+        scales: of each direction.
+        update: which update of the kept weights it is, ``"none"`` where they stay.
+        losses: at the new weights on the samples of the gradients, where they have been
+            measured.
+    """
+
+    change: Tensor
+    scales: tuple[float, ...]
+    update: Update
+    losses: list[float] | None
 
 
 class StepLength:
@@ -63,41 +83,74 @@ class StepLength:
             return
         nothing = torch.zeros_like(weights, dtype=torch.bool)
         self._first_order = search_first_order(
-            lambda scale: self._loss(scale * descent, nothing),
+            lambda scale: _mean(self._losses(scale * descent, nothing)),
             criterion.damping or 0.0,
             self._largest,
         )
         criterion.first_order_scale = self._first_order
 
     def choose(
-        self, removed: Tensor, directions: Sequence[Tensor]
-    ) -> tuple[tuple[float, ...], Tensor]:
+        self,
+        removed: Tensor,
+        directions: Sequence[Tensor],
+        alternatives: Mapping[Update, Tensor],
+    ) -> ChosenStep:
         """Choose the scales and give the change of the weights.
 
         Args:
             removed: bool ``[D_r]``.
             directions: of the kept weights, float64 ``[D_r]`` each, zero where removed.
+            alternatives: what is tried whole in place of the first direction, with the
+                scales of the others as they were found; looked at by the search only.
 
         Returns:
-            A scale for each direction, and δ, float64 ``[D_r]``, exactly −w where removed.
+            The step.
         """
         zeroing = torch.where(removed, -self._weights, 0.0)
 
-        def change_at(scales: Sequence[float]) -> Tensor:
+        def change_at(scales: Sequence[float], directions: Sequence[Tensor]) -> Tensor:
             moves = [s * d for s, d in zip(scales, directions, strict=True)]
             return sum(moves, zeroing)
 
         scales = (self._largest,) * len(directions)
-        if self._search:
-            scales = search_scales(
-                lambda trial: self._loss(change_at(trial), removed),
-                len(directions),
-                self._largest,
-                self._first_order,
-            )
-        return scales, change_at(scales)
+        update, losses = self._criterion.update, None
+        if self._search and directions and self._largest > 0.0:
+            measured: dict[tuple[float, ...], list[float]] = {}
 
-    def _loss(self, change: Tensor, removed: Tensor) -> float:
+            def loss(trial: tuple[float, ...]) -> float:
+                measured[trial] = self._losses(change_at(trial, directions), removed)
+                return _mean(measured[trial])
+
+            scales = search_scales(
+                loss, len(directions), self._largest, self._first_order
+            )
+            losses = measured[scales]
+            for name, other in alternatives.items():
+                if self._active.is_same(directions[0], other):
+                    continue
+                trial = (self._largest, *scales[1:])
+                instead = (other, *directions[1:])
+                found = self._losses(change_at(trial, instead), removed)
+                if _mean(found) < _mean(losses):
+                    update, losses = name, found
+                    scales, directions = trial, instead
+            if self._sampling.has_own_trials(self._criterion):
+                losses = None
+        return ChosenStep(
+            change_at(scales, directions),
+            scales,
+            update if any(scales) else "none",
+            losses if losses and math.isfinite(_mean(losses)) else None,
+        )
+
+    def _losses(self, change: Tensor, removed: Tensor) -> list[float]:
+        """Measure at weights on trial; nothing where they are not finite."""
         if not self._active.try_on(self._weights + change, removed):
-            return math.inf
+            return []
         return self._sampling.measure_trial(self._criterion, self._seed)
+
+
+def _mean(losses: Sequence[float]) -> float:
+    """Give the mean; infinity for what is not finite, or not there."""
+    value = sum(losses) / len(losses) if losses else math.inf
+    return value if math.isfinite(value) else math.inf

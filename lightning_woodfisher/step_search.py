@@ -6,7 +6,7 @@ are good further out, its length is not; so the length is measured.
 
 from __future__ import annotations
 
-__all__ = ["search_first_order", "search_scales"]
+__all__ = ["count_trials", "search_first_order", "search_scales"]
 
 import math
 from collections.abc import Callable
@@ -87,6 +87,24 @@ def search_scales(
                 largest,
             )
     return found.best()
+
+
+def count_trials(first_order: bool) -> tuple[int, int]:
+    """Count the losses that both searches measure together.
+
+    Args:
+        first_order: whether there is a direction of first order.
+
+    Returns:
+        The fewest and the most; the fewest where the first guess is the best.
+    """
+    compensations = len(_COMPENSATIONS)
+    if not first_order:
+        # Nothing at all is the first of the compensations.
+        return compensations, compensations
+    # Each search has its start, where nothing is another, and two ways to go.
+    fixed = 2 + 1 + compensations
+    return fixed + 2 * 2, fixed + 2 * 2 * _MOST_RATIOS
 
 
 class _Measured:

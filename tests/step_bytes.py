@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import FisherConfig
 from lightning_woodfisher.configuration import PruningConfig
@@ -61,8 +62,13 @@ def make_step(
         flat[: flat.numel() - round(flat.numel() * (1 - sparsity))] = 0.0
     masks = Masks(dict(model.named_parameters()))
     masks.take_zeros()
-    config = PruningConfig(fisher=fisher, measure_loss=False, **options)
+    options = {"measure_loss": False, **options}
+    config = PruningConfig(fisher=fisher, **options)
     pruner = Pruner(masks, config, Communicator(device))
-    batches = [torch.zeros(())] * fisher.num_gradients
-    source = FunctionLoss(model, batches, lambda m, batch: m.loss())
+    data: Any = [torch.zeros(())] * fisher.num_gradients
+    if fisher.first_order_samples:
+        # It is cut out of a dataset only.
+        used = fisher.num_gradients * fisher.gradient_batch_size
+        data = TensorDataset(torch.zeros(max(used, fisher.first_order_samples)))
+    source = FunctionLoss(model, data, lambda m, batch: m.loss())
     return lambda: pruner.step(source, target), pruner

@@ -419,6 +419,19 @@ def test_constrained_solve_of_nothing_and_of_everything(form: Form, every: int) 
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_several_vectors_are_solved_as_each_alone(form: Form) -> None:
+    """However different their sizes."""
+    case = problem(45, 20)
+    inverse = filled(form, case.rows, [30, 15], 10, 1e-5)
+    vectors = torch.stack([case.weights, 1e6 * case.vector, 1e-6 * case.vector])
+    together = inverse.constrained_solve(vectors, case.removed)
+    for vector, found in zip(vectors, together, strict=True):
+        alone = inverse.constrained_solve(vector, case.removed)
+        assert error(found, alone) < 1e-12
+        assert torch.equal(found[case.removed], -vector[case.removed])
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_constrained_solve_removes_exactly(form: Form) -> None:
     case = problem(45, 20)
     change = filled(form, case.rows, [30, 15], 10, 1e-5).constrained_solve(

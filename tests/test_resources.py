@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import (
     ConfigurationError,
@@ -108,6 +109,101 @@ def test_a_step_takes_the_bytes_that_were_estimated(
     assert peak >= 0.85 * cost.peak_bytes
 
 
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        pytest.param(fisher(8, None), {}, id="search"),
+        pytest.param(
+            fisher(8, None, first_order_samples=512),
+            {"criterion": "woodtaylor"},
+            id="first order",
+        ),
+        pytest.param(
+            fisher(8, None),
+            {"local_model_points": 3, "measure_loss": True},
+            id="local model",
+        ),
+        pytest.param(fisher(48, 16, centered=True), {}, id="centred primal"),
+        pytest.param(fisher(8, 96, centered=True), {}, id="centred dual"),
+        pytest.param(
+            fisher(8, None), {"selection": SelectionConfig(pattern="4:8")}, id="4:8"
+        ),
+        pytest.param(
+            fisher(8, None), {"selection": SelectionConfig(pattern="rows")}, id="rows"
+        ),
+    ],
+)
+def test_what_goes_with_the_search_takes_the_bytes_that_were_estimated(
+    settings: FisherConfig, options: dict[str, Any]
+) -> None:
+    options = {"measure_loss": False, **options}
+    step, _ = make_step(TRANSFORMER, settings, target=0.5, **options)
+    cost = estimate(TRANSFORMER, fisher=settings, **options)
+    assert 0.85 * cost.peak_bytes <= measure_step_bytes(step) <= 1.15 * cost.peak_bytes
+
+
+class Counted:
+    """A loss that counts the samples of which it is asked with and without a graph."""
+
+    def __init__(self) -> None:
+        self.samples = {True: 0, False: 0}
+
+    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        self.samples[torch.is_grad_enabled()] += len(batch[0])
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "trials"),
+    [
+        ({}, (4, 4)),
+        ({"update": "independent"}, (3, 3)),
+        ({"update": "none"}, (0, 0)),
+        ({"step_search": False}, (0, 0)),
+        ({"criterion": "magnitude"}, (0, 0)),
+        ({"criterion": "kfac"}, (4, 4)),
+        ({"criterion": "diagonal_fisher"}, (0, 0)),
+        ({"local_model_points": 5}, (4, 4)),
+        ({"measure_loss": False}, (4, 4)),
+    ],
+)
+def test_passes_are_those_of_a_real_step(
+    options: dict[str, Any], trials: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+    inputs = torch.randn(200, 8)
+    data = TensorDataset(inputs, inputs[:, :3].argmax(dim=1))
+    settings = fisher(24, 10, gradient_batch_size=4)
+    cost = estimate(model, fisher=settings, **options)
+    loss = Counted()
+    prune(model, data, loss, target_sparsity=0.6, fisher=settings, **options)
+    assert cost.trials == trials
+    assert loss.samples == {
+        True: 4 * cost.gradient_passes,
+        False: 4 * cost.loss_passes,
+    }
+
+
+def test_passes_of_the_first_order_are_within_those_of_a_search() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+    inputs = torch.randn(200, 8)
+    data = TensorDataset(inputs, inputs[:, :3].argmax(dim=1))
+    settings = fisher(24, 10, gradient_batch_size=4, first_order_samples=160)
+    options: dict[str, Any] = {"criterion": "woodtaylor", "measure_loss": False}
+    cost = estimate(model, fisher=settings, seconds_per_gradient=1.0, **options)
+    loss = Counted()
+    prune(model, data, loss, target_sparsity=0.6, fisher=settings, **options)
+    assert (cost.gradient_passes, cost.first_order_passes) == (24, 1)
+    assert loss.samples[True] == 24 * 4 + 160
+    fewest, most = cost.trials
+    assert fewest <= loss.samples[False] / 160 <= most
+    assert fewest * 40 <= cost.loss_passes <= most * 40
+    assert cost.seconds["gradients"] == 24 + 40
+    assert f"search {fewest} to {most} times" in cost.to_table()
+
+
 def test_magnitude_keeps_no_state_and_is_estimated_within_its_bytes() -> None:
     step, _ = make_step(SHAPES["resnet20"], fisher(4, 16), criterion="magnitude")
     cost = estimate(SHAPES["resnet20"], criterion="magnitude")
@@ -172,8 +268,14 @@ def test_sums_of_one_layer_by_hand() -> None:
     )
     assert (one.blocks, one.state_bytes, two.state_bytes) == (10, 8000, 4000)
     # Ten of twenty rows, 50 numbers of 4 bytes to the other rank.
-    assert two.bytes_sent == {"exchange": 10 * 50 * 4, "gather": 50 * 5, "reduce": 0}
-    assert one.bytes_sent == {"exchange": 0, "gather": 0, "reduce": 0}
+    # Three lengths and another update are tried.
+    assert two.bytes_sent == {
+        "exchange": 10 * 50 * 4,
+        "gather": 50 * 5,
+        "search": 4 * 50 * 4,
+        "reduce": 0,
+    }
+    assert not any(one.bytes_sent.values())
     assert (one.gradient_passes, two.gradient_passes) == (20, 10)
     # GᵀG: N multiplications and additions for each of 10 · 10² numbers.
     assert one.flops["accumulate"] == 2 * 20 * 10 * 10**2

@@ -17,9 +17,14 @@ from lightning_woodfisher import (
     PruningReport,
     prune,
 )
+from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.criteria import make_criterion
 from lightning_woodfisher.criteria.woodtaylor import WoodTaylor
 from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.gradients import FunctionLoss
+from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.pruner import Pruner
 
 SIZE = 24
 FORMS = {
@@ -214,8 +219,8 @@ def test_a_searched_step_is_never_worse_than_zeroing(
 
 def test_the_plain_first_order_step_diverges_where_the_searched_one_does_not() -> None:
     fisher = dataclasses.replace(FISHER, num_gradients=8, damping=1e-9)
-    plain = pruned(mlp(), criterion="woodtaylor", fisher=fisher)
-    searched = pruned(mlp(), criterion="woodtaylor", fisher=fisher, step_search=True)
+    plain = pruned(mlp(), criterion="woodtaylor", fisher=fisher, step_search=False)
+    searched = pruned(mlp(), criterion="woodtaylor", fisher=fisher)
     assert plain.loss_after is not None
     assert searched.loss_after is not None
     assert plain.loss_after > 2 * searched.loss_after
@@ -224,7 +229,9 @@ def test_the_plain_first_order_step_diverges_where_the_searched_one_does_not() -
 def test_the_report_predicts_the_step_that_was_taken() -> None:
     """Less than the whole update predicts another rise, and is what is in the model."""
     models = {scale: mlp() for scale in (1.0, 0.5, 0.0)}
-    reports = {s: pruned(m, update_scale=s) for s, m in models.items()}
+    reports = {
+        s: pruned(m, update_scale=s, step_search=False) for s, m in models.items()
+    }
     for scale, report in reports.items():
         assert report.update_scales == (scale,)
         assert report.metrics()["pruning/update_scale"] == scale
@@ -276,6 +283,72 @@ def test_a_sample_that_is_not_there_is_refused_by_its_name() -> None:
     for scale in (-0.1, 1.5):
         with pytest.raises(ConfigurationError, match="update_scale"):
             pruned(mlp(), update_scale=scale)
+
+
+def test_a_rehearsal_refuses_it_too() -> None:
+    model, asked = mlp(), []
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        asked.append(len(batch[0]))
+        return cross_entropy(network, batch)
+
+    for number, works in ((160, True), (161, False)):
+        fisher = dataclasses.replace(FISHER, first_order_samples=number)
+        config = PruningConfig(fisher, criterion="woodtaylor")
+        pruner = Pruner(Masks(prunable_parameters(model)), config, Communicator())
+        source = FunctionLoss(model, samples(), loss)
+        asked.clear()
+        if works:
+            pruner.rehearse(source)
+            assert asked
+            continue
+        with pytest.raises(ConfigurationError, match="first_order_samples=161"):
+            pruner.rehearse(source)
+        assert not asked
+
+
+@pytest.mark.parametrize("criterion", ["woodfisher", "kfac"])
+@pytest.mark.parametrize("best", ["joint", "independent", "none"])
+def test_the_update_of_smaller_measured_loss_is_taken(
+    best: Any, criterion: str
+) -> None:
+    """With gradients of one loss, and another that is measured: how far from a target."""
+    target = mlp()
+    options: dict[str, Any] = {"criterion": criterion}
+    pruned(target, update=best, step_search=False, **options)
+    goal = [p.detach().clone() for p in target.parameters()]
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            return cross_entropy(network, batch)
+        pairs = zip(network.parameters(), goal, strict=True)
+        return torch.stack([(p - g).square().sum() for p, g in pairs]).sum()
+
+    model = mlp()
+    report = prune(
+        model, samples(), loss, target_sparsity=0.7, fisher=FISHER, **options
+    )
+    assert report.updates == (best,)
+    assert report.update_scales == (0.0 if best == "none" else 1.0,)
+    assert report.loss_after == 0.0
+    assert all(map(torch.equal, model.parameters(), goal))
+
+
+def test_another_update_of_woodtaylor_goes_with_the_descent_as_it_was_found() -> None:
+    rows, weights = gradients(40), normal(5, SIZE)
+    removed = normal(6, SIZE) > 0
+    taylor = criterion_of("dual", rows, 1e-3, "joint")
+    taylor.score(weights)
+    fisher = make_criterion("woodfisher", taylor.fisher, "independent")
+    fisher.begin(fisher.layout([SIZE], 1), Communicator())
+    fisher.observe(rows)
+    fisher.score(weights)
+    (other,) = taylor.alternatives(weights, removed).values()
+    (expected,) = fisher.directions(weights, removed)
+    assert torch.equal(other, expected)
+    assert not criterion_of("dual", rows, 1e-3, "independent").alternatives(
+        weights, removed
+    )
 
 
 def test_a_failing_trial_leaves_the_model_as_it_was() -> None:

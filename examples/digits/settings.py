@@ -96,6 +96,8 @@ def main() -> None:
                     target_sparsity=sparsity,
                     fisher=fisher,
                     measure_loss=False,
+                    # The quadratic model alone is compared.
+                    step_search=False,
                     seed=seed,
                     **options,
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Criterion", "Needs"]
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -168,6 +168,19 @@ class Criterion(ABC):
         if self.update == "none" or not self.compensates:
             return ()
         return (torch.where(removed, 0.0, self.compensate(weights, removed)),)
+
+    def alternatives(self, weights: Tensor, removed: Tensor) -> Mapping[Update, Tensor]:
+        """Give other compensations for the same removed weights, to be tried whole.
+
+        Args:
+            weights: float64 ``[D_r]``.
+            removed: bool ``[D_r]``.
+
+        Returns:
+            By name what may stand in for the first of :meth:`directions`, float64
+            ``[D_r]`` each, zero where removed; nothing where there is no other.
+        """
+        return {}
 
     def restrict(self, kept: Tensor) -> None:  # noqa: B027  (many have nothing to drop)
         """Drop weights for good, for another part with the same gradients.

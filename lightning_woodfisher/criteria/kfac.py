@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["KFAC"]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -137,12 +137,30 @@ class KFAC(Criterion):
         Returns:
             δ, float64 ``[D_r]``.
         """
+        return self._change(weights, removed, self.update)
+
+    def alternatives(self, weights: Tensor, removed: Tensor) -> Mapping[Update, Tensor]:
+        """Give the sum of the single-weight updates beside the joint one.
+
+        Args:
+            weights: float64 ``[D_r]``.
+            removed: bool ``[D_r]``.
+
+        Returns:
+            It under ``"independent"``; nothing unless the update is joint.
+        """
+        if self.update != "joint":
+            return {}
+        change = self._change(weights, removed, "independent")
+        return {"independent": torch.where(removed, 0.0, change)}
+
+    def _change(self, weights: Tensor, removed: Tensor, update: Update) -> Tensor:
         change = torch.where(removed, -weights, 0.0)
         for layer in self._layers:
             w, gone = weights[layer.where], removed[layer.where]
-            if self.update == "joint" and bool(gone.any()):
+            if update == "joint" and bool(gone.any()):
                 change[layer.where] += layer.minimiser(change[layer.where], ~gone)
-            elif self.update == "independent":
+            elif update == "independent":
                 scaled = torch.where(gone, w / layer.inverse_diagonal(), 0.0)
                 moved = layer.inverse_product(scaled)
                 change[layer.where] -= torch.where(gone, 0.0, moved)

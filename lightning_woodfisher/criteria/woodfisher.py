@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["WoodFisher"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -187,6 +187,21 @@ class WoodFisher(Criterion):
             δ, float64 ``[D_r]``.
         """
         return weight_update(weights, removed, self.inverse_fisher, self.update)
+
+    def alternatives(self, weights: Tensor, removed: Tensor) -> Mapping[Update, Tensor]:
+        """Give the sum of the single-weight updates beside the joint one.
+
+        Args:
+            weights: float64 ``[D_r]``.
+            removed: bool ``[D_r]``.
+
+        Returns:
+            It under ``"independent"``; nothing unless the update is joint.
+        """
+        if self.update != "joint":
+            return {}
+        change = weight_update(weights, removed, self.inverse_fisher, "independent")
+        return {"independent": torch.where(removed, 0.0, change)}
 
     def restrict(self, kept: Tensor) -> None:
         """Drop weights from the Fisher; the next :meth:`score` inverts what is left.

@@ -111,17 +111,23 @@ class WoodTaylor(WoodFisher):
         """
         if self.update == "none":
             return ()
-        compensation = super().compensate(weights, removed)
         # With u = F⁻¹g: u_R + F_RR⁻¹F_RS u_S = F_RR⁻¹g_R, which is what the joint update
         # of u gives. The independent update is the sum of single-weight ones of w − u.
         newton = -self.descent()
-        descent = newton + weight_update(
-            newton, removed, self.inverse_fisher, self.update
-        )
+        compensation, correction = self._updates(weights, newton, removed=removed)
         return (
             torch.where(removed, 0.0, compensation),
-            torch.where(removed, 0.0, -descent),
+            torch.where(removed, 0.0, -(newton + correction)),
         )
+
+    def _updates(self, *vectors: Tensor, removed: Tensor) -> Sequence[Tensor]:
+        """Update vectors as if they were weights; the joint ones share a factorisation."""
+        inverse, update = self.inverse_fisher, self.update
+        if update == "joint":
+            return weight_update(
+                torch.stack(vectors), removed, inverse, update
+            ).unbind()
+        return [weight_update(vector, removed, inverse, update) for vector in vectors]
 
     def compensate(self, weights: Tensor, removed: Tensor) -> Tensor:
         """Compute the minimiser of the local model.

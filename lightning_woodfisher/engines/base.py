@@ -221,12 +221,13 @@ class InverseFisher(ABC):
         """Minimise ½δᵀFδ under ``weights + δ = 0`` where ``removed`` holds.
 
         Args:
-            weights: float64 tensor ``[D_r]``.
+            weights: float64 tensor ``[D_r]``, or several of them ``[V, D_r]``, which
+                share one factorisation.
             removed: bool tensor ``[D_r]``.
 
         Returns:
-            δ, float64 tensor ``[D_r]``: F_RR⁻¹F_RS w_S on the kept weights R and −w_S on
-            the removed weights S.
+            δ of the shape of ``weights``: F_RR⁻¹F_RS w_S on the kept weights R and −w_S
+            on the removed weights S.
         """
 
     def to_dense(self) -> Tensor:
@@ -270,9 +271,14 @@ class InverseFisher(ABC):
     def _local(self, unit: Unit) -> slice:
         return slice(unit.start - self._offset, unit.stop - self._offset)
 
+    def _stacked(self, vectors: Tensor) -> Tensor:
+        """View one vector, or several, as ``[V, D_r]``."""
+        return vectors if vectors.dim() > 1 else vectors.unsqueeze(0)
+
     def _blocks(self, vector: Tensor, unit: Unit) -> Tensor:
-        """View the weights of a unit as ``[K, B]``."""
-        return vector[self._local(unit)].view(unit.count, unit.size)
+        """View the weights of a unit as ``[..., K, B]``."""
+        shape = (*vector.shape[:-1], unit.count, unit.size)
+        return vector[..., self._local(unit)].view(shape)
 
 
 def group_products(columns: Tensor, size: int) -> Tensor:

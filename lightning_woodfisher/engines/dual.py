@@ -210,7 +210,7 @@ class DualInverseFisher(RowsInverseFisher):
             unit = self.units[index]
             blocks = self._blocks(vector, unit)
             factor, rows = self._factor(index, self._dampings[index])
-            solved = _solve(factor, rows, blocks)
+            solved = _solve(factor, rows, blocks.unsqueeze(-1))
             product = (rows.mT @ solved.to(rows.dtype)).squeeze(-1)
             damping = self._dampings[index].unsqueeze(-1)
             self._blocks(result, unit).copy_((blocks - product) / damping)
@@ -245,21 +245,23 @@ class DualInverseFisher(RowsInverseFisher):
         """See :meth:`InverseFisher.constrained_solve`.
 
         Args:
-            weights: float64 tensor ``[D_r]``.
+            weights: float64 tensor ``[D_r]`` or ``[V, D_r]``.
             removed: bool tensor ``[D_r]``.
 
         Returns:
             δ.
         """
         change = torch.where(removed, -weights, 0.0)
+        vectors = self._stacked(change)
 
         def solve(index: int) -> None:
             unit = self.units[index]
-            blocks, kept = self._blocks(change, unit), ~self._blocks(removed, unit)
+            blocks = self._blocks(vectors, unit).movedim(0, -1)
+            kept = ~self._blocks(removed, unit)
             factor, rows = self._factor(index, self._dampings[index], kept)
             solved = _solve(factor, rows, -blocks)
-            pull = (rows.mT @ solved.to(rows.dtype)).squeeze(-1)
-            blocks.add_(pull * kept)
+            pull = rows.mT @ solved.to(rows.dtype)
+            blocks.add_(pull * kept.unsqueeze(-1))
 
         self._each_unit(solve)
         return change
@@ -299,6 +301,6 @@ def group_complements(factor: Tensor, rows: Tensor, size: int) -> tuple[Tensor, 
 
 
 def _solve(factor: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
-    """Solve LLᵀx = Gv, float64 ``[K, N, 1]``."""
-    target = rows @ vectors.to(rows.dtype).unsqueeze(-1)
+    """Solve LLᵀx = Gv for v of ``[K, B, V]``, float64 ``[K, N, V]``."""
+    target = rows @ vectors.to(rows.dtype)
     return torch.cholesky_solve(target.double(), factor)

@@ -195,7 +195,7 @@ class FullInverseFisher(RowsInverseFisher):
         """See :meth:`InverseFisher.constrained_solve`.
 
         Args:
-            weights: float64 tensor ``[D_r]``.
+            weights: float64 tensor ``[D_r]`` or ``[V, D_r]``.
             removed: bool tensor ``[D_r]``.
 
         Returns:
@@ -206,8 +206,12 @@ class FullInverseFisher(RowsInverseFisher):
         if self._are_few(self._count(kept)):
             self._dtype = torch.float64
         factor = self._factorize_gram(kept)
-        solved = torch.cholesky_solve(-self._project(change).unsqueeze(-1), factor)
-        return torch.where(removed, change, self._combine(solved.squeeze(-1)))
+        # One after the other: each has a scale of its own in the exact sum.
+        for vector in self._stacked(change):
+            target = -self._project(vector).unsqueeze(-1)
+            solved = torch.cholesky_solve(target, factor).squeeze(-1)
+            vector.copy_(torch.where(removed, vector, self._combine(solved)))
+        return change
 
     def to_dense(self) -> Tensor:
         """Build F⁻¹ as one matrix; for small problems on one rank.

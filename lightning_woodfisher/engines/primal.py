@@ -168,18 +168,19 @@ class PrimalInverseFisher(InverseFisher):
         """See :meth:`InverseFisher.constrained_solve`.
 
         Args:
-            weights: float64 tensor ``[D_r]``.
+            weights: float64 tensor ``[D_r]`` or ``[V, D_r]``.
             removed: bool tensor ``[D_r]``.
 
         Returns:
             δ.
         """
         change = torch.where(removed, -weights, 0.0)
+        vectors = self._stacked(change)
 
         def solve(index: int) -> None:
             unit = self.units[index]
             kept = (~self._blocks(removed, unit)).double()
-            blocks = self._blocks(change, unit)
+            blocks = self._blocks(vectors, unit).movedim(0, -1)
 
             def keep_rows(damped: Tensor) -> Tensor:
                 # Rows and columns of removed weights become those of the identity.
@@ -189,10 +190,10 @@ class PrimalInverseFisher(InverseFisher):
                 return damped
 
             # −F δ_S on the kept rows; λI does not couple R with S.
-            pull = -(self._gram[index].double() @ blocks.unsqueeze(-1))
+            pull = -(self._gram[index].double() @ blocks)
             factor = self._factor(index, keep_rows)
             solved = torch.cholesky_solve(pull * kept.unsqueeze(-1), factor)
-            blocks.add_(solved.squeeze(-1) * kept)
+            blocks.add_(solved * kept.unsqueeze(-1))
 
         self._each_unit(solve)
         return change

@@ -251,7 +251,8 @@ def test_loss_method_replaces_the_training_step() -> None:
             return self.loss(batch)
 
     module = TwoFaced()
-    pruner = pruning(loss_method="pruning_loss", measure_loss=False)
+    options: dict[str, Any] = {"measure_loss": False, "step_search": False}
+    pruner = pruning(loss_method="pruning_loss", **options)
     trainer(pruner).fit(module, loader())
     # Once for all gradients together, which it refuses.
     assert module.calls == {"step": 12, "method": 7}
@@ -276,8 +277,9 @@ def test_hooks_of_the_module_transform_the_batches() -> None:
 
     module = Hooked()
     trainer(pruning(measure_loss=False)).fit(module, loader())
-    # All gradients together, two of them alone as a check, and the training.
-    assert module.sizes == [12, 2, 2] + [8] * 12
+    # All gradients together, two of them alone as a check, the trials of the search, and
+    # the training.
+    assert module.sizes == [12, 2, 2] + [12] * 4 + [8] * 12
 
 
 def test_a_dict_with_a_loss_and_a_loss_of_shape_one() -> None:
@@ -676,7 +678,8 @@ def test_there_is_no_rehearsal_where_nothing_is_to_be_found() -> None:
         pruner = pruning(measure_loss=False, fisher=fisher, **options)
         trainer(pruner).fit(module, loader())
         counts[name] = module.steps - 12  # Of training.
-    assert counts == {"iterator": 6, "epoch 0": 6, "epoch 1": 7}
+    # Six gradients, and four trials of all samples, which in a stream come in six batches.
+    assert counts == {"iterator": 6 + 24, "epoch 0": 6 + 4, "epoch 1": 1 + 6 + 4}
 
 
 def test_magnitude_without_measurement_needs_no_samples() -> None:

@@ -211,6 +211,13 @@ CASES = {
     "rows of bfloat16": Case(row_dtype="bfloat16"),
     "bfloat16, full": Case(row_dtype="bfloat16", block_size=None),
     "searched": Case(block_size=None, step_search=True, recompute_steps=2),
+    "searched, two updates": Case(
+        num_gradients=40,
+        block_size=50,
+        targets=(0.95,),
+        step_search=True,
+        recompute_steps=2,
+    ),
     "searched, iterator": Case(stream="iterator", step_search=True),
     "WoodTaylor": Case(criterion="woodtaylor", update="independent"),
     "WoodTaylor, searched": Case(
@@ -315,6 +322,13 @@ def test_world_size_does_not_change_the_result(
             assert torch.equal(value, expected[name]), name
         assert comparable(reports) == comparable(expected_reports)
         assert all(report["world_size"] == world_size for report in reports)
+
+
+def test_the_search_has_taken_one_update_and_the_other(
+    pruned: dict[int, list[dict[str, Any]]],
+) -> None:
+    (report,) = pruned[3][0]["searched, two updates"][1]
+    assert report["updates"] == ["joint", "independent"]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
