@@ -30,12 +30,17 @@ class Recording(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule
     ) -> None:
         record(trainer, f"epoch-{trainer.current_epoch}")
-        # Lightning does not save random states: dropout must follow from the epoch.
-        torch.manual_seed(1000 + trainer.current_epoch)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int
+    ) -> None:
+        # Lightning does not save random states: dropout must follow from the position.
+        torch.manual_seed(1000 * trainer.current_epoch + index)
 
     def on_train_epoch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule
     ) -> None:
+        record(trainer, f"trained-{trainer.current_epoch}")
         waits = os.environ.get(WAIT_AFTER_EPOCH) == str(trainer.current_epoch)
         if waits and "SLURM_RESTART_COUNT" not in os.environ:
             # Every rank is here when the signal comes, wherever the time has gone.

@@ -24,7 +24,10 @@ NETWORK = "10.77.0"
 
 def test_two_processes_do_the_step_of_one(two_processes: Path, tmp_path: Path) -> None:
     run_together([([str(TORCHRUN)], environment(tmp_path, NPROC=1))], tmp_path)
-    one, two = recorded(tmp_path, "epoch-0", ranks=1), recorded(two_processes, "epoch-0")
+    one, two = (
+        recorded(tmp_path, "epoch-0", ranks=1),
+        recorded(two_processes, "epoch-0"),
+    )
     # The same seed makes the same network, and the first step comes before any training.
     assert_same(two, one)
     assert 0.6 < sparsity(two) < 0.7

@@ -47,7 +47,7 @@ SchedulerParameters=sched_interval=1
 ReturnToService=2
 SlurmctldTimeout=30
 SlurmdTimeout=30
-KillWait=10
+KillWait=2
 # Two "machines" with one name, that claim more than there may be.
 SlurmdParameters=config_overrides
 NodeName=n1 NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$NODE_PORT CPUs=1 State=UNKNOWN
