@@ -59,6 +59,7 @@ from lightning_woodfisher.schedule import (
 from lightning_woodfisher.selection import SelectionConfig
 from lightning_woodfisher.selector import is_too_sparse, take_zeros, weights_to_remove
 from lightning_woodfisher.sharding import reshard
+from lightning_woodfisher.signals import hold_back_signals
 from lightning_woodfisher.training_step import TrainingStepLoss
 
 _STATE_VERSION = 1
@@ -328,7 +329,8 @@ class WoodFisherPruningCallback(pl.Callback):
             trainer: the Trainer.
             pl_module: its module.
         """
-        self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
+        with hold_back_signals():
+            self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
 
     def on_train_batch_start(
         self,
@@ -345,15 +347,16 @@ class WoodFisherPruningCallback(pl.Callback):
             batch: not used.
             batch_idx: not used.
         """
-        self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
-        if self._untried and self._reads_on():
-            # Now, and not when training starts: the module's own hooks have run, on which
-            # its training_step may depend. An iterator can be read only once.
-            self._untried = False
-            if not isinstance(self.dataloader, Iterator):
-                self._pruner(trainer, pl_module).rehearse(
-                    self._source(trainer, pl_module)
-                )
+        with hold_back_signals():
+            self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
+            if self._untried and self._reads_on():
+                # Now, and not when training starts: the module's own hooks have run, on
+                # which its training_step may depend. An iterator can be read only once.
+                self._untried = False
+                if not isinstance(self.dataloader, Iterator):
+                    self._pruner(trainer, pl_module).rehearse(
+                        self._source(trainer, pl_module)
+                    )
 
     def on_before_optimizer_step(
         self,

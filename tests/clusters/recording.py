@@ -1,4 +1,4 @@
-"""A callback that runs inside of the launched jobs and leaves behind what the tests compare."""
+"""Runs inside of the launched jobs and leaves behind what the tests compare."""
 
 from __future__ import annotations
 

@@ -46,6 +46,7 @@ def run_script(name: str, folder: Path) -> None:
     with tempfile.TemporaryFile("w+") as output:
         code = subprocess.run(
             [str(SCRIPTS / name), str(folder)],
+            check=False,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -57,7 +58,12 @@ def run_script(name: str, folder: Path) -> None:
 
 def ask(env: Mapping[str, str], *command: str) -> str:
     done = subprocess.run(
-        command, env=dict(env), capture_output=True, text=True, timeout=30
+        command,
+        check=False,
+        env=dict(env),
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -44,7 +44,9 @@ def hosts() -> Iterator[list[str]]:
     if shutil.which("ip") is None:
         pytest.skip("no ip: apt-get install iproute2")
     names = [f"wf{os.getpid()}{side}" for side in "ab"]
-    if subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode:
+    try:
+        ip("netns", "add", names[0])
+    except subprocess.CalledProcessError:
         pytest.skip("network namespaces need root (CAP_SYS_ADMIN)")
     try:
         ip("netns", "add", names[1])
