@@ -78,6 +78,8 @@ def await_true(what: str, happened: Callable[[], bool], run: Path) -> None:
         time.sleep(0.2)
 
 
+# More than all the safety nets inside together: they say what it was that hung.
+@pytest.mark.timeout(600)
 def test_a_requeued_job_ends_like_an_uninterrupted_one(
     slurm: dict[str, str], two_processes: Path, tmp_path: Path
 ) -> None:
