@@ -8,7 +8,7 @@ EXTRAS := wandb,examples
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-ddp test bench check format docs clean
+.PHONY: help demo demo-ddp test test-slurm bench check format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -23,6 +23,13 @@ demo-ddp: $(VENV)/.demo  ## the same on two processes
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# It installs no SLURM; on Debian, as root:
+#   apt-get install --no-install-recommends slurm-wlm munge
+# `make test` runs these tests, too, and skips them where there is no SLURM.
+test-slurm: export OMP_NUM_THREADS = 1
+test-slurm: $(VENV)/.dev  ## run the tests on a SLURM of two nodes, started for them
+	$(BIN)/python -m pytest tests/clusters/test_slurm.py $(PYTEST_ARGS)
 
 # Threads that wander between cores would be measured, too.
 bench: export OMP_PROC_BIND ?= true
