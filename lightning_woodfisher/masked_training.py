@@ -122,6 +122,10 @@ class MaskedTraining(pl.Callback, ABC):
     def _read_report(self, plain: dict[str, Any]) -> Any:
         """Make a report of what its ``to_dict`` gave."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy that is made in the middle of training guards nothing yet.
+        return {**vars(self), "_handles": []}
+
     @property
     @abstractmethod
     def state_key(self) -> str:

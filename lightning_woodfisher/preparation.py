@@ -211,14 +211,22 @@ def describe_plan(
 
 
 def require_supported(trainer: pl.Trainer) -> None:
-    """Refuse a strategy that holds parameters in a way that is not known.
+    """Refuse another package's Trainer, or a strategy that holds parameters differently.
 
     Args:
         trainer: with the strategy.
 
     Raises:
-        ConfigurationError: naming those that work.
+        ConfigurationError: naming what works.
     """
+    given: object = trainer
+    if not isinstance(given, pl.Trainer):
+        kind = f"{type(given).__module__.split('.')[0]}.{type(given).__name__}"
+        raise ConfigurationError(
+            f"the Trainer is a {kind}, whose classes are others than those of "
+            "lightning.pytorch; write `import lightning.pytorch as pl` in place of "
+            "`import pytorch_lightning as pl`, for the module, the Trainer and all else."
+        )
     strategy = trainer.strategy
     known = DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy
     if not isinstance(strategy, known) or isinstance(strategy, DeepSpeedStrategy):
