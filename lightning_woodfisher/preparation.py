@@ -21,6 +21,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     GradientAccumulationScheduler,
+    ModelPruning,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import (
@@ -211,7 +212,7 @@ def describe_plan(
 
 
 def require_supported(trainer: pl.Trainer) -> None:
-    """Refuse another package's Trainer, or a strategy that holds parameters differently.
+    """Refuse a Trainer, a callback or a strategy that holds parameters differently.
 
     Args:
         trainer: with the strategy.
@@ -226,6 +227,12 @@ def require_supported(trainer: pl.Trainer) -> None:
             f"the Trainer is a {kind}, whose classes are others than those of "
             "lightning.pytorch; write `import lightning.pytorch as pl` in place of "
             "`import pytorch_lightning as pl`, for the module, the Trainer and all else."
+        )
+    if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigurationError(
+            "Lightning's ModelPruning puts other parameters under other names in place of "
+            "the weights in the middle of training, so that neither can know what is "
+            "pruned; leave it out. criterion='magnitude' prunes as it does."
         )
     strategy = trainer.strategy
     known = DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy

@@ -38,6 +38,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
@@ -290,6 +291,20 @@ def test_a_search_in_the_middle_of_training() -> None:
     # The steps after the search hold as well, and are what a checkpoint gets.
     require_pruned(pruner, module)
     assert differences(pruner.state_dict()["masks"], pruner.masks.state_dict()) == []
+
+
+def test_a_state_that_is_loaded_in_the_middle_of_training() -> None:
+    """As that search does it, with an optimizer that moves weights without gradient."""
+
+    class Reload(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
+            if trainer.current_epoch == 2:
+                pruner.load_state_dict(copied(pruner.state_dict()))
+
+    pruner = pruning(schedule=PolynomialSchedule(1, 3))
+    module = Classifier(lambda p: torch.optim.LBFGS(p, lr=1e-2, max_iter=2))
+    trainer(Reload(), pruner, max_epochs=5).fit(module, loader())
+    require_pruned(pruner, module)
 
 
 @pytest.mark.parametrize(
@@ -624,6 +639,13 @@ def test_prune_in_a_loop_of_fabric() -> None:
         fabric.backward(cross_entropy(model(pixels), labels))
         optimizer.step()
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_the_pruning_callback_of_lightning_is_refused() -> None:
+    module, other = Counting(), ModelPruning("l1_unstructured", amount=0.3)
+    with pytest.raises(ConfigurationError, match="Lightning's ModelPruning"):
+        trainer(pruning(), other).fit(module, loader())
+    assert module.steps == 0
 
 
 @pytest.mark.skipif(

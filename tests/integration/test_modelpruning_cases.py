@@ -124,7 +124,7 @@ class Plain(Classifier):
         super().__init__()
 
 
-def test_layers_are_named_in_yaml() -> None:
+def test_layers_are_named_in_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
     # ModelPruning wants (module, name) pairs, which no YAML file can give.
     settings = {
         "target_sparsity": 0.5,
@@ -141,7 +141,9 @@ def test_layers_are_named_in_yaml() -> None:
     quiet = dict.fromkeys(["enable_checkpointing", "enable_progress_bar"], False)
     config = {"trainer": {**options, **quiet, "callbacks": callbacks}}
     Path("run.yaml").write_text(yaml.safe_dump(config))
-    cli = LightningCLI(Plain, run=False, args=["--config", "run.yaml"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    monkeypatch.setattr("sys.argv", ["run", "--config", "run.yaml"])
+    cli = LightningCLI(Plain, run=False, seed_everything_default=1)
     cli.trainer.fit(cli.model, loader())
     module = cli.model
     (pruner,) = (c for c in cli.trainer.callbacks if "WoodFisher" in type(c).__name__)
