@@ -220,19 +220,13 @@ def require_supported(trainer: pl.Trainer) -> None:
     Raises:
         ConfigurationError: naming what works.
     """
-    given: object = trainer
-    if not isinstance(given, pl.Trainer):
-        kind = f"{type(given).__module__.split('.')[0]}.{type(given).__name__}"
+    package = type(trainer).__module__.split(".")[0]
+    if package == "pytorch_lightning":
+        kind = f"{package}.{type(trainer).__name__}"
         raise ConfigurationError(
             f"the Trainer is a {kind}, whose classes are others than those of "
             "lightning.pytorch; write `import lightning.pytorch as pl` in place of "
             "`import pytorch_lightning as pl`, for the module, the Trainer and all else."
-        )
-    if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ConfigurationError(
-            "Lightning's ModelPruning puts other parameters under other names in place of "
-            "the weights in the middle of training, so that neither can know what is "
-            "pruned; leave it out. criterion='magnitude' prunes as it does."
         )
     strategy = trainer.strategy
     known = DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy
@@ -241,6 +235,12 @@ def require_supported(trainer: pl.Trainer) -> None:
             f"strategy {type(strategy).__name__} shards or moves the parameters in a way "
             "that pruning does not support; use a single device or 'ddp', or for sharded "
             "parameters ModelParallelStrategy with fully_shard (FSDP2)."
+        )
+    if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigurationError(
+            "Lightning's ModelPruning puts other parameters under other names in place of "
+            "the weights in the middle of training, so that neither can know what is "
+            "pruned; leave it out. criterion='magnitude' prunes as it does."
         )
 
 
