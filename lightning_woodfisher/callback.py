@@ -32,6 +32,7 @@ from lightning_woodfisher.parts import Spacing
 from lightning_woodfisher.patterns import require_pattern_fits
 from lightning_woodfisher.preparation import (
     describe_plan,
+    releases_weights,
     require_enough_batches,
     training_horizon,
 )
@@ -200,7 +201,12 @@ class WoodFisherPruningCallback(MaskedTraining):
 
     def _select(self, module: pl.LightningModule) -> dict[str, nn.Parameter]:
         selection = self.config.selection
-        parameters = prunable_parameters(module, selection.include, selection.exclude)
+        parameters = prunable_parameters(
+            module,
+            selection.include,
+            selection.exclude,
+            frozen=releases_weights(module.trainer),
+        )
         require_one_device(parameters)
         require_pattern_fits(module, parameters, selection.pattern)
         return parameters

@@ -446,6 +446,8 @@ def _gradient(
             if gradient is None:
                 target.zero_()
             else:
+                if gradient.is_sparse:
+                    gradient = gradient.to_dense()
                 # Converted before it is unscaled: float16 would underflow.
                 target.copy_(gradient.detach().reshape(-1)[where]).div_(scale)
         if _all_finite(row):

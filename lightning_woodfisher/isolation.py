@@ -17,6 +17,7 @@ __all__ = [
 ]
 
 import contextlib
+import functools
 import hashlib
 import random
 import sys
@@ -26,6 +27,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 ModelMode = Literal["train", "eval"]
 
@@ -37,8 +39,8 @@ _METRIC_SYNCHRONISES = ("dist_sync_on_step", "sync_on_compute", "_to_sync")
 def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
     """Put back random states, buffers, flags, metric states and ``.grad`` on leaving.
 
-    Inside, every ``.grad`` is None, and metrics do not talk to other ranks, which may be
-    at another batch or at none.
+    Inside, every ``.grad`` is None, and neither metrics nor SyncBatchNorm talk to other
+    ranks, which may be at another batch or at none.
 
     Args:
         model: the network.
@@ -57,7 +59,7 @@ def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
             parameter.grad = None
         for metric, _ in metrics:
             metric.__dict__.update(dict.fromkeys(_METRIC_SYNCHRONISES, False))
-        with random_states_kept(), torch.enable_grad():
+        with random_states_kept(), torch.enable_grad(), _own_statistics(model):
             if mode == "eval":
                 model.eval()
             elif not model.training:
@@ -73,6 +75,23 @@ def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
             # The same tensor: DDP keeps views of it.
             parameter.grad = gradient
             parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def _own_statistics(model: nn.Module) -> Iterator[None]:
+    """Let SyncBatchNorm normalise by the batch of its own rank."""
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.SyncBatchNorm) and "forward" not in vars(module)
+    ]
+    try:
+        for layer in layers:
+            vars(layer)["forward"] = functools.partial(_BatchNorm.forward, layer)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 
 def derive_seed(*parts: object) -> int:

@@ -23,7 +23,11 @@ _NEVER_BY_NAME = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, _No
 
 
 def prunable_parameters(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    *,
+    frozen: bool = False,
 ) -> dict[str, nn.Parameter]:
     """Find the weights to prune.
 
@@ -43,6 +47,7 @@ def prunable_parameters(
         model: the network.
         include: patterns of what to prune; empty for the default.
         exclude: patterns of what to leave dense.
+        frozen: also select what is not trainable now, because it will be.
 
     Returns:
         Parameters by name, in the order of ``model.named_parameters()``.
@@ -52,7 +57,7 @@ def prunable_parameters(
             nothing, nothing is left to prune, or a tensor is sharded in a way that
             cannot be pruned.
     """
-    tensors = list(_tensors(model))
+    tensors = list(_tensors(model, frozen))
     if not tensors:
         raise ConfigurationError(
             f"{type(model).__name__} has no trainable parameter of two or more "
@@ -98,9 +103,9 @@ def _require_plain(name: str, owner: nn.Module) -> None:
 
 
 def _tensors(
-    model: nn.Module,
+    model: nn.Module, frozen: bool
 ) -> Iterator[tuple[nn.Parameter, list[tuple[str, nn.Module]]]]:
-    """Yield each distinct trainable matrix with every (name, layer) that uses it."""
+    """Yield each distinct trainable (or any) matrix with every (name, layer) that uses it."""
     uses: dict[object, tuple[nn.Parameter, list[tuple[str, nn.Module]]]] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -110,7 +115,8 @@ def _tensors(
                     "through the model before it is pruned."
                 )
             # LayerNorm has biases of several dimensions.
-            if parameter.dim() >= 2 and parameter.requires_grad and key != "bias":
+            trainable = parameter.requires_grad or frozen
+            if parameter.dim() >= 2 and trainable and key != "bias":
                 name = f"{prefix}.{key}" if prefix else key
                 uses.setdefault(_storage(parameter), (parameter, []))[1].append(
                     (name, module)

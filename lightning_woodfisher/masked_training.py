@@ -20,10 +20,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_woodfisher.averaging import mask_averages, require_maskable_averages
 from lightning_woodfisher.errors import ConfigurationError, require_flag
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.preparation import (
-    refuse_averaging,
     require_masks_hold,
     require_same_selection,
     require_supported,
@@ -31,6 +31,7 @@ from lightning_woodfisher.preparation import (
 )
 from lightning_woodfisher.schedule import PlannedStep, PruningSchedule, Unit
 from lightning_woodfisher.sharding import reshard
+from lightning_woodfisher.signals import hold_back_signals
 from lightning_woodfisher.training_step import TrainingStepLoss
 
 
@@ -125,6 +126,10 @@ class MaskedTraining(pl.Callback, ABC):
     def _read_report(self, plain: dict[str, Any]) -> Any:
         """Make a report of what its ``to_dict`` gave."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy that is made in the middle of training guards nothing yet.
+        return {**vars(self), "_handles": []}
+
     @property
     @abstractmethod
     def state_key(self) -> str:
@@ -148,7 +153,7 @@ class MaskedTraining(pl.Callback, ABC):
         if stage != "fit":
             return
         require_supported(trainer)
-        refuse_averaging(trainer)
+        require_maskable_averages(trainer)
         if self.loss_method is not None and not callable(
             getattr(pl_module, self.loss_method, None)
         ):
@@ -196,6 +201,7 @@ class MaskedTraining(pl.Callback, ABC):
             # A checkpoint may have been loaded without the state of its optimizers.
             self._end_weight_decay(trainer)
         self._guard(trainer, pl_module)
+        mask_averages(trainer, self._get_masks())
 
     # ------------------------------------------------------------------ training
 
@@ -208,7 +214,8 @@ class MaskedTraining(pl.Callback, ABC):
             trainer: the Trainer.
             pl_module: its module.
         """
-        self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
+        with hold_back_signals():
+            self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
 
     def on_train_batch_start(
         self,
@@ -225,13 +232,14 @@ class MaskedTraining(pl.Callback, ABC):
             batch: not used.
             batch_idx: not used.
         """
-        self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
-        if self._untried and self._reads_on():
-            # Now, and not when training starts: the module's own hooks have run, on which
-            # its training_step may depend. An iterator can be read only once.
-            self._untried = False
-            if not isinstance(self.dataloader, Iterator):
-                self._rehearse(trainer, pl_module)
+        with hold_back_signals():
+            self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
+            if self._untried and self._reads_on() and self._all_trainable():
+                # Now, and not when training starts: the module's own hooks have run, on
+                # which its training_step may depend. An iterator can be read only once.
+                self._untried = False
+                if not isinstance(self.dataloader, Iterator):
+                    self._rehearse(trainer, pl_module)
 
     def on_before_optimizer_step(
         self,
@@ -248,16 +256,28 @@ class MaskedTraining(pl.Callback, ABC):
         """
         self._get_masks().apply_to_gradients()
 
+    def on_validation_epoch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Keep averaged weights that are validated at zero where they are pruned.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+        """
+        self._mask_all(trainer)
+
     # ------------------------------------------------------------------ fit ends
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the optimizers.
+        """Let go of the optimizers; keep an average that becomes the result pruned.
 
         Args:
             trainer: the Trainer.
             pl_module: its module.
         """
         self._remove_hooks()
+        self._mask_all(trainer)
 
     def on_exception(
         self,
@@ -275,6 +295,21 @@ class MaskedTraining(pl.Callback, ABC):
         self._remove_hooks()
 
     # ------------------------------------------------------------------ checkpoint
+
+    def on_save_checkpoint(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Keep averaged weights that are saved at zero where they are pruned.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+            checkpoint: holds the tensors of the average, or will.
+        """
+        self._mask_all(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state for a checkpoint, in plain types that load without the package.
@@ -329,6 +364,9 @@ class MaskedTraining(pl.Callback, ABC):
             masks = Masks(self.masks.parameters)
             masks.load_state_dict(state_dict["masks"])
             self.masks = masks
+        if self._handles:
+            # In the middle of training, as the search for a learning rate does it.
+            self._restored_masks = None
         self._done = [(unit, position) for unit, position in state_dict["done"]]
         self.reports = [self._read_report(r) for r in state_dict["reports"]]
 
@@ -370,7 +408,15 @@ class MaskedTraining(pl.Callback, ABC):
             self._publish(trainer, report)
         else:
             self._done += [(unit, step.position) for step in due]
+        mask_averages(trainer, self._get_masks())
         self._end_weight_decay(trainer)
+
+    def _mask_all(self, trainer: pl.Trainer) -> None:
+        """Mask averages; and the weights, into which one may have been copied."""
+        if trainer.state.fn != "fit" or self.masks is None:
+            return
+        if mask_averages(trainer, self.masks):
+            self.masks.apply()
 
     def _adopt_masks(self, trainer: pl.Trainer) -> None:
         """Count as pruned here what another callback has pruned, such as channels."""
@@ -406,6 +452,9 @@ class MaskedTraining(pl.Callback, ABC):
     def _ahead(self) -> list[PlannedStep]:
         """The planned steps that are not done."""
         return [s for s in self._plan if (s.unit, s.position) not in self._done]
+
+    def _all_trainable(self) -> bool:
+        return all(p.requires_grad for p in self._get_masks().parameters.values())
 
     def _get_masks(self) -> Masks:
         if self.masks is None:
@@ -444,14 +493,16 @@ class MaskedTraining(pl.Callback, ABC):
 
     def _guard(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Keep what is pruned at zero through every optimizer step."""
-        masks = self._get_masks()
+        # Asked for each time: a checkpoint that is loaded meanwhile brings new ones.
         for optimizer in trainer.optimizers:
-            post = optimizer.register_step_post_hook(lambda *_: masks.apply())
+            post = optimizer.register_step_post_hook(
+                lambda *_: self._get_masks().apply()
+            )
             self._handles.append(post)
             if not module.automatic_optimization:
                 # on_before_optimizer_step may be passed by.
                 pre = optimizer.register_step_pre_hook(
-                    lambda *_: masks.apply_to_gradients()
+                    lambda *_: self._get_masks().apply_to_gradients()
                 )
                 self._handles.append(pre)
 

@@ -110,6 +110,17 @@ class Masks:
             self.local(name).masked_fill_(gone, 0.0)
 
     @torch.no_grad()
+    def apply_to(self, copies: Mapping[str, Tensor]) -> None:
+        """Set the pruned weights of copies to zero, in place.
+
+        Args:
+            copies: tensors of the shape of :meth:`local` on any device, by the names of
+                the parameters; there may be others.
+        """
+        for name, gone in self._pruned.items():
+            copies[name].masked_fill_(gone.to(copies[name].device), 0.0)
+
+    @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Set the gradients of pruned weights to zero, in place.
 
@@ -117,7 +128,14 @@ class Masks:
         """
         for name, gone in self._pruned.items():
             gradient = self.parameters[name].grad
-            if gradient is not None:
+            if gradient is None:
+                continue
+            if gradient.is_sparse:
+                # Of an embedding: some rows, each perhaps several times.
+                rows = gradient.coalesce()
+                rows.values().masked_fill_(gone[rows.indices()[0]], 0.0)
+                self.parameters[name].grad = rows
+            else:
                 local(gradient).masked_fill_(gone, 0.0)
 
     @torch.no_grad()

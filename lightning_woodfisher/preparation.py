@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "describe_plan",
-    "refuse_averaging",
+    "releases_weights",
     "require_enough_batches",
     "require_masks_hold",
     "require_same_selection",
@@ -18,7 +18,12 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -33,8 +38,6 @@ from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.report import format_table
 from lightning_woodfisher.schedule import Horizon, PlannedStep, PruningSchedule, Unit
 
-_AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}
-
 
 def training_horizon(trainer: pl.Trainer, schedule: PruningSchedule) -> Horizon:
     """Find the last epoch and the last optimizer step.
@@ -46,8 +49,7 @@ def training_horizon(trainer: pl.Trainer, schedule: PruningSchedule) -> Horizon:
     Returns:
         The numbers; None for what is unlimited or cannot be known.
     """
-    max_epochs, max_steps = trainer.max_epochs, trainer.max_steps
-    epochs = max_epochs if max_epochs is not None and max_epochs >= 0 else None
+    epochs, max_steps = _epochs(trainer), trainer.max_steps
     steps: int | None = max_steps if max_steps >= 0 else None
     unit = getattr(schedule, "unit", "step")
     if unit == "epoch":
@@ -63,7 +65,25 @@ def training_horizon(trainer: pl.Trainer, schedule: PruningSchedule) -> Horizon:
         )
     # Asks the dataloaders for their length, so only where it is needed.
     estimate = trainer.estimated_stepping_batches
+    if epochs is not None and epochs != trainer.max_epochs:
+        estimate = min(estimate, epochs * _steps_of_an_epoch(trainer))
     return Horizon(epochs, int(estimate) if math.isfinite(estimate) else None)
+
+
+def _epochs(trainer: pl.Trainer) -> int | None:
+    """How many epochs are trained; None without a limit."""
+    epochs = trainer.max_epochs
+    if epochs is None or epochs < 0:
+        return None
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging):
+            # Has added an epoch without optimizer steps, to renew BatchNorm statistics.
+            epochs -= bool(callback._model_contains_batch_norm)
+    return epochs
+
+
+def _steps_of_an_epoch(trainer: pl.Trainer) -> float:
+    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
 
 def _epochs_within(trainer: pl.Trainer, steps: int) -> int | None:
@@ -76,27 +96,20 @@ def _epochs_within(trainer: pl.Trainer, steps: int) -> int | None:
     known = trainer.lightning_module.automatic_optimization and not varies
     if not known or not math.isfinite(batches) or batches < 1:
         return None
-    return math.ceil(steps / math.ceil(batches / trainer.accumulate_grad_batches))
+    return math.ceil(steps / _steps_of_an_epoch(trainer))
 
 
-def refuse_averaging(trainer: pl.Trainer) -> None:
-    """Refuse callbacks that average weights over a pruning step.
+def releases_weights(trainer: pl.Trainer) -> bool:
+    """Tell whether weights that are frozen now may be trained later.
 
     Args:
         trainer: with its callbacks.
 
-    Raises:
-        ConfigurationError: naming the callback.
+    Returns:
+        Whether there is a callback for fine-tuning, such as ``BackboneFinetuning``.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for cls in type(callback).__mro__:
-            # By name: WeightAveraging is younger than the oldest Lightning we support.
-            if cls.__name__ in _AVERAGING and "lightning" in cls.__module__:
-                raise ConfigurationError(
-                    f"{type(callback).__name__} averages weights from before and after a "
-                    "pruning step, so that pruned weights would not be zero in the end; "
-                    "leave it out, or average in a fit of its own before pruning."
-                )
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(callback, BaseFinetuning) for callback in callbacks)
 
 
 def require_enough_batches(batches: Batches, data: Any, num_gradients: int) -> None:
@@ -199,14 +212,22 @@ def describe_plan(
 
 
 def require_supported(trainer: pl.Trainer) -> None:
-    """Refuse a strategy that holds parameters in a way that is not known.
+    """Refuse a Trainer, a callback or a strategy that holds parameters differently.
 
     Args:
         trainer: with the strategy.
 
     Raises:
-        ConfigurationError: naming those that work.
+        ConfigurationError: naming what works.
     """
+    package = type(trainer).__module__.split(".")[0]
+    if package == "pytorch_lightning":
+        kind = f"{package}.{type(trainer).__name__}"
+        raise ConfigurationError(
+            f"the Trainer is a {kind}, whose classes are others than those of "
+            "lightning.pytorch; write `import lightning.pytorch as pl` in place of "
+            "`import pytorch_lightning as pl`, for the module, the Trainer and all else."
+        )
     strategy = trainer.strategy
     known = DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy
     if not isinstance(strategy, known) or isinstance(strategy, DeepSpeedStrategy):
@@ -214,6 +235,12 @@ def require_supported(trainer: pl.Trainer) -> None:
             f"strategy {type(strategy).__name__} shards or moves the parameters in a way "
             "that pruning does not support; use a single device or 'ddp', or for sharded "
             "parameters ModelParallelStrategy with fully_shard (FSDP2)."
+        )
+    if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigurationError(
+            "Lightning's ModelPruning puts other parameters under other names in place of "
+            "the weights in the middle of training, so that neither can know what is "
+            "pruned; leave it out. criterion='magnitude' prunes as it does."
         )
 
 

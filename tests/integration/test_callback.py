@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import io
 import json
 import pickle
@@ -33,11 +32,8 @@ from fits import (
 )
 from lightning.pytorch.callbacks import (
     EarlyStopping,
-    EMAWeightAveraging,
     RichProgressBar,
-    StochasticWeightAveraging,
     TQDMProgressBar,
-    WeightAveraging,
 )
 from rank_pool import RankPool
 from torch import Tensor, nn
@@ -723,20 +719,3 @@ def test_manual_optimisation_has_no_known_number_of_steps() -> None:
     ending = pruning(schedule=ramp)
     trainer(ending, max_epochs=-1, max_steps=12).fit(Manual(), loader())
     assert ending.masks.sparsity() > 0.74
-
-
-@pytest.mark.parametrize(
-    "averaging",
-    [
-        EMAWeightAveraging,
-        WeightAveraging,
-        functools.partial(StochasticWeightAveraging, 1e-2),
-    ],
-)
-def test_weight_averaging_is_refused(averaging: Any) -> None:
-    callback, module = averaging(), Counting()
-    with pytest.raises(
-        ConfigurationError, match=f"{type(callback).__name__} averages weights"
-    ):
-        trainer(callback, pruning()).fit(module, loader())
-    assert module.steps == 0
