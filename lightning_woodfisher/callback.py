@@ -59,6 +59,7 @@ from lightning_woodfisher.schedule import (
 from lightning_woodfisher.selection import SelectionConfig
 from lightning_woodfisher.selector import is_too_sparse, take_zeros, weights_to_remove
 from lightning_woodfisher.sharding import reshard
+from lightning_woodfisher.tracking import track_end, track_settings, track_step
 from lightning_woodfisher.training_step import TrainingStepLoss
 
 _STATE_VERSION = 1
@@ -120,6 +121,8 @@ class WoodFisherPruningCallback(pl.Callback):
             step; 0 leaves them.
         weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
             zero once the last planned step is done.
+        log_masks: give W&B the masks as an artifact when training ends: ``masks.pt``, bool
+            tensors by parameter name, True where kept.
 
     Raises:
         ConfigurationError: for a value that cannot work.
@@ -148,6 +151,7 @@ class WoodFisherPruningCallback(pl.Callback):
         trust: float | None = None,
         batchnorm_recalibration_batches: int = 0,
         weight_decay_off_after_last_step: bool = False,
+        log_masks: bool = False,
     ) -> None:
         check_sparsity(target_sparsity)
         if flops_target is None:
@@ -175,6 +179,8 @@ class WoodFisherPruningCallback(pl.Callback):
             "weight_decay_off_after_last_step", weight_decay_off_after_last_step
         )
         self.weight_decay_off_after_last_step = weight_decay_off_after_last_step
+        require_flag("log_masks", log_masks)
+        self.log_masks = log_masks
         self.loss_method = loss_method
         self.dataloader = dataloader
         self.report_path = report_path
@@ -303,6 +309,7 @@ class WoodFisherPruningCallback(pl.Callback):
             kind = self.config.criterion
             plan = describe_plan(self._plan, self._done, masks, kind)
             announce(trainer, f"{plan}\n{cost.summary()}")
+        track_settings(trainer, self.config, self.target_sparsity, self.schedule)
         if self.weight_decay_off_after_last_step:
             require_weight_decay(trainer.optimizers)
             # A checkpoint may have been loaded without the state of its optimizers.
@@ -408,6 +415,7 @@ class WoodFisherPruningCallback(pl.Callback):
         """
         masks = self._get_masks()
         masks.verify()
+        track_end(trainer, self.reports, masks, self.log_masks)
         missed = self._ahead()
         missing = self._missing(self.target_sparsity)
         if isinstance(self.schedule, ConstantSchedule) or not any(missing):
@@ -539,6 +547,7 @@ class WoodFisherPruningCallback(pl.Callback):
 
     def _publish(self, trainer: pl.Trainer, report: PruningReport) -> None:
         log_report(trainer, report)
+        track_step(trainer, self.reports, self._get_masks())
         if self.report_path is not None and trainer.is_global_zero:
             path = Path(self.report_path)
             path.parent.mkdir(parents=True, exist_ok=True)

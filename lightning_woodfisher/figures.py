@@ -13,15 +13,19 @@ __all__ = [
     "draw_sweep",
     "has_matplotlib",
     "small_layers",
-    "to_png",
+    "to_pixels",
+    "to_svg",
 ]
 
+import html
 import importlib.util
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from lightning_woodfisher.errors import ConfigurationError
@@ -30,6 +34,7 @@ from lightning_woodfisher.sweeps import SweepReport, SweepResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 _MOST_LABELS = 24
 _INCHES_PER_LETTER = 0.08
@@ -42,6 +47,8 @@ _LARGEST_MASK = 256
 _MOST_MASKS = 12
 # Two colours that can be told apart by anyone, on white and on black.
 _FIRST, _SECOND = "#3a86c8", "#e08214"
+# Stand-ins in an SVG for what the page decides.
+_INK, _PAPER = "#1f2329", "#fdfdfb"
 # How much larger than the smallest number the largest is before the axis is logarithmic.
 _WIDE = 50.0
 
@@ -302,7 +309,7 @@ def draw_saliencies(report: PruningReport) -> Figure:
         axes.hlines(rows, low, high, linewidth=1.5 * thin, **style)
         style["label"] = "25–75 %"
         axes.hlines(rows, first, third, linewidth=6 * thin, **style)
-        style = {"color": "black", "label": "median"}
+        style = {"color": _ink(), "label": "median"}
         axes.plot(middle, rows, "|", markersize=11 * thin, **style)
         rows, largest = [row for row, _ in gone], [value for _, value in gone]
         style = {"color": _SECOND, "label": "largest gone"}
@@ -372,18 +379,58 @@ def draw_masks(masks: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def to_png(figure: Figure) -> bytes:
+def to_pixels(figure: Figure) -> NDArray[np.uint8]:
     """Render a figure.
 
     Args:
         figure: what a function here has drawn.
 
     Returns:
-        A PNG file.
+        ``[height, width, 3]``.
     """
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110, facecolor="white")
-    return picture.getvalue()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels: NDArray[np.uint8] = np.array(canvas.buffer_rgba())[..., :3]
+    return pixels
+
+
+def to_svg(draw: Callable[[], Figure], name: str, title: str) -> str:
+    """Draw a figure to stand in an HTML page whose colours may be light or dark.
+
+    Args:
+        draw: draws it.
+        name: unlike that of any other figure of the page.
+        title: what a reader hears who does not see it.
+
+    Returns:
+        An ``<svg>`` element. Lines and texts have the colour ``var(--ink)``, and behind
+        legends is ``var(--paper)``.
+    """
+    import matplotlib as mpl
+
+    ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color")
+    settings: Any = {
+        **dict.fromkeys((*ink, "ytick.color", "axes.titlecolor"), _INK),
+        "axes.facecolor": "none",
+        "figure.facecolor": "none",
+        "legend.facecolor": _PAPER,
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+    }
+    text = io.StringIO()
+    with mpl.rc_context(settings):
+        about = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        draw().savefig(text, format="svg", metadata=about)
+    svg = text.getvalue()
+    # Without what is for a file of its own.
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+    # Names must be unlike those of the other figures.
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = svg.replace(_INK, "var(--ink)").replace(_PAPER, "var(--paper)")
+    label = html.escape(title, quote=True)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
 def _label(setting: Mapping[str, Any], varying: list[str], across: str) -> str:
@@ -409,10 +456,11 @@ def _shape(shape: Sequence[int]) -> str:
 
 def _shorten(name: str) -> str:
     """Cut a piece out of a long name: numbers in front and the end tell layers apart."""
-    if len(name) <= _LONGEST_NAME:
-        return name
-    tail = _LONGEST_NAME // 3
-    return f"{name[: _LONGEST_NAME - tail - 1]}…{name[-tail:]}"
+    if len(name) > _LONGEST_NAME:
+        tail = _LONGEST_NAME // 3
+        name = f"{name[: _LONGEST_NAME - tail - 1]}…{name[-tail:]}"
+    # Between dollars matplotlib would read a formula.
+    return name.replace("$", r"\$")
 
 
 def _when(report: PruningReport) -> str:
@@ -463,6 +511,13 @@ def _scale_y(axes: Any, values: Sequence[float]) -> None:
             axes.set_yscale("symlog", linthresh=max(min(sizes), 1e-4 * max(sizes)))
     if values and min(values) < 0:
         axes.axhline(0, color="grey", linewidth=1)
+
+
+def _ink() -> str:
+    """Colour of texts, which the page decides."""
+    import matplotlib as mpl
+
+    return str(mpl.rcParams["text.color"])
 
 
 def _say(axes: Any, text: str) -> None:
