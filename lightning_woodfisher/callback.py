@@ -22,6 +22,7 @@ from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import (
     ConfigurationError,
     PruningError,
+    require_flag,
 )
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.layers import prunable_parameters
@@ -48,6 +49,7 @@ from lightning_woodfisher.schedule import (
 )
 from lightning_woodfisher.selection import SelectionConfig
 from lightning_woodfisher.selector import is_too_sparse, take_zeros, weights_to_remove
+from lightning_woodfisher.tracking import track_end, track_settings, track_step
 
 
 class WoodFisherPruningCallback(MaskedTraining):
@@ -107,6 +109,8 @@ class WoodFisherPruningCallback(MaskedTraining):
             step; 0 leaves them.
         weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
             zero once the last planned step is done.
+        log_masks: give W&B the masks as an artifact when training ends: ``masks.pt``, bool
+            tensors by parameter name, True where kept.
 
     Raises:
         ConfigurationError: for a value that cannot work.
@@ -135,6 +139,7 @@ class WoodFisherPruningCallback(MaskedTraining):
         trust: float | None = None,
         batchnorm_recalibration_batches: int = 0,
         weight_decay_off_after_last_step: bool = False,
+        log_masks: bool = False,
     ) -> None:
         check_sparsity(target_sparsity)
         if flops_target is None:
@@ -164,6 +169,8 @@ class WoodFisherPruningCallback(MaskedTraining):
             trust=trust,
             batchnorm_recalibration_batches=batchnorm_recalibration_batches,
         )
+        require_flag("log_masks", log_masks)
+        self.log_masks = log_masks
         # The settings of the steps; those of the user, made to fit into memory.
         self._step_config = self.config
 
@@ -225,6 +232,7 @@ class WoodFisherPruningCallback(MaskedTraining):
             kind = self.config.criterion
             plan = describe_plan(self._plan, self._done, masks, kind)
             announce(trainer, f"{plan}\n{cost.summary()}")
+        track_settings(trainer, self.config, self.target_sparsity, self.schedule)
 
     def _require_data(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Refuse data that cannot give the gradients of a step."""
@@ -287,6 +295,7 @@ class WoodFisherPruningCallback(MaskedTraining):
 
     def _log(self, trainer: pl.Trainer, report: PruningReport) -> None:
         log_report(trainer, report)
+        track_step(trainer, self.reports, self._get_masks())
 
     def _reads_on(self) -> bool:
         return bool(self._ahead()) and self.config.reads_data
@@ -324,6 +333,7 @@ class WoodFisherPruningCallback(MaskedTraining):
         """
         masks = self._get_masks()
         masks.verify()
+        track_end(trainer, self.reports, masks, self.log_masks)
         missed = self._ahead()
         missing = self._missing(self.target_sparsity)
         if isinstance(self.schedule, ConstantSchedule) or not any(missing):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["condense_error", "main"]
+__all__ = ["condense_error", "explain_wandb", "main"]
 
 import argparse
 import dataclasses
@@ -31,6 +31,7 @@ from lightning_woodfisher.estimate_command import run_estimate
 from lightning_woodfisher.export_command import run_export
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.presets import PRESETS, to_yaml
+from lightning_woodfisher.report_command import run_report_command
 from lightning_woodfisher.selection import SelectionConfig
 from lightning_woodfisher.structured.configuration import StructureConfig
 from lightning_woodfisher.structured_callback import (
@@ -76,9 +77,10 @@ _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 
 _OTHER_COMMANDS = (
     "Other commands, each with a --help of its own: estimate (what a pruning step will "
-    "cost), sweep (one-shot settings compared on a checkpoint), export (a pruned "
-    "checkpoint as sparse or dense file, ONNX or torch.export), preset (settings of "
-    "published results, as YAML), benchmark (the engines on this machine)."
+    "cost), sweep (one-shot settings compared on a checkpoint), report (what a run has "
+    "pruned, as a table and as a page), export (a pruned checkpoint as sparse or dense "
+    "file, ONNX or torch.export), preset (settings of published results, as YAML), "
+    "benchmark (the engines on this machine)."
 )
 
 
@@ -105,6 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_sweep_command(given[1:], _CLI)
         if given[:1] == ["export"]:
             return run_export(given[1:], _CLI)
+        if given[:1] == ["report"]:
+            return run_report_command(given[1:])
         if given[:1] == ["preset"]:
             return _run_preset(given[1:])
         _CLI(
@@ -115,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             save_config_kwargs={"overwrite": True},
         )
     except Exception as error:
-        ours = _find_ours(error)
+        ours = _find_ours(error) or explain_wandb(error)
         if ours is None:
             raise
         sys.stderr.write(f"lightning-woodfisher: error: {ours}\n")
@@ -142,6 +146,31 @@ def _find_ours(error: BaseException | None) -> BaseException | None:
         # Not __context__: an error in the handler of ours is a bug of somebody else.
         error = error.__cause__
     return error
+
+
+def explain_wandb(error: BaseException | None) -> str | None:
+    """Say what to do when W&B cannot be reached, or is not there.
+
+    Args:
+        error: as the logger raises it.
+
+    Returns:
+        What it says, and the remedy; None for an error of something else.
+    """
+    while error is not None:
+        told = next(iter(str(error).splitlines()), type(error).__name__)
+        if isinstance(error, ModuleNotFoundError) and "wandb" in told:
+            return (
+                f"WandbLogger: {told}. pip install 'lightning-woodfisher[wandb]', or take "
+                "another logger, such as CSVLogger."
+            )
+        if type(error).__module__.partition(".")[0] == "wandb":
+            return (
+                f"W&B: {told} Without an account or a connection set WANDB_MODE=offline (or "
+                "offline: true of the WandbLogger); `wandb sync` sends the run later."
+            )
+        error = error.__cause__
+    return None
 
 
 def condense_error(message: str) -> str:

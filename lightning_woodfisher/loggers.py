@@ -10,21 +10,18 @@ from collections.abc import Callable, Iterator
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm.auto import tqdm
 
 from lightning_woodfisher.clock import Progress
-from lightning_woodfisher.figures import draw_local_model, has_matplotlib
 from lightning_woodfisher.report import PruningReport
 
 
 def log_report(trainer: pl.Trainer, report: PruningReport) -> None:
     """Send the numbers of a pruning step to every logger.
 
-    Scalars go to all loggers under ``pruning/…``, at the Trainer's global step. W&B also
-    gets a table of the layers and a bar chart of their sparsity, and the local model where
-    the report has one: its points, and a figure if matplotlib is installed.
+    Scalars go to all loggers under ``pruning/…``, at the Trainer's global step. Tables and
+    figures are :mod:`.tracking`'s.
 
     Args:
         trainer: its loggers are used; nothing is written on ranks other than 0.
@@ -45,8 +42,6 @@ def log_report(trainer: pl.Trainer, report: PruningReport) -> None:
         return
     for logger in trainer.loggers:
         logger.log_metrics(report.metrics(), step=trainer.global_step)
-        if isinstance(logger, WandbLogger):
-            _log_to_wandb(logger, report, trainer.global_step)
 
 
 def announce(trainer: pl.Trainer, text: str) -> None:
@@ -112,54 +107,6 @@ def terminal_bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
     # disable=None: silent where the output is not a terminal.
     with tqdm(desc=title, total=total, leave=False, disable=None) as bar:
         yield bar.update
-
-
-def _log_to_wandb(logger: WandbLogger, report: PruningReport, step: int) -> None:
-    import wandb
-
-    columns: list[str | int] = [
-        "layer",
-        "shape",
-        "weights",
-        "zeros",
-        "sparsity",
-        "threshold",
-        "predicted_increase",
-    ]
-    table = wandb.Table(
-        columns=columns,
-        data=[
-            [
-                layer.name,
-                "x".join(map(str, layer.shape)),
-                layer.weights,
-                layer.zeros_after,
-                layer.sparsity,
-                layer.threshold,
-                layer.predicted_increase,
-            ]
-            for layer in report.layers
-        ],
-    )
-    bars = wandb.plot.bar(table, "layer", "sparsity", title="Sparsity per layer")
-    entry = {
-        "pruning/layers": table,
-        "pruning/sparsity_per_layer": bars,
-        "trainer/global_step": step,
-    }
-    if report.local_model:
-        entry["pruning/local_model_points"] = wandb.Table(
-            columns=["part", "fraction", "predicted", "measured"],
-            data=[
-                [number, point.fraction, point.predicted, point.measured]
-                for number, part in enumerate(report.local_model)
-                for point in part
-            ],
-        )
-        if has_matplotlib():
-            entry["pruning/local_model"] = wandb.Image(draw_local_model(report))
-    # With step= W&B would drop whatever comes later for an earlier step.
-    logger.experiment.log(entry)
 
 
 def _pair(predicted: float | None, measured: float | None) -> str:

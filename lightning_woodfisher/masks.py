@@ -206,9 +206,7 @@ class Masks:
             number of ranks can load them.
         """
         return {
-            name: self._whole(name).cpu()
-            for name, zeros in self._zeros.items()
-            if zeros
+            name: self.whole(name).cpu() for name, zeros in self._zeros.items() if zeros
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -251,8 +249,15 @@ class Masks:
     def _ranks(self) -> Communicator:
         return Communicator(next(iter(self.parameters.values())).device)
 
-    def _whole(self, name: str) -> Tensor:
-        """The mask of a whole parameter."""
+    def whole(self, name: str) -> Tensor:
+        """Give the mask of a whole parameter, sharded or not. Call on all ranks.
+
+        Args:
+            name: the parameter.
+
+        Returns:
+            bool tensor of the parameter's shape, True where the weight is kept.
+        """
         parameter, kept = self.parameters[name], self.kept(name)
         if self.sharded:
             part = kept.reshape(-1).to(torch.uint8)

@@ -66,6 +66,7 @@ class _PartResult:
     """What one part of a step leaves behind for the report; layers in order."""
 
     thresholds: list[float | None]
+    quantiles: list[tuple[float, ...]]
     predicted: list[float] | None
     damping: float | None
     raised_damping: dict[str, float]
@@ -345,6 +346,7 @@ class Pruner:
             candidates = selector.candidates(criterion, active, weights, observed.gone)
         with clock("select"):
             removed, thresholds = selector.choose(candidates, active, fraction)
+            quantiles = selector.quantiles(candidates)
         del candidates
         with clock("update"):
             directions = criterion.directions(weights, removed)
@@ -369,6 +371,7 @@ class Pruner:
             losses_after = sampling.measure(seed)
         return _PartResult(
             thresholds=thresholds,
+            quantiles=quantiles,
             predicted=predicted,
             damping=criterion.damping,
             raised_damping=active.name_blocks(criterion.raised_damping()),
@@ -404,6 +407,7 @@ class Pruner:
                 predicted_increase=_total(
                     p.predicted and p.predicted[i] for p in parts
                 ),
+                saliency_quantiles=last.quantiles[i],
             )
             for i, (name, parameter) in enumerate(self.masks.parameters.items())
         )

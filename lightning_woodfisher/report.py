@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["LayerReport", "LocalModelPoint", "PruningReport", "format_table"]
+__all__ = [
+    "SALIENCY_SHARES",
+    "LayerReport",
+    "LocalModelPoint",
+    "PruningReport",
+    "format_steps",
+    "format_table",
+]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +17,8 @@ from typing import Any
 
 # Fields of a report that are lists in JSON.
 _TUPLES = ("fisher_bytes", "update_scales", "first_order_scales", "updates")
+# Which quantiles of the saliencies a layer reports.
+SALIENCY_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,9 @@ class LayerReport:
         threshold: largest saliency that was removed, None when none was.
         predicted_increase: rise of the loss that the quadratic model predicts for this
             layer's share of the update; None for a criterion without a model of the loss.
+        saliency_quantiles: of the layer's saliencies in the last part, before anything
+            went, at ``SALIENCY_SHARES``; with a pattern, of groups per weight. Empty where
+            nothing was left to compare, and in reports of older versions.
     """
 
     name: str
@@ -34,6 +46,7 @@ class LayerReport:
     zeros_after: int
     threshold: float | None
     predicted_increase: float | None
+    saliency_quantiles: tuple[float, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -151,6 +164,23 @@ class PruningReport:
             return None
         return self.flops_after / self.flops_dense
 
+    def damping_of(self, layer: LayerReport) -> float | None:
+        """Give the largest λ among the blocks of a layer.
+
+        Args:
+            layer: one of ``layers``.
+
+        Returns:
+            λ as configured, or as high as it had to be raised; None without damping.
+        """
+        prefix = f"{layer.name} from weight "
+        raised = [
+            damping
+            for block, damping in self.raised_damping.items()
+            if block.startswith(prefix)
+        ]
+        return max(raised) if raised else self.damping
+
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain types, for JSON and checkpoints.
 
@@ -159,7 +189,12 @@ class PruningReport:
         """
         plain = asdict(self)
         plain["layers"] = [
-            {**asdict(layer), "shape": list(layer.shape)} for layer in self.layers
+            {
+                **asdict(layer),
+                "shape": list(layer.shape),
+                "saliency_quantiles": list(layer.saliency_quantiles),
+            }
+            for layer in self.layers
         ]
         plain["raised_damping"] = dict(self.raised_damping)
         plain["seconds"] = dict(self.seconds)
@@ -181,7 +216,13 @@ class PruningReport:
             An equal report.
         """
         layers = tuple(
-            LayerReport(**{**layer, "shape": tuple(layer["shape"])})
+            LayerReport(
+                **{
+                    **layer,
+                    "shape": tuple(layer["shape"]),
+                    "saliency_quantiles": tuple(layer.get("saliency_quantiles", ())),
+                }
+            )
             for layer in plain["layers"]
         )
         # Reports of older versions have fewer fields.
@@ -248,6 +289,42 @@ class PruningReport:
             _number(self.predicted_increase),
         )
         return format_table(head, rows, total)
+
+
+def format_steps(reports: Sequence[PruningReport]) -> str:
+    """Draw the pruning steps of a run as a text table.
+
+    Args:
+        reports: in order.
+
+    Returns:
+        Lines of equal width, one for each step below the head.
+    """
+    head: tuple[str, ...] = (
+        "",
+        "epoch",
+        "step",
+        "target",
+        "sparsity",
+        "predicted rise",
+    )
+    head += ("measured rise", "loss before", "after", "seconds")
+    rows = [
+        (
+            f"{number}",
+            "–" if report.epoch is None else f"{report.epoch}",
+            "–" if report.step is None else f"{report.step:,}",
+            f"{report.target_sparsity:.2%}",
+            f"{report.sparsity:.2%}",
+            _number(report.predicted_increase),
+            _number(report.measured_increase),
+            _number(report.loss_before),
+            _number(report.loss_after),
+            f"{sum(report.seconds.values()):.1f}",
+        )
+        for number, report in enumerate(reports, start=1)
+    ]
+    return format_table(head, rows)
 
 
 def format_table(

@@ -28,7 +28,9 @@ from lightning_woodfisher.flops import LayerFlops
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.parts import Spacing, removed_share
 from lightning_woodfisher.patterns import parse_pattern
+from lightning_woodfisher.quantiles import quantiles_by_group
 from lightning_woodfisher.quotas import Layers, Quotas, make_quotas
+from lightning_woodfisher.report import SALIENCY_SHARES
 from lightning_woodfisher.selection import SelectionConfig, select_smallest
 
 # How near a share of the FLOPs is as good as met.
@@ -148,6 +150,20 @@ class Selector:
         if candidates.leaving is None:
             return chosen, thresholds
         return active.members(chosen) & candidates.leaving, thresholds
+
+    def quantiles(self, candidates: Candidates) -> list[tuple[float, ...]]:
+        """Find quantiles of what competes in each layer.
+
+        Args:
+            candidates: what :meth:`candidates` gave.
+
+        Returns:
+            Of each layer, at ``SALIENCY_SHARES``; nothing without candidates.
+        """
+        number = len(self._start)
+        return quantiles_by_group(
+            candidates.scores, candidates.layers, number, SALIENCY_SHARES, self._comm
+        )
 
     def _choose(self, found: Candidates, fraction: float) -> Tensor:
         comm, quotas = self._comm, self._quotas
