@@ -95,6 +95,7 @@ class PruningConfig:
             require_flops_target_fits(self.selection, self.flops_target)
         require_points(self.local_model_points, self.measure_loss)
         self._check_parts()
+        self._check_nonfinite()
         require_integer(
             "batchnorm_recalibration_batches", self.batchnorm_recalibration_batches
         )
@@ -102,6 +103,21 @@ class PruningConfig:
             raise ConfigurationError(
                 f"batchnorm_recalibration_batches={self.batchnorm_recalibration_batches} "
                 "must be at least 0."
+            )
+
+    def _check_nonfinite(self) -> None:
+        """Refuse to leave gradients out where that cannot be done."""
+        most = self.fisher.max_nonfinite
+        if most and CRITERIA[self.criterion].needs == "factors":
+            raise ConfigurationError(
+                f"fisher.max_nonfinite={most} cannot go with criterion="
+                f"{self.criterion!r}, which has no gradients of single mini-batches; "
+                "set it to 0."
+            )
+        if most and most >= self.fisher.num_gradients:
+            raise ConfigurationError(
+                f"fisher.max_nonfinite={most} would let all of "
+                f"num_gradients={self.fisher.num_gradients} be left out; lower it."
             )
 
     def _check_parts(self) -> None:

@@ -107,6 +107,9 @@ class FisherConfig:
         centered: subtract the mean gradient, which leaves the covariance of the gradients.
         repeat_samples: where N·m samples are more than there are, go through the data
             again in another order; without it that is an error.
+        max_nonfinite: so many gradients of a part may be NaN or infinite: they are left
+            out, N becomes the number of the others, and the report counts them. One more
+            is an error that names its samples.
     """
 
     num_gradients: int = 256
@@ -124,6 +127,7 @@ class FisherConfig:
     labels: Labels = "true"
     centered: bool = False
     repeat_samples: bool = False
+    max_nonfinite: int = 0
 
     def __post_init__(self) -> None:
         optional = ("block_size", "first_order_samples")
@@ -139,6 +143,12 @@ class FisherConfig:
                 raise ConfigurationError(
                     f"fisher.{name}={value} must be at least 1{hint}."
                 )
+        require_integer("fisher.max_nonfinite", self.max_nonfinite)
+        if self.max_nonfinite < 0:
+            raise ConfigurationError(
+                f"fisher.max_nonfinite={self.max_nonfinite} must be at least 0; 0 allows "
+                "none."
+            )
         require_number("fisher.damping", self.damping)
         if not (self.damping > 0 and math.isfinite(self.damping)):
             raise ConfigurationError(
@@ -197,6 +207,7 @@ def make_inverse_fisher(
     precision: Precision = "auto",
     offload_rows: bool = False,
     centered: bool = False,
+    max_nonfinite: int = 0,
 ) -> InverseFisher:
     """Choose the engine and make this rank's part of the inverse Fisher.
 
@@ -210,6 +221,7 @@ def make_inverse_fisher(
         precision: of the products of gradients.
         offload_rows: keep rows in host memory.
         centered: subtract the mean gradient.
+        max_nonfinite: how many gradients may not come.
 
     Returns:
         An empty inverse Fisher that waits for gradients.
@@ -226,6 +238,7 @@ def make_inverse_fisher(
         precision,
         offload_rows,
         centered,
+        max_nonfinite,
     )
 
 

@@ -42,15 +42,17 @@ from lightning_woodfisher.batches import (
 from lightning_woodfisher.distributed import Communicator, Pending
 from lightning_woodfisher.errors import PruningError
 from lightning_woodfisher.fisher import Collection, RowDtype
-from lightning_woodfisher.isolation import derive_seed, random_states_kept, seeded
+from lightning_woodfisher.isolation import derive_seed, seeded
 from lightning_woodfisher.losses import (
     FunctionLoss,
     LossSource,
     differentiable_loss,
+    loss_value,
     lower_loss_scale,
-    require_finite,
+    mean_loss,
     scalar_loss,
 )
+from lightning_woodfisher.nonfinite import NonFiniteError, SkippedGradients, leave_out
 from lightning_woodfisher.per_sample import per_sample_rows, why_not
 
 # A micro-batch holds at most so many gradients, samples, and bytes of rows.
@@ -88,6 +90,7 @@ def collect_gradients(
     row_dtype: RowDtype = "float32",
     note: Callable[[str], object] = lambda _: None,
     derivative: Derivative | None = None,
+    skipped: SkippedGradients | None = None,
 ) -> Iterator[Tensor]:
     """Compute the gradients of this rank and yield this rank's slice of all of them.
 
@@ -112,12 +115,15 @@ def collect_gradients(
             the same on every rank.
         derivative: what a row holds instead of the gradient, given the loss and i; goes
             with ``collection="loop"``.
+        skipped: learns which gradients are not finite and left out, if any may be. Their
+            losses are left out, too.
 
     Yields:
         Tensors of shape ``[n, D_r]``: gradients in order of i.
     """
     _require_trainable(parameters)
-    maker = _Rows(source, batches, parameters, active, seed, derivative)
+    skipped = skipped or SkippedGradients(0, comm)
+    maker = _Rows(source, batches, parameters, active, seed, derivative, skipped)
     maker.reason = _why_loop(source, batches, parameters, collection)
     at_once = 1
     if not maker.reason:
@@ -126,6 +132,7 @@ def collect_gradients(
     dtype = _row_dtype(parameters.values())
     sent_dtype = torch.bfloat16 if row_dtype == "bfloat16" else dtype
     pending: Pending | None = None
+    kept_before: Tensor | None = None
     # BatchNorm statistics differ between ranks in the middle of training.
     comm.broadcast(source.model.buffers())
     for start in range(0, count, comm.world_size * at_once):
@@ -138,24 +145,27 @@ def collect_gradients(
                 number, sum(shard_sizes), dtype=dtype, device=comm.device
             )
             maker.fill(first, rows)
-        if comm.world_size == 1 and maker.failure is not None:
-            raise maker.failure
         if start == 0 and at_once > 1:
             # The first micro-batch decides for all, and rank 0 has it.
             undecided = not maker.reason
             maker.reason = comm.share_text(maker.reason)
             if rows is not None and maker.reason and undecided:
                 maker.fill(first, rows)
+        kept = skipped.agree(start, sum(counts))
+        maker.failure = maker.failure or skipped.failure
+        if comm.world_size == 1 and maker.failure is not None:
+            raise maker.failure
         sent = None if rows is None else rows.to(sent_dtype)
         started = comm.exchange(sent, shard_sizes, counts, sent_dtype)
         if pending is not None:
-            yield pending.wait()
-        pending = started
+            yield _chosen(pending.wait(), kept_before)
+        pending, kept_before = started, kept
         tick(sum(counts))
     if pending is not None:
-        yield pending.wait()
+        yield _chosen(pending.wait(), kept_before)
     comm.agree(maker.failure)
-    losses.extend(comm.gather_in_order(maker.losses, count, at_once))
+    everyone = comm.gather_in_order(maker.losses, count, at_once)
+    losses.extend(leave_out(everyone, skipped.indices))
     note(maker.describe(comm))
 
 
@@ -185,44 +195,6 @@ def iterate_chunks(rows: Iterable[Tensor], size: int) -> Iterator[Tensor]:
                 count = 0
     if chunk is not None and count:
         yield chunk[:count]
-
-
-def mean_loss(
-    source: LossSource,
-    batches: Batches,
-    count: int,
-    comm: Communicator,
-    seed: int,
-    *,
-    finite: bool = True,
-) -> list[float]:
-    """Compute the losses of the mini-batches without gradients, shared by the ranks.
-
-    A loss that is not finite is a :class:`PruningError`.
-
-    Args:
-        source: where losses come from, with its session entered.
-        batches: the mini-batches.
-        count: N.
-        comm: the ranks.
-        seed: the one given to :func:`collect_gradients`.
-        finite: False lets losses that are not finite pass.
-
-    Returns:
-        N losses in order, the same on every rank.
-    """
-    own: dict[int, float] = {}
-    failure: Exception | None = None
-    try:
-        for index in range(comm.rank, count, comm.world_size):
-            with seeded(derive_seed(seed, index)):
-                own[index] = loss_value(source, batches, index)
-            if finite:
-                require_finite(own[index], batches, index)
-    except Exception as error:
-        failure = error
-    comm.agree(failure)
-    return comm.gather_in_order(own, count)
 
 
 def _why_loop(
@@ -274,12 +246,14 @@ class _Rows:
         active: Mapping[str, Tensor],
         seed: int,
         derivative: Derivative | None,
+        skipped: SkippedGradients,
     ) -> None:
         self._source = source
         self._batches = batches
         self._parameters = parameters
         self._active = active
         self._seed = seed
+        self._skipped = skipped
         self._derivative = derivative or (
             lambda loss, _: torch.autograd.grad(
                 loss, list(parameters.values()), allow_unused=True
@@ -312,10 +286,22 @@ class _Rows:
                 self._redone += 1
         try:
             for index, row in enumerate(rows, start=first):
-                self.losses[index] = self._alone(index, row)
+                self._fill_one(index, row)
         except Exception as error:
             self.failure = error
             rows.zero_()
+
+    def _fill_one(self, index: int, row: Tensor) -> None:
+        """Compute a gradient; one that may be left out is noted, and its row is zero."""
+        problem: NonFiniteError | None = None
+        try:
+            self.losses[index] = self._alone(index, row)
+        except NonFiniteError as error:
+            if not self._skipped.allowed:
+                raise
+            problem = error
+            row.zero_()
+        self._skipped.note(index, problem)
 
     def describe(self, comm: Communicator) -> str:
         """Tell how gradients were computed.
@@ -396,32 +382,6 @@ class _Rows:
         return ""
 
 
-def loss_value(source: LossSource, batches: Batches, index: int) -> float:
-    """Compute one loss without gradients, or with them where the loss needs them.
-
-    Args:
-        source: where losses come from, with its session entered.
-        batches: the mini-batches.
-        index: which one.
-
-    Returns:
-        The loss.
-
-    Raises:
-        RuntimeError: whatever the loss raises.
-    """
-    batch = batches.fetch(index)
-    try:
-        with random_states_kept(), torch.no_grad():
-            return float(source.loss(batch, index))
-    except RuntimeError as error:
-        if "not require grad" not in str(error):
-            raise
-    # A loss that differentiates inside, such as a gradient penalty. Each batch decides
-    # for itself, so that the result does not depend on which rank has computed it.
-    return float(source.loss(batch, index).detach())
-
-
 def _gradient(
     source: LossSource,
     batches: Batches,
@@ -455,7 +415,9 @@ def _gradient(
         # float16 has overflowed under the scale of the GradScaler; a smaller one may do.
         lower = lower_loss_scale(scale)
         if lower is None:
-            raise PruningError(_name_non_finite(batches, index, parameters, gradients))
+            raise NonFiniteError(
+                _name_non_finite(batches, index, parameters, gradients)
+            )
         scale = lower
 
 
@@ -481,6 +443,10 @@ def _name_non_finite(
         if gradient is not None and not bool(gradient.isfinite().all())
     ]
     return f"gradient {index} ({batches.describe(index)}) is not finite in {', '.join(bad)}"
+
+
+def _chosen(rows: Tensor, kept: Tensor | None) -> Tensor:
+    return rows if kept is None else rows[kept]
 
 
 def _all_finite(values: Tensor) -> bool:

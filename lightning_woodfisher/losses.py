@@ -6,7 +6,9 @@ __all__ = [
     "FunctionLoss",
     "LossSource",
     "differentiable_loss",
+    "loss_value",
     "lower_loss_scale",
+    "mean_loss",
     "require_finite",
     "scalar_loss",
 ]
@@ -14,7 +16,7 @@ __all__ = [
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +29,17 @@ from lightning_woodfisher.batches import (
     Streams,
     loader_batches,
 )
+from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import PruningError
-from lightning_woodfisher.isolation import ModelMode, isolated
+from lightning_woodfisher.isolation import (
+    ModelMode,
+    derive_seed,
+    isolated,
+    random_states_kept,
+    seeded,
+)
 from lightning_woodfisher.labels import UnlabelledBatch, labelled
+from lightning_woodfisher.nonfinite import NonFiniteError, leave_out
 
 # A loss scale that is lowered below this cannot be what makes gradients overflow.
 _SMALLEST_LOSS_SCALE = 1.0
@@ -208,10 +218,10 @@ def require_finite(value: float, batches: Batches, index: int) -> None:
         index: of which it is.
 
     Raises:
-        PruningError: naming the samples.
+        NonFiniteError: naming the samples.
     """
     if not math.isfinite(value):
-        raise PruningError(
+        raise NonFiniteError(
             f"the loss of gradient {index} ({batches.describe(index)}) is {value}"
         )
 
@@ -241,6 +251,74 @@ def differentiable_loss(
             "without gradients, so it cannot be differentiated"
         )
     return loss
+
+
+def mean_loss(
+    source: LossSource,
+    batches: Batches,
+    count: int,
+    comm: Communicator,
+    seed: int,
+    *,
+    finite: bool = True,
+    skip: Sequence[int] = (),
+) -> list[float]:
+    """Compute the losses of the mini-batches without gradients, shared by the ranks.
+
+    A loss that is not finite is a :class:`PruningError`.
+
+    Args:
+        source: where losses come from, with its session entered.
+        batches: the mini-batches.
+        count: N.
+        comm: the ranks.
+        seed: the one given to :func:`.collect_gradients`.
+        finite: False lets losses that are not finite pass.
+        skip: numbers of the mini-batches to leave out.
+
+    Returns:
+        The losses in order, the same on every rank.
+    """
+    own: dict[int, float] = {}
+    failure: Exception | None = None
+    try:
+        for index in range(comm.rank, count, comm.world_size):
+            if index in skip:
+                continue
+            with seeded(derive_seed(seed, index)):
+                own[index] = loss_value(source, batches, index)
+            if finite:
+                require_finite(own[index], batches, index)
+    except Exception as error:
+        failure = error
+    comm.agree(failure)
+    return leave_out(comm.gather_in_order(own, count), skip)
+
+
+def loss_value(source: LossSource, batches: Batches, index: int) -> float:
+    """Compute one loss without gradients, or with them where the loss needs them.
+
+    Args:
+        source: where losses come from, with its session entered.
+        batches: the mini-batches.
+        index: which one.
+
+    Returns:
+        The loss.
+
+    Raises:
+        RuntimeError: whatever the loss raises.
+    """
+    batch = batches.fetch(index)
+    try:
+        with random_states_kept(), torch.no_grad():
+            return float(source.loss(batch, index))
+    except RuntimeError as error:
+        if "not require grad" not in str(error):
+            raise
+    # A loss that differentiates inside, such as a gradient penalty. Each batch decides
+    # for itself, so that the result does not depend on which rank has computed it.
+    return float(source.loss(batch, index).detach())
 
 
 def lower_loss_scale(scale: float) -> float | None:

@@ -186,6 +186,7 @@ class Pruner:
                 report = dataclasses.replace(
                     report,
                     halvings=halvings,
+                    nonfinite_gradients=sampling.nonfinite,
                     batchnorm_layers=len(statistics.layers),
                 )
                 # No rank may keep a step that another one takes back.
@@ -201,7 +202,8 @@ class Pruner:
             source: where gradients come from.
         """
         config, comm = self.config, self.comm
-        few = min(config.fisher.num_gradients, comm.world_size)
+        most = config.fisher.max_nonfinite
+        few = min(config.fisher.num_gradients, comm.world_size + most)
         fisher = dataclasses.replace(config.fisher, num_gradients=few)
         sampling = Sampling(
             source, self.masks, fisher, comm, measure_loss=config.measure_loss

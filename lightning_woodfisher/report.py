@@ -111,6 +111,7 @@ class PruningReport:
         halvings: how often the parts became half as long, because the loss had risen by
             more than ``trust`` times the prediction.
         batchnorm_layers: layers whose running statistics were estimated anew.
+        nonfinite_gradients: gradients that were NaN or infinite and left out.
     """
 
     criterion: str
@@ -141,6 +142,7 @@ class PruningReport:
     local_model: tuple[tuple[LocalModelPoint, ...], ...] = ()
     halvings: int = 0
     batchnorm_layers: int = 0
+    nonfinite_gradients: int = 0
 
     @property
     def weights(self) -> int:
@@ -246,6 +248,7 @@ class PruningReport:
             "threshold": self.threshold,
             "damping": self.damping,
             "blocks_with_raised_damping": float(len(self.raised_damping)),
+            "nonfinite_gradients": float(self.nonfinite_gradients),
             "predicted_loss_increase": self.predicted_increase,
             "measured_loss_increase": self.measured_increase,
             "bytes_exchanged": float(self.bytes_exchanged),

@@ -33,6 +33,7 @@ from lightning_woodfisher.gradients import (
 from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.labels import UnlabelledBatches
 from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.nonfinite import SkippedGradients
 from lightning_woodfisher.patterns import Pattern
 from lightning_woodfisher.sharded_gradients import (
     collect_sharded_gradients,
@@ -77,6 +78,13 @@ class Sampling:
         self._measure_loss = measure_loss
         # The first-order sample of this part.
         self._kept: tuple[tuple[int, ...], Batches | None] = (), None
+        # What was left out, by seed, N and m.
+        self._skipped: dict[tuple[int, int, int], SkippedGradients] = {}
+
+    @property
+    def nonfinite(self) -> int:
+        """Gradients that were not finite and left out so far."""
+        return sum(len(skipped.indices) for skipped in self._skipped.values())
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
@@ -126,6 +134,11 @@ class Sampling:
             rows = self.rows(active, seed, losses, tick, notes, curved=curved)
             size = rows_in_chunk(fisher, active.partition.size)
             self._feed(rows, size, criterion.observe)
+            left_out = self._left_out(
+                seed, fisher.num_gradients, fisher.gradient_batch_size
+            )
+            if left_out:
+                criterion.leave_out(len(left_out))
             self._observe_first_order(criterion, active, seed)
         # The loss after the step is measured in groups and on the labels of the data, and
         # so must be the one before.
@@ -161,7 +174,10 @@ class Sampling:
         notes = [] if notes is None else notes
         fisher, parameters = fisher or self._fisher, self._masks.parameters
         count, size = fisher.num_gradients, fisher.gradient_batch_size
+        skipped = SkippedGradients(fisher.max_nonfinite, self._comm)
+        self._skipped[seed, count, size] = skipped
         if self._masks.sharded:
+            self._require_no_limit(fisher.max_nonfinite)
             if curved:
                 self._require_whole_parameters("hessian_diagonal")
             notes.append("loop: the model is sharded")
@@ -197,6 +213,7 @@ class Sampling:
             derivative=hutchinson(parameters, active.positions, seed)
             if curved
             else None,
+            skipped=skipped,
         )
         return _in_context(twice_differentiable, rows) if curved else rows
 
@@ -263,6 +280,13 @@ class Sampling:
                 "'diagonal_fisher'."
             )
 
+    def _require_no_limit(self, max_nonfinite: int) -> None:
+        if max_nonfinite:
+            raise ConfigurationError(
+                f"fisher.max_nonfinite={max_nonfinite} needs whole parameters on every "
+                "rank, but these are sharded (fully_shard, FSDP2); set it to 0."
+            )
+
     def measure(self, seed: int) -> list[float]:
         """Compute the losses of the samples of the gradients, at the present weights.
 
@@ -312,7 +336,20 @@ class Sampling:
         batches = self._batches(count, size, seed)
         if self._masks.sharded:
             return sharded_mean_loss(self._source, batches, count, self._comm, seed)
-        return mean_loss(self._source, batches, count, self._comm, seed, finite=finite)
+        return mean_loss(
+            self._source,
+            batches,
+            count,
+            self._comm,
+            seed,
+            finite=finite,
+            skip=self._left_out(seed, count, size),
+        )
+
+    def _left_out(self, seed: int, count: int, size: int) -> list[int]:
+        """Numbers of the mini-batches whose gradients were left out."""
+        skipped = self._skipped.get((seed, count, size))
+        return [] if skipped is None else skipped.indices
 
     def _observe_first_order(
         self, criterion: Criterion, active: ActiveWeights, seed: int
@@ -325,6 +362,7 @@ class Sampling:
         fisher = dataclasses.replace(
             self._fisher,
             num_gradients=count,
+            max_nonfinite=min(self._fisher.max_nonfinite, count - 1),
             gradient_batch_size=size,
             row_dtype="float32",
         )
@@ -393,6 +431,9 @@ class Sampling:
         fisher = self._fisher
         count, size = fisher.num_gradients, fisher.gradient_batch_size
         if not self._batches(count, size, seed).regroupable:
+            return 1
+        # Of a group only the whole could be left out.
+        if self._left_out(seed, count, size):
             return 1
         return mini_batches_in_group(fisher)
 

@@ -199,6 +199,9 @@ class StoredSampling(Sampling):
         if fisher is not None or curved:
             return super().rows(active, seed, losses, tick, notes, fisher, curved)
         self._from_store = False
+        # Of rows that were left out a setting with fewer gradients has others.
+        if self._fisher.max_nonfinite:
+            return super().rows(active, seed, losses, tick, notes)
         if not self._is_start(self._masks):
             return super().rows(active, seed, losses, tick, notes)
         fisher, sizes = self._fisher, active.partition.shard_sizes()

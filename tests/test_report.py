@@ -103,6 +103,7 @@ def test_metrics() -> None:
         "pruning/threshold": 2e-5,
         "pruning/damping": 1e-4,
         "pruning/blocks_with_raised_damping": 1.0,
+        "pruning/nonfinite_gradients": 0.0,
         "pruning/predicted_loss_increase": 7.5e-4,
         "pruning/measured_loss_increase": 8e-4,
         "pruning/bytes_exchanged": 123_456.0,

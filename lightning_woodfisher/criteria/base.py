@@ -90,6 +90,13 @@ class Criterion(ABC):
             rows: tensor ``[n, D_r]``.
         """
 
+    def leave_out(self, number: int) -> None:  # noqa: B027  (many count their rows)
+        """Learn how many of the announced rows do not come; called after the last one.
+
+        Args:
+            number: of gradients that were not finite.
+        """
+
     def observe_first_order(self, rows: Tensor) -> None:  # noqa: B027  (few have any)
         """Take in gradients of the sample for the mean gradient.
 

@@ -98,6 +98,7 @@ class WoodFisher(Criterion):
             precision=self.fisher.precision,
             offload_rows=self.fisher.offload_rows,
             centered=self.fisher.centered,
+            max_nonfinite=self.fisher.max_nonfinite,
         )
 
     @property
@@ -118,6 +119,14 @@ class WoodFisher(Criterion):
             rows: tensor ``[n, D_r]``.
         """
         self.inverse_fisher.observe(rows)
+
+    def leave_out(self, number: int) -> None:
+        """Make N the number of rows that have come.
+
+        Args:
+            number: of gradients that were not finite.
+        """
+        self.inverse_fisher.leave_out(number)
 
     def score(self, weights: Tensor) -> Tensor:
         """Invert the Fisher and give the saliencies.

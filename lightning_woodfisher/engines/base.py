@@ -33,6 +33,7 @@ class InverseFisher(ABC):
         precision: of the products of gradients; factorisations are always float64.
         offload_rows: keep rows in host memory, for the forms that keep rows.
         centered: subtract the mean gradient: F = λI + (1/N) Σ (g_i − ḡ)(g_i − ḡ)ᵀ.
+        max_missing: rows that may not come (:meth:`leave_out`).
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class InverseFisher(ABC):
         precision: Precision = "auto",
         offload_rows: bool = False,
         centered: bool = False,
+        max_missing: int = 0,
     ) -> None:
         self.units = partition.owned(communicator.rank)
         self.num_gradients = num_gradients
+        self._fewest_gradients = max(1, num_gradients - max_missing)
         self.precision: Precision = precision
         self._comm = communicator
         self._device = communicator.device
@@ -109,6 +112,22 @@ class InverseFisher(ABC):
             )
         self._add(rows)
         self._observed += len(rows)
+
+    def leave_out(self, number: int) -> None:
+        """Make N the number of rows that have come; call it when no more will.
+
+        Args:
+            number: of the announced rows that do not come.
+
+        Raises:
+            ValueError: when that is not what is missing, or nothing has come.
+        """
+        if self._observed + number != self.num_gradients or not self._observed:
+            raise ValueError(
+                f"{number} gradients left out, but {self._observed} of "
+                f"{self.num_gradients} were observed"
+            )
+        self.num_gradients = self._observed
 
     def factorize(self) -> None:
         """Invert; call it after the last gradient.

@@ -76,7 +76,7 @@ class PrimalInverseFisher(InverseFisher):
             value = spread(
                 float((before + added).max()),
                 unit.size,
-                self.num_gradients,
+                self._fewest_gradients,
                 self._initial_damping,
             )
             if float32_is_enough(value, self.precision):

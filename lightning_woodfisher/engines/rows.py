@@ -81,9 +81,9 @@ class RowStore:
         self._count += len(rows)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Give the rows of one unit on the device, ``[N, U]``; not to be changed."""
+        """Give the rows of one unit that have come, on the device; not to be changed."""
         if self._stream is None:
-            return self._units[index]
+            return self._units[index][: self._count]
         self._begin_copy(index)
         rows, ready = self._arriving.pop(index)
         stream = torch.cuda.current_stream(self._device)
@@ -92,7 +92,7 @@ class RowStore:
         self._arriving.clear()
         if index + 1 < len(self._units):
             self._begin_copy(index + 1)
-        return rows
+        return rows[: self._count]
 
     def clear(self, columns: Tensor) -> None:
         """Set columns to zero.
