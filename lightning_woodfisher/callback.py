@@ -27,6 +27,7 @@ from lightning_woodfisher.errors import (
     ConfigurationError,
     PruningError,
     require_flag,
+    require_text,
 )
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.layers import prunable_parameters
@@ -150,8 +151,6 @@ class WoodFisherPruningCallback(pl.Callback):
         weight_decay_off_after_last_step: bool = False,
     ) -> None:
         check_sparsity(target_sparsity)
-        if flops_target is None:
-            require_target_fits(selection, target_sparsity)
         self.target_sparsity = target_sparsity
         self.schedule = schedule if schedule is not None else PolynomialSchedule()
         self.config = PruningConfig(
@@ -171,6 +170,10 @@ class WoodFisherPruningCallback(pl.Callback):
             trust=trust,
             batchnorm_recalibration_batches=batchnorm_recalibration_batches,
         )
+        if flops_target is None:
+            require_target_fits(selection, target_sparsity)
+        require_text("loss_method", loss_method)
+        require_text("report_path", report_path)
         require_flag(
             "weight_decay_off_after_last_step", weight_decay_off_after_last_step
         )
