@@ -8,7 +8,7 @@ EXTRAS := wandb,examples
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-ddp test test-slurm bench check format docs clean
+.PHONY: help demo demo-ddp test test-slurm soak mutants bench check format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,6 +30,14 @@ test: $(VENV)/.dev  ## run the tests
 test-slurm: export OMP_NUM_THREADS = 1
 test-slurm: $(VENV)/.dev  ## run the tests on a SLURM of two nodes, started for them
 	$(BIN)/python -m pytest tests/clusters/test_slurm.py $(PYTEST_ARGS)
+
+soak: export OMP_NUM_THREADS = 1
+soak: $(VENV)/.dev  ## thousands of random configurations; SOAK_SEED chooses others
+	$(BIN)/python -m pytest -m soak tests/test_fuzz.py $(PYTEST_ARGS)
+
+mutants: export OMP_NUM_THREADS = 1
+mutants: $(VENV)/.dev  ## break lines of the core one by one; the tests must notice
+	$(BIN)/python tests/mutation.py
 
 # Threads that wander between cores would be measured, too.
 bench: export OMP_PROC_BIND ?= true

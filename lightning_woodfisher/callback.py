@@ -142,8 +142,6 @@ class WoodFisherPruningCallback(MaskedTraining):
         log_masks: bool = False,
     ) -> None:
         check_sparsity(target_sparsity)
-        if flops_target is None:
-            require_target_fits(selection, target_sparsity)
         self.target_sparsity = target_sparsity
         super().__init__(
             schedule if schedule is not None else PolynomialSchedule(),
@@ -169,6 +167,8 @@ class WoodFisherPruningCallback(MaskedTraining):
             trust=trust,
             batchnorm_recalibration_batches=batchnorm_recalibration_batches,
         )
+        if flops_target is None:
+            require_target_fits(selection, target_sparsity)
         require_flag("log_masks", log_masks)
         self.log_masks = log_masks
         # The settings of the steps; those of the user, made to fit into memory.

@@ -143,6 +143,10 @@ def _find_ours(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(
         error, ConfigurationError | PruningError
     ):
+        for other in _of_alternatives(error):
+            ours = _find_ours(other)
+            if ours is not None:
+                return ours
         # Not __context__: an error in the handler of ours is a bug of somebody else.
         error = error.__cause__
     return error
@@ -171,6 +175,18 @@ def explain_wandb(error: BaseException | None) -> str | None:
             )
         error = error.__cause__
     return None
+
+
+def _of_alternatives(error: BaseException) -> list[BaseException]:
+    """Errors of the alternatives of a union, of which jsonargparse names one as cause."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or last.tb_frame.f_code.co_name != "raise_union_unexpected_value":
+        return []
+    found = last.tb_frame.f_locals.get("exceptions", ())
+    # The first one is the cause.
+    return [each for each in found[1:] if isinstance(each, BaseException)]
 
 
 def condense_error(message: str) -> str:

@@ -12,6 +12,7 @@ from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.errors import (
     ConfigurationError,
     nearest,
+    require_count,
     require_flag,
     require_integer,
     require_number,
@@ -69,7 +70,14 @@ class PruningConfig:
         )
 
     def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA:
+        for name, kind in (("fisher", FisherConfig), ("selection", SelectionConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigurationError(
+                    f"{name}={getattr(self, name)!r} is no {kind.__name__}; give "
+                    f"{kind.__name__}(...)."
+                )
+        # What cannot be hashed is no key either.
+        if self.criterion not in list(CRITERIA):
             raise ConfigurationError(
                 f"criterion={self.criterion!r} is unknown; use one of "
                 f"{', '.join(CRITERIA)}.{nearest(self.criterion, CRITERIA)}"
@@ -79,8 +87,12 @@ class PruningConfig:
                 f"update={self.update!r} is unknown; use one of "
                 f"{', '.join(get_args(Update))}.{nearest(self.update, get_args(Update))}"
             )
-        require_integer("recompute_steps", self.recompute_steps)
-        require_flag("step_search", self.step_search)
+        require_count("recompute_steps", self.recompute_steps)
+        require_integer("seed", self.seed)
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigurationError(f"seed={self.seed} is no 64-bit number.")
+        for name in ("measure_loss", "step_search"):
+            require_flag(name, getattr(self, name))
         require_number("update_scale", self.update_scale)
         if not 0.0 <= self.update_scale <= 1.0:
             raise ConfigurationError(
@@ -96,7 +108,7 @@ class PruningConfig:
         require_points(self.local_model_points, self.measure_loss)
         self._check_parts()
         self._check_nonfinite()
-        require_integer(
+        require_count(
             "batchnorm_recalibration_batches", self.batchnorm_recalibration_batches
         )
         if self.batchnorm_recalibration_batches < 0:

@@ -51,6 +51,7 @@ from lightning_woodfisher.engines.full import FullInverseFisher
 from lightning_woodfisher.engines.primal import PrimalInverseFisher
 from lightning_woodfisher.errors import (
     ConfigurationError,
+    require_count,
     require_flag,
     require_integer,
     require_number,
@@ -65,6 +66,8 @@ Collection = Literal["auto", "loop"]
 Labels = Literal["true", "sampled"]
 RowDtype = Literal["float32", "bfloat16"]
 
+# Beyond, products and inverses of λ overflow.
+_SMALLEST_DAMPING, _LARGEST_DAMPING = 1e-100, 1e100
 # Numbers that a chunk of gradients may hold before it takes fewer gradients.
 _ENTRIES_IN_CHUNK = 2**26
 # Samples of a mini-batch of the first order.
@@ -135,7 +138,8 @@ class FisherConfig:
             value = getattr(self, name)
             if name in optional and value is None:
                 continue
-            require_integer(f"fisher.{name}", value)
+            require = require_integer if name == "block_size" else require_count
+            require(f"fisher.{name}", value)
             if value < 1:
                 hint = "; None means one block over all weights" * (
                     name == "block_size"
@@ -155,6 +159,11 @@ class FisherConfig:
                 f"fisher.damping={self.damping} must be positive and finite; without it "
                 "the Fisher of fewer gradients than weights has no inverse."
             )
+        if not _SMALLEST_DAMPING <= self.damping <= _LARGEST_DAMPING:
+            raise ConfigurationError(
+                f"fisher.damping={self.damping} is outside [{_SMALLEST_DAMPING:g}, "
+                f"{_LARGEST_DAMPING:g}]; its products would leave the range of float64."
+            )
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget, "fisher.memory_budget")
         choices = {
@@ -171,7 +180,7 @@ class FisherConfig:
                     f"fisher.{name}={getattr(self, name)!r} is unknown; use one of "
                     f"{', '.join(get_args(known))}."
                 )
-        for name in ("centered", "repeat_samples"):
+        for name in ("centered", "repeat_samples", "offload_rows"):
             require_flag(f"fisher.{name}", getattr(self, name))
         if self.block_size is None and self.engine == "primal":
             raise ConfigurationError(

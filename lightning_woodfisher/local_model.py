@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.errors import ConfigurationError, require_integer
+from lightning_woodfisher.errors import ConfigurationError, require_count
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.report import LocalModelPoint
 
@@ -33,7 +33,7 @@ def require_points(points: int, measure_loss: bool) -> None:
     Raises:
         ConfigurationError: for a number that cannot work.
     """
-    require_integer("local_model_points", points)
+    require_count("local_model_points", points)
     if points and points < _FEWEST_POINTS:
         raise ConfigurationError(
             f"local_model_points={points} must be 0 (off), or at least {_FEWEST_POINTS}: the "

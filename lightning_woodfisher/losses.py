@@ -30,7 +30,7 @@ from lightning_woodfisher.batches import (
     loader_batches,
 )
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import PruningError
+from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.isolation import (
     ModelMode,
     derive_seed,
@@ -243,7 +243,7 @@ def differentiable_loss(
     Raises:
         PruningError: for any other.
     """
-    loss = source.loss(batch, index)
+    loss = _ask(source, batch, index)
     require_finite(float(loss.detach()), batches, index)
     if not loss.requires_grad:
         raise PruningError(
@@ -312,13 +312,27 @@ def loss_value(source: LossSource, batches: Batches, index: int) -> float:
     batch = batches.fetch(index)
     try:
         with random_states_kept(), torch.no_grad():
-            return float(source.loss(batch, index))
+            return float(_ask(source, batch, index))
     except RuntimeError as error:
         if "not require grad" not in str(error):
             raise
     # A loss that differentiates inside, such as a gradient penalty. Each batch decides
     # for itself, so that the result does not depend on which rank has computed it.
-    return float(source.loss(batch, index).detach())
+    return float(_ask(source, batch, index).detach())
+
+
+def _ask(source: LossSource, batch: Any, index: int) -> Tensor:
+    """Run the model; explain what BatchNorm makes of a single sample."""
+    try:
+        return source.loss(batch, index)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigurationError(
+            f"BatchNorm in training mode has no variance of batch {index}, a single "
+            "sample; raise fisher.gradient_batch_size, or set "
+            "fisher.model_mode='eval'."
+        ) from error
 
 
 def lower_loss_scale(scale: float) -> float | None:

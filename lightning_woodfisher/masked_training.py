@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_woodfisher.averaging import mask_averages, require_maskable_averages
-from lightning_woodfisher.errors import ConfigurationError, require_flag
+from lightning_woodfisher.errors import ConfigurationError, require_flag, require_text
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.preparation import (
     require_masks_hold,
@@ -70,6 +70,8 @@ class MaskedTraining(pl.Callback, ABC):
         report_path: str | None,
         weight_decay_off_after_last_step: bool,
     ) -> None:
+        require_text("loss_method", loss_method)
+        require_text("report_path", report_path)
         require_flag(
             "weight_decay_off_after_last_step", weight_decay_off_after_last_step
         )

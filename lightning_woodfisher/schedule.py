@@ -21,12 +21,17 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_woodfisher.errors import ConfigurationError, require_integer
+from lightning_woodfisher.errors import (
+    ConfigurationError,
+    require_integer,
+    require_number,
+)
 
 Unit = Literal["epoch", "step"]
 
 # With no end given, the last quarter of training is left to recover accuracy.
 _SHARE_OF_TRAINING_THAT_PRUNES = 0.75
+_MOST_STEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -222,9 +227,12 @@ class PolynomialSchedule(PruningSchedule):
             raise ConfigurationError(
                 f"PolynomialSchedule: every_n_{self.unit}s={self.every} must be at least 1."
             )
-        if not degree > 0:
+        require_number("PolynomialSchedule: degree", degree)
+        require_number("PolynomialSchedule: initial_sparsity", initial_sparsity)
+        if not (degree > 0 and math.isfinite(degree)):
             raise ConfigurationError(
-                f"PolynomialSchedule: degree={degree} must be positive (3 is usual)."
+                f"PolynomialSchedule: degree={degree} must be positive and finite (3 is "
+                "usual)."
             )
         if not 0.0 <= initial_sparsity < 1.0:
             raise ConfigurationError(
@@ -243,8 +251,8 @@ class PolynomialSchedule(PruningSchedule):
             The steps in order.
 
         Raises:
-            ConfigurationError: when the ramp does not fit into training, or it would
-                have to lower the sparsity.
+            ConfigurationError: when the ramp does not fit into training, has far too
+                many steps, or would have to lower the sparsity.
         """
         if target_sparsity < self.initial_sparsity:
             raise ConfigurationError(
@@ -253,6 +261,11 @@ class PolynomialSchedule(PruningSchedule):
             )
         end = self._end(horizon)
         _require_within(self, end, self.unit, horizon)
+        number = (end - self.start) // self.every + 1
+        if number > _MOST_STEPS:
+            raise ConfigurationError(
+                f"{self} plans {number} pruning steps; raise every_n_{self.unit}s."
+            )
         positions = [*range(self.start, end, self.every), end]
         span = end - self.start + self.every
         return tuple(

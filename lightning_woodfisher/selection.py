@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class SelectionConfig:
     flops_power: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.scope not in {"global", "layer"}:
+        if self.scope not in get_args(Scope):
             raise ConfigurationError(
                 f"selection.scope={self.scope!r} is unknown; use 'global' or 'layer'."
             )

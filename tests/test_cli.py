@@ -330,6 +330,13 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
         lambda c: pruning(c).update(target_sparsity=90),
         ["target_sparsity=90", "90 % is 0.9"],
     ),
+    "sparsity of a callback without a list around it": (
+        lambda c: (
+            pruning(c).update(target_sparsity=90),
+            c["trainer"].update(callbacks=c["trainer"]["callbacks"][0]),
+        ),
+        ["target_sparsity=90", "90 % is 0.9"],
+    ),
     "negative damping": (
         lambda c: pruning(c)["fisher"].update(damping=-1.0),
         ["fisher.damping=-1.0 must be positive"],

@@ -31,7 +31,7 @@ COMMON: dict[str, Any] = {
 }
 PAPER = {"block_size": 36_864, "update": "independent", "step_search": False}
 FULL = {"block_size": None, "update": "joint"}
-MANY = {"damping": 1e-4, "first_order_samples": 10_000, "criterion": "woodtaylor"}
+MANY = {"damping": 1e-4, "first_order_samples": 2_000, "criterion": "woodtaylor"}
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
     "diagonal Fisher": {"criterion": "diagonal_fisher", "step_search": False},
@@ -39,8 +39,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "independent, a block a layer (the paper)": PAPER,
     "joint, full Fisher": {**FULL, "step_search": False},
     "joint, full Fisher, step search": FULL,
-    "joint, full Fisher, 16 parts": {**FULL, "recompute_steps": 16},
-    "WoodTaylor, full Fisher, 16 parts": {**FULL, **MANY, "recompute_steps": 16},
+    "joint, full Fisher, 8 parts": {**FULL, "recompute_steps": 8},
+    "WoodTaylor, full Fisher, 8 parts": {**FULL, **MANY, "recompute_steps": 8},
 }
 
 

@@ -16,7 +16,8 @@ from lightning_woodfisher.parallel import run_pieces
 from lightning_woodfisher.partition import Partition, Unit
 from lightning_woodfisher.products import Precision
 
-_MOST_RAISES = 60
+# From the smallest λ that is allowed to one that dwarfs any gradient.
+_MOST_RAISES = 120
 
 
 class InverseFisher(ABC):
@@ -330,7 +331,7 @@ def raise_until_definite(
         The result of the first attempt without failure.
 
     Raises:
-        PruningError: when λ has grown by sixty orders of magnitude in vain.
+        PruningError: when λ has grown by 120 orders of magnitude in vain.
     """
     for _ in range(_MOST_RAISES):
         result, bad = attempt(damping)
