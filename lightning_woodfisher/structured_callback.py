@@ -23,6 +23,7 @@ from torch import nn
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.loggers import announce
+from lightning_woodfisher.losses import LossSource
 from lightning_woodfisher.masked_training import MaskedTraining
 from lightning_woodfisher.preparation import training_horizon
 from lightning_woodfisher.schedule import (
@@ -30,6 +31,7 @@ from lightning_woodfisher.schedule import (
     PlannedStep,
     PruningSchedule,
 )
+from lightning_woodfisher.sharding import is_sharded
 from lightning_woodfisher.structured.captured_inputs import capture_inputs, within
 from lightning_woodfisher.structured.channels import masked_parameters
 from lightning_woodfisher.structured.configuration import StructureConfig
@@ -43,10 +45,12 @@ from lightning_woodfisher.structured.latency import Latency, measure_latency
 from lightning_woodfisher.structured.pruner import (
     Measure,
     StructurePruner,
+    require_rereadable,
     require_target,
 )
 from lightning_woodfisher.structured.report import StructureReport
 from lightning_woodfisher.structured.tracing import trace_groups
+from lightning_woodfisher.training_step import TrainingStepLoss
 
 
 class StructuredPruningCallback(MaskedTraining):
@@ -64,7 +68,8 @@ class StructuredPruningCallback(MaskedTraining):
         network: name of the submodule to prune, if it is not the one that holds all layers.
         loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to take
             the loss from, for a ``training_step`` that does more than compute one.
-        dataloader: where samples come from, in place of the training dataloader.
+        dataloader: where samples come from, in place of the training dataloader; read
+            several times.
         report_path: JSON file that receives the reports of all steps.
         export_path: folder that receives the smaller network at the end of fit: the plan
             and a ``state_dict``, for :func:`.load_shrunk`.
@@ -99,6 +104,7 @@ class StructuredPruningCallback(MaskedTraining):
         weight_decay_off_after_last_step: bool = False,
     ) -> None:
         require_target(target, measure)
+        require_rereadable(dataloader)
         super().__init__(
             schedule if schedule is not None else OneShotSchedule(epoch=0),
             loss_method,
@@ -130,7 +136,9 @@ class StructuredPruningCallback(MaskedTraining):
     def state_key(self) -> str:
         """Key of the state in a checkpoint; two callbacks differ by what they select."""
         return self._generate_state_key(
-            include=list(self.include), exclude=list(self.exclude)
+            include=list(self.include),
+            exclude=list(self.exclude),
+            network=self.network,
         )
 
     @property
@@ -185,7 +193,9 @@ class StructuredPruningCallback(MaskedTraining):
             trainer: the Trainer.
             pl_module: its module.
         """
-        self._get_masks().verify()
+        if self.masks is None:
+            return  # Nothing was left to train.
+        self.masks.verify()
         if not trainer.is_global_zero or not self.reports:
             return
         if not self.export_path and not self.latency_runs:
@@ -222,6 +232,11 @@ class StructuredPruningCallback(MaskedTraining):
             source, self.network, self.config.seed
         )
         network = module.get_submodule(self._prefix)
+        if any(is_sharded(parameter) for parameter in network.parameters()):
+            raise ConfigurationError(
+                "channels cannot be removed from parameters that are sharded over the "
+                "ranks; use a single device or 'ddp'."
+            )
         traced = trace_groups(
             network,
             self._inputs,
@@ -273,7 +288,22 @@ class StructuredPruningCallback(MaskedTraining):
         return bool(self._ahead())
 
     def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._pruner(module).rehearse(self._source(trainer, module))
+        target = max(step.sparsity for step in self._ahead())
+        removed = self.reports[-1].removed if self.reports else {}
+        self._pruner(module).rehearse(self._source(trainer, module), target, removed)
+
+    def _source(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LossSource:
+        return TrainingStepLoss(
+            trainer,
+            pl_module,
+            self.loss_method,
+            self.dataloader,
+            full_precision=True,
+            network=pl_module.get_submodule(self._prefix),
+        )
+
+    def _is_alike(self, other: MaskedTraining) -> bool:
+        return isinstance(other, StructuredPruningCallback)
 
     def _read_report(self, plain: dict[str, Any]) -> StructureReport:
         return StructureReport.from_dict(plain)

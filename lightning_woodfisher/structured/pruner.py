@@ -5,7 +5,13 @@ The step is whole or absent: weights and masks are put back when anything fails.
 
 from __future__ import annotations
 
-__all__ = ["Measure", "StructurePruner", "prune_structures", "require_target"]
+__all__ = [
+    "Measure",
+    "StructurePruner",
+    "prune_structures",
+    "require_rereadable",
+    "require_target",
+]
 
 import contextlib
 import dataclasses
@@ -23,8 +29,13 @@ from lightning_woodfisher.gradients import mean_loss
 from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.losses import FunctionLoss, LossSource
 from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.structured.channels import channel_masks, masked_parameters
+from lightning_woodfisher.structured.channels import (
+    channel_masks,
+    masked_parameters,
+    zero_structures,
+)
 from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.evaluation import calibration_batches
 from lightning_woodfisher.structured.groups import Group
 from lightning_woodfisher.structured.network_size import NetworkSize
 from lightning_woodfisher.structured.report import GroupReport, StructureReport
@@ -60,6 +71,23 @@ def require_target(target: float, measure: str) -> None:
         raise ConfigurationError(
             f"target={target} is outside [0, 1); it is the share that is removed, so to "
             "halve the network it is 0.5."
+        )
+
+
+def require_rereadable(data: Any) -> None:
+    """Refuse data that can be read only once.
+
+    Args:
+        data: a dataset, a loader or an iterable of batches.
+
+    Raises:
+        ConfigurationError: for an iterator.
+    """
+    if isinstance(data, Iterator):
+        raise ConfigurationError(
+            f"the data is an iterator ({type(data).__name__}), which can be read only "
+            "once, but scores and losses need the same samples several times; pass a "
+            "list of batches, a Dataset or a DataLoader."
         )
 
 
@@ -122,7 +150,6 @@ class StructurePruner:
             with clock("select"):
                 chosen = self._choose(scores, size, target, before)
             loss_before = self._loss(source, seed, clock)
-            self._check_growth(before, chosen)
             self.masks.grow(channel_masks(source.model, self.groups, chosen))
             self.masks.apply()
             self.masks.verify()
@@ -154,20 +181,31 @@ class StructurePruner:
             world_size=self.comm.world_size,
         )
 
-    def rehearse(self, source: LossSource) -> None:
+    def rehearse(
+        self,
+        source: LossSource,
+        target: float,
+        removed: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         """Find out early whether targets, model and data give what a step needs.
 
         A few samples are scored and dropped. Nothing changes.
 
         Args:
             source: where losses come from.
+            target: the highest that is planned.
+            removed: structures that earlier steps have removed, by group.
         """
         few = min(self.config.num_samples, 2 * self.comm.world_size)
         config = dataclasses.replace(
             self.config, num_samples=few, batch_size=1, probes=2
         )
         with self.comm.failing_together():
-            score_structures(source, self.groups, config, self.comm)
+            size = NetworkSize.of_source(source, self.groups, self.comm)
+            scores = score_structures(source, self.groups, config, self.comm)
+            self._choose(scores, size, target, removed or {})
+            with source.session("eval"):
+                calibration_batches(source, self.config, self.config.seed)
 
     def _choose(
         self,
@@ -177,37 +215,27 @@ class StructurePruner:
         before: Mapping[str, Sequence[int]],
     ) -> dict[str, Tensor]:
         """Choose all structures that are gone after the step, earlier ones included."""
-        config, groups = self.config, self.groups
+        config, groups, limits = self.config, self.groups, self.config.limits
         count = None
         if self.measure == "structures":
             count = round(target * sum(group.size for group in groups))
-        values = additive_scores(scores, groups, config.limits, config.search, count)
-        lowest = min(float(v[v.isfinite()].min()) for v in scores.values)
-        fixed = []
-        for group, value in zip(groups, values, strict=True):
-            value = value.clone()
-            # What is gone comes first, below any score.
-            value[list(before.get(group.name, ()))] = min(lowest, 0.0) - 1.0
-            fixed.append(value)
+        values = additive_scores(scores, groups, limits, config.search, count)
         if count is not None:
-            return select_count(groups, fixed, count, config.limits)
-        left = {f"{self.measure}_left": 1.0 - target}
-        return select_for_size(groups, fixed, size, config.limits, **left)
-
-    def _check_growth(
-        self, before: Mapping[str, Sequence[int]], chosen: Mapping[str, Tensor]
-    ) -> None:
-        back = [n for n, s in before.items() if not {*s} <= {*chosen[n].tolist()}]
-        if back:
-            raise ConfigurationError(
-                f"the target would bring back channels of {', '.join(back)}; what is "
-                "removed stays removed: raise the target."
+            return select_count(
+                groups, values, count, limits, before=before, nearest_reachable=True
             )
+        if self.measure == "macs":
+            return select_for_size(
+                groups, values, size, limits, macs_left=1.0 - target, before=before
+            )
+        return select_for_size(
+            groups, values, size, limits, parameters_left=1.0 - target, before=before
+        )
 
     def _loss(self, source: LossSource, seed: int, clock: PhaseClock) -> float:
-        count, size = self.config.batches
+        count, _ = self.config.batches
         with clock("measure"), source.session("eval"):
-            batches = source.batches(count, size, seed)
+            batches = calibration_batches(source, self.config, seed)
             losses = mean_loss(source, batches, count, self.comm, seed)
         return sum(losses) / len(losses)
 
@@ -238,6 +266,9 @@ def prune_structures(
 ) -> tuple[StructureReport, tuple[Group, ...]]:
     """Mask whole channels of a plain PyTorch model; no Trainer needed.
 
+    Channels that are zero already stay so, and count. A share of the structures is
+    rounded to a whole number, and to the nearest one that ``round_to`` allows.
+
     With an initialised ``torch.distributed``, call it on every rank with the same model
     and data. ``structured.export.shrink(model, groups, report.removed)`` cuts them out.
 
@@ -259,6 +290,7 @@ def prune_structures(
         ConfigurationError: for settings that cannot work, before anything is computed.
     """
     require_target(target, measure)
+    require_rereadable(data)
     if groups is None:
         if example_inputs is None:
             raise ConfigurationError(
@@ -268,4 +300,6 @@ def prune_structures(
     masks = Masks(masked_parameters(model, groups))
     comm = Communicator(next(iter(masks.parameters.values())).device)
     pruner = StructurePruner(groups, masks, config or StructureConfig(), measure, comm)
-    return pruner.step(FunctionLoss(model, data, loss_fn), target), tuple(groups)
+    removed = {n: s.tolist() for n, s in zero_structures(model, groups).items()}
+    source = FunctionLoss(model, data, loss_fn)
+    return pruner.step(source, target, removed), tuple(groups)
