@@ -7,10 +7,10 @@ wanted, at the least sum of scores. Equal scores go in order of groups and struc
 
 from __future__ import annotations
 
-__all__ = ["additive_scores", "select_count", "select_for_size"]
+__all__ = ["Before", "additive_scores", "select_count", "select_for_size"]
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.structured.configuration import Search, StructureLimits
 from lightning_woodfisher.structured.groups import Group
-from lightning_woodfisher.structured.network_size import NetworkSize
+from lightning_woodfisher.structured.network_size import NetworkSize, Removed
 from lightning_woodfisher.structured.scores import StructureScores
 
 #: Numbers of structures that are gone already, by the name of their group.
@@ -99,6 +99,7 @@ def select_for_size(
     parameters_left: float | None = None,
     macs_left: float | None = None,
     before: Before | None = None,
+    split: Callable[[Removed], tuple[Removed, Removed]] | None = None,
 ) -> dict[str, Tensor]:
     """Choose as few structures as make the network small enough.
 
@@ -111,6 +112,8 @@ def select_for_size(
         macs_left: largest share of the multiply-accumulates that may be left; with both,
             both hold.
         before: structures that are gone already, by group; they stay gone.
+        split: divides the chosen ones into removed and implanted ones; None for no
+            implants.
 
     Returns:
         As :func:`select_count`.
@@ -128,9 +131,10 @@ def select_for_size(
 
     def left(count: int) -> tuple[float, float]:
         removed = plan.removed(count)
+        parts = split(removed) if split else (removed, {})
         return (
-            size.parameters(removed) / size.dense_parameters,
-            size.macs(removed) / max(1, size.dense_macs),
+            size.parameters(*parts) / size.dense_parameters,
+            size.macs(*parts) / max(1, size.dense_macs),
         )
 
     def reached(count: int) -> bool:

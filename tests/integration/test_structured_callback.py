@@ -305,6 +305,59 @@ def test_channels_then_weights_in_one_run(channels_first: bool) -> None:
             assert not bool((masks.kept(name) & gone[name]).any())
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("init", ["zero", "lstsq"])
+def test_implants_are_trained_exported_and_resumed(init: Any, tmp_path: Path) -> None:
+    data = loader(shuffle=False, sampler=DistributedSampler(images(), 1, 0))
+
+    def run(resumed: str | None = None, *more: Any, **options: Any) -> Any:
+        seed_all(1)
+        callback = structured(
+            HAPPruningCallback,
+            schedule=PolynomialSchedule(1, 2),
+            implant_ratio=0.5,
+            implant_init=init,
+            export_path=str(tmp_path / "small"),
+        )
+        module = Module(optimizer=momentum)
+        fitted = trainer(Reseed(), callback, *more, max_epochs=4, **options)
+        fitted.fit(module, data, ckpt_path=resumed)
+        return callback, module, final_state(fitted)
+
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    callback, module, state = run(None, saving, enable_checkpointing=True)
+    report = callback.reports[-1]
+    made = sum(map(len, report.implanted.values()))
+    assert made in {3, 4}
+    assert made + removed_of(callback) == 7
+    # Trained, and nothing but the centre taps. From zero, a channel whose norm has a bias
+    # below zero gets no gradient through its ReLU, and stays.
+    trained = 0
+    for name, layers in {"stem": ("stem", "conv2"), "conv1": ("conv1",)}.items():
+        for layer in layers:
+            weight = getattr(module.net, layer).weight.detach()
+            for s in callback.implanted.get(name, ()):
+                centre = weight[s, :, 1, 1].clone()
+                assert int((weight[s] != 0).sum()) == int((centre != 0).sum())
+                trained += bool((centre != 0).any())
+                assert init == "zero" or bool((centre != 0).any())
+    assert trained
+    pixels = images(16).tensors[0]
+    expected = module.eval().net(pixels)
+    smaller = callback.shrunk_model(module).eval()
+    torch.testing.assert_close(smaller(pixels), expected, rtol=0, atol=1e-5)
+    gone = report.parameters_dense - report.parameters
+    for net, sign in ((module.net, 1), (smaller, -1)):
+        gone -= sign * sum(p.numel() for p in net.parameters())
+    assert gone == 0
+    fresh = ResidualNet().eval()
+    load_shrunk(tmp_path / "small", fresh)
+    assert torch.equal(fresh(pixels), smaller(pixels))
+    again, _, resumed = run(str(tmp_path / "epoch=1.ckpt"))
+    assert differences(resumed, state) == []
+    assert again.implanted == callback.implanted
+
+
 class Broken(Module):
     """The loss fails once channels are gone."""
 
