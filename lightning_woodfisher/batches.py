@@ -409,8 +409,9 @@ class StreamBatches(Batches):
                 return batch
         raise ConfigurationError(
             f"the data ended after {self._next} batches, but num_gradients="
-            f"{self._count} needs one batch each; lower num_gradients or give more, or "
-            "set fisher.repeat_samples, which an iterator cannot do."
+            f"{self._count} (of channels: num_samples / batch_size) needs one batch each; "
+            "lower it or give more, or of gradients set fisher.repeat_samples, which an "
+            "iterator cannot do."
         )
 
     def describe(self, index: int) -> str:

@@ -22,7 +22,7 @@ from lightning_woodfisher.isolation import derive_seed, random_states_kept
 _METHOD = "sample_labels"
 _REMEDY = (
     f"; give the model a method {_METHOD}(batch) that returns the batch with labels drawn "
-    "from what the model predicts, or use fisher.labels='true'"
+    "from what the model predicts, or use labels='true'"
 )
 
 
@@ -99,7 +99,12 @@ class UnlabelledBatches(Batches):
         return self._batches.describe(index)
 
 
-def labelled(model: nn.Module, batch: Any, drawn: UnlabelledBatch | None) -> Any:
+def labelled(
+    model: nn.Module,
+    batch: Any,
+    drawn: UnlabelledBatch | None,
+    predictor: nn.Module | None = None,
+) -> Any:
     """Draw the labels of a batch, y ~ softmax(model(inputs)).
 
     Args:
@@ -108,6 +113,7 @@ def labelled(model: nn.Module, batch: Any, drawn: UnlabelledBatch | None) -> Any
         batch: ``(inputs, labels)`` on the device of the model; int64 labels ``[n, ...]``
             and logits ``[n, C, ...]``. Negative labels (ignored positions) stay.
         drawn: says which draws belong to it; None returns the batch as it is.
+        predictor: what gives the logits, if it is not the model.
 
     Returns:
         The batch with other labels.
@@ -122,12 +128,13 @@ def labelled(model: nn.Module, batch: Any, drawn: UnlabelledBatch | None) -> Any
         with torch.no_grad():
             return method(batch)
     inputs, labels = _inputs_and_labels(batch)
+    model = model if predictor is None else predictor
     with random_states_kept(), torch.no_grad():
         try:
             logits = model(inputs)
         except (NotImplementedError, TypeError) as error:
             raise PruningError(
-                f"fisher.labels='sampled' calls {type(model).__name__} with the inputs of "
+                f"labels='sampled' calls {type(model).__name__} with the inputs of "
                 f"a batch, which failed ({type(error).__name__}: {error}){_REMEDY}"
             ) from error
     _require_logits(model, logits, labels)
@@ -168,7 +175,7 @@ def _inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
         for x in (batch if isinstance(batch, list | tuple) else [batch])
     ]
     raise PruningError(
-        "fisher.labels='sampled' needs batches (inputs, integer class labels), but found "
+        "labels='sampled' needs batches (inputs, integer class labels), but found "
         f"({', '.join(kinds)}){_REMEDY}"
     )
 
@@ -188,6 +195,6 @@ def _require_logits(model: nn.Module, logits: Any, labels: Tensor) -> None:
         else type(logits).__name__
     )
     raise PruningError(
-        f"fisher.labels='sampled' needs logits [n, C, ...] for labels of shape "
+        f"labels='sampled' needs logits [n, C, ...] for labels of shape "
         f"{tuple(labels.shape)}, but {type(model).__name__} gave {found}{_REMEDY}"
     )

@@ -55,10 +55,13 @@ class LossSource(ABC):
     Attributes:
         loss_scale: factor by which the loss is multiplied before the backward pass, to
             keep float16 gradients from vanishing.
+        predictor: the module that gives logits when it is called with the inputs of a
+            batch.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.predictor = model
         self.loss_scale = 1.0
 
     @abstractmethod

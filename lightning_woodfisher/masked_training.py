@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_woodfisher.averaging import mask_averages, require_maskable_averages
 from lightning_woodfisher.errors import ConfigurationError, require_flag, require_text
+from lightning_woodfisher.losses import LossSource
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.preparation import (
     require_masks_hold,
@@ -446,9 +447,7 @@ class MaskedTraining(pl.Callback, ABC):
             reports = [report.to_dict() for report in self.reports]
             path.write_text(json.dumps(reports, indent=1))
 
-    def _source(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> TrainingStepLoss:
+    def _source(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LossSource:
         return TrainingStepLoss(trainer, pl_module, self.loss_method, self.dataloader)
 
     def _ahead(self) -> list[PlannedStep]:
@@ -477,7 +476,7 @@ class MaskedTraining(pl.Callback, ABC):
         """Refuse a second callback of this kind for the same weights."""
         mine = {id(p): n for n, p in self._get_masks().parameters.items()}
         for other in self._others(trainer):
-            if not isinstance(other, type(self)):
+            if not self._is_alike(other):
                 continue
             theirs = other._get_masks().parameters.values()
             shared = [mine[id(p)] for p in theirs if id(p) in mine]
@@ -486,6 +485,10 @@ class MaskedTraining(pl.Callback, ABC):
                     f"two pruning callbacks select the same weights: "
                     f"{', '.join(shared[:8])}; separate them with include and exclude."
                 )
+
+    def _is_alike(self, other: MaskedTraining) -> bool:
+        """Whether two callbacks must not select the same weights."""
+        return isinstance(other, type(self))
 
     def _take_restored_masks(self) -> None:
         if self._restored_masks is not None:

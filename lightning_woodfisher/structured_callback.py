@@ -18,11 +18,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.loggers import announce
+from lightning_woodfisher.losses import LossSource
 from lightning_woodfisher.masked_training import MaskedTraining
 from lightning_woodfisher.preparation import training_horizon
 from lightning_woodfisher.schedule import (
@@ -30,6 +31,7 @@ from lightning_woodfisher.schedule import (
     PlannedStep,
     PruningSchedule,
 )
+from lightning_woodfisher.sharding import is_sharded
 from lightning_woodfisher.structured.captured_inputs import capture_inputs, within
 from lightning_woodfisher.structured.channels import masked_parameters
 from lightning_woodfisher.structured.configuration import StructureConfig
@@ -39,14 +41,21 @@ from lightning_woodfisher.structured.export import (
     save_shrunk,
 )
 from lightning_woodfisher.structured.groups import Group
+from lightning_woodfisher.structured.implant import (
+    ImplantConfig,
+    ImplantInit,
+    check_implants,
+)
 from lightning_woodfisher.structured.latency import Latency, measure_latency
 from lightning_woodfisher.structured.pruner import (
     Measure,
     StructurePruner,
+    require_rereadable,
     require_target,
 )
 from lightning_woodfisher.structured.report import StructureReport
 from lightning_woodfisher.structured.tracing import trace_groups
+from lightning_woodfisher.training_step import TrainingStepLoss
 
 
 class StructuredPruningCallback(MaskedTraining):
@@ -64,7 +73,8 @@ class StructuredPruningCallback(MaskedTraining):
         network: name of the submodule to prune, if it is not the one that holds all layers.
         loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to take
             the loss from, for a ``training_step`` that does more than compute one.
-        dataloader: where samples come from, in place of the training dataloader.
+        dataloader: where samples come from, in place of the training dataloader; read
+            several times.
         report_path: JSON file that receives the reports of all steps.
         export_path: folder that receives the smaller network at the end of fit: the plan
             and a ``state_dict``, for :func:`.load_shrunk`.
@@ -99,6 +109,7 @@ class StructuredPruningCallback(MaskedTraining):
         weight_decay_off_after_last_step: bool = False,
     ) -> None:
         require_target(target, measure)
+        require_rereadable(dataloader)
         super().__init__(
             schedule if schedule is not None else OneShotSchedule(epoch=0),
             loss_method,
@@ -119,6 +130,8 @@ class StructuredPruningCallback(MaskedTraining):
         self._traced: tuple[Group, ...] = ()
         self._inputs: Any = None
         self._prefix = ""
+        self._implants = ImplantConfig()
+        self._implantable: dict[str, tuple[str, ...]] = {}
 
     def __repr__(self) -> str:
         return (
@@ -130,13 +143,24 @@ class StructuredPruningCallback(MaskedTraining):
     def state_key(self) -> str:
         """Key of the state in a checkpoint; two callbacks differ by what they select."""
         return self._generate_state_key(
-            include=list(self.include), exclude=list(self.exclude)
+            include=list(self.include),
+            exclude=list(self.exclude),
+            network=self.network,
         )
 
     @property
     def removed(self) -> dict[str, tuple[int, ...]]:
         """The channels that are gone, by group of the network."""
-        found = self.reports[-1].removed if self.reports else {}
+        return self._in_network(self._so_far()[0])
+
+    @property
+    def implanted(self) -> dict[str, tuple[int, ...]]:
+        """The channels with 1×1 filters, by group of the network."""
+        return self._in_network(self._so_far()[1])
+
+    def _in_network(
+        self, found: dict[str, tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
         cut = len(self._prefix) + bool(self._prefix)
         return {name[cut:]: structures for name, structures in found.items()}
 
@@ -159,7 +183,10 @@ class StructuredPruningCallback(MaskedTraining):
                 "the groups of channels are known once fit has started; call fit first."
             )
         return plan_removal(
-            module.get_submodule(self._prefix), self._traced, self.removed
+            module.get_submodule(self._prefix),
+            self._traced,
+            self.removed,
+            self.implanted,
         )
 
     def shrunk_model(self, module: nn.Module) -> nn.Module:
@@ -185,7 +212,9 @@ class StructuredPruningCallback(MaskedTraining):
             trainer: the Trainer.
             pl_module: its module.
         """
-        self._get_masks().verify()
+        if self.masks is None:
+            return  # Nothing was left to train.
+        self.masks.verify()
         if not trainer.is_global_zero or not self.reports:
             return
         if not self.export_path and not self.latency_runs:
@@ -222,6 +251,11 @@ class StructuredPruningCallback(MaskedTraining):
             source, self.network, self.config.seed
         )
         network = module.get_submodule(self._prefix)
+        if any(is_sharded(parameter) for parameter in network.parameters()):
+            raise ConfigurationError(
+                "channels cannot be removed from parameters that are sharded over the "
+                "ranks; use a single device or 'ddp'."
+            )
         traced = trace_groups(
             network,
             self._inputs,
@@ -231,6 +265,13 @@ class StructuredPruningCallback(MaskedTraining):
         )
         self._traced = traced.groups
         self._groups = within(traced.groups, self._prefix)
+        if self._implants.ratio:
+            found = check_implants(_copy_network(network), traced.groups, self._inputs)
+            prefix = f"{self._prefix}." if self._prefix else ""
+            self._implantable = {
+                f"{prefix}{group}": tuple(f"{prefix}{layer}" for layer in layers)
+                for group, layers in found.items()
+            }
         return masked_parameters(module, self._groups)
 
     def _make_plan(self, trainer: pl.Trainer) -> tuple[PlannedStep, ...]:
@@ -258,10 +299,39 @@ class StructuredPruningCallback(MaskedTraining):
     def _step(
         self, trainer: pl.Trainer, module: pl.LightningModule, target: PlannedStep
     ) -> StructureReport:
-        removed = self.reports[-1].removed if self.reports else {}
-        return self._pruner(module).step(
-            self._source(trainer, module), target.sparsity, removed, target.position
+        removed, implanted = self._so_far()
+        report = self._pruner(module).step(
+            self._source(trainer, module),
+            target.sparsity,
+            removed,
+            target.position,
+            implanted,
         )
+        if self._implants.init != "center":
+            self._forget(trainer, module, report.implanted, implanted)
+        return report
+
+    def _so_far(self) -> tuple[Any, Any]:
+        if not self.reports:
+            return {}, {}
+        return self.reports[-1].removed, self.reports[-1].implanted
+
+    def _forget(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        implanted: dict[str, Any],
+        before: dict[str, Any],
+    ) -> None:
+        """Set the optimizer state of filters that have begun anew to zero."""
+        for group, structures in implanted.items():
+            new = sorted({*structures} - {*before.get(group, ())})
+            for layer in self._implantable[group]:
+                weight = module.get_parameter(f"{layer}.weight")
+                for optimizer in trainer.optimizers:
+                    for value in optimizer.state.get(weight, {}).values():
+                        if isinstance(value, Tensor) and value.shape == weight.shape:
+                            value[new] = 0.0
 
     def _log(self, trainer: pl.Trainer, report: StructureReport) -> None:
         announce(trainer, report.to_table())
@@ -273,7 +343,23 @@ class StructuredPruningCallback(MaskedTraining):
         return bool(self._ahead())
 
     def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._pruner(module).rehearse(self._source(trainer, module))
+        target = max(step.sparsity for step in self._ahead())
+        self._pruner(module).rehearse(
+            self._source(trainer, module), target, *self._so_far()
+        )
+
+    def _source(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LossSource:
+        return TrainingStepLoss(
+            trainer,
+            pl_module,
+            self.loss_method,
+            self.dataloader,
+            full_precision=True,
+            network=pl_module.get_submodule(self._prefix),
+        )
+
+    def _is_alike(self, other: MaskedTraining) -> bool:
+        return isinstance(other, StructuredPruningCallback)
 
     def _read_report(self, plain: dict[str, Any]) -> StructureReport:
         return StructureReport.from_dict(plain)
@@ -281,7 +367,13 @@ class StructuredPruningCallback(MaskedTraining):
     def _pruner(self, module: pl.LightningModule) -> StructurePruner:
         comm = Communicator(module.device)
         return StructurePruner(
-            self._groups, self._get_masks(), self.config, self.measure, comm
+            self._groups,
+            self._get_masks(),
+            self.config,
+            self.measure,
+            comm,
+            self._implants,
+            self._implantable,
         )
 
 
@@ -319,9 +411,16 @@ class HAPPruningCallback(StructuredPruningCallback):
     Yu et al., "Hessian-aware pruning and optimal neural implant", WACV 2022. Layers that
     are added to each other lose the same channels; the authors' code scatters them.
 
+    With ``implant_ratio`` r, the lowest (1 - r) of the chosen channels are removed and
+    the others get 1×1 filters in place of their k×k filters (neural implant).
+
     Args:
-        target: share of the measure that is gone at the end, in [0, 1).
+        target: share of the measure that is gone at the end, in [0, 1); of
+            ``"structures"``, removed and implanted ones together.
         config: how channels are scored and chosen; its ``method`` is set here.
+        implant_ratio: r, in [0, 1).
+        implant_init: what 1×1 filters begin with: ``"zero"``, ``"center"`` (the centre
+            tap of the filter) or ``"lstsq"`` (fitted to what the filter gives).
         options: further arguments of :class:`StructuredPruningCallback`.
     """
 
@@ -329,10 +428,14 @@ class HAPPruningCallback(StructuredPruningCallback):
         self,
         target: float = 0.5,
         config: StructureConfig = StructureConfig(),
+        implant_ratio: float = 0.0,
+        implant_init: ImplantInit = "zero",
         **options: Any,
     ) -> None:
         config = dataclasses.replace(config, method="hap")
         super().__init__(target, config=config, **options)
+        self._implants = ImplantConfig(implant_ratio, implant_init)
+        self._implants.require_multiples(config.round_to)
 
 
 def _copy_network(network: nn.Module) -> nn.Module:

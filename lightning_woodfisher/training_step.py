@@ -13,8 +13,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -43,6 +44,9 @@ class TrainingStepLoss(LossSource):
         loss_method: name of a method ``(batch, batch_idx) -> loss`` to call instead of
             ``training_step``.
         dataloader: where batches come from; None for the training dataloader.
+        full_precision: whether a Trainer with mixed precision leaves autocast out, for
+            derivatives that float16 and bfloat16 are too coarse for.
+        network: gives the logits in place of a module without ``forward``.
     """
 
     def __init__(
@@ -51,6 +55,8 @@ class TrainingStepLoss(LossSource):
         module: pl.LightningModule,
         loss_method: str | None = None,
         dataloader: Iterable[Any] | None = None,
+        full_precision: bool = False,
+        network: nn.Module | None = None,
     ) -> None:
         super().__init__(module)
         self._trainer = trainer
@@ -61,8 +67,12 @@ class TrainingStepLoss(LossSource):
             module, loss_method or "training_step"
         )
         self._backward = _CapturedBackward(trainer.optimizers)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and scaler.is_enabled():
+        if network is not None and type(module).forward is pl.LightningModule.forward:
+            self.predictor = network
+        plugin = trainer.precision_plugin
+        self._autocast_off = full_precision and isinstance(plugin, MixedPrecision)
+        scaler = getattr(plugin, "scaler", None)
+        if scaler is not None and scaler.is_enabled() and not self._autocast_off:
             self.loss_scale = float(scaler.get_scale())
 
     def batches(
@@ -120,8 +130,8 @@ class TrainingStepLoss(LossSource):
         self._backward.clear()
         trainable = [(p, p.requires_grad) for p in module.parameters()]
         try:
-            with trainer.precision_plugin.train_step_context():
-                batch = labelled(module, batch, drawn)
+            with self._precision():
+                batch = labelled(module, batch, drawn, self.predictor)
                 result = self._method(batch, *[index] * more)
         finally:
             # Toggled optimizers; the graph remembers for which weights it was made.
@@ -163,6 +173,14 @@ class TrainingStepLoss(LossSource):
                     vars(module).pop(name, None)
                 vars(module).update(own)
                 self._backward.clear()
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast_off:
+            return contextlib.nullcontext()
+        context: contextlib.AbstractContextManager[Any] = (
+            self._trainer.precision_plugin.train_step_context()
+        )
+        return context
 
     def _stand_ins(self) -> dict[str, Callable[..., Any]]:
         """Methods that shadow those of the module for the time of a session."""

@@ -34,14 +34,21 @@ class Contributions:
     Args:
         model: the network.
         vectors: of the structures.
+        predictor: its module that gives logits; the model itself if None.
 
     Raises:
         ConfigurationError: for a layer whose output is not known to be linear in its
             weights, channel by channel.
     """
 
-    def __init__(self, model: nn.Module, vectors: StructureVectors) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        vectors: StructureVectors,
+        predictor: nn.Module | None = None,
+    ) -> None:
         self._model = model
+        self._predictor = model if predictor is None else predictor
         self._size = vectors.size
         self._parts: dict[str, list[Part]] = defaultdict(list)
         for part in vectors.parts:
@@ -62,7 +69,7 @@ class Contributions:
             self._model.get_submodule(name).register_forward_hook(self._watch(name))
             for name in self._parts
         ]
-        handles.append(self._model.register_forward_hook(self._keep_logits))
+        handles.append(self._predictor.register_forward_hook(self._keep_logits))
         try:
             yield
         finally:
@@ -80,7 +87,7 @@ class Contributions:
         return outputs
 
     def logits(self) -> Tensor:
-        """Give what the model itself has put out since the last time.
+        """Give what the predictor has put out since the last time.
 
         Returns:
             ``[n, D]``, with a graph.

@@ -6,7 +6,7 @@ the batches on every rank before anything is added: so no sum depends on R.
 
 from __future__ import annotations
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "calibration_batches"]
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -53,9 +53,9 @@ class Evaluation:
     ) -> None:
         self.source = source
         self.vectors = vectors
-        self.count, self._size = config.batches
+        self.count, _ = config.batches
         self.seed = derive_seed(config.seed, "structures")
-        self._num_samples = config.num_samples
+        self._config = config
         self._comm = comm
 
     @contextlib.contextmanager
@@ -81,17 +81,8 @@ class Evaluation:
 
         Returns:
             The batches.
-
-        Raises:
-            ConfigurationError: when there are not as many.
         """
-        try:
-            return self.source.batches(self.count, self._size, self.seed)
-        except ConfigurationError as error:
-            raise ConfigurationError(
-                f"num_samples={self._num_samples} ({self.count} batches of {self._size}) "
-                f"are more than there are; lower num_samples. ({error})"
-            ) from error
+        return calibration_batches(self.source, self._config, self.seed)
 
     def rows(self, batches: Batches, compute: Rows, width: int) -> Tensor:
         """Compute some rows for each batch, shared by the ranks.
@@ -163,6 +154,32 @@ class Evaluation:
         pieces = torch.split(flat.view(-1, width), lengths_there)
         order = {i: n for n, i in enumerate(i for b in held for i in b)}
         return torch.cat([pieces[order[i]] for i in range(self.count)])
+
+
+def calibration_batches(
+    source: LossSource, config: StructureConfig, seed: int
+) -> Batches:
+    """Choose the samples that a configuration asks for.
+
+    Args:
+        source: where they come from.
+        config: how many, and how many at once.
+        seed: of the choice.
+
+    Returns:
+        The batches.
+
+    Raises:
+        ConfigurationError: when there are not as many.
+    """
+    count, size = config.batches
+    try:
+        return source.batches(count, size, seed)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"num_samples={config.num_samples} ({count} batches of {size}) cannot be "
+            f"had; lower num_samples, or see the reason: {error}"
+        ) from error
 
 
 def _copy(batch: Any) -> Any:

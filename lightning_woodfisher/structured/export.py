@@ -31,6 +31,12 @@ from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.sharding import is_sharded
 from lightning_woodfisher.structured.channels import Chosen, resolve, tensor_of
 from lightning_woodfisher.structured.groups import Group
+from lightning_woodfisher.structured.implanted_conv import (
+    ImplantedConv,
+    arrangement,
+    centre,
+    implantable,
+)
 
 _PLAN, _WEIGHTS = "plan.json", "weights.pt"
 _VERSION = 1
@@ -42,7 +48,7 @@ class Cut:
 
     Args:
         size: slices before.
-        kept: positions of those that stay, ascending.
+        kept: positions of those that stay, in the order that they take.
     """
 
     size: int
@@ -83,10 +89,13 @@ class RemovalPlan:
         tensors: what stays of each axis that shrinks, by name of the tensor in
             ``state_dict``; a tensor of several layers under each of its names.
         attributes: new values of attributes such as ``out_channels``, by module name.
+        implants: how many filters of a convolution, the last ones, are 1×1, by module
+            name; it becomes an :class:`.ImplantedConv`.
     """
 
     tensors: Mapping[str, Mapping[int, Cut]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    implants: Mapping[str, int] = field(default_factory=dict)
 
     def apply(self, model: nn.Module) -> tuple[Replacement, ...]:
         """Shrink a model in place.
@@ -106,6 +115,7 @@ class RemovalPlan:
             (*self._place(model, name), cuts) for name, cuts in self.tensors.items()
         ]
         modules = {name: model.get_submodule(name) for name in self.attributes}
+        self._require_implantable(model)
         done: dict[int, Tensor] = {}
         replacements = []
         for owner, key, cuts in places:
@@ -125,6 +135,8 @@ class RemovalPlan:
         for name, values in self.attributes.items():
             for attribute, value in values.items():
                 setattr(modules[name], attribute, value)
+        for name, rows in self.implants.items():
+            replacements = _implant(model, name, rows, replacements)
         return tuple(replacements)
 
     def to_json(self) -> dict[str, Any]:
@@ -143,6 +155,7 @@ class RemovalPlan:
                 for name, cuts in self.tensors.items()
             },
             "attributes": {n: dict(values) for n, values in self.attributes.items()},
+            "implants": dict(self.implants),
         }
 
     @classmethod
@@ -175,9 +188,24 @@ class RemovalPlan:
                 str(name): {str(key): int(value) for key, value in values.items()}
                 for name, values in data["attributes"].items()
             }
+            implants = {str(n): int(rows) for n, rows in data["implants"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigurationError(f"this is no removal plan: {error!r}.") from error
-        return cls(tensors, attributes)
+        return cls(tensors, attributes, implants)
+
+    def _require_implantable(self, model: nn.Module) -> None:
+        for name, rows in self.implants.items():
+            conv = model.get_submodule(name)
+            weight = self.tensors.get(f"{name}.weight", {}).get(0)
+            if (
+                not isinstance(conv, _ConvNd)
+                or not weight
+                or not 0 < rows < len(weight.kept)
+            ):
+                raise ConfigurationError(
+                    f"the plan puts {rows} 1x1 filters into {name!r}, which is no "
+                    "convolution with more filters; it was made for another model."
+                )
 
     def _place(self, model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
         """Find the dict that holds a tensor and check its size; axes must exist."""
@@ -214,14 +242,20 @@ class RemovalPlan:
 
 
 def plan_removal(
-    model: nn.Module, groups: Iterable[Group], removed: Chosen
+    model: nn.Module,
+    groups: Iterable[Group],
+    removed: Chosen,
+    implanted: Chosen | None = None,
 ) -> RemovalPlan:
     """Plan to cut structures out of a model; the model stays as it is.
+
+    Implanted structures move behind the others, in every tensor of their group.
 
     Args:
         model: the network.
         groups: its groups.
         removed: the structures that go, by group name.
+        implanted: the structures whose filters keep their centre taps only.
 
     Returns:
         The plan.
@@ -230,7 +264,26 @@ def plan_removal(
         ConfigurationError: for a group or a structure that does not exist, or when
             nothing would stay of a layer.
     """
+    groups = tuple(groups)
     keep: dict[tuple[str, int], Tensor] = {}
+    order: dict[tuple[str, int], Tensor] = {}
+    implants: dict[str, int] = {}
+    layers = implantable(model, groups) if implanted else {}
+    for group, structures in resolve(groups, implanted or {}):
+        if group.name not in layers:
+            raise ConfigurationError(
+                f"the layers of group {group.name!r} cannot have implants."
+            )
+        implants |= dict.fromkeys(layers[group.name], len(structures))
+        for member in group.members:
+            tensor_of(model, member)
+            place = member.name, member.axis
+            moved = arrangement(member, group.size, structures)
+            # Other groups have other slices of the axis.
+            stays = torch.arange(len(moved))
+            earlier = order.get(place, stays)
+            order[place] = torch.where(moved != stays, moved, earlier)
+            keep.setdefault(place, torch.ones(len(moved), dtype=torch.bool))
     for group, structures in resolve(groups, removed):
         for member in group.members:
             tensor_of(model, member)
@@ -243,9 +296,13 @@ def plan_removal(
             raise ConfigurationError(
                 f"nothing of {name} would be left on axis {axis}; keep a structure."
             )
-        if not bool(kept.all()):
-            positions = tuple(kept.nonzero().flatten().tolist())
-            tensors.setdefault(name, {})[axis] = Cut(len(kept), positions)
+        if not bool(kept.all()) or (name, axis) in order:
+            positions = kept.nonzero().flatten()
+            if (name, axis) in order:
+                positions = positions[order[name, axis][positions].argsort()]
+            tensors.setdefault(name, {})[axis] = Cut(
+                len(kept), tuple(positions.tolist())
+            )
     attributes = {}
     for path in sorted({name.rpartition(".")[0] for name in tensors}):
         module = model.get_submodule(path)
@@ -253,7 +310,7 @@ def plan_removal(
         if values:
             attributes[path] = values
     _require_all_names(model, tensors)
-    return RemovalPlan(tensors, attributes)
+    return RemovalPlan(tensors, attributes, implants)
 
 
 def shrink(model: nn.Module, groups: Iterable[Group], removed: Chosen) -> RemovalPlan:
@@ -366,6 +423,35 @@ def _require_all_names(model: nn.Module, tensors: Mapping[str, object]) -> None:
             raise ConfigurationError(
                 f"{inside} and {outside[0]} are one tensor, but no group holds the latter."
             )
+
+
+def _implant(
+    model: nn.Module, name: str, rows: int, replacements: list[Replacement]
+) -> list[Replacement]:
+    """Put an ImplantedConv in the place of a convolution, in all of its places."""
+    conv: Any = model.get_submodule(name)
+    made = ImplantedConv(conv, rows)
+    done = {id(replacement.new): replacement for replacement in replacements}
+    whole = len(conv.weight) - rows
+    for part, chosen in (("kept", slice(whole)), ("implant", slice(whole, None))):
+        for key in ("weight", "bias"):
+            if getattr(conv, key) is None:
+                continue
+            cut = done[id(getattr(conv, key))]
+            kept = {**cut.kept, 0: cut.kept[0][chosen]}
+            if key == "weight" and part == "implant":
+                kept |= {a: torch.tensor([c]) for a, c in centre(conv).items()}
+            new = nn.Parameter(_cut(cut.old.detach(), kept), cut.old.requires_grad)
+            if cut.old.grad is not None:
+                new.grad = _cut(cut.old.grad, kept)
+            setattr(getattr(made, part), key, new)
+            replacements = [*replacements, Replacement(cut.old, new, kept)]
+    for module in list(model.modules()):
+        for key, child in module._modules.items():
+            if child is conv:
+                module._modules[key] = made
+    gone = {id(conv.weight), id(conv.bias)}
+    return [r for r in replacements if id(r.new) not in gone]
 
 
 def _cut(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:

@@ -34,6 +34,7 @@ class NetworkSize:
         model: the network, dense.
         groups: its groups.
         forward: runs the model once on a batch; called in evaluation mode.
+        implants: convolutions that implanted structures have 1×1 filters in, by group.
 
     Attributes:
         dense_parameters: of the whole network.
@@ -41,7 +42,11 @@ class NetworkSize:
     """
 
     def __init__(
-        self, model: nn.Module, groups: Sequence[Group], forward: Callable[[], Any]
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        forward: Callable[[], Any],
+        implants: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         # A parameter with two names counts once.
@@ -59,6 +64,11 @@ class NetworkSize:
                     seen.add((name, member.axis, group.name))
                     axes = self._axes.setdefault(name, [])
                     axes.append((member.axis, group.name, member.structure_of.cpu()))
+        self._implants = {
+            unique[id(model.get_submodule(layer).weight)]: group
+            for group, layers in (implants or {}).items()
+            for layer in layers
+        }
         with isolated(model, "eval"), torch.no_grad():
             self._positions = _positions(model, unique, forward)
         self.dense_parameters = self.parameters({})
@@ -71,6 +81,7 @@ class NetworkSize:
         groups: Sequence[Group],
         comm: Communicator,
         seed: int = 0,
+        implants: Mapping[str, Sequence[str]] | None = None,
     ) -> NetworkSize:
         """Measure on a sample of the training data.
 
@@ -79,6 +90,7 @@ class NetworkSize:
             groups: the groups of its model.
             comm: the ranks; the shapes that rank 0 sees hold for all.
             seed: of the sample.
+            implants: as for the class.
 
         Returns:
             The sizes.
@@ -91,46 +103,54 @@ class NetworkSize:
                 source.loss(batches.fetch(0), 0)
 
         with source.session("eval"):
-            size = cls(source.model, groups, forward)
+            size = cls(source.model, groups, forward, implants)
         numbers = comm.gather_numbers(list(size._positions.values()))[0]
         size._positions = dict(zip(size._positions, numbers, strict=True))
         size.dense_macs = size.macs({})
         return size
 
-    def parameters(self, removed: Removed) -> int:
+    def parameters(self, removed: Removed, implanted: Removed | None = None) -> int:
         """Count the parameters that are left.
 
         Args:
             removed: the structures that are gone.
+            implanted: those with 1×1 filters.
 
         Returns:
             Their number, those of layers that never shrink included.
         """
-        return sum(self._numel(name, removed) for name in self._shapes)
+        return sum(self._numel(name, removed, implanted) for name in self._shapes)
 
-    def macs(self, removed: Removed) -> int:
+    def macs(self, removed: Removed, implanted: Removed | None = None) -> int:
         """Count the multiply-accumulates that are left.
 
         Args:
             removed: the structures that are gone.
+            implanted: those with 1×1 filters.
 
         Returns:
             Their number for one sample.
         """
         return round(
             sum(
-                positions * self._numel(name, removed)
+                positions * self._numel(name, removed, implanted)
                 for name, positions in self._positions.items()
             )
         )
 
-    def _numel(self, name: str, removed: Removed) -> int:
+    def _numel(
+        self, name: str, removed: Removed, implanted: Removed | None = None
+    ) -> int:
         shape = list(self._shapes[name])
         for axis, group, structure_of in self._axes.get(name, ()):
             gone = removed.get(group)
             if gone is not None and len(gone):
                 shape[axis] -= int(torch.isin(structure_of, gone.cpu()).sum())
-        return math.prod(shape)
+        saved = 0
+        if implanted and name in self._implants:
+            rows = len(implanted.get(self._implants[name], ()))
+            saved = rows * shape[1] * (math.prod(shape[2:]) - 1)
+        return math.prod(shape) - saved
 
 
 def _positions(

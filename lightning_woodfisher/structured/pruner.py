@@ -5,7 +5,13 @@ The step is whole or absent: weights and masks are put back when anything fails.
 
 from __future__ import annotations
 
-__all__ = ["Measure", "StructurePruner", "prune_structures", "require_target"]
+__all__ = [
+    "Measure",
+    "StructurePruner",
+    "prune_structures",
+    "require_rereadable",
+    "require_target",
+]
 
 import contextlib
 import dataclasses
@@ -23,18 +29,34 @@ from lightning_woodfisher.gradients import mean_loss
 from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.losses import FunctionLoss, LossSource
 from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.structured.channels import channel_masks, masked_parameters
+from lightning_woodfisher.structured.channels import (
+    channel_masks,
+    masked_parameters,
+    zero_structures,
+)
 from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.evaluation import (
+    Evaluation,
+    calibration_batches,
+)
 from lightning_woodfisher.structured.groups import Group
-from lightning_woodfisher.structured.network_size import NetworkSize
+from lightning_woodfisher.structured.implant import (
+    ImplantConfig,
+    implant_masks,
+    initialise,
+    split,
+)
+from lightning_woodfisher.structured.network_size import NetworkSize, Removed
 from lightning_woodfisher.structured.report import GroupReport, StructureReport
 from lightning_woodfisher.structured.scores import StructureScores, score_structures
 from lightning_woodfisher.structured.selection import (
+    Before,
     additive_scores,
     select_count,
     select_for_size,
 )
 from lightning_woodfisher.structured.tracing import trace_groups
+from lightning_woodfisher.structured.vectors import StructureVectors
 
 #: What a target counts: structures, parameters, or multiply-accumulates (half the FLOPs).
 Measure = Literal["structures", "parameters", "macs"]
@@ -63,6 +85,23 @@ def require_target(target: float, measure: str) -> None:
         )
 
 
+def require_rereadable(data: Any) -> None:
+    """Refuse data that can be read only once.
+
+    Args:
+        data: a dataset, a loader or an iterable of batches.
+
+    Raises:
+        ConfigurationError: for an iterator.
+    """
+    if isinstance(data, Iterator):
+        raise ConfigurationError(
+            f"the data is an iterator ({type(data).__name__}), which can be read only "
+            "once, but scores and losses need the same samples several times; pass a "
+            "list of batches, a Dataset or a DataLoader."
+        )
+
+
 class StructurePruner:
     """Removes whole channels by masks, step by step.
 
@@ -72,6 +111,8 @@ class StructurePruner:
         config: how structures are scored and chosen.
         measure: what targets count.
         communicator: the ranks of the job.
+        implants: how many of the chosen structures become 1×1 filters; none if None.
+        implantable: in which layers, by group.
     """
 
     def __init__(
@@ -81,7 +122,12 @@ class StructurePruner:
         config: StructureConfig,
         measure: Measure,
         communicator: Communicator,
+        implants: ImplantConfig | None = None,
+        implantable: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        self.implants = implants or ImplantConfig()
+        self.implantable = dict(implantable or {})
+        self.implants.require_multiples(config.round_to)
         self.groups = tuple(groups)
         self.masks = masks
         self.config = config
@@ -92,8 +138,9 @@ class StructurePruner:
         self,
         source: LossSource,
         target: float,
-        removed: Mapping[str, Sequence[int]] | None = None,
+        removed: Before | None = None,
         position: int = 0,
+        implanted: Before | None = None,
     ) -> StructureReport:
         """Remove structures until a share of the measure is gone.
 
@@ -105,24 +152,27 @@ class StructurePruner:
             target: share of the measure that is gone afterwards, in [0, 1).
             removed: structures that earlier steps have removed, by group.
             position: of the step in training; enters the seed.
+            implanted: structures that earlier steps have implanted, by group.
 
         Returns:
             What happened; equal on all ranks but for the seconds.
         """
-        before = dict(removed or {})
+        before, early = dict(removed or {}), dict(implanted or {})
         seed = derive_seed(self.config.seed, position)
         # torch's generators take seeds of up to 63 bits.
         config = dataclasses.replace(self.config, seed=seed % 2**62)
         clock = PhaseClock()
         with self.comm.failing_together(), self._whole_or_absent():
             with clock("size"):
-                size = NetworkSize.of_source(source, self.groups, self.comm, seed)
+                size = self._size(source, seed)
             with clock("score"):
                 scores = score_structures(source, self.groups, config, self.comm)
             with clock("select"):
-                chosen = self._choose(scores, size, target, before)
+                chosen, new = self._choose(scores, size, target, before, early)
             loss_before = self._loss(source, seed, clock)
-            self._check_growth(before, chosen)
+            if self.implants.ratio:
+                with clock("implant"):
+                    self._implant(source, config, chosen, new, early)
             self.masks.grow(channel_masks(source.model, self.groups, chosen))
             self.masks.apply()
             self.masks.verify()
@@ -140,13 +190,14 @@ class StructurePruner:
                     size=group.size,
                     removed_before=len(before.get(group.name, ())),
                     removed=tuple(chosen[group.name].tolist()),
+                    implanted=tuple(new[group.name].tolist()),
                 )
                 for group in self.groups
             ),
             parameters_dense=size.dense_parameters,
-            parameters=size.parameters(chosen),
+            parameters=size.parameters(chosen, new),
             macs_dense=size.dense_macs,
-            macs=size.macs(chosen),
+            macs=size.macs(chosen, new),
             loss_before=loss_before,
             loss_after=loss_after,
             notes=scores.notes,
@@ -154,60 +205,104 @@ class StructurePruner:
             world_size=self.comm.world_size,
         )
 
-    def rehearse(self, source: LossSource) -> None:
+    def rehearse(
+        self,
+        source: LossSource,
+        target: float,
+        removed: Before | None = None,
+        implanted: Before | None = None,
+    ) -> None:
         """Find out early whether targets, model and data give what a step needs.
 
         A few samples are scored and dropped. Nothing changes.
 
         Args:
             source: where losses come from.
+            target: the highest that is planned.
+            removed: structures that earlier steps have removed, by group.
+            implanted: those that they have implanted.
         """
         few = min(self.config.num_samples, 2 * self.comm.world_size)
         config = dataclasses.replace(
             self.config, num_samples=few, batch_size=1, probes=2
         )
         with self.comm.failing_together():
-            score_structures(source, self.groups, config, self.comm)
+            size = self._size(source, 0)
+            scores = score_structures(source, self.groups, config, self.comm)
+            self._choose(scores, size, target, removed or {}, implanted or {})
+            with source.session("eval"):
+                calibration_batches(source, self.config, self.config.seed)
+
+    def _size(self, source: LossSource, seed: int) -> NetworkSize:
+        return NetworkSize.of_source(
+            source, self.groups, self.comm, seed, self.implantable
+        )
 
     def _choose(
         self,
         scores: StructureScores,
         size: NetworkSize,
         target: float,
-        before: Mapping[str, Sequence[int]],
-    ) -> dict[str, Tensor]:
-        """Choose all structures that are gone after the step, earlier ones included."""
-        config, groups = self.config, self.groups
+        removed: Before,
+        implanted: Before,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Choose what is removed and implanted after the step, earlier ones included."""
+        config, groups, limits = self.config, self.groups, self.config.limits
         count = None
         if self.measure == "structures":
             count = round(target * sum(group.size for group in groups))
-        values = additive_scores(scores, groups, config.limits, config.search, count)
-        lowest = min(float(v[v.isfinite()].min()) for v in scores.values)
-        fixed = []
-        for group, value in zip(groups, values, strict=True):
-            value = value.clone()
-            # What is gone comes first, below any score.
-            value[list(before.get(group.name, ()))] = min(lowest, 0.0) - 1.0
-            fixed.append(value)
-        if count is not None:
-            return select_count(groups, fixed, count, config.limits)
-        left = {f"{self.measure}_left": 1.0 - target}
-        return select_for_size(groups, fixed, size, config.limits, **left)
+        values = additive_scores(scores, groups, limits, config.search, count)
+        # An implant may be removed later, but is never whole again.
+        before = {
+            g.name: [*removed.get(g.name, ()), *implanted.get(g.name, ())]
+            for g in groups
+        }
+        by_name = {g.name: s for g, s in zip(groups, scores.values, strict=True)}
 
-    def _check_growth(
-        self, before: Mapping[str, Sequence[int]], chosen: Mapping[str, Tensor]
-    ) -> None:
-        back = [n for n, s in before.items() if not {*s} <= {*chosen[n].tolist()}]
-        if back:
-            raise ConfigurationError(
-                f"the target would bring back channels of {', '.join(back)}; what is "
-                "removed stays removed: raise the target."
+        def divide(gone: Removed) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            ratio = self.implants.ratio
+            return split(gone, by_name, ratio, self.implantable, removed)
+
+        if count is not None:
+            chosen = select_count(
+                groups, values, count, limits, before=before, nearest_reachable=True
             )
+        else:
+            left = 1.0 - target
+            chosen = select_for_size(
+                groups,
+                values,
+                size,
+                limits,
+                parameters_left=left if self.measure == "parameters" else None,
+                macs_left=left if self.measure == "macs" else None,
+                before=before,
+                split=divide,
+            )
+        return divide(chosen)
+
+    def _implant(
+        self,
+        source: LossSource,
+        config: StructureConfig,
+        removed: Removed,
+        implanted: Removed,
+        early: Before,
+    ) -> None:
+        """Set the filters of new implants and mask those of all."""
+        fresh = {
+            name: [s for s in structures.tolist() if s not in early.get(name, ())]
+            for name, structures in implanted.items()
+        }
+        vectors = StructureVectors(source.model, self.groups, config.structure)
+        evaluation = Evaluation(source, vectors, config, self.comm)
+        initialise(evaluation, self.groups, fresh, removed, self.implants.init)
+        self.masks.grow(implant_masks(source.model, self.groups, implanted))
 
     def _loss(self, source: LossSource, seed: int, clock: PhaseClock) -> float:
-        count, size = self.config.batches
+        count, _ = self.config.batches
         with clock("measure"), source.session("eval"):
-            batches = source.batches(count, size, seed)
+            batches = calibration_batches(source, self.config, seed)
             losses = mean_loss(source, batches, count, self.comm, seed)
         return sum(losses) / len(losses)
 
@@ -238,6 +333,9 @@ def prune_structures(
 ) -> tuple[StructureReport, tuple[Group, ...]]:
     """Mask whole channels of a plain PyTorch model; no Trainer needed.
 
+    Channels that are zero already stay so, and count. A share of the structures is
+    rounded to a whole number, and to the nearest one that ``round_to`` allows.
+
     With an initialised ``torch.distributed``, call it on every rank with the same model
     and data. ``structured.export.shrink(model, groups, report.removed)`` cuts them out.
 
@@ -259,6 +357,7 @@ def prune_structures(
         ConfigurationError: for settings that cannot work, before anything is computed.
     """
     require_target(target, measure)
+    require_rereadable(data)
     if groups is None:
         if example_inputs is None:
             raise ConfigurationError(
@@ -268,4 +367,6 @@ def prune_structures(
     masks = Masks(masked_parameters(model, groups))
     comm = Communicator(next(iter(masks.parameters.values())).device)
     pruner = StructurePruner(groups, masks, config or StructureConfig(), measure, comm)
-    return pruner.step(FunctionLoss(model, data, loss_fn), target), tuple(groups)
+    removed = {n: s.tolist() for n, s in zero_structures(model, groups).items()}
+    source = FunctionLoss(model, data, loss_fn)
+    return pruner.step(source, target, removed), tuple(groups)

@@ -21,6 +21,7 @@ class GroupReport:
         size: number of structures.
         removed_before: structures that were gone before the step.
         removed: numbers of the structures that are gone after it, ascending.
+        implanted: numbers of those that have 1×1 filters after it, ascending.
     """
 
     name: str
@@ -28,10 +29,11 @@ class GroupReport:
     size: int
     removed_before: int
     removed: tuple[int, ...]
+    implanted: tuple[int, ...] = ()
 
     @property
     def kept(self) -> int:
-        """Structures that are left."""
+        """Structures that are left, implants among them."""
         return self.size - len(self.removed)
 
 
@@ -85,6 +87,11 @@ class StructureReport:
         """The removed structures, by group."""
         return {group.name: group.removed for group in self.groups if group.removed}
 
+    @property
+    def implanted(self) -> dict[str, tuple[int, ...]]:
+        """The structures with 1×1 filters, by group."""
+        return {g.name: g.implanted for g in self.groups if g.implanted}
+
     def metrics(self) -> dict[str, float]:
         """Give scalars for loggers.
 
@@ -97,6 +104,9 @@ class StructureReport:
             "pruning/parameters_left": self.parameters / self.parameters_dense,
             "pruning/macs_left": self.macs / max(1, self.macs_dense),
         }
+        if self.implanted:
+            number = sum(map(len, self.implanted.values()))
+            found["pruning/structures_implanted"] = number / self.structures
         for group in self.groups:
             found[f"pruning/channels/{group.name}"] = group.kept
         for name, loss in (
@@ -131,6 +141,7 @@ class StructureReport:
                     **group,
                     "layers": tuple(group["layers"]),
                     "removed": tuple(group["removed"]),
+                    "implanted": tuple(group.get("implanted", ())),
                 }
             )
             for group in plain["groups"]
@@ -159,8 +170,10 @@ class StructureReport:
         table = format_table(
             ("channels of", "layers", "dense", "left", ""), rows, total
         )
+        number = sum(map(len, self.implanted.values()))
+        implants = f"; {number} of them with 1x1 filters" if number else ""
         return (
-            f"{table}\nparameters {self.parameters_dense:,} → {self.parameters:,} "
+            f"{table}{implants}\nparameters {self.parameters_dense:,} → {self.parameters:,} "
             f"({self.parameters / self.parameters_dense:.1%}), MACs {self.macs_dense:,} → "
             f"{self.macs:,} ({self.macs / max(1, self.macs_dense):.1%})"
         )

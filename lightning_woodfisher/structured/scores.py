@@ -122,7 +122,7 @@ def _magnitudes(vectors: StructureVectors) -> Tensor:
 
 def _sosp_i(evaluation: Evaluation, config: StructureConfig) -> PairScores:
     model, size = evaluation.source.model, evaluation.vectors.size
-    watched = Contributions(model, evaluation.vectors)
+    watched = Contributions(model, evaluation.vectors, evaluation.source.predictor)
 
     def of_loss(loss: Callable[[], Tensor], scale: float) -> Tensor:
         value = loss() * scale

@@ -7,10 +7,10 @@ wanted, at the least sum of scores. Equal scores go in order of groups and struc
 
 from __future__ import annotations
 
-__all__ = ["additive_scores", "select_count", "select_for_size"]
+__all__ = ["Before", "additive_scores", "select_count", "select_for_size"]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,8 +18,11 @@ from torch import Tensor
 from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.structured.configuration import Search, StructureLimits
 from lightning_woodfisher.structured.groups import Group
-from lightning_woodfisher.structured.network_size import NetworkSize
+from lightning_woodfisher.structured.network_size import NetworkSize, Removed
 from lightning_woodfisher.structured.scores import StructureScores
+
+#: Numbers of structures that are gone already, by the name of their group.
+Before = Mapping[str, Sequence[int]]
 
 
 def additive_scores(
@@ -56,6 +59,9 @@ def select_count(
     scores: Sequence[Tensor],
     count: int,
     limits: StructureLimits | None = None,
+    *,
+    before: Before | None = None,
+    nearest_reachable: bool = False,
 ) -> dict[str, Tensor]:
     """Choose exactly so many structures.
 
@@ -65,6 +71,9 @@ def select_count(
         count: K.
         limits: how many may go from a group; the defaults of :class:`.StructureLimits` if
             None.
+        before: structures that are gone already, by group; they stay gone, and count.
+        nearest_reachable: where ``round_to`` does not allow K, take the nearest number
+            that it allows, of two the larger; and of fewer than are gone already, those.
 
     Returns:
         int64 numbers of the removed structures of every group, ascending, by its name.
@@ -72,7 +81,9 @@ def select_count(
     Raises:
         ConfigurationError: when the limits do not allow K.
     """
-    plan = _Plan(groups, scores, limits or StructureLimits())
+    plan = _Plan(groups, scores, limits or StructureLimits(), before)
+    if nearest_reachable and count <= plan.reachable[-1]:
+        count = min(plan.reachable, key=lambda k: (abs(k - count), -k))
     problem = plan.why_not(count)
     if problem:
         raise ConfigurationError(problem)
@@ -87,6 +98,8 @@ def select_for_size(
     *,
     parameters_left: float | None = None,
     macs_left: float | None = None,
+    before: Before | None = None,
+    split: Callable[[Removed], tuple[Removed, Removed]] | None = None,
 ) -> dict[str, Tensor]:
     """Choose as few structures as make the network small enough.
 
@@ -98,6 +111,9 @@ def select_for_size(
         parameters_left: largest share of the parameters that may be left.
         macs_left: largest share of the multiply-accumulates that may be left; with both,
             both hold.
+        before: structures that are gone already, by group; they stay gone.
+        split: divides the chosen ones into removed and implanted ones; None for no
+            implants.
 
     Returns:
         As :func:`select_count`.
@@ -111,13 +127,14 @@ def select_for_size(
             raise ConfigurationError(f"{name}={share} is outside (0, 1].")
     if parameters_left is None and macs_left is None:
         raise ConfigurationError("give parameters_left or macs_left.")
-    plan = _Plan(groups, scores, limits or StructureLimits())
+    plan = _Plan(groups, scores, limits or StructureLimits(), before)
 
     def left(count: int) -> tuple[float, float]:
         removed = plan.removed(count)
+        parts = split(removed) if split else (removed, {})
         return (
-            size.parameters(removed) / size.dense_parameters,
-            size.macs(removed) / max(1, size.dense_macs),
+            size.parameters(*parts) / size.dense_parameters,
+            size.macs(*parts) / max(1, size.dense_macs),
         )
 
     def reached(count: int) -> bool:
@@ -159,17 +176,29 @@ class _Plan:
         groups: Sequence[Group],
         scores: Sequence[Tensor],
         limits: StructureLimits,
+        before: Before | None = None,
     ) -> None:
         _require_scores(groups, scores)
         self._names = [group.name for group in groups]
+        gone = [list((before or {}).get(name, ())) for name in self._names]
         # Ranks instead of numbers, so that equal scores have an order.
-        self._orders = [torch.sort(score.cpu(), stable=True) for score in scores]
-        self._allowed = [limits.removable(group.size) for group in groups]
+        self._orders = [
+            torch.sort(_first(score, those), stable=True)
+            for score, those in zip(scores, gone, strict=True)
+        ]
+        self._allowed = [
+            # Limits that are tighter than those of an earlier step bring nothing back.
+            [n for n in limits.removable(group.size) if n > len(those)]
+            for group, those in zip(groups, gone, strict=True)
+        ]
+        for allowed, those in zip(self._allowed, gone, strict=True):
+            allowed.insert(0, len(those))
         self.nested = limits.round_to == 1
         self._sizes = [group.size for group in groups]
         if self.nested:
             self._sequence = self._sort()
-            self.reachable = list(range(len(self._sequence) + 1))
+            fewest = sum(allowed[0] for allowed in self._allowed)
+            self.reachable = list(range(fewest, len(self._sequence) + 1))
         else:
             self._choices, self.reachable = self._solve()
 
@@ -185,6 +214,11 @@ class _Plan:
         if count in self.reachable:
             return ""
         total, most = sum(self._sizes), self.reachable[-1]
+        if 0 <= count < self.reachable[0]:
+            return (
+                f"{count} of {total} structures are fewer than the {self.reachable[0]} "
+                "that are gone already, and stay gone."
+            )
         if not 0 <= count <= most:
             return (
                 f"targets below the floors: {count} of {total} structures cannot be "
@@ -235,7 +269,7 @@ class _Plan:
     def _solve(self) -> tuple[list[Tensor], list[int]]:
         """Find how many of each group for every total: a knapsack, group by group."""
         finite = [
-            v for order in self._orders for v in order.values[order.values < math.inf]
+            v for order in self._orders for v in order.values[order.values.isfinite()]
         ]
         # What the greedy search has left aside is a last resort, but not forbidden.
         ceiling = 1 + sum(abs(float(v)) for v in finite)
@@ -244,17 +278,27 @@ class _Plan:
         best[0] = 0.0
         choices = []
         for order, allowed in zip(self._orders, self._allowed, strict=True):
-            costs = order.values.double().clamp(max=ceiling).cumsum(0)
-            new = best.clone()
+            values = order.values.double().clamp(max=ceiling)
+            # What is gone already costs nothing.
+            costs = torch.where(values.isfinite(), values, 0.0).cumsum(0)
+            new = torch.full_like(best, math.inf)
             choice = torch.zeros(total + 1, dtype=torch.int64)
-            for number in allowed[1:]:
+            for number in allowed:
+                cost = float(costs[number - 1]) if number else 0.0
                 tried = torch.full_like(best, math.inf)
-                tried[number:] = best[: total + 1 - number] + costs[number - 1]
+                tried[number:] = best[: total + 1 - number] + cost
                 better = tried < new
                 new[better], choice[better] = tried[better], number
             best = new
             choices.append(choice)
         return choices, best.isfinite().nonzero().flatten().tolist()
+
+
+def _first(score: Tensor, gone: Sequence[int]) -> Tensor:
+    """Put what is gone already below any score."""
+    score = score.cpu().clone()
+    score[list(gone)] = -math.inf
+    return score
 
 
 def _require_scores(groups: Sequence[Group], scores: Sequence[Tensor]) -> None:

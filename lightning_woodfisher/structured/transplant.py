@@ -21,7 +21,8 @@ def transplant(
 
     State of a parameter's shape, such as momentum, is cut as the parameter was; single
     numbers, such as a step count, stay. The order of the parameters stays, so that
-    saved optimizer states keep their meaning. State that cannot be cut is refused with a
+    saved optimizer states keep their meaning; a convolution with implants has two in the
+    place of one. State that cannot be cut is refused with a
     ConfigurationError before any optimizer changes.
 
     Args:
@@ -30,29 +31,35 @@ def transplant(
         replacements: what ``RemovalPlan.apply`` returned.
     """
     optimizers = tuple(optimizers)
-    by_old = {replacement.old: replacement for replacement in replacements}
+    by_old: dict[Any, list[Replacement]] = {}
+    for replacement in replacements:
+        by_old.setdefault(replacement.old, []).append(replacement)
     for optimizer in optimizers:
         _require_cuttable(optimizer, by_old)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"] = [
-                by_old[p].new if p in by_old else p for p in group["params"]
+                new
+                for p in group["params"]
+                for new in ([r.new for r in by_old[p]] if p in by_old else [p])
             ]
-        for old, replacement in by_old.items():
+        for old, parts in by_old.items():
             if old in optimizer.state:
                 state = optimizer.state.pop(old)
-                optimizer.state[replacement.new] = {
-                    key: _moved(value, replacement) for key, value in state.items()
-                }
+                for part in parts:
+                    optimizer.state[part.new] = {
+                        key: _moved(value, part) for key, value in state.items()
+                    }
 
 
 def _moved(value: Any, replacement: Replacement) -> Any:
     if isinstance(value, Tensor) and value.shape == replacement.old.shape:
         return replacement.cut(value)
-    return value
+    # Step counts are tensors, too, and no two parameters may share one.
+    return value.clone() if isinstance(value, Tensor) else value
 
 
-def _require_cuttable(optimizer: Optimizer, by_old: dict[Any, Replacement]) -> None:
+def _require_cuttable(optimizer: Optimizer, by_old: dict[Any, Any]) -> None:
     kind = type(optimizer).__name__
     touched = any(p in by_old for g in optimizer.param_groups for p in g["params"])
     if touched and isinstance(optimizer, LBFGS):

@@ -1,0 +1,202 @@
+"""One structured step after the other on plain models."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_woodfisher import ConfigurationError, StructureConfig, prune_structures
+from lightning_woodfisher.structured.channels import zero_structures
+from lightning_woodfisher.structured.configuration import StructureLimits
+from lightning_woodfisher.structured.export import shrink
+from lightning_woodfisher.structured.selection import select_count, select_for_size
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from hand_groups import cross_entropy, images, make_residual, residual_groups
+
+
+def settings(**options: Any) -> StructureConfig:
+    return StructureConfig(**{"num_samples": 16, "batch_size": 8, **options})
+
+
+def prune(model: nn.Module, target: float, **options: Any) -> Any:
+    config = settings(**options.pop("config", {}))
+    options = {"config": config, "groups": residual_groups(), **options}
+    return prune_structures(model, images(), cross_entropy, target=target, **options)
+
+
+def test_a_plain_model_is_masked_and_shrunk() -> None:
+    model, pixels = make_residual().eval(), images(8).tensors[0]
+    dense = sum(p.numel() for p in model.parameters())
+    options = {"measure": "parameters", "groups": None, "example_inputs": pixels[:1]}
+    report, groups = prune(model, 0.3, **options)
+    assert {g.name for g in groups} == {"stem", "conv1"}
+    found = zero_structures(model, groups)
+    assert {n: tuple(s.tolist()) for n, s in found.items()} == report.removed
+    masked = model(pixels)
+    smaller = copy.deepcopy(model)
+    shrink(smaller, groups, report.removed)
+    torch.testing.assert_close(smaller(pixels), masked, rtol=0, atol=1e-12)
+    left = sum(p.numel() for p in smaller.parameters())
+    assert left == report.parameters <= 0.7 * dense
+    assert report.loss_before != report.loss_after
+    losses = cross_entropy(model, images()[:]).detach()
+    assert report.loss_after == pytest.approx(float(losses), rel=0.5)
+
+
+@pytest.mark.parametrize("method", ["sosp_i", "sosp_h", "hap"])
+def test_later_steps_only_take_more(method: str) -> None:
+    model, last = make_residual(), set()
+    for target, count in ((0.2, 2), (0.4, 4), (0.5, 4), (0.3, 4)):
+        config = {"method": method, "probes": 10, "seed": count}
+        report, _ = prune(model, target, config=config)
+        gone = {(n, s) for n, those in report.removed.items() for s in those}
+        assert len(gone) == count
+        assert last <= gone
+        last = gone
+
+
+def test_greedy_goes_on_from_what_is_gone() -> None:
+    """The second step is the best addition to the first, not a new beginning."""
+    model = make_residual()
+    config = {"method": "sosp_i", "labels": "true"}
+    first, groups = prune(model, 0.25, config=config)
+    second, _ = prune(model, 0.35, config=config)
+    (new,) = {(n, s) for n, those in second.removed.items() for s in those} - {
+        (n, s) for n, those in first.removed.items() for s in those
+    }
+    # By hand: rows of all samples from per-sample gradients, 16 samples of the step.
+    from lightning_woodfisher.distributed import Communicator
+    from lightning_woodfisher.isolation import derive_seed
+    from lightning_woodfisher.losses import FunctionLoss
+    from lightning_woodfisher.structured.scores import score_structures
+
+    replay = make_residual()
+    prune(replay, 0.25, config=config)
+    seed = derive_seed(0, 0) % 2**62
+    source = FunctionLoss(replay, images(), cross_entropy)
+    scores = score_structures(
+        source, groups, settings(seed=seed, **config), Communicator()
+    )
+    alone = torch.split(scores.pairs.diagonal(), [g.size for g in groups])
+    costs = {
+        (g.name, s): float(alone[place][s])
+        for place, g in enumerate(groups)
+        for s in range(g.size)
+        if s not in first.removed.get(g.name, ())
+        and g.size - len(first.removed.get(g.name, ())) > 2
+    }
+    # What is gone has rows of zeros, so that a structure adds what it costs alone.
+    assert new == min(costs, key=costs.get)  # type: ignore[arg-type]
+
+
+def test_multiples_and_what_is_gone() -> None:
+    groups = residual_groups(8, 10)
+    scores = [torch.arange(8.0), torch.arange(10.0) + 1]
+    limits = StructureLimits(round_to=4)
+
+    def count(wanted: int, **options: Any) -> list[list[int]]:
+        removed = select_count(groups, scores, wanted, limits, **options)
+        return [removed[g.name].tolist() for g in groups]
+
+    # The second group keeps 8 or 4 of 10, the first 4 of 8.
+    assert count(4) == [[0, 1, 2, 3], []]
+    with pytest.raises(ConfigurationError, match="round_to; 4 and 6 can"):
+        count(5)
+    assert count(5, nearest_reachable=True) == [[0, 1, 2, 3], [0, 1]]
+    assert count(3, nearest_reachable=True) == [[0, 1, 2, 3], []]
+    assert count(1, nearest_reachable=True) == [[], [0, 1]]
+    gone = {"conv1": [8, 9]}
+    # Without what is gone, four of the first group would be the only way to four.
+    assert count(6, before=gone) == [[0, 1, 2, 3], [8, 9]]
+    assert count(4, before=gone, nearest_reachable=True) == [[0, 1, 2, 3], [8, 9]]
+    assert count(1, before=gone, nearest_reachable=True) == [[], [8, 9]]
+    with pytest.raises(ConfigurationError, match="fewer than the 2"):
+        count(1, before=gone)
+    with pytest.raises(ConfigurationError, match="below the floors"):
+        count(11, nearest_reachable=True)
+
+
+def test_tighter_limits_bring_nothing_back() -> None:
+    groups = residual_groups(8, 10)
+    scores = [torch.zeros(8), torch.ones(10)]
+    before = {"stem": [1, 2, 3, 4, 5]}
+    removed = select_count(
+        groups, scores, 7, StructureLimits(max_ratio=0.5), before=before
+    )
+    assert removed["stem"].tolist() == [1, 2, 3, 4, 5]
+    assert removed["conv1"].tolist() == [0, 1]
+
+
+def test_a_target_that_is_met_takes_nothing_more() -> None:
+    model = make_residual()
+    first, groups = prune(model, 0.4, measure="macs")
+    again, _ = prune(model, 0.1, measure="macs", config={"seed": 7})
+    assert again.removed == first.removed
+    assert [g.removed_before for g in again.groups] == [
+        len(g.removed) for g in first.groups
+    ]
+
+
+def test_what_cannot_work_is_refused() -> None:
+    model = make_residual()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    batches = [tuple(images().tensors)]
+    for data, options, message in (
+        (images(), {}, "give groups, or example_inputs"),
+        (iter(batches), {"groups": residual_groups()}, "read only once"),
+        (batches, {"groups": residual_groups()}, "ended after 1 batches.*num_samples"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            prune_structures(
+                model, data, cross_entropy, target=0.5, config=settings(), **options
+            )
+    with pytest.raises(ConfigurationError, match="below the floors"):
+        prune(model, 0.9)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def failing(model: Any, batch: Any) -> Tensor:
+    loss = cross_entropy(model, batch)
+    return loss / (0.0 if bool((model.bn1.weight == 0).any()) else 1.0)
+
+
+def test_a_loss_that_breaks_after_the_masks_leaves_the_model() -> None:
+    model = make_residual()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(Exception, match="inf"):
+        prune_structures(
+            model,
+            images(),
+            failing,
+            target=0.6,
+            config=settings(min_kept=1),
+            groups=residual_groups(),
+        )
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_sizes_keep_what_is_gone() -> None:
+    """Of the size target the choice contains the earlier one, whatever its scores."""
+    from lightning_woodfisher.losses import FunctionLoss
+    from lightning_woodfisher.structured.network_size import NetworkSize
+
+    model, groups = make_residual(), residual_groups()
+    data = torch.utils.data.DataLoader(images(), 8)
+    source = FunctionLoss(model, data, cross_entropy)
+    batch = next(iter(data))
+    size = NetworkSize(model, groups, lambda: source.loss(batch, 0))
+    scores = [torch.arange(4.0), torch.arange(5.0) - 10]
+    before = {"stem": [3]}
+    removed = select_for_size(groups, scores, size, macs_left=0.5, before=before)
+    assert 3 in removed["stem"].tolist()
+    assert size.macs(removed) <= 0.5 * size.dense_macs
