@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,10 @@ from torch import Tensor, nn
 
 from lightning_woodfisher.cli import main
 from lightning_woodfisher.export import load_sparse, read_checkpoint, read_metadata
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from documentation import ROOT, read_blocks, split_commands
 
 MODULE = """
 import lightning.pytorch as pl
@@ -405,15 +408,13 @@ def test_help_is_for_newcomers(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_block_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """The files that its commands write are those of the network, too."""
-    page = Path(__file__).parents[1] / "docs" / "export.md"
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.M | re.S)
-    assert {language for language, _ in blocks} == {"bash", "python", "text"}
-    for language, block in blocks:
-        if language == "python":
-            exec(compile(block, str(page), "exec"), {})
-        elif language == "bash":
-            for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
+    blocks = read_blocks(ROOT / "docs" / "export.md")
+    assert {block.language for block in blocks} == {"bash", "python", "text"}
+    for block in blocks:
+        if block.language == "python":
+            exec(compile(block.text, str(block), "exec"), {})
+        elif block.language == "bash":
+            for words in split_commands(block.text):
                 assert words[:2] == ["lightning-woodfisher", "export"]
                 assert status(*words[1:]) == 0, capsys.readouterr().err
     assert_bare(load_sparse("model.safetensors"))
