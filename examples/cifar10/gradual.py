@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--data", default="data", help="folder of the images")
     parser.add_argument("--weights", default="runs/cifar10/dense.pt")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--images-per-epoch", type=int, help="fewer, for a quick look")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument(
         "--sparsities", type=float, nargs="+", default=[0.9, 0.95, 0.98]
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--accelerator", default="auto")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    data = CIFAR10(options.data)
+    data = CIFAR10(options.data, images_per_epoch=options.images_per_epoch)
     data.setup("fit")
     rows = []
     for sparsity in options.sparsities:
