@@ -321,7 +321,7 @@ def draw_saliencies(report: PruningReport) -> Figure:
     _label_layers(axes, [layer.name for layer in layers])
     axes.set_xlabel("saliency: predicted rise of the loss when the weight goes")
     if report.criterion == "magnitude":
-        axes.set_xlabel("saliency: square of the weight")
+        axes.set_xlabel("saliency: magnitude of the weight")
     axes.set_title(f"Saliencies before the step, {_when(report)}")
     return figure
 
