@@ -47,6 +47,7 @@ _LARGEST_MASK = 256
 _MOST_MASKS = 12
 # Two colours that can be told apart by anyone, on white and on black.
 _FIRST, _SECOND = "#3a86c8", "#e08214"
+_DARK = "#27608f"
 # Stand-ins in an SVG for what the page decides.
 _INK, _PAPER = "#1f2329", "#fdfdfb"
 # How much larger than the smallest number the largest is before the axis is logarithmic.
@@ -147,7 +148,7 @@ def draw_layers(report: PruningReport) -> Figure:
     rows = range(len(layers))
     axes.barh(rows, [100 * layer.sparsity for layer in layers], color=_FIRST)
     before = [100 * layer.zeros_before / layer.weights for layer in layers]
-    axes.barh(rows, before, color="black", alpha=0.3, label="before the step")
+    axes.barh(rows, before, color=_DARK, label="before the step")
     axes.axvline(
         100 * report.sparsity, color=_SECOND, label=f"all layers: {report.sparsity:.1%}"
     )
@@ -263,7 +264,8 @@ def draw_course(reports: Sequence[PruningReport]) -> Figure:
         lower.plot(x, before, "o", color=_FIRST, label="before the step")
         lower.plot(x, after, "s", color=_SECOND, label="after it")
         _scale_y(lower, [*before, *after])
-        lower.legend()
+        above = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "frameon": False}
+        lower.legend(ncols=2, fontsize="small", **above)
     else:
         _say(lower, "not measured (measure_loss)")
     lower.set_ylabel("mean loss on\nthe samples")
@@ -319,7 +321,7 @@ def draw_saliencies(report: PruningReport) -> Figure:
     _label_layers(axes, [layer.name for layer in layers])
     axes.set_xlabel("saliency: predicted rise of the loss when the weight goes")
     if report.criterion == "magnitude":
-        axes.set_xlabel("saliency: square of the weight")
+        axes.set_xlabel("saliency: magnitude of the weight")
     axes.set_title(f"Saliencies before the step, {_when(report)}")
     return figure
 
@@ -353,7 +355,7 @@ def draw_masks(masks: Mapping[str, Tensor]) -> Figure:
     """
     across = min(3, max(1, len(masks)))
     down = max(1, -(-len(masks) // across))
-    figure = _empty_figure((3.0 * across, 2.6 * down + 0.4))
+    figure = _empty_figure((2.3 * across + 0.3, 2.3 * down + 0.4))
     panels = figure.subplots(down, across, squeeze=False).flatten()
     for axes, (name, mask) in zip(panels, masks.items(), strict=False):
         matrix = mask.reshape(_as_matrix(mask.shape)).cpu().numpy()

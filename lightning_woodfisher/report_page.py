@@ -24,9 +24,9 @@ body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 76rem; background: 
 h1 { margin: 0; font-size: 1.6rem; } h2 { margin: 2.2rem 0 .8rem; font-size: 1.2rem; }
 .dim, figcaption { color: var(--dim); font-size: .9rem; overflow-wrap: anywhere; }
 .cards { display: grid; gap: .7rem; margin: 1.2rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
 .cards div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; }
-.cards b { display: block; font-size: 1.3rem; font-weight: 600; }
+.cards b { display: block; font-size: 1.15rem; font-weight: 600; }
 .figures { display: grid; gap: 1.2rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); }
 figure { margin: 0; padding: .8rem; border: 1px solid var(--line); border-radius: .5rem; }
@@ -34,8 +34,9 @@ svg { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; }
-th { background: var(--card); } tr + tr td { border-top: 1px solid var(--line); }
+th, td { padding: .35rem .55rem; text-align: right; white-space: nowrap; }
+th { background: var(--card); white-space: normal; vertical-align: bottom; }
+tr + tr td { border-top: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,6 +39,7 @@ from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
 from lightning_woodfisher.pruner import Pruner
+from lightning_woodfisher.report import SALIENCY_SHARES
 
 Batch = tuple[Tensor, Tensor]
 
@@ -249,6 +251,23 @@ def test_magnitude_is_that_of_torch() -> None:
 
 
 # --- parts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_quantiles_are_those_of_what_the_last_part_chose_from(reuse: bool) -> None:
+    model = mlp()
+    weights = {n: w.clone() for n, w in model.named_parameters() if w.dim() == 2}
+    options = {"recompute_steps": 2, "reuse_gradients": reuse, "update": "none"}
+    report = pruned(model, criterion="magnitude", target_sparsity=0.5, **options)
+    magnitudes = {n: w.detach().double().abs().flatten() for n, w in weights.items()}
+    # The first part keeps the share √½.
+    gone = round((1 - 0.5**0.5) * sum(len(m) for m in magnitudes.values()))
+    limit = torch.cat([*magnitudes.values()]).sort().values[gone]
+    for layer in report.layers:
+        left = magnitudes[layer.name]
+        left = left[left >= limit].sort().values.tolist()
+        ranks = [math.ceil(share * len(left)) for share in SALIENCY_SHARES]
+        assert list(layer.saliency_quantiles) == [left[rank - 1] for rank in ranks]
 
 
 @pytest.mark.parametrize("criterion", ["woodfisher", "magnitude"])

@@ -8,7 +8,12 @@ import math
 
 import pytest
 
-from lightning_woodfisher.report import LayerReport, PruningReport, format_table
+from lightning_woodfisher.report import (
+    LayerReport,
+    PruningReport,
+    format_steps,
+    format_table,
+)
 
 PLAIN_TYPES = (str, int, float, bool, type(None))
 
@@ -183,3 +188,39 @@ def test_scales_are_logged_and_survive_json_and_may_be_missing() -> None:
     # What an older version has written.
     del plain["update_scales"], plain["first_order_scales"], plain["updates"]
     assert PruningReport.from_dict(plain) == BARE
+
+
+def test_quantiles_survive_json_and_may_be_missing() -> None:
+    layers = tuple(
+        dataclasses.replace(layer, saliency_quantiles=(0.0, 1e-9, 2e-9, 3e-8, 5.0))
+        for layer in report().layers
+    )
+    one = report(layers=layers)
+    plain = json.loads(json.dumps(one.to_dict()))
+    assert PruningReport.from_dict(plain) == one
+    # What an older version has written.
+    for layer in plain["layers"]:
+        del layer["saliency_quantiles"]
+    assert PruningReport.from_dict(plain) == report()
+
+
+def test_damping_of_a_layer_is_its_largest() -> None:
+    raised = {
+        "conv.weight from weight 0": 1e-3,
+        "conv.weight from weight 64": 1e-2,
+        "conv.weight_v from weight 0": 1.0,
+    }
+    one = report(raised_damping=raised)
+    assert [one.damping_of(layer) for layer in one.layers] == [1e-2, 1e-4]
+    assert BARE.damping_of(BARE.layers[0]) is None
+
+
+def test_table_of_steps() -> None:
+    lines = format_steps([report(), BARE]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].split() == [
+        *("1", "3", "40", "81.00%", "81.12%"),
+        *("0.00075", "0.0008", "0.1", "0.101", "0.8"),
+    ]
+    assert lines[3].split()[:5] == ["2", "–", "–", "81.00%", "50.00%"]
+    assert lines[3].split()[5:9] == ["–"] * 4

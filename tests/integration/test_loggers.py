@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import wandb
 from fits import (
     WEIGHTS,
@@ -32,9 +33,14 @@ AT = {1: (6, 12), 2: (3, 6)}
 NAMES = ["net.0.weight", "net.5.weight", "net.7.weight"]
 
 
+FIGURES = ("layers", "schedule", "increase", "course", "saliencies", "masks")
+
+
 def fit(*loggers: Any, **options: Any) -> list[PruningReport]:
     seed_all(0)
-    pruner = pruning(schedule=PolynomialSchedule(1, 2), target_sparsity=0.8)
+    pruner = pruning(
+        schedule=PolynomialSchedule(1, 2), target_sparsity=0.8, log_masks=True
+    )
     fitted = trainer(pruner, logger=list(loggers), max_epochs=4, **options)
     fitted.fit(Classifier(), loader())
     return pruner.reports
@@ -90,6 +96,45 @@ def test_scalars_reach_files(tmp_path: Path) -> None:
             assert event.value == pytest.approx(value, rel=1e-6, abs=1e-12), key
     # The training's own numbers are there too.
     assert any("train_loss" in metrics for _, metrics in memory.history)
+    require_figures_in_tensorboard(events, reports)
+    require_sheets(Path(sheet.log_dir), reports)
+
+
+def require_figures_in_tensorboard(
+    events: EventAccumulator, reports: list[PruningReport]
+) -> None:
+    assert set(events.Tags()["images"]) == {f"pruning/figures/{n}" for n in FIGURES}
+    for name in FIGURES:
+        images = events.Images(f"pruning/figures/{name}")
+        assert [image.step for image in images] == list(AT[1])
+        for image in images:
+            assert image.encoded_image_string[:4] == b"\x89PNG"
+            assert min(image.width, image.height) > 200
+    texts = {
+        name: [event.tensor_proto.string_val[0].decode() for event in found]
+        for name in ("settings", "layers", "steps")
+        if (found := events.Tensors(f"pruning/{name}/text_summary"))
+    }
+    assert '"num_gradients": 6' in texts["settings"][0]
+    for text, report in zip(texts["layers"], reports, strict=True):
+        assert [line.strip() for line in text.splitlines()] == [
+            line.strip() for line in report.to_table().splitlines()
+        ]
+    assert len(texts["steps"][0].splitlines()) == 2 + len(reports)
+
+
+def require_sheets(folder: Path, reports: list[PruningReport]) -> None:
+    with (folder / "pruning_layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    layers = [(report, layer) for report in reports for layer in report.layers]
+    for row, (report, layer) in zip(rows, layers, strict=True):
+        assert (int(row["epoch"]), int(row["step"])) == (report.epoch, report.step)
+        assert row["layer"] == layer.name
+        assert int(row["zeros"]) == layer.zeros_after
+        assert float(row["saliency_50%"]) == layer.saliency_quantiles[2]
+    with (folder / "pruning_steps.csv").open() as file:
+        steps = list(csv.DictReader(file))
+    assert [float(step["sparsity"]) for step in steps] == [r.sparsity for r in reports]
 
 
 def require_wandb(run: OfflineRun, reports: list[PruningReport], at: Any) -> None:
@@ -113,20 +158,49 @@ def require_wandb(run: OfflineRun, reports: list[PruningReport], at: Any) -> Non
             assert row["sparsity"] == layer.zeros_after / row["weights"]
             assert row["threshold"] == layer.threshold
             assert row["predicted_increase"] == layer.predicted_increase
+            assert row["damping"] == 1e-4
+            quantiles = [row[f"saliency_{q}%"] for q in (5, 25, 50, 75, 95)]
+            assert quantiles == sorted(layer.saliency_quantiles)
+            assert quantiles[0] > 0
         chart = other["pruning/sparsity_per_layer_table"]
         columns, data = run.table(chart)
         bars = [dict(zip(columns, row, strict=True)) for row in data]
         assert [(bar["layer"], bar["sparsity"]) for bar in bars] == [
             (row["layer"], row["sparsity"]) for row in rows
         ]
+        for name in FIGURES:
+            picture = run.folder / "files" / other[f"pruning/figures/{name}"]["path"]
+            assert picture.read_bytes()[:4] == b"\x89PNG"
     chart = run.charts["pruning/sparsity_per_layer"]["panel_config"]
     assert chart["panelDefId"] == "wandb/bar/v0"
     assert chart["fieldSettings"] == {"label": "layer", "value": "sparsity"}
     assert "pruning/sparsity_per_layer_table" in str(chart["userQuery"])
+    (end,) = (entry for entry in run.history if "pruning/steps" in entry)
+    columns, data = run.table(end["pruning/steps"])
+    steps = [dict(zip(columns, row, strict=True)) for row in data]
+    assert [step["sparsity"] for step in steps] == [r.sparsity for r in reports]
+    assert [step["step"] for step in steps] == list(at)
+    settings = run.config["pruning"]
+    assert settings["target_sparsity"] == 0.8
+    assert settings["fisher"]["block_size"] == 16
+    assert settings["selection"]["scope"] == "global"
+    assert settings["schedule"]["class"] == "PolynomialSchedule"
+    assert settings["schedule"]["start"] == 1
+    require_masks(run, reports[-1])
     assert run.summary["pruning/sparsity"] == reports[-1].sparsity
     # Training was logged before, between and after the pruning steps.
     losses = [e["trainer/global_step"] for e in run.history if "train_loss" in e]
     assert losses == list(range(2 * at[1]))
+
+
+def require_masks(run: OfflineRun, report: PruningReport) -> None:
+    """Compare the artifact with the last report."""
+    (path,) = run.artifacts["masks"]
+    masks = torch.load(path, weights_only=True)
+    assert {name: int((~kept).sum()) for name, kept in masks.items()} == {
+        layer.name: layer.zeros_after for layer in report.layers if layer.zeros_after
+    }
+    assert all(masks[layer.name].shape == layer.shape for layer in report.layers)
 
 
 def test_wandb_offline(tmp_path: Path) -> None:
