@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.isolation import derive_seed, seeded
-from lightning_woodfisher.losses import LossSource
+from lightning_woodfisher.losses import LossSource, run_loss
 from lightning_woodfisher.masks import Masks
 
 
@@ -118,7 +118,7 @@ def count_flops(
     with seeded(derive_seed(seed, "flops")):
         batch = batches.fetch(0)
         with _Counter({name: masks.local(name) for name in masks.parameters}) as mode:
-            source.loss(batch, 0)
+            run_loss(source, batch, 0)
     numbers = comm.gather_numbers([mode.total, *mode.flops.values()])[0]
     unused = [
         n for n, flops in zip(masks.parameters, numbers[1:], strict=True) if not flops
