@@ -28,7 +28,7 @@ from lightning_woodfisher.batches import Batches
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.isolation import derive_seed, seeded
-from lightning_woodfisher.losses import LossSource, lower_loss_scale
+from lightning_woodfisher.losses import LossSource, lower_loss_scale, run_loss
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.per_sample import LayerCall, is_plain, record_calls, unfold
 
@@ -173,7 +173,7 @@ def _fill(
     while True:
         calls: list[LayerCall] = []
         with record_calls(source.model, parameters, calls):
-            loss = source.loss(batch, index)
+            loss = run_loss(source, batch, index)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise PruningError(

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.isolation import derive_seed, seeded
-from lightning_woodfisher.losses import LossSource
+from lightning_woodfisher.losses import LossSource, run_loss
 from lightning_woodfisher.masks import Masks
 
 
@@ -91,6 +91,7 @@ def count_flops(
     num_gradients: int,
     batch_size: int,
     seed: int,
+    repeat: bool = False,
 ) -> LayerFlops:
     """Count the FLOPs of one mini-batch.
 
@@ -101,6 +102,7 @@ def count_flops(
         num_gradients: N, of the mini-batches of which the first is used.
         batch_size: m.
         seed: of the samples.
+        repeat: whether samples may come again.
 
     Returns:
         The counts.
@@ -114,11 +116,11 @@ def count_flops(
             "flops_target and selection.flops_power need whole parameters, and those of "
             "this model are sharded; leave them out."
         )
-    batches = source.batches(num_gradients, batch_size, seed)
+    batches = source.batches(num_gradients, batch_size, seed, repeat)
     with seeded(derive_seed(seed, "flops")):
         batch = batches.fetch(0)
         with _Counter({name: masks.local(name) for name in masks.parameters}) as mode:
-            source.loss(batch, 0)
+            run_loss(source, batch, 0)
     numbers = comm.gather_numbers([mode.total, *mode.flops.values()])[0]
     unused = [
         n for n, flops in zip(masks.parameters, numbers[1:], strict=True) if not flops

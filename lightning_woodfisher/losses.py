@@ -10,6 +10,7 @@ __all__ = [
     "lower_loss_scale",
     "mean_loss",
     "require_finite",
+    "run_loss",
     "scalar_loss",
 ]
 
@@ -246,7 +247,7 @@ def differentiable_loss(
     Raises:
         PruningError: for any other.
     """
-    loss = _ask(source, batch, index)
+    loss = run_loss(source, batch, index)
     require_finite(float(loss.detach()), batches, index)
     if not loss.requires_grad:
         raise PruningError(
@@ -315,17 +316,30 @@ def loss_value(source: LossSource, batches: Batches, index: int) -> float:
     batch = batches.fetch(index)
     try:
         with random_states_kept(), torch.no_grad():
-            return float(_ask(source, batch, index))
+            return float(run_loss(source, batch, index))
     except RuntimeError as error:
         if "not require grad" not in str(error):
             raise
     # A loss that differentiates inside, such as a gradient penalty. Each batch decides
     # for itself, so that the result does not depend on which rank has computed it.
-    return float(_ask(source, batch, index).detach())
+    return float(run_loss(source, batch, index).detach())
 
 
-def _ask(source: LossSource, batch: Any, index: int) -> Tensor:
-    """Run the model; explain what BatchNorm makes of a single sample."""
+def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
+    """Run the model, and explain what BatchNorm makes of a single sample.
+
+    Args:
+        source: where losses come from, with its session entered.
+        batch: the samples.
+        index: number of the batch.
+
+    Returns:
+        What :meth:`LossSource.loss` gives.
+
+    Raises:
+        ConfigurationError: for a single sample in training mode.
+        ValueError: whatever else the model raises.
+    """
     try:
         return source.loss(batch, index)
     except ValueError as error:

@@ -280,7 +280,9 @@ class Pruner:
             return None
         fisher = self.config.fisher
         number, size = fisher.num_gradients, fisher.gradient_batch_size
-        return count_flops(source, self.masks, self.comm, number, size, seed)
+        return count_flops(
+            source, self.masks, self.comm, number, size, seed, fisher.repeat_samples
+        )
 
     @contextlib.contextmanager
     def _whole_or_absent(self, model: nn.Module) -> Iterator[None]:

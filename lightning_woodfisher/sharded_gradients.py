@@ -20,7 +20,7 @@ from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import PruningError
 from lightning_woodfisher.gradients import Batches, LossSource, derive_seed
 from lightning_woodfisher.isolation import seeded
-from lightning_woodfisher.losses import differentiable_loss, lower_loss_scale
+from lightning_woodfisher.losses import differentiable_loss, lower_loss_scale, run_loss
 from lightning_woodfisher.sharding import local, reshard
 
 _T = TypeVar("_T")
@@ -110,7 +110,7 @@ def sharded_mean_loss(
                 batch = _together(comm, functools.partial(batches.fetch, index))
             else:
                 comm.agree(None)
-            value = _together(comm, functools.partial(source.loss, batch, index))
+            value = _together(comm, functools.partial(run_loss, source, batch, index))
             values.append(float(value))
     reshard(source.model)
     columns = comm.gather_numbers(values)

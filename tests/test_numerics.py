@@ -261,6 +261,60 @@ def test_limits_that_cannot_work(
         pruned(data, fisher={"num_gradients": 8, **fisher}, **options)
 
 
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"fisher": {"damping": 1e-101}}, r"outside \[1e-100, 1e\+100\]"),
+        ({"fisher": {"damping": 1e101}}, r"outside \[1e-100, 1e\+100\]"),
+        ({"fisher": {"num_gradients": 2**70}}, "never end"),
+        ({"fisher": {"offload_rows": "no"}}, "neither true nor false"),
+        ({"batchnorm_recalibration_batches": 10**30}, "never end"),
+        ({"seed": 2**63}, "64-bit"),
+        ({"seed": "1"}, "whole number"),
+        ({"criterion": []}, r"criterion=\[\] is unknown"),
+        ({"update": None}, "update=None is unknown"),
+        ({"step_search": 1}, "neither true nor false"),
+    ],
+    ids=str,
+)
+def test_values_that_once_gave_a_traceback_or_never_ended(
+    settings: dict[str, Any], match: str
+) -> None:
+    data, _ = spoilt(8, {})
+    settings = {
+        **settings,
+        "fisher": {"num_gradients": 8, **settings.get("fisher", {})},
+    }
+    with pytest.raises(ConfigurationError, match=match):
+        pruned(data, **settings)
+
+
+@pytest.mark.parametrize("name", ["fisher", "selection"])
+def test_settings_as_plain_dicts_are_refused(name: str) -> None:
+    data, _ = spoilt(8, {})
+    settings: dict[str, Any] = {name: {"a": 1}}
+    with pytest.raises(ConfigurationError, match=f"{name}=.* is no "):
+        prune(network(), data, cross_entropy, target_sparsity=0.5, **settings)
+
+
+@pytest.mark.parametrize("criterion", ["woodfisher", "kfac", "magnitude"])
+@pytest.mark.parametrize("flops_power", [0.0, 1.0])
+def test_batchnorm_of_a_single_sample_is_explained(
+    criterion: str, flops_power: float
+) -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    data = TensorDataset(*samples())
+    fisher = {"num_gradients": 8, "model_mode": "train"}
+    with pytest.raises(ConfigurationError, match="gradient_batch_size"):
+        pruned(
+            data,
+            model,
+            fisher=fisher,
+            criterion=criterion,
+            selection=SelectionConfig(flops_power=flops_power),
+        )
+
+
 # ---------------------------------------------------------------- what has no curvature
 
 
@@ -522,6 +576,14 @@ def test_a_network_of_a_single_weight() -> None:
     for target, left in ((0.4, 1), (0.6, 0)):
         prune(model, data, loss, target_sparsity=target, fisher=FisherConfig(4, 1))
         assert int((model.weight != 0).sum()) == left
+
+
+def test_samples_come_again_where_flops_are_counted() -> None:
+    data = TensorDataset(*samples(10))
+    fisher = {"num_gradients": 25, "repeat_samples": True}
+    selection = SelectionConfig(flops_power=1.0)
+    model, report = pruned(data, fisher=fisher, selection=selection)
+    assert_sound(model, report, 0.5)
 
 
 # ---------------------------------------------------------------- the count itself
