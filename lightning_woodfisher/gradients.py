@@ -134,9 +134,11 @@ def collect_gradients(
         first, number = firsts[comm.rank], counts[comm.rank]
         rows: Tensor | None = None
         if number:
-            rows = torch.empty(
-                number, sum(shard_sizes), dtype=dtype, device=comm.device
-            )
+            # Memory that runs out here leaves nothing to send to the others.
+            with comm.no_return():
+                rows = torch.empty(
+                    number, sum(shard_sizes), dtype=dtype, device=comm.device
+                )
             maker.fill(first, rows)
         if comm.world_size == 1 and maker.failure is not None:
             raise maker.failure
@@ -146,7 +148,8 @@ def collect_gradients(
             maker.reason = comm.share_text(maker.reason)
             if rows is not None and maker.reason and undecided:
                 maker.fill(first, rows)
-        sent = None if rows is None else rows.to(sent_dtype)
+        with comm.no_return():
+            sent = None if rows is None else rows.to(sent_dtype)
         started = comm.exchange(sent, shard_sizes, counts, sent_dtype)
         if pending is not None:
             yield pending.wait()
