@@ -7,22 +7,22 @@ for it back. Parameters that are sharded already (FSDP2) keep their owner.
 
 from __future__ import annotations
 
-__all__ = ["ActiveWeights", "require_same_start"]
+__all__ = ["ActiveWeights"]
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lightning_woodfisher.agreement import checksum
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.patterns import UNSTRUCTURED, GroupRun, Pattern
 
-_CHECKSUM_PIECE = 2**20
 _ROUNDING = 1e-6
 
 
@@ -214,8 +214,8 @@ class ActiveWeights:
         if not masks.sharded:
             sizes = self.partition.shard_sizes()
             gone = comm.gather_shards(gone.to(torch.uint8), sizes).bool()
-            comm.require_equal(_checksum([new]), "the updated weights")
-            comm.require_equal(_checksum([gone]), "the masks")
+            comm.require_equal(checksum([new]), "the updated weights")
+            comm.require_equal(checksum([gone]), "the masks")
         parts = self._in_own_dtype(new)
         bad = self._count_bad(parts)
         if bad:
@@ -362,37 +362,6 @@ class ActiveWeights:
         )
 
 
-def require_same_start(masks: Masks, communicator: Communicator) -> None:
-    """Refuse ranks that hold different weights or masks.
-
-    Args:
-        masks: with the parameters.
-        communicator: the ranks.
-    """
-    if masks.sharded:
-        return
-    weights = _checksum(parameter.detach() for parameter in masks.parameters.values())
-    kept = _checksum(masks.kept(name) for name in masks.parameters)
-    communicator.require_equal(weights, "the weights before the step")
-    communicator.require_equal(kept, "the masks before the step")
-
-
 def _common_dtype(parameters: Mapping[str, nn.Parameter]) -> torch.dtype:
     double = any(p.dtype == torch.float64 for p in parameters.values())
     return torch.float64 if double else torch.float32
-
-
-def _checksum(tensors: Iterable[Tensor]) -> Tensor:
-    """Mix the bits of tensors, one behind the other, into one int64, wrapping around."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    first, total = 1, torch.zeros((), dtype=torch.int64)
-    for tensor in tensors:
-        flat = tensor.contiguous().view(-1).view(kinds[tensor.element_size()])
-        # Piece by piece: in int64 the whole would need many times the model's memory.
-        for piece in torch.split(flat, _CHECKSUM_PIECE):
-            last = first + len(piece)
-            index = torch.arange(first, last, device=piece.device)
-            mixed = (piece.to(torch.int64) + 1) * (index * 2654435761 + 97)
-            total = total.to(piece.device) + mixed.sum()
-            first = last
-    return total

@@ -14,10 +14,16 @@ Progress = Callable[
 
 
 class PhaseClock:
-    """Adds up wall-clock seconds by phase; an inner phase is not counted in the outer."""
+    """Adds up wall-clock seconds by phase; an inner phase is not counted in the outer.
+
+    Attributes:
+        seconds: by phase.
+        phase: the innermost one now, or the one that an exception has left.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.phase: str | None = None
         self._inner = 0.0
 
     @contextlib.contextmanager
@@ -30,10 +36,12 @@ class PhaseClock:
         Yields:
             Nothing.
         """
+        outer, self.phase = self.phase, phase
         outer_inner, self._inner = self._inner, 0.0
         start = time.perf_counter()
         try:
             yield
+            self.phase = outer
         finally:
             spent = time.perf_counter() - start
             self.seconds[phase] = self.seconds.get(phase, 0.0) + spent - self._inner

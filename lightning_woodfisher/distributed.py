@@ -8,6 +8,10 @@ A rank that fails must not leave the others waiting for it. So every collective 
 :meth:`Communicator.exchange` begins with :meth:`Communicator.agree`, a sum of one integer,
 and work with collectives in it stands in :meth:`Communicator.failing_together`, which takes
 a rank that has failed to that same sum. Both are needed: the sum is where they meet.
+
+A collective that fails itself, because a rank is gone or does not answer within the timeout
+of the process group, leaves nothing to meet at. No other collective follows it: the rank
+stops (:meth:`Communicator.no_return`), and its end stops the others.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ __all__ = ["Communicator", "ExactSum", "Pending"]
 import contextlib
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +32,7 @@ from lightning_woodfisher.errors import PruningError
 
 # Head room of the fixed-point sum: |sum| < 2**61 fits into int64 with rounding to spare.
 _FIXED_POINT_BITS = 61
+_SETTLED = "_settled_between_ranks"
 
 
 class Pending:
@@ -37,12 +42,20 @@ class Pending:
         result: tensor that holds the result once the work is done.
         work: handle to wait for, None when nothing is running.
         keep: tensors that must live until the work is done.
+        contact: entered while waiting.
     """
 
-    def __init__(self, result: Tensor, work: Any = None, keep: object = None) -> None:
+    def __init__(
+        self,
+        result: Tensor,
+        work: Any = None,
+        keep: object = None,
+        contact: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
+    ) -> None:
         self._result = result
         self._work = work
         self._keep = keep
+        self._contact = contact or contextlib.nullcontext
 
     def wait(self) -> Tensor:
         """Wait for the collective.
@@ -51,7 +64,8 @@ class Pending:
             Its result.
         """
         if self._work is not None:
-            self._work.wait()
+            with self._contact():
+                self._work.wait()
             self._work = self._keep = None
         return self._result
 
@@ -128,7 +142,7 @@ class Communicator:
         self.rank = dist.get_rank(group) if active else 0
         self.world_size = dist.get_world_size(group) if active else 1
         self.bytes_sent = 0
-        self._agreed: BaseException | None = None
+        self._phase: Callable[[], str | None] = _no_phase
 
     def exchange(
         self,
@@ -160,23 +174,25 @@ class Communicator:
                 raise ValueError("a single rank must have rows")
             return Pending(rows)
         own, total, mine = sizes[self.rank], sum(counts), counts[self.rank]
-        send = torch.empty(0, dtype=dtype, device=self.device)
-        if rows is not None:
-            columns = torch.split(rows, list(sizes), dim=1)
-            send = torch.cat([part.reshape(-1) for part in columns])
-        received = torch.empty(total, own, dtype=dtype, device=self.device)
         # Backends do not know every dtype, but all know bytes.
         width = dtype.itemsize
-        work = dist.all_to_all_single(
-            received.view(-1).view(torch.uint8),
-            send.view(torch.uint8),
-            [n * own * width for n in counts],
-            [mine * size * width for size in sizes],
-            group=self._group,
-            async_op=True,
-        )
+        with self.no_return():
+            send = torch.empty(0, dtype=dtype, device=self.device)
+            if rows is not None:
+                columns = torch.split(rows, list(sizes), dim=1)
+                send = torch.cat([part.reshape(-1) for part in columns])
+            received = torch.empty(total, own, dtype=dtype, device=self.device)
+        with self._contact():
+            work = dist.all_to_all_single(
+                received.view(-1).view(torch.uint8),
+                send.view(torch.uint8),
+                [n * own * width for n in counts],
+                [mine * size * width for size in sizes],
+                group=self._group,
+                async_op=True,
+            )
         self.bytes_sent += (send.numel() - mine * own) * width
-        return Pending(received, work, keep=send)
+        return Pending(received, work, keep=send, contact=self._contact)
 
     def share_text(self, text: str) -> str:
         """Tell every rank what rank 0 says.
@@ -190,9 +206,10 @@ class Communicator:
         everyone: list[str] = [text]
         if self.world_size > 1:
             self.agree()
-            dist.broadcast_object_list(
-                everyone, 0, group=self._group, device=self.device
-            )
+            with self._contact():
+                dist.broadcast_object_list(
+                    everyone, 0, group=self._group, device=self.device
+                )
         return everyone[0]
 
     def gather_shards(self, shard: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -212,7 +229,8 @@ class Communicator:
         padded[: shard.numel()] = shard
         gathered = shard.new_empty(longest * self.world_size)
         self.agree()
-        dist.all_gather_into_tensor(gathered, padded, group=self._group)
+        with self._contact():
+            dist.all_gather_into_tensor(gathered, padded, group=self._group)
         self.bytes_sent += (
             (self.world_size - 1) * padded.numel() * padded.element_size()
         )
@@ -233,7 +251,8 @@ class Communicator:
         mine = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
         everyone = mine.new_empty(self.world_size * mine.numel())
         self.agree()
-        dist.all_gather_into_tensor(everyone, mine, group=self._group)
+        with self._contact():
+            dist.all_gather_into_tensor(everyone, mine, group=self._group)
         rows: list[list[float]] = everyone.view(self.world_size, -1).tolist()
         return rows
 
@@ -271,7 +290,8 @@ class Communicator:
         """
         if self.world_size > 1:
             self.agree()
-            dist.all_reduce(values, dist.ReduceOp.SUM, group=self._group)
+            with self._contact():
+                dist.all_reduce(values, dist.ReduceOp.SUM, group=self._group)
         return values
 
     def maximum(self, values: Tensor) -> Tensor:
@@ -285,7 +305,8 @@ class Communicator:
         """
         if self.world_size > 1:
             self.agree()
-            dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+            with self._contact():
+                dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
         return values
 
     def sum_exactly(
@@ -333,8 +354,9 @@ class Communicator:
             # An NCCL broadcast needs the device of the group.
             pairs = [(tensor, tensor.to(self.device)) for tensor in tensors]
             self.agree()
-            for _, moved in pairs:
-                dist.broadcast(moved, 0, group=self._group)
+            with self._contact():
+                for _, moved in pairs:
+                    dist.broadcast(moved, 0, group=self._group)
             for tensor, moved in pairs:
                 if moved is not tensor:
                     tensor.copy_(moved)
@@ -349,39 +371,101 @@ class Communicator:
         Raises:
             PruningError: when the ranks differ.
         """
-        value = checksum.reshape(1)
-        extremes = self.maximum(torch.cat([value, ~value]))
-        if int(extremes[0]) != ~int(extremes[1]):
+        if self.who_differs(checksum.reshape(1)):
             raise PruningError(f"the ranks disagree about {what}")
 
+    def who_differs(self, numbers: Tensor) -> dict[int, list[int]]:
+        """Find the numbers that are not the same on all ranks.
+
+        One small collective where they are, which is always but for a fault.
+
+        Args:
+            numbers: int64 ``[n]``.
+
+        Returns:
+            By the place of a number, the ranks that have another one than rank 0.
+        """
+        if self.world_size == 1:
+            return {}
+        count = len(numbers)
+        extremes = self.maximum(torch.cat([numbers, ~numbers]))
+        differ = torch.nonzero(extremes[:count] != ~extremes[count:]).flatten()
+        if not len(differ):
+            return {}
+        everyone = self.gather_shards(numbers[differ], [len(differ)] * self.world_size)
+        rows = everyone.view(self.world_size, -1)
+        others = (rows != rows[0]).cpu()
+        return {
+            place: torch.nonzero(others[:, i]).flatten().tolist()
+            for i, place in enumerate(differ.tolist())
+        }
+
     @contextlib.contextmanager
-    def failing_together(self) -> Iterator[None]:
+    def no_return(self) -> Iterator[None]:
+        """Stand around what the other ranks cannot be told about when it fails.
+
+        They wait in a collective that this rank will not enter. If it asked for another
+        one, it would only wait with them; so it stops, and its end stops them.
+
+        Yields:
+            Nothing. :meth:`failing_together` passes an error from here on at once.
+        """
+        try:
+            yield
+        except Exception as error:
+            _settle(error)
+            raise
+
+    @contextlib.contextmanager
+    def _contact(self) -> Iterator[None]:
+        """Stand around a collective; say what it means when it fails."""
+        with self.no_return():
+            try:
+                yield
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                phase = self._phase()
+                raise PruningError(
+                    f"rank {self.rank} has lost the other ranks"
+                    f"{f' in phase {phase!r}' if phase else ''}: one of them has ended, or "
+                    "has not answered within the timeout of the process group. The output "
+                    f"of the other ranks tells why. ({type(error).__name__}: {error})"
+                ) from error
+
+    @contextlib.contextmanager
+    def failing_together(
+        self, phase: Callable[[], str | None] | None = None
+    ) -> Iterator[None]:
         """Raise the error of one rank on all of them.
 
         The body may fail anywhere outside of :meth:`exchange`: the other ranks learn of it
         in their next collective, or at the end. One such block stands around a whole
         piece of work.
 
+        Args:
+            phase: tells what is being done, for the error.
+
         Yields:
             Nothing. An error of this rank is raised as it is, that of another one by
             :meth:`agree`.
         """
-        self._agreed = None
+        self._phase = phase or _no_phase
         try:
             yield
+            self.agree()
         except Exception as error:
-            if error is not self._agreed:
+            if not vars(error).get(_SETTLED):
                 self.agree(error)
             raise
         finally:
-            # An error refers to the frames, and these to their tensors.
-            self._agreed = None
-        self.agree()
+            self._phase = _no_phase
 
     def agree(self, error: Exception | None = None) -> None:
         """Let every rank fail when one has failed, so that none waits for it forever.
 
-        The own error is raised as it is, that of another rank as a :class:`PruningError`.
+        The own error is raised as it is, that of another rank as a :class:`PruningError`
+        that names the rank and what it was doing.
 
         Args:
             error: what went wrong here, or None.
@@ -389,14 +473,31 @@ class Communicator:
         if self.world_size > 1:
             failed = torch.tensor([error is not None], dtype=torch.int64)
             failed = failed.to(self.device)
-            dist.all_reduce(failed, dist.ReduceOp.SUM, group=self._group)
-            if int(failed):
+            with self._contact():
+                dist.all_reduce(failed, dist.ReduceOp.SUM, group=self._group)
+                some_failed = bool(failed)
+            if some_failed:
                 everyone: list[str | None] = [None] * self.world_size
-                mine = None if error is None else f"{type(error).__name__}: {error}"
-                dist.all_gather_object(everyone, mine, group=self._group)
+                mine = None
+                if error is not None:
+                    phase = self._phase()
+                    where = f" in phase {phase!r}" if phase else ""
+                    mine = f"{where}: {type(error).__name__}: {error}"
+                with self._contact():
+                    dist.all_gather_object(everyone, mine, group=self._group)
                 if error is None:
                     rank, text = next((r, t) for r, t in enumerate(everyone) if t)
-                    error = PruningError(f"rank {rank} failed: {text}")
+                    error = PruningError(f"rank {rank} failed{text}")
         if error is not None:
-            self._agreed = error
+            _settle(error)
             raise error
+
+
+def _settle(error: Exception) -> None:
+    """Mark an error as known to all ranks, or as one that they cannot be told."""
+    # On the error: it may pass several communicators on its way.
+    vars(error)[_SETTLED] = True
+
+
+def _no_phase() -> None:
+    return None

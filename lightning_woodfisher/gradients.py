@@ -141,9 +141,11 @@ def collect_gradients(
         first, number = firsts[comm.rank], counts[comm.rank]
         rows: Tensor | None = None
         if number:
-            rows = torch.empty(
-                number, sum(shard_sizes), dtype=dtype, device=comm.device
-            )
+            # Memory that runs out here leaves nothing to send to the others.
+            with comm.no_return():
+                rows = torch.empty(
+                    number, sum(shard_sizes), dtype=dtype, device=comm.device
+                )
             maker.fill(first, rows)
         if start == 0 and at_once > 1:
             # The first micro-batch decides for all, and rank 0 has it.
@@ -155,7 +157,8 @@ def collect_gradients(
         maker.failure = maker.failure or skipped.failure
         if comm.world_size == 1 and maker.failure is not None:
             raise maker.failure
-        sent = None if rows is None else rows.to(sent_dtype)
+        with comm.no_return():
+            sent = None if rows is None else rows.to(sent_dtype)
         started = comm.exchange(sent, shard_sizes, counts, sent_dtype)
         if pending is not None:
             yield _chosen(pending.wait(), kept_before)

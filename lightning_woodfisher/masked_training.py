@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_woodfisher.averaging import mask_averages, require_maskable_averages
+from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, require_flag, require_text
 from lightning_woodfisher.losses import LossSource
 from lightning_woodfisher.masks import Masks
@@ -236,6 +237,8 @@ class MaskedTraining(pl.Callback, ABC):
             batch_idx: not used.
         """
         with hold_back_signals():
+            # A run that goes on in the middle of an epoch has missed the start of it.
+            self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
             self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
             if self._untried and self._reads_on() and self._all_trainable():
                 # Now, and not when training starts: the module's own hooks have run, on
@@ -399,20 +402,25 @@ class MaskedTraining(pl.Callback, ABC):
             return
         self._adopt_masks(trainer)
         target = due[-1]
+        report = None
         if self._lacks(target):
             report = self._step(trainer, pl_module, target)
-            self._untried = False
-            self._get_masks().apply_to_optimizers(trainer.optimizers)
             report = dataclasses.replace(
                 report, epoch=trainer.current_epoch, step=trainer.global_step
             )
+            # At once: a checkpoint may be saved of what an exception leaves behind.
             self.reports.append(report)
-            self._done += [(unit, step.position) for step in due]
-            self._publish(trainer, report)
-        else:
-            self._done += [(unit, step.position) for step in due]
-        mask_averages(trainer, self._get_masks())
-        self._end_weight_decay(trainer)
+        self._done += [(unit, step.position) for step in due]
+        # A rank that fails here alone would leave the others waiting in the next batch.
+        comm = Communicator(pl_module.device)
+        with comm.failing_together(lambda: "log"):
+            if report is not None:
+                self._untried = False
+                self._get_masks().apply_to_optimizers(trainer.optimizers)
+            mask_averages(trainer, self._get_masks())
+            if report is not None:
+                self._publish(trainer, report)
+            self._end_weight_decay(trainer)
 
     def _mask_all(self, trainer: pl.Trainer) -> None:
         """Mask averages; and the weights, into which one may have been copied."""
@@ -445,7 +453,10 @@ class MaskedTraining(pl.Callback, ABC):
             path = Path(self.report_path)
             path.parent.mkdir(parents=True, exist_ok=True)
             reports = [report.to_dict() for report in self.reports]
-            path.write_text(json.dumps(reports, indent=1))
+            # In one move: a run that is killed here leaves the old file or the new one.
+            beside = path.with_name(f"{path.name}.part")
+            beside.write_text(json.dumps(reports, indent=1))
+            beside.replace(path)
 
     def _source(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LossSource:
         return TrainingStepLoss(trainer, pl_module, self.loss_method, self.dataloader)

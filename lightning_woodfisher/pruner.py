@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_woodfisher.active_weights import ActiveWeights, require_same_start
+from lightning_woodfisher.active_weights import ActiveWeights
+from lightning_woodfisher.agreement import require_same
 from lightning_woodfisher.batchnorm import BatchNormStatistics, estimate_statistics
 from lightning_woodfisher.clock import PhaseClock, Progress, no_progress
 from lightning_woodfisher.configuration import PruningConfig, check_sparsity
@@ -150,48 +151,53 @@ class Pruner:
             self._progress,
             self.config.measure_loss,
         )
-        with self.comm.failing_together():
-            require_same_start(self.masks, self.comm)
+        # Outermost: what the ranks find out together at the very end undoes it, too.
+        with (
+            self._whole_or_absent(source.model),
+            self.comm.failing_together(lambda: clock.phase),
+        ):
+            with clock("check"):
+                require_same(self.masks, self.comm, "before the step")
             quotas = self._quotas(target_sparsity, final_sparsity)
             zeros_before = self.masks.zeros()
-            with self._whole_or_absent(source.model):
-                with sampling.session():
-                    seed = derive_seed(self.config.seed, position, 0)
-                    flops = self._count_flops(source, seed)
-                    share = flops_share_of_step(
-                        self.config.flops_target, target_sparsity, final_sparsity
-                    )
-                    selector = Selector(
-                        self.masks,
-                        self.config.selection,
-                        self.comm,
-                        quotas,
-                        flops,
-                        share,
-                        self.config.recompute_spacing,
-                    )
-                    parts, halvings = self._parts(sampling, clock, selector, position)
-                    self.masks.verify()
-                    statistics = self._recalibrate(source, clock, position)
-                # The session has put back what was there before.
-                statistics.write(source.model)
-                sent = self.comm.bytes_sent - sent_before
-                report = self._report(
-                    parts, target_sparsity, zeros_before, sent, clock.seconds
+            with sampling.session():
+                seed = derive_seed(self.config.seed, position, 0)
+                flops = self._count_flops(source, seed)
+                share = flops_share_of_step(
+                    self.config.flops_target, target_sparsity, final_sparsity
                 )
-                if flops is not None:
-                    report = dataclasses.replace(
-                        report, **flops.describe(zeros_before, self.masks.zeros())
-                    )
+                selector = Selector(
+                    self.masks,
+                    self.config.selection,
+                    self.comm,
+                    quotas,
+                    flops,
+                    share,
+                    self.config.recompute_spacing,
+                )
+                parts, halvings = self._parts(sampling, clock, selector, position)
+                self.masks.verify()
+                statistics = self._recalibrate(source, clock, position)
+            # The session has put back what was there before.
+            statistics.write(source.model)
+            sent = self.comm.bytes_sent - sent_before
+            report = self._report(
+                parts, target_sparsity, zeros_before, sent, clock.seconds
+            )
+            if flops is not None:
                 report = dataclasses.replace(
-                    report,
-                    halvings=halvings,
-                    nonfinite_gradients=sampling.nonfinite,
-                    batchnorm_layers=len(statistics.layers),
+                    report, **flops.describe(zeros_before, self.masks.zeros())
                 )
-                # No rank may keep a step that another one takes back.
-                self.comm.agree()
-            return report
+            report = dataclasses.replace(
+                report,
+                halvings=halvings,
+                nonfinite_gradients=sampling.nonfinite,
+                batchnorm_layers=len(statistics.layers),
+            )
+            with clock("check"):
+                require_same(self.masks, self.comm, "after the step")
+            # On leaving the ranks agree: none may keep a step that another takes back.
+        return report
 
     def rehearse(self, source: LossSource) -> None:
         """Find out early whether the model and the data give what a step needs.

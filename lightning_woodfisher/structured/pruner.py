@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_woodfisher.agreement import require_same
 from lightning_woodfisher.clock import PhaseClock
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, nearest, require_number
@@ -162,7 +163,13 @@ class StructurePruner:
         # torch's generators take seeds of up to 63 bits.
         config = dataclasses.replace(self.config, seed=seed % 2**62)
         clock = PhaseClock()
-        with self.comm.failing_together(), self._whole_or_absent():
+        # Outermost: what the ranks find out together at the very end undoes it, too.
+        with (
+            self._whole_or_absent(),
+            self.comm.failing_together(lambda: clock.phase),
+        ):
+            with clock("check"):
+                require_same(self.masks, self.comm, "before the step")
             with clock("size"):
                 size = self._size(source, seed)
             with clock("score"):
@@ -177,7 +184,8 @@ class StructurePruner:
             self.masks.apply()
             self.masks.verify()
             loss_after = self._loss(source, seed, clock)
-            self.comm.agree()
+            with clock("check"):
+                require_same(self.masks, self.comm, "after the step")
         return StructureReport(
             method=self.config.method,
             structure=self.config.structure,

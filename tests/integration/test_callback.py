@@ -571,7 +571,9 @@ def test_pruning_in_ddp(ranks: RankPool) -> None:
         assert differences(first, other) == []
         assert mine["reports"][0]["world_size"] == 2
     assert [result["error"][0] for result in both] == ["PruningError", "LookupError"]
-    assert both[0]["error"][1] == "rank 1 failed: LookupError: where is it?"
+    assert both[0]["error"][1] == (
+        "rank 1 failed in phase 'collect': LookupError: where is it?"
+    )
     assert all(result["hooks"] == [0] for result in both)
     assert all(result["zeros after the error"] == 0 for result in both)
 

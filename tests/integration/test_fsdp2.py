@@ -394,7 +394,9 @@ def broken_step(kind: str) -> list[str]:
 def test_a_failed_step_leaves_nothing(ranks: RankPool) -> None:
     first, second = ranks.run(2, broken_step, "loss")
     assert len(first) == len(second) == 1
-    assert first[0].startswith("rank 1 failed: PruningError: the loss of gradient 5")
+    assert first[0].startswith(
+        "rank 1 failed in phase 'collect': PruningError: the loss of gradient 5"
+    )
     assert second[0].endswith("is nan")
     for (message,) in ranks.run(2, broken_step, "graph"):
         assert "has no graph" in message
