@@ -8,7 +8,7 @@ EXTRAS := wandb,examples
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-ddp test test-slurm soak mutants bench check format docs clean
+.PHONY: help demo demo-ddp examples test test-slurm soak mutants bench check format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -19,6 +19,18 @@ demo: $(VENV)/.demo  ## train and prune a CNN on scikit-learn's digits, show the
 demo-ddp: export OMP_NUM_THREADS = 1
 demo-ddp: $(VENV)/.demo  ## the same on two processes
 	$(BIN)/python examples/digits/demo.py --trainer.devices 2 --trainer.strategy ddp
+
+# Those that need no download; the last one reads what the demo has trained, or trains it.
+TRAINED := runs/digits/woodfisher/last.ckpt
+FIT := $(BIN)/lightning-woodfisher fit --trainer.enable_progress_bar false
+examples: export PYTHONWARNINGS = ignore
+examples: export JSONARGPARSE_DEPRECATION_WARNINGS = off
+examples: $(VENV)/.demo  ## run the quick examples
+	$(BIN)/python -m examples.plain_pytorch.digits
+	$(BIN)/python -m examples.plain_pytorch.fabric --devices 2
+	$(FIT) --config examples/transformer/woodfisher.yaml
+	test -f $(TRAINED) || $(FIT) --config examples/digits/woodfisher.yaml
+	$(FIT) --config examples/finetune/constant.yaml
 
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev  ## run the tests

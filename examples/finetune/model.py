@@ -1,0 +1,21 @@
+"""The digits network, started from the weights of a pruned checkpoint."""
+
+from __future__ import annotations
+
+import torch
+
+from examples.digits.model import DigitsClassifier
+
+
+class PrunedDigitsClassifier(DigitsClassifier):
+    """Takes its weights from a checkpoint, and neither epoch nor optimizer.
+
+    Args:
+        weights: a checkpoint of ``DigitsClassifier``.
+        learning_rate: of AdamW.
+    """
+
+    def __init__(self, weights: str, learning_rate: float = 3e-4) -> None:
+        super().__init__(learning_rate)
+        checkpoint = torch.load(weights, map_location="cpu", weights_only=True)
+        self.load_state_dict(checkpoint["state_dict"])
