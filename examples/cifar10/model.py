@@ -7,6 +7,7 @@ otherwise torchvision downloads the original images there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -29,18 +30,19 @@ class BasicBlock(nn.Module):
 
     Args:
         inputs: channels in.
-        outputs: channels out; twice as many as come in halve the resolution.
+        outputs: channels out.
+        inner: channels between the convolutions.
+        stride: of the first of them.
     """
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, inner: int, stride: int) -> None:
         super().__init__()
-        stride = 1 if inputs == outputs else 2
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.conv1 = nn.Conv2d(inputs, inner, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, outputs, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut = nn.Sequential()
-        if inputs != outputs:
+        if inputs != outputs or stride > 1:
             self.shortcut.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
             self.shortcut.append(nn.BatchNorm2d(outputs))
 
@@ -50,21 +52,35 @@ class BasicBlock(nn.Module):
         return F.relu(hidden + self.shortcut(images))
 
 
-def resnet20(width: int = 16) -> nn.Sequential:
+def resnet20(
+    width: int = 16, multipliers: Mapping[str, float] | None = None
+) -> nn.Sequential:
     """Build ResNet-20: 272 thousand parameters at the width of the paper.
 
     Args:
         width: channels of the first of three stages.
+        multipliers: of the channels of layers, such as ``{"4.conv1": 2.0}``. The layers of
+            a stage that are added to each other have one width, that of the ``conv2`` of
+            the first block.
 
     Returns:
         A network from images ``[n, 3, 32, 32]`` to logits ``[n, 10]``.
     """
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False)]
-    layers += [nn.BatchNorm2d(width), nn.ReLU()]
-    inputs = width
-    for outputs in (width, 2 * width, 4 * width):
-        for _ in range(3):
-            layers.append(BasicBlock(inputs, outputs))
+    wider = dict(multipliers or {})
+    widths = [
+        round(2**stage * width * wider.get(f"{3 + 3 * stage}.conv2", 1.0))
+        for stage in range(3)
+    ]
+    inputs = widths[0]
+    layers: list[nn.Module] = [nn.Conv2d(3, inputs, 3, 1, 1, bias=False)]
+    layers += [nn.BatchNorm2d(inputs), nn.ReLU()]
+    for stage, outputs in enumerate(widths):
+        for block in range(3):
+            inner = round(
+                2**stage * width * wider.get(f"{3 + 3 * stage + block}.conv1", 1.0)
+            )
+            stride = 2 if stage and not block else 1
+            layers.append(BasicBlock(inputs, outputs, inner, stride))
             inputs = outputs
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10)]
     return nn.Sequential(*layers)
@@ -78,6 +94,7 @@ class CIFAR10Classifier(pl.LightningModule):
         weight_decay: of all parameters.
         width: channels of the first stage.
         weights: file with a ``state_dict`` of the network to start from.
+        multipliers: of the channels of single layers.
     """
 
     def __init__(
@@ -86,12 +103,13 @@ class CIFAR10Classifier(pl.LightningModule):
         weight_decay: float = 5e-4,
         width: int = 16,
         weights: str | None = None,
+        multipliers: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.net = resnet20(width)
+        self.net = resnet20(width, multipliers)
         if weights is not None:
             self.net.load_state_dict(torch.load(weights, weights_only=True))
         self.accuracy = MulticlassAccuracy(10, average="micro")

@@ -256,31 +256,36 @@ def test_yaml_with_short_names(
 
 def fit_on_ranks(world_size: int) -> Any:
     torch.set_num_threads(1)
-    callbacks = [
-        structured(
-            SOSPPruningCallback,
-            variant="I",
-            target=0.4,
-            measure="macs",
-            schedule=PolynomialSchedule(0, 1),
-        ),
-    ]
-    sampler = DistributedSampler(images(), world_size, 0, shuffle=False)
-    module = Module(optimizer=lambda p: torch.optim.SGD(p, 0.0))
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = 0.0
-    strategy = "ddp" if world_size > 1 else "auto"
-    fitted = trainer(*callbacks, strategy=strategy, devices=world_size)
-    fitted.fit(module, DataLoader(images(), 8, sampler=sampler))
-    (callback,) = callbacks
-    weights = {n: p.detach() for n, p in module.net.named_parameters()}
-    return [r.removed for r in callback.reports], weights
+    found: list[Any] = []
+    for kind, more in (
+        (SOSPPruningCallback, {"variant": "I"}),
+        (HAPPruningCallback, {"implant_ratio": 0.5, "implant_init": "lstsq"}),
+    ):
+        settings = {"target": 0.4, "measure": "macs"}
+        callback = structured(
+            kind, schedule=PolynomialSchedule(0, 1), **settings, **more
+        )
+        sampler = DistributedSampler(images(), world_size, 0, shuffle=False)
+        torch.manual_seed(0)
+        # Nothing is learned, so that only pruning changes the weights.
+        module = Module(optimizer=lambda p: torch.optim.SGD(p, 0.0))
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.momentum = 0.0
+        strategy = "ddp" if world_size > 1 else "auto"
+        fitted = trainer(callback, strategy=strategy, devices=world_size)
+        fitted.fit(module, DataLoader(images(), 8, sampler=sampler))
+        weights = {n: p.detach() for n, p in module.net.named_parameters()}
+        reports = [(r.removed, r.implanted) for r in callback.reports]
+        found.append([reports, weights])
+    return found
 
 
 def test_one_and_two_processes_remove_the_same(ranks: RankPool) -> None:
     (alone,) = ranks.run(1, fit_on_ranks, 1)
-    assert sum(len(s) for s in alone[0][-1].values()) > 2
+    for reports, _ in alone:
+        assert sum(len(s) for s in reports[-1][0].values()) > 2
+    assert sum(len(s) for s in alone[1][0][-1][1].values()) > 1
     for found in ranks.run(2, fit_on_ranks, 2, launch="trainer"):
         assert differences(found, alone) == []
 

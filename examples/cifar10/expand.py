@@ -1,0 +1,143 @@
+"""Expand-pruning of ResNet-20 on CIFAR-10: widen what SOSP leaves, train, prune again.
+
+    python -m examples.cifar10.expand --data FOLDER
+
+Trains, prunes and fine-tunes; finds the layers that lost little; trains a network in which
+they are wider, and prunes that to the size of the first. Both are tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+
+from examples.cifar10.model import CIFAR10, CIFAR10Classifier
+from lightning_woodfisher import SOSPPruningCallback, StructureConfig, StructureReport
+from lightning_woodfisher.report import format_table
+from lightning_woodfisher.structured.expand import find_bottlenecks, shrink_target
+
+
+def fit(
+    module: pl.LightningModule, epochs: int, data: CIFAR10, *callbacks: Any
+) -> float:
+    """Train a network.
+
+    Args:
+        module: the network.
+        epochs: number of epochs.
+        data: the images.
+        callbacks: such as one that prunes.
+
+    Returns:
+        Accuracy on the test images in per cent.
+    """
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        devices=1,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(module, data)
+    found = trainer.test(module, data, verbose=False)
+    return 100 * float(found[0]["test_accuracy"])
+
+
+def train_and_prune(
+    data: CIFAR10,
+    options: argparse.Namespace,
+    target: float | None = None,
+    size: int | None = None,
+    multipliers: dict[str, float] | None = None,
+) -> tuple[StructureReport, float, float]:
+    """Train from scratch, prune, and fine-tune.
+
+    Args:
+        data: the images.
+        options: of the command line.
+        target: share of the parameters to remove.
+        size: or how many are to be left.
+        multipliers: of the channels of layers.
+
+    Returns:
+        What pruning did, and the accuracies before and after it, in per cent.
+    """
+    pl.seed_everything(options.seed, verbose=False)
+    module = CIFAR10Classifier(
+        options.learning_rate, width=options.width, multipliers=multipliers
+    )
+    dense = fit(module, options.epochs, data)
+    if target is None:
+        target = shrink_target(size or 0, sum(p.numel() for p in module.parameters()))
+    callback = SOSPPruningCallback(
+        target,
+        options.variant,
+        StructureConfig(num_samples=options.samples),
+        measure="parameters",
+        network="net",
+    )
+    module.learning_rate = options.learning_rate / 4
+    pruned = fit(module, options.fine_tuning_epochs, data, callback)
+    return callback.reports[-1], dense, pruned
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="data", help="folder of the images")
+    parser.add_argument("--epochs", type=int, default=18)
+    parser.add_argument("--fine-tuning-epochs", type=int, default=6)
+    parser.add_argument("--target", type=float, default=0.6, help="parameters removed")
+    parser.add_argument("--variant", choices=["I", "H"], default="H", help="of SOSP")
+    parser.add_argument("--samples", type=int, default=1000, help="for the scores")
+    parser.add_argument("--images", type=int, help="fewer images, for a quick look")
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=0.2, help="the highest")
+    parser.add_argument("--factor", type=float, default=2.0, help="how much wider")
+    parser.add_argument("--quantile", type=float, default=0.25)
+    parser.add_argument("--share", type=float, default=0.5)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    data = CIFAR10(options.data, images_per_epoch=options.images)
+    first = train_and_prune(data, options, target=options.target)
+    print(first[0].to_table())
+    found = find_bottlenecks(
+        first[0],
+        factor=options.factor,
+        quantile=options.quantile,
+        share=options.share,
+    )
+    runs = {"ResNet-20": first}
+    multipliers = {name.removeprefix("net."): value for name, value in found.items()}
+    print(
+        f"Bottlenecks: {', '.join(multipliers) or 'none, so there is nothing to do'}."
+    )
+    if multipliers:
+        size = first[0].parameters
+        second = train_and_prune(data, options, size=size, multipliers=multipliers)
+        print(second[0].to_table())
+        runs["expanded"] = second
+    rows = [
+        (
+            name,
+            f"{report.parameters_dense:,}",
+            f"{dense:.2f}",
+            f"{report.parameters:,}",
+            f"{report.macs / 1e6:.1f}",
+            f"{pruned:.2f}",
+        )
+        for name, (report, dense, pruned) in runs.items()
+    ]
+    head = ("", "parameters", "dense, %", "left", "million MACs", "pruned, %")
+    print(format_table(head, rows))
+
+
+if __name__ == "__main__":
+    main()
