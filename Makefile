@@ -8,7 +8,7 @@ EXTRAS := wandb,examples
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-ddp test bench check format docs clean
+.PHONY: help demo demo-ddp test soak bench check format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -23,6 +23,10 @@ demo-ddp: $(VENV)/.demo  ## the same on two processes
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: export OMP_NUM_THREADS = 1
+soak: $(VENV)/.dev  ## run the long tests: hundreds of steps in flat memory
+	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 # Threads that wander between cores would be measured, too.
 bench: export OMP_PROC_BIND ?= true
