@@ -44,8 +44,8 @@ test-slurm: $(VENV)/.dev  ## run the tests on a SLURM of two nodes, started for 
 	$(BIN)/python -m pytest tests/clusters/test_slurm.py $(PYTEST_ARGS)
 
 soak: export OMP_NUM_THREADS = 1
-soak: $(VENV)/.dev  ## thousands of random configurations; SOAK_SEED chooses others
-	$(BIN)/python -m pytest -m soak tests/test_fuzz.py $(PYTEST_ARGS)
+soak: $(VENV)/.dev  ## long tests: random configurations (SOAK_SEED chooses others), flat memory
+	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 mutants: export OMP_NUM_THREADS = 1
 mutants: $(VENV)/.dev  ## break lines of the core one by one; the tests must notice

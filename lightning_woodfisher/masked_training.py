@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -347,8 +348,15 @@ class MaskedTraining(pl.Callback, ABC):
             pl_module: its module.
             checkpoint: all of it.
         """
-        if trainer.state.fn == "fit":
-            require_same_selection(trainer, checkpoint, self)
+        if trainer.state.fn != "fit":
+            return
+        require_same_selection(trainer, checkpoint, self)
+        if self.state_key not in checkpoint.get("callbacks", {}):
+            rank_zero_info(
+                f"The checkpoint has no masks of this callback ({self.state_key}): zeros "
+                "in its weights may change, unless ConstantSchedule or initial_sparsity "
+                "takes them for pruned."
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state of a checkpoint; masks take effect when fit starts.

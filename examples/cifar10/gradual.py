@@ -4,7 +4,7 @@
 
 Both prune along the same cubic ramp, in six steps over the first half of the epochs, with
 the same learning rates and the same order of the images; WoodFisher also looks at 400
-mini-batches of 10 images in each step. Prints the accuracy on the test images.
+mini-batches of 4 images in each step. Prints the accuracy on the test images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude", "measure_loss": False},
     "WoodFisher": {
         "fisher": FisherConfig(
-            num_gradients=400, gradient_batch_size=10, block_size=2000, damping=1e-5
+            num_gradients=400, gradient_batch_size=4, block_size=2000, damping=1e-5
         )
     },
 }
@@ -52,7 +52,7 @@ def fit(
         Accuracy on the test images in per cent.
     """
     pl.seed_everything(seed, verbose=False)
-    module = CIFAR10Classifier(learning_rate=0.05, weights=options.weights)
+    module = CIFAR10Classifier(options.learning_rate, weights=options.weights)
     module.to(memory_format=torch.channels_last)
     batches = len(data.train) // data.batch_size
     every = options.epochs * batches // (2 * STEPS)
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--weights", default="runs/cifar10/dense.pt")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--images-per-epoch", type=int, help="fewer, for a quick look")
+    parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument(
         "--sparsities", type=float, nargs="+", default=[0.9, 0.95, 0.98]

@@ -11,15 +11,18 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from fits import (
     Classifier,
     MemoryLogger,
     Reseed,
+    differences,
     final_state,
     images,
     pruning,
@@ -27,6 +30,7 @@ from fits import (
     trainer,
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -76,6 +80,8 @@ class Fault:
             # For a sign that the other rank has ended; the limit is a safety net.
             wait_for(Path("the other rank has ended"))
             raise LookupError("a book is missing")
+        if self.kind == "deviate":
+            return
         number = {"terminate": signal.SIGTERM, "kill": signal.SIGKILL}[self.kind]
         os.kill(os.getpid(), number)
 
@@ -91,15 +97,19 @@ def wait_for(path: Path, seconds: float = 60.0) -> None:
 
 # Function and the number of the call, in a step, in which the fault strikes.
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "training_step": (Classifier, "training_step", 4),
+    "training_step": (Classifier, "training_step", 2),
     "loss": (TrainingStepLoss, "loss", 2),
     "exchange": (Communicator, "exchange", 1),
+    "send": (dist, "all_to_all_single", 1),
     "solve": (WoodFisher, "score", 1),
     "update": (WoodFisher, "compensate", 1),
     "select": (Selector, "choose", 1),
     "write": (ActiveWeights, "_put", 1),
     "masks": (Masks, "grow", 1),
     "verify": (Masks, "verify", 1),
+    # Not an error, but what must be found out.
+    "one weight": (Masks, "verify", 1),
+    "one mask": (Masks, "verify", 1),
     "optimizer": (Masks, "apply_to_optimizers", 1),
     "log": (MemoryLogger, "log_metrics", 1),
     "report file": (Path, "write_text", 1),
@@ -164,6 +174,8 @@ def struck(fault: Fault | None, data: Images) -> Iterator[None]:
                     # Half of the weights are written when it strikes.
                     active, parts = arguments
                     original(active, dict(list(parts.items())[:1]))
+                if fault.kind == "deviate" and inside[0]:
+                    deviate(arguments[0], fault.place)
                 strike(fault.place, when)
                 return original(*arguments, **options)
 
@@ -180,6 +192,21 @@ class KeepWhatIsLeft(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
         trainer.save_checkpoint(self.path)
+
+
+@torch.no_grad()
+def deviate(masks: Masks, place: str) -> None:
+    """Change one bit of a weight, or one element of a mask, that nobody else changes."""
+    weight = masks.local("net.3.weight")
+    kept = masks.kept("net.3.weight")
+    first = tuple(kept.nonzero()[0].tolist())
+    if place == "one weight":
+        weight[first] = torch.nextafter(weight[first], weight.new_tensor(9.0))
+    else:
+        gone = torch.zeros_like(kept)
+        gone[first] = True
+        masks.grow({"net.3.weight": gone})
+        masks.apply()
 
 
 @dataclass
@@ -204,6 +231,7 @@ def run(
     folder: Path,
     fault: Fault | None = None,
     resume: str = "last",
+    keep_what_is_left: bool = True,
     **options: Any,
 ) -> Run:
     """Train; go on with the last checkpoint in the folder if there is one."""
@@ -220,7 +248,7 @@ def run(
         Reseed(),
         pruner,
         saving,
-        KeepWhatIsLeft(folder / "left.ckpt"),
+        *[KeepWhatIsLeft(folder / "left.ckpt")] * keep_what_is_left,
         max_epochs=EPOCHS,
         enable_checkpointing=True,
         logger=[logger],
@@ -279,3 +307,61 @@ def die(folder: str, fault: Fault) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
     run(Path(folder), fault)
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+def several(world_size: int, seconds: float = 30.0) -> dict[str, Any]:
+    """Options of a Trainer on several ranks that wait so long for each other."""
+    strategy = DDPStrategy(timeout=timedelta(seconds=seconds))
+    return {"devices": world_size, "strategy": strategy}
+
+
+def logged_steps(run: Run) -> int:
+    """Pruning steps that have come to the logger."""
+    return sum("pruning/sparsity" in metrics for _, metrics in run.logger.history)
+
+
+def strike_and_go_on(folder: str, world_size: int, faults: list[Fault]) -> list[Any]:
+    """Job: each fault, how it ends on this rank, and whether going on ends as it must."""
+    os.chdir(folder)
+    whole = run(Path(folder, "whole"), **several(world_size))
+    outcomes: list[Any] = [removed_in(whole)]
+    for number, fault in enumerate(faults):
+        place = Path(folder, f"fault {number}")
+        broken = run(place, fault, **several(world_size))
+        left = removed_in(broken), len(broken.pruner.reports), logged_steps(broken)
+        dist.barrier()
+        wrong = faulty_checkpoints(place)
+        again = run(place, **several(world_size))
+        wrong += differences(again.result, whole.result) + faulty_checkpoints(place)
+        outcomes.append((type(broken.error).__name__, str(broken.error), left, wrong))
+    return outcomes
+
+
+def strike_once(folder: str, world_size: int, fault: Fault, seconds: float) -> None:
+    """Job: one fault that the ranks cannot agree about; writes how it ends."""
+    os.chdir(folder)
+    options = several(world_size, seconds)
+    broken = run(Path(folder), fault, keep_what_is_left=False, **options)
+    left = f"{removed_in(broken)}\n{type(broken.error).__name__}: {broken.error}"
+    # Of a job on which a rank has died nothing else comes back.
+    Path(folder, f"rank {dist.get_rank()}.txt").write_text(left)
+    if fault.kind == "wait" and fault.rank != dist.get_rank():
+        Path("the other rank has ended").touch()
+    # A process ends with its error; only then do the others see closed connections.
+    os._exit(1)
+
+
+def train_on(folder: str, world_size: int) -> list[Any]:
+    """Job: go on with the last checkpoint, and compare with a run from the start."""
+    os.chdir(folder)
+    wrong = faulty_checkpoints(Path(folder))
+    again = run(Path(folder), **several(world_size))
+    whole = run(Path(folder, "whole"), **several(world_size))
+    if world_size > 2:
+        # DDP adds gradients of three ranks in an order that a restart changes.
+        same = removed_in(again) == removed_in(whole)
+        return wrong if same else ["other zeros"]
+    return wrong + differences(again.result, whole.result)

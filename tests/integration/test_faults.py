@@ -7,6 +7,7 @@ was never interrupted.
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from fault_runs import (
     removed_in,
     report_zeros,
     run,
+    strike_and_go_on,
+    strike_once,
+    train_on,
 )
 from fits import differences
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rank_pool import RankPool
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ckpt_path=.last.*"),
@@ -128,3 +133,86 @@ def test_a_fit_that_was_killed_ends_as_if_it_had_not_been(
         assert faulty_checkpoints(folder) == []
         assert differences(run(folder).result, undisturbed) == [], folder
         assert faulty_checkpoints(folder) == []
+
+
+# ---------------------------------------------------------------- several ranks
+
+# What the ranks can tell each other about.
+SHARED = [
+    # Few gradients are computed in one pass, which is that of rank 0.
+    Fault("training_step", "error", rank=0),
+    Fault("solve", "out of memory", rank=1),
+    Fault("write", "error", rank=1),
+    Fault("log", "error", rank=0),
+    Fault("one weight", "deviate", rank=1),
+    Fault("one mask", "deviate", rank=1),
+]
+PHASE = {"training_step": "collect", "solve": "factorize"}
+
+
+def test_a_fault_on_one_rank_stops_all_and_training_goes_on(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    results = ranks.run(2, strike_and_go_on, str(tmp_path), 2, SHARED, launch="trainer")
+    for rank, outcomes in enumerate(results):
+        assert outcomes[0] == (PLANNED[-1], 0)
+        for fault, outcome in zip(SHARED, outcomes[1:], strict=True):
+            name, text, (removed, reports, logged), wrong = outcome
+            assert wrong == [], fault
+            late = fault.place in LATE
+            assert removed == (PLANNED[late], 0), fault
+            assert reports == 1 + late
+            # The first step only: nothing of the struck one.
+            assert logged == (rank == 0)
+            if fault.kind == "deviate":
+                kind = "the weights" if fault.place == "one weight" else "the masks"
+                assert f"{kind} of 'net.3.weight' (rank 1 differs from rank 0)" in text
+                assert text.endswith("on one rank only.")
+                assert "after the step" in text
+            elif rank == fault.rank:
+                assert name == ERRORS[fault.kind].__name__
+            else:
+                phase = PHASE.get(fault.place, fault.place)
+                assert name == "PruningError"
+                assert text.startswith(f"rank {fault.rank} failed in phase '{phase}': ")
+                assert ERRORS[fault.kind].__name__ in text
+
+
+@pytest.fixture
+def doomed() -> Iterator[RankPool]:
+    """Processes that may die; they are not needed afterwards."""
+    pool = RankPool(3)
+    yield pool
+    pool.close()
+
+
+# What a rank cannot tell the others: how many ranks there are, and what happens.
+LOST = {
+    "killed while collecting": (2, Fault("training_step", "kill", rank=0)),
+    "killed while writing": (2, Fault("write", "kill", rank=1)),
+    "killed while logging, of three": (3, Fault("log", "kill", rank=0)),
+    "killed while solving, of three": (3, Fault("solve", "kill", rank=2)),
+    "out of memory in the exchange": (2, Fault("send", "out of memory", rank=1)),
+    "does not answer": (2, Fault("select", "wait", rank=1)),
+}
+
+
+@pytest.mark.parametrize("case", list(LOST))
+def test_a_lost_rank_ends_the_others_and_training_goes_on(
+    ranks: RankPool, doomed: RankPool, tmp_path: Path, case: str
+) -> None:
+    world_size, fault = LOST[case]
+    # The timeout of the process group only matters to the rank that does not answer.
+    seconds = 2.0 if fault.kind == "wait" else 120.0
+    job = strike_once, str(tmp_path), world_size, fault, seconds
+    with pytest.raises(RuntimeError, match="the process has died"):
+        doomed.run(world_size, *job, launch="trainer")
+    for rank in set(range(world_size)) - {fault.rank}:
+        left, error = (tmp_path / f"rank {rank}.txt").read_text().split("\n", 1)
+        assert left == str((PLANNED[fault.place == "log"], 0))
+        assert error.startswith(
+            f"PruningError: rank {rank} has lost the other ranks in"
+        )
+        assert "The output of the other ranks tells why." in error
+    found = ranks.run(world_size, train_on, str(tmp_path), world_size, launch="trainer")
+    assert found == [[]] * world_size

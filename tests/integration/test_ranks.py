@@ -673,7 +673,9 @@ def prune_different_models() -> list[tuple[str, bool]]:
 
 def test_ranks_that_start_from_different_weights_are_refused(ranks: RankPool) -> None:
     for result in ranks.run(2, prune_different_models):
-        for message, unchanged in result:
+        names = ("'3.weight'", "'1.weight'")
+        for name, (message, unchanged) in zip(names, result, strict=True):
+            assert f"the weights of {name} (rank 1 differs from rank 0)" in message
             assert "before the step" in message
             assert unchanged
 

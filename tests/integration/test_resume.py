@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from fits import (
@@ -30,12 +34,16 @@ from lightning_woodfisher import (
     ConfigurationError,
     ConstantSchedule,
     PolynomialSchedule,
+    PruningError,
     PruningSchedule,
     SelectionConfig,
     WoodFisherPruningCallback,
 )
 
 EPOCHS = 4
+_LIGHTNING_KNOWS_WEIGHTS_ONLY = (
+    "weights_only" in inspect.signature(pl.Trainer.fit).parameters
+)
 # The resumed runs do not save; Lightning misses the ModelCheckpoint.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
@@ -63,6 +71,8 @@ def fit(
     saving: dict[str, Any] | None = None,
     resumed: str | None = None,
     data: DataLoader[Any] | None = None,
+    stop: int | None = None,
+    plain: bool = False,
     **options: Any,
 ) -> Run:
     seed_all(1 if resumed is None else 99)
@@ -75,8 +85,13 @@ def fit(
         options["enable_checkpointing"] = True
     fitted = trainer(*callbacks, max_epochs=EPOCHS, **options)
     module = Classifier()
+    if stop is not None:
+        module.on_train_epoch_end = lambda: stop_after(fitted, stop - 1)  # type: ignore[method-assign]
     train, validation = data or loader(), loader(16, shuffle=False)
-    fitted.fit(module, train, validation, ckpt_path=resumed)
+    only = {"weights_only": True} if plain and _LIGHTNING_KNOWS_WEIGHTS_ONLY else {}
+    # Who stops early is told that steps are missing.
+    with contextlib.nullcontext() if stop is None else pytest.raises(PruningError):
+        fitted.fit(module, train, validation, ckpt_path=resumed, **only)
     reports = [{**r.to_dict(), "seconds": {}} for r in pruner.reports]
     files = sorted(map(str, folder.glob("*.ckpt")))
     return Run(final_state(fitted), pruner.masks.state_dict(), reports, files)
@@ -437,3 +452,106 @@ def test_states_of_two_callbacks_are_kept_apart() -> None:
         assert differences(before.masks.state_dict(), after.masks.state_dict()) == []
     assert list(second[0].masks.parameters) == ["net.0.weight"]
     assert list(second[1].masks.parameters) == ["net.5.weight", "net.7.weight"]
+
+
+# ---------------------------------------------------------------- other ways to go on
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_goes_on_with_the_last_checkpoint_and_plain_types_only() -> None:
+    """``save_last``, ``ckpt_path="last"``, and no pickled objects."""
+    data = loader(shuffle=False)
+    whole = fit(epochs(), data=data)
+    saving = {"save_last": True, "save_on_train_epoch_end": True}
+    first = fit(epochs(), saving, data=data, stop=2)
+    assert len(first.reports) == 2
+    resumed = fit(epochs(), saving, "last", data=data, plain=True)
+    assert differences(resumed.state, whole.state) == []
+    assert differences(resumed.masks, whole.masks) == []
+    assert differences(resumed.reports, whole.reports) == []
+
+
+def continue_on(folder: str, world_size: int, last: int) -> dict[str, Any]:
+    """Job: train to an epoch from the last checkpoint, if there is one."""
+    os.chdir(folder)
+    pruner, module = pruning(schedule=epochs()), Classifier()
+    started: dict[str, Any] = {}
+
+    class Look(pl.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            started.update(pruner.masks.state_dict())
+
+    saving = ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=True)
+    many = {"devices": world_size, "strategy": "ddp" if world_size > 1 else "auto"}
+    fitted = trainer(
+        pruner, Look(), saving, max_epochs=EPOCHS, enable_checkpointing=True, **many
+    )
+    module.on_train_epoch_end = lambda: stop_after(fitted, last)  # type: ignore[method-assign]
+    early = last < EPOCHS
+    with pytest.raises(PruningError) if early else contextlib.nullcontext():
+        fitted.fit(module, loader(shuffle=False), ckpt_path="last")
+    return {
+        "started": started,
+        "masks": pruner.masks.state_dict(),
+        "removed": [sum(r.zeros_after for r in s.layers) for s in pruner.reports],
+        "broken": pruner.masks.violations(),
+    }
+
+
+def stop_after(fitted: pl.Trainer, epoch: int) -> None:
+    fitted.should_stop = fitted.current_epoch >= epoch
+
+
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=.last.*")
+def test_a_run_goes_on_with_another_number_of_ranks(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    masks: dict[str, torch.Tensor] = {}
+    counts: list[int] = []
+    for world_size, last in ((2, 0), (1, 1), (3, EPOCHS)):
+        found = ranks.run(
+            world_size, continue_on, str(tmp_path), world_size, last, launch="trainer"
+        )
+        for one in found:
+            assert differences(one["started"], masks) == []
+            assert differences(one["masks"], found[0]["masks"]) == []
+            assert one["removed"][: len(counts)] == counts
+            assert one["removed"][-1] == masked(one["masks"])
+            assert one["broken"] == {}
+        masks, counts = found[0]["masks"], found[0]["removed"]
+        assert len(counts) == min(last + 1, EPOCHS)
+    assert counts[-1] == round(0.75 * WEIGHTS)
+
+
+@pytest.fixture
+def unpruned(tmp_path: Path) -> tuple[str, int]:
+    """A checkpoint of a run without the callback, and its zeros."""
+    saving = ModelCheckpoint(tmp_path / "unpruned", save_on_train_epoch_end=True)
+    module = Classifier()
+    fitted = trainer(saving, max_epochs=1, enable_checkpointing=True)
+    fitted.fit(module, loader())
+    checkpoint = torch.load(saving.best_model_path, weights_only=True)
+    weight = checkpoint["state_dict"]["net.5.weight"]
+    weight[:, :50] = 0.0
+    torch.save(checkpoint, saving.best_model_path)
+    return saving.best_model_path, weight.shape[0] * 50
+
+
+def test_a_checkpoint_without_masks_starts_without_masks(
+    unpruned: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _ = unpruned
+    pruner = pruning(schedule=PolynomialSchedule(2, 3))
+    trainer(pruner, max_epochs=EPOCHS).fit(Classifier(), loader(), ckpt_path=path)
+    assert "no masks of this callback" in caplog.text
+    # Its zeros were weights like any others.
+    assert [report.layers[0].zeros_before for report in pruner.reports][0] == 0
+    assert pruner.masks.sparsity() == pytest.approx(0.75, abs=1e-3)
+
+
+def test_masks_are_made_from_zeros_where_asked_for(unpruned: tuple[str, int]) -> None:
+    path, zeros = unpruned
+    module, pruner = Classifier(), pruning(schedule=ConstantSchedule())
+    trainer(pruner, max_epochs=2).fit(module, loader(), ckpt_path=path)
+    assert masked(pruner.masks.state_dict()) == zeros
+    assert zeros_in(module.state_dict()) == zeros
