@@ -74,7 +74,8 @@ def read_commands(page: Path) -> list[list[str]]:
         elif block.language == "text":
             shown = re.findall(r"^\$ (.*)$", block.text, re.M)
             commands += [shlex.split(line) for line in shown]
-    starts = ("lightning-woodfisher ", "python -m ", "python examples/", "make ")
+    starts = ("lightning-woodfisher ", "python -m ", "python examples/", "python docs/")
+    starts += ("make ",)
     inline = [c for c in _INLINE.findall(read_prose(page)) if c.startswith(starts)]
     return commands + [shlex.split(command) for command in inline]
 

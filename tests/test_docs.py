@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -147,7 +149,12 @@ def to_run(page: Path, language: str) -> list[Block]:
 
 def quiet_trainer(**settings: Any) -> pl.Trainer:
     fixed = {"accelerator": "cpu", "devices": 1, "logger": False}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    # Lightning warns of a folder that an earlier Trainer has written to.
+    quiet["default_root_dir"] = tempfile.mkdtemp(dir=Path.cwd())
     return _Trainer(**{**quiet, **settings, **fixed})
 
 
@@ -275,6 +282,39 @@ def test_scripts_and_targets_exist() -> None:
                     wrong += [e for e in extras.split(",") if e not in known]
     assert wrong == []
     assert {"make", "python", "pip"} <= seen
+
+
+# ---------------------------------------------------------------- messages
+
+
+def message_templates() -> list[str]:
+    """Texts of the package, with … for what is put in."""
+    found = []
+    for path in sorted((ROOT / "lightning_woodfisher").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [
+                    p.value if isinstance(p, ast.Constant) else "…" for p in node.values
+                ]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_messages_of_the_troubleshooting_are_those_of_the_package() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    cells = re.findall(r"^\| (`.*?`) \|", text, re.M)
+    messages = [m for cell in cells for m in re.findall(r"`([^`]+)`", cell)]
+    templates = message_templates()
+    absent = []
+    for message in messages:
+        parts = [re.escape(part) for part in message.split("…")]
+        wanted = re.compile(".*".join(parts), re.S)
+        if not any(wanted.search(template) for template in templates):
+            absent.append(message)
+    assert absent == []
+    assert len(messages) > 20
 
 
 # ---------------------------------------------------------------- links

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["CRITERIA", "Criterion", "CriterionName", "make_criterion"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "CriterionName",
+    "Uncoupled",
+    "make_criterion",
+    "register_criterion",
+]
 
+import inspect
 from typing import Literal
 
 from lightning_woodfisher.criteria.base import Criterion
@@ -11,6 +19,7 @@ from lightning_woodfisher.criteria.diagonal_fisher import DiagonalFisher
 from lightning_woodfisher.criteria.hessian_diagonal import HessianDiagonal
 from lightning_woodfisher.criteria.kfac import KFAC
 from lightning_woodfisher.criteria.magnitude import Magnitude
+from lightning_woodfisher.criteria.uncoupled import Uncoupled
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.criteria.woodtaylor import WoodTaylor
 from lightning_woodfisher.errors import ConfigurationError, nearest
@@ -56,3 +65,38 @@ def make_criterion(name: str, fisher: FisherConfig, update: Update) -> Criterion
             f"{nearest(name, CRITERIA)}"
         )
     return CRITERIA[name](fisher, update)
+
+
+def register_criterion(name: str, criterion: type[Criterion]) -> None:
+    """Make a criterion of your own known by a name, in every process that prunes.
+
+    Args:
+        name: for ``criterion=``. A class that was defined again, as in a notebook, takes
+            the place of its former self.
+        criterion: a subclass of :class:`Criterion`, with all its abstract methods.
+
+    Raises:
+        ConfigurationError: for a name that another class has, or a class that cannot be
+            made.
+    """
+    if not (inspect.isclass(criterion) and issubclass(criterion, Criterion)):
+        raise ConfigurationError(
+            f"{criterion!r} is not a subclass of lightning_woodfisher.criteria.Criterion."
+        )
+    if inspect.isabstract(criterion):
+        missing = ", ".join(sorted(criterion.__abstractmethods__))
+        raise ConfigurationError(
+            f"{criterion.__name__} lacks {missing}; write them, or derive it from "
+            "lightning_woodfisher.criteria.Uncoupled."
+        )
+    taken = CRITERIA.get(name, criterion)
+    same = (taken.__module__, taken.__qualname__) == (
+        criterion.__module__,
+        criterion.__qualname__,
+    )
+    if not same:
+        raise ConfigurationError(
+            f"criterion={name!r} is {taken.__module__}.{taken.__qualname__} already; "
+            "choose another name."
+        )
+    CRITERIA[name] = criterion
