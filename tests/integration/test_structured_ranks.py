@@ -110,7 +110,7 @@ def test_scores_do_not_depend_on_the_ranks(ranks: RankPool) -> None:
 def test_a_failing_rank_fails_all(ranks: RankPool) -> None:
     texts = ranks.run(2, fail_on_the_last)
     assert texts[1] == "broken data"
-    assert texts[0] == "rank 1 failed in phase 'score': ValueError: broken data"
+    assert texts[0] == "rank 1 failed: ValueError: broken data"
 
 
 @pytest.mark.parametrize("method", ["sosp_i", "sosp_h"])
