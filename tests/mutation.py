@@ -67,7 +67,7 @@ MUTANTS = (
         "engines/base.py",
         "damping[bad] *= 10.0",
         "damping *= 10.0",
-        ("test_fisher.py",),
+        ("test_numerics.py",),
     ),
     Mutant(
         "engines/base.py",
@@ -95,8 +95,8 @@ MUTANTS = (
     ),
     Mutant(
         "selection.py",
-        "chosen = (ends <= left.unsqueeze(1)).sum(dim=1)",
-        "chosen = (ends < left.unsqueeze(1)).sum(dim=1)",
+        "marked = (keys < threshold[member]) | everything[member]",
+        "marked = keys < threshold[member]",
         ("test_selection.py",),
     ),
     Mutant(

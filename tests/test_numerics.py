@@ -21,9 +21,12 @@ from lightning_woodfisher import (
     prune,
 )
 from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.engines.base import raise_until_definite
+from lightning_woodfisher.fisher import make_inverse_fisher
 from lightning_woodfisher.gradients import FunctionLoss, collect_gradients
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.nonfinite import NonFiniteError, SkippedGradients
+from lightning_woodfisher.partition import make_partition
 
 Batch = tuple[Tensor, Tensor]
 NAN, INF = math.nan, math.inf
@@ -430,6 +433,37 @@ def test_raised_damping_is_reported_and_enough() -> None:
     assert bool(model.weight.isfinite().all())
     # What is lost is made up for by its twin: the output stays.
     assert float(model.weight.detach().sum()) == pytest.approx(2.0, rel=1e-3)
+
+
+def test_of_a_unit_only_the_failing_block_is_damped_more(comm: Communicator) -> None:
+    partition = make_partition([800], 2, 1)
+    together = max(partition.units, key=lambda unit: unit.count)
+    assert together.count > 2
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(6, 800, generator=generator, dtype=torch.float64)
+    # Two equal columns, so long that float64 cannot add λ to their squares.
+    first = together.start + together.size
+    rows[:, first] *= 1e6
+    rows[:, first + 1] = rows[:, first]
+    for engine in ("primal", "dual"):
+        inverse = make_inverse_fisher(
+            partition, 6, 1e-6, comm, block_size=2, engine=engine
+        )
+        inverse.observe(rows)
+        inverse.factorize()
+        assert list(inverse.raised()) == [first], engine
+        assert int((inverse.damping != 1e-6).sum()) == 1
+
+
+def test_damping_is_not_raised_forever() -> None:
+    damping = torch.full((2,), 1e-3, dtype=torch.float64)
+
+    def attempt(values: Tensor) -> tuple[Tensor, Tensor]:
+        return values, torch.tensor([False, True])
+
+    with pytest.raises(PruningError, match="not positive definite even with damping"):
+        raise_until_definite(attempt, damping)
+    assert float(damping[0]) == 1e-3
 
 
 # ---------------------------------------------------------------- dtypes and sizes

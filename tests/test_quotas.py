@@ -221,3 +221,13 @@ def test_the_smallest_go_as_long_as_their_sizes_fit(
         torch.tensor(sizes, dtype=torch.int64),
     )
     assert marked.tolist() == expected
+
+
+def test_a_layer_with_more_zeros_than_its_target_leaves_less_to_the_others() -> None:
+    layers = Layers(("a", "b"), ((10, 10), (10, 10)), (100, 100), (50, 0))
+    selection = SelectionConfig(layer_targets={"a": 0.3})
+    quotas = make_quotas(selection, layers, 0.5)
+    # Of 100 zeros 50 are there already, 20 more than a was to have.
+    assert quotas.totals == [50, 0]
+    with pytest.raises(ConfigurationError, match="would need -10 zeros"):
+        make_quotas(selection, layers, 0.2)
