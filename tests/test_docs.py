@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 import sys
 import tempfile
@@ -315,6 +316,36 @@ def test_messages_of_the_troubleshooting_are_those_of_the_package() -> None:
             absent.append(message)
     assert absent == []
     assert len(messages) > 20
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fisher": {"num_gradient": 8}},
+        {"target_sparsity": 90},
+        {
+            "schedule": {
+                "class_path": "PolynomialSchedule",
+                "init_args": {"start_epoch": 2, "end_epoch": 1},
+            }
+        },
+    ],
+    ids=["misspelt", "per cent", "end before start"],
+)
+def test_answers_to_frequent_mistakes_are_quoted(
+    settings: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = {"class_path": "WoodFisherPruningCallback", "init_args": settings}
+    config = {"trainer": {"callbacks": [callback]}, "model": "my_project.MyModule"}
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    # Some are found by the parser, which leaves by SystemExit.
+    with contextlib.suppress(SystemExit):
+        main(["fit", "--config=run.yaml", *QUIET])
+    said = capsys.readouterr().err.strip().splitlines()
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    answer = said[-1].strip().removeprefix("lightning-woodfisher: error: ")
+    assert len(answer) > 30
+    assert answer in page
 
 
 # ---------------------------------------------------------------- links
