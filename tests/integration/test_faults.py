@@ -97,6 +97,13 @@ def test_a_fit_that_was_struck_ends_as_if_it_had_not_been(
     # Two of the epochs, "last", and the one saved of what the exception has left.
     assert len(list(tmp_path.rglob("*.ckpt"))) == 1 + 2 * fault.epoch
     assert faulty_checkpoints(tmp_path) == []
+    if done == fault.epoch == 1:
+        # Nothing of the step is left, not even weights half of which were written.
+        left, before = (
+            torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["state_dict"]
+            for name in ("left", "epoch=0")
+        )
+        assert differences(left, before) == []
     again = run(tmp_path)
     assert differences(again.result, undisturbed) == []
     assert faulty_checkpoints(tmp_path) == []
