@@ -104,6 +104,13 @@ def test_bits_and_values_are_those_of_a_loop(tensor: Tensor) -> None:
     assert_same({"": tensor}, {"": unpack(bits, values, tensor.shape)})
 
 
+def test_bits_behind_the_last_element_are_refused() -> None:
+    bits, values = torch.tensor([0b1001], dtype=torch.uint8), torch.ones(2)
+    assert unpack(bits, values, (4,)).tolist() == [1.0, 0.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match="2 values do not fit the bits"):
+        unpack(bits, values, (3,))
+
+
 def test_special_values_are_no_zeros(tmp_path: Path) -> None:
     weight = torch.zeros(40, 40)
     weight[0, :6] = torch.tensor([-0.0, math.nan, -math.inf, 1e-45, -math.nan, 2.0])
@@ -157,6 +164,8 @@ def test_shared_memory_is_written_once_and_shared_again(tmp_path: Path) -> None:
         "transposed": weight.t(),
         "channels_last": rows,
         "tied_channels_last": rows,
+        # Its owner comes back contiguous, with another order of elements in memory.
+        "part_of_channels_last": rows[:3],
         "own": weight.clone(),
     }
     summary = save_sparse(state, tmp_path / "tied.safetensors")
@@ -169,7 +178,7 @@ def test_shared_memory_is_written_once_and_shared_again(tmp_path: Path) -> None:
         "transposed",
         "tied_channels_last",
     ]
-    assert summary.dense_bytes == (2 * 64 * 32 + 400) * 4
+    assert summary.dense_bytes == (2 * 64 * 32 + 400 + 60) * 4
     found["encoder"].fill_(7.0)
     assert all((found[n] == 7).all() for n in ("slice", "decoder", "transposed"))
     assert not (found["own"] == 7).any()

@@ -384,7 +384,10 @@ def test_masks_of_two_callbacks_are_joined() -> None:
         state = callback_state(content)
         content["callbacks"]["Another{}"] = {
             **state,
-            "masks": {PRUNED[1]: state["masks"].pop(PRUNED[1])},
+            "masks": {
+                PRUNED[0]: torch.ones_like(state["masks"][PRUNED[0]]),
+                PRUNED[1]: state["masks"].pop(PRUNED[1]),
+            },
         }
 
     masks = read_checkpoint(change(split)).masks
