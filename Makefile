@@ -6,6 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := wandb,examples
 
 export OMP_NUM_THREADS ?= 2
+TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-ddp examples test test-slurm soak mutants bench check format docs clean
@@ -33,8 +34,8 @@ examples: $(VENV)/.demo  ## run the quick examples
 	$(FIT) --config examples/finetune/constant.yaml
 
 test: export OMP_NUM_THREADS = 1
-test: $(VENV)/.dev  ## run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.dev  ## run the tests, files side by side on two cores
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # It installs no SLURM; on Debian, as root:
 #   apt-get install --no-install-recommends slurm-wlm munge

@@ -29,7 +29,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude", "measure_loss": False},
     "WoodFisher": {
         "fisher": FisherConfig(
-            num_gradients=400, gradient_batch_size=4, block_size=2000, damping=1e-5
+            num_gradients=400,
+            gradient_batch_size=4,
+            model_mode="eval",
+            block_size=2000,
+            damping=1e-5,
         )
     },
 }
@@ -97,7 +101,7 @@ def main() -> None:
     data.setup("fit")
     rows = []
     for sparsity in options.sparsities:
-        for method in METHODS:
+        for method in (name for name in METHODS if options.only in name):
             found = []
             for seed in options.seeds:
                 found.append(fit(method, sparsity, seed, data, options))

@@ -138,13 +138,13 @@ def correlate(options: argparse.Namespace, data: CIFAR10) -> None:
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(every), generator=generator)[:64]
     chosen = [every[i] for i in order.tolist()]
-    sample = TensorDataset(*data.train[-2000:])
+    sample = TensorDataset(*data.train[-1000:])
 
     @torch.no_grad()
     def loss(network: nn.Module) -> float:
         images, labels = sample.tensors
         parts = zip(images.split(500), labels.split(500), strict=True)
-        return sum(float(loss_fn(network, part)) for part in parts) / 4
+        return sum(float(loss_fn(network, part)) for part in parts) / 2
 
     truth = removal_losses(model, groups, chosen, loss)
     source = FunctionLoss(model, Subset(data.train, range(40_000)), loss_fn)
