@@ -387,6 +387,39 @@ def test_a_wrong_config_is_explained(
     assert not Path("report.json").exists()
 
 
+# A call that any of them would make leaves a file.
+MAKE_A_FILE = {
+    "class_path": "subprocess.Popen",
+    "init_args": {"args": ["touch", "ran"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (
+            lambda c: pruning(c).update(schedule=MAKE_A_FILE),
+            ["subprocess.Popen", "PruningSchedule"],
+        ),
+        (
+            lambda c: pruning(c).update(schedule={"class_path": "os.system"}),
+            ["os.system", "PruningSchedule"],
+        ),
+        (lambda c: c["trainer"].update(callbacks=[MAKE_A_FILE]), ["subprocess.Popen"]),
+        (lambda c: pruning(c).update(fisher=MAKE_A_FILE), ["fisher"]),
+        (lambda c: c.update(model=MAKE_A_FILE), ["subprocess.Popen"]),
+    ],
+    ids=["schedule", "function", "callback", "fisher", "model"],
+)
+def test_a_config_makes_only_what_is_of_the_expected_class(
+    change: Change, parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("fit", "--config", write(change)) == 2
+    message = short_message(capsys)
+    assert [part for part in parts if part not in message] == []
+    assert not Path("ran").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [

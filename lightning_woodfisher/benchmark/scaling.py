@@ -129,7 +129,7 @@ def measure_scaling(
                 ),
                 nprocs=world_size,
             )
-            loud, silent, state = torch.load(Path(folder, "result"))
+            loud, silent, state = torch.load(Path(folder, "result"), weights_only=True)
         seconds = statistics.median(loud)
         quiet = statistics.median(silent)
         rows.append(

@@ -146,6 +146,11 @@ def _serve(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    with _measured_coverage():
+        _answer_jobs(pipe)
+
+
+def _answer_jobs(pipe: Connection) -> None:
     while True:
         try:
             message = pipe.recv_bytes()
@@ -160,6 +165,25 @@ def _serve(pipe: Connection) -> None:
         except BaseException:
             answer = ("error", traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))
+
+
+@contextlib.contextmanager
+def _measured_coverage() -> Iterator[None]:
+    """Add what runs here to the figures of ``make coverage``, which sets the variable."""
+    settings = os.environ.get("WOODFISHER_COVERAGE")
+    if settings is None:
+        yield
+        return
+    from coverage import Coverage
+
+    folder = Path(settings).parent
+    measurement = Coverage(str(folder / ".coverage"), True, config_file=settings)
+    measurement.start()
+    try:
+        yield
+    finally:
+        measurement.stop()
+        measurement.save()
 
 
 def _run(target: tuple[str, str, str], store: str | None, arguments: bytes) -> Any:
