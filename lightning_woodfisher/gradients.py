@@ -300,8 +300,6 @@ class _Rows:
         try:
             self.losses[index] = self._alone(index, row)
         except NonFiniteError as error:
-            if not self._skipped.allowed:
-                raise
             problem = error
             row.zero_()
         self._skipped.note(index, problem)
@@ -341,6 +339,8 @@ class _Rows:
                 self._active,
                 row,
                 self._derivative,
+                # Only what may be left out must be told from other errors.
+                NonFiniteError if self._skipped.allowed else PruningError,
             )
 
     def _together(self, first: int, rows: Tensor) -> tuple[float, torch.dtype]:
@@ -393,12 +393,13 @@ def _gradient(
     active: Mapping[str, Tensor],
     row: Tensor,
     derivative: Derivative,
+    kind: type[PruningError],
 ) -> float:
     """Write one gradient into ``row`` and return the loss."""
     batch = batches.fetch(index)
     scale = source.loss_scale
     while True:
-        loss = differentiable_loss(source, batches, index, batch)
+        loss = differentiable_loss(source, batches, index, batch, kind)
         # autograd.grad never touches .grad or the hooks that DDP hangs on it.
         gradients = derivative(loss * scale, index)
         start = 0
@@ -418,9 +419,7 @@ def _gradient(
         # float16 has overflowed under the scale of the GradScaler; a smaller one may do.
         lower = lower_loss_scale(scale)
         if lower is None:
-            raise NonFiniteError(
-                _name_non_finite(batches, index, parameters, gradients)
-            )
+            raise kind(_name_non_finite(batches, index, parameters, gradients))
         scale = lower
 
 

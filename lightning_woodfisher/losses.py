@@ -40,7 +40,7 @@ from lightning_woodfisher.isolation import (
     seeded,
 )
 from lightning_woodfisher.labels import UnlabelledBatch, labelled
-from lightning_woodfisher.nonfinite import NonFiniteError, leave_out
+from lightning_woodfisher.nonfinite import leave_out
 
 # A loss scale that is lowered below this cannot be what makes gradients overflow.
 _SMALLEST_LOSS_SCALE = 1.0
@@ -213,25 +213,32 @@ def scalar_loss(result: Any, index: int, origin: str, remedy: str) -> Tensor:
     )
 
 
-def require_finite(value: float, batches: Batches, index: int) -> None:
+def require_finite(
+    value: float,
+    batches: Batches,
+    index: int,
+    kind: type[PruningError] = PruningError,
+) -> None:
     """Refuse a loss that is not a finite number.
 
     Args:
         value: the loss.
         batches: the mini-batches.
         index: of which it is.
-
-    Raises:
-        NonFiniteError: naming the samples.
+        kind: of the error that names the samples.
     """
     if not math.isfinite(value):
-        raise NonFiniteError(
+        raise kind(
             f"the loss of gradient {index} ({batches.describe(index)}) is {value}"
         )
 
 
 def differentiable_loss(
-    source: LossSource, batches: Batches, index: int, batch: Any
+    source: LossSource,
+    batches: Batches,
+    index: int,
+    batch: Any,
+    kind: type[PruningError] = PruningError,
 ) -> Tensor:
     """Run the model for a gradient.
 
@@ -240,6 +247,7 @@ def differentiable_loss(
         batches: the mini-batches.
         index: which one.
         batch: its samples.
+        kind: of the error for one that is not finite.
 
     Returns:
         The loss: a finite scalar tensor with a graph.
@@ -248,7 +256,7 @@ def differentiable_loss(
         PruningError: for any other.
     """
     loss = run_loss(source, batch, index)
-    require_finite(float(loss.detach()), batches, index)
+    require_finite(float(loss.detach()), batches, index, kind)
     if not loss.requires_grad:
         raise PruningError(
             f"the loss of gradient {index} has no graph: it was detached or computed "
