@@ -336,6 +336,7 @@ def test_a_layer_without_gradient_and_dead_units(form: str, update: Any) -> None
         data,
         model,
         update=update,
+        step_search=False,
         fisher={"num_gradients": 20, "damping": 1e-6, **FORMS[form]},
     )
     assert_sound(result, report, 0.5)
@@ -426,6 +427,7 @@ def test_raised_damping_is_reported_and_enough() -> None:
         data,
         squared,
         target_sparsity=0.5,
+        step_search=False,
         fisher=FisherConfig(4, 1, 2, damping=1e-12, engine="primal"),
     )
     assert list(report.raised_damping) == ["weight from weight 0"]
@@ -545,6 +547,7 @@ def test_an_update_that_the_dtype_of_the_weights_cannot_hold() -> None:
             list(inputs.split(1)),
             linear,
             target_sparsity=0.5,
+            step_search=False,
             fisher=FisherConfig(4, 1, 2, damping=1e-6),
         )
     assert model.weight.tolist() == [[60000.0, 60000.0]]

@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--images-per-epoch", type=int, help="fewer, for a quick look")
     parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--only", default="", metavar="TEXT")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument(
         "--sparsities", type=float, nargs="+", default=[0.9, 0.95, 0.98]
