@@ -206,13 +206,15 @@ class WoodFisherPruningCallback(MaskedTraining):
 
     # ------------------------------------------------------------------ training starts
 
-    def _select(self, module: pl.LightningModule) -> dict[str, nn.Parameter]:
+    def _select(
+        self, trainer: pl.Trainer, module: pl.LightningModule
+    ) -> dict[str, nn.Parameter]:
         selection = self.config.selection
         parameters = prunable_parameters(
             module,
             selection.include,
             selection.exclude,
-            frozen=releases_weights(module.trainer),
+            frozen=releases_weights(trainer),
         )
         require_one_device(parameters)
         require_pattern_fits(module, parameters, selection.pattern)

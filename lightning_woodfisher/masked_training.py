@@ -94,7 +94,9 @@ class MaskedTraining(pl.Callback, ABC):
     # ------------------------------------------------------------------ of a subclass
 
     @abstractmethod
-    def _select(self, module: pl.LightningModule) -> dict[str, nn.Parameter]:
+    def _select(
+        self, trainer: pl.Trainer, module: pl.LightningModule
+    ) -> dict[str, nn.Parameter]:
         """Choose the parameters that may be pruned, by name; refuse what cannot work."""
 
     @abstractmethod
@@ -390,7 +392,7 @@ class MaskedTraining(pl.Callback, ABC):
         """Make the masks."""
         # A forward pass before fit may have left gathered copies in place of shards.
         reshard(module)
-        parameters = self._select(module)
+        parameters = self._select(trainer, module)
         if self._restored_masks is None and self.masks is not None:
             self._restored_masks = self.masks.state_dict()
         self.masks = Masks(parameters)

@@ -244,8 +244,9 @@ class StructuredPruningCallback(MaskedTraining):
 
     # ------------------------------------------------------------------ training starts
 
-    def _select(self, module: pl.LightningModule) -> dict[str, nn.Parameter]:
-        trainer = module.trainer
+    def _select(
+        self, trainer: pl.Trainer, module: pl.LightningModule
+    ) -> dict[str, nn.Parameter]:
         source = self._source(trainer, module)
         self._prefix, self._inputs = capture_inputs(
             source, self.network, self.config.seed

@@ -148,9 +148,9 @@ MUTANTS = (
         ("test_gradients.py",),
     ),
     Mutant(
-        "callback.py",
-        "post = optimizer.register_step_post_hook(lambda *_: masks.apply())",
-        "post = optimizer.register_step_post_hook(lambda *_: None)",
+        "masked_training.py",
+        "lambda *_: self._get_masks().apply()",
+        "lambda *_: None",
         ("integration/test_masks_in_fit.py",),
     ),
     Mutant(

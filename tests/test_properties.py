@@ -439,6 +439,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "int": counts,
     "Mapping[str, float]": st.dictionaries(names, numbers, max_size=3),
     "tuple[int, ...]": st.lists(counts, max_size=3).map(tuple),
+    "tuple[str, ...]": st.lists(names, max_size=3).map(tuple),
     "tuple[float, ...]": st.lists(numbers, max_size=3).map(tuple),
     "None": st.none(),
 }

@@ -238,6 +238,7 @@ def run(
     seed_all(1)
     data, module, logger = Images(), Classifier(build=perceptron), MemoryLogger()
     pruner = pruning(
+        step_search=False,
         schedule=PolynomialSchedule(0, EPOCHS - 1),
         report_path=str(folder / "reports" / "pruning.json"),
     )
