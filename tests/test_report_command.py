@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -365,22 +366,30 @@ def test_pixels_show_what_is_drawn() -> None:
 # ---------------------------------------------------------------- W&B
 
 
-def test_errors_of_wandb_offer_the_way_without_an_account(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import wandb
-
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(wandb.errors.UsageError) as caught:
-        wandb.init(project="tests", dir=tmp_path)
+NOT_LOGGED_IN = """
+import sys, wandb
+from lightning_woodfisher.cli import explain_wandb
+try:
+    wandb.init(project="tests", dir=sys.argv[1])
+except wandb.errors.UsageError as error:
     outer = RuntimeError("while fitting")
-    outer.__cause__ = caught.value
-    told = explain_wandb(outer)
-    assert told is not None
+    outer.__cause__ = error
+    print(explain_wandb(outer))
+"""
+
+
+def test_errors_of_wandb_offer_the_way_without_an_account(tmp_path: Path) -> None:
+    # In a process of its own: wandb keeps the settings of its first start.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path)}
+    told = subprocess.run(
+        [sys.executable, "-c", NOT_LOGGED_IN, str(tmp_path)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert "No API key configured" in told
     assert "WANDB_MODE=offline" in told
     missing = ModuleNotFoundError("No module named 'wandb'")
