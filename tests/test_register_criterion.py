@@ -50,8 +50,8 @@ def _registry() -> Iterator[None]:
 
 
 def test_it_prunes() -> None:
-    register_criterion("first_order", FirstOrder)
-    register_criterion("first_order", FirstOrder)
+    register_criterion("tested_first_order", FirstOrder)
+    register_criterion("tested_first_order", FirstOrder)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(32, 6, generator=generator)
     targets = torch.randn(32, 4, generator=generator)
@@ -66,7 +66,7 @@ def test_it_prunes() -> None:
         TensorDataset(inputs, targets),
         lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]),
         target_sparsity=0.5,
-        criterion="first_order",
+        criterion="tested_first_order",
         fisher=FisherConfig(num_gradients=32, gradient_batch_size=1),
     )
     order = (weights * gradient).abs().flatten().argsort()
