@@ -134,7 +134,7 @@ def test_two_callbacks_make_two_tables(capsys: pytest.CaptureFixture[str]) -> No
         (
             lambda: torch.save({"state_dict": {}, "callbacks": {"A": {}}}, "a.ckpt"),
             "a.ckpt",
-            "has no state of a WoodFisherPruningCallback",
+            "has no state of a pruning callback",
         ),
         (lambda: write_checkpoint("a.ckpt", []), "a.ckpt", "give a later one"),
         (lambda: write_json("a.json", []), "a.json", "give a later one"),
