@@ -21,7 +21,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.errors import ConfigurationError, require_integer
 from lightning_woodfisher.loggers import announce
 from lightning_woodfisher.losses import LossSource
 from lightning_woodfisher.masked_training import MaskedTraining
@@ -112,6 +112,11 @@ class StructuredPruningCallback(MaskedTraining):
     ) -> None:
         require_target(target, measure)
         require_rereadable(dataloader)
+        require_integer("latency_runs", latency_runs)
+        if latency_runs < 0:
+            raise ConfigurationError(
+                f"latency_runs={latency_runs} must be at least 0; 0 measures nothing."
+            )
         super().__init__(
             schedule if schedule is not None else OneShotSchedule(epoch=0),
             loss_method,
@@ -349,14 +354,10 @@ class StructuredPruningCallback(MaskedTraining):
         self, module: pl.LightningModule, report: StructureReport
     ) -> StructureReport:
         """Measure on rank 0, and tell all ranks, whose reports are the same."""
-        seconds = [0.0, 0.0]
         comm = Communicator(module.device)
+        seconds = [0.0, 0.0]
         if comm.rank == 0:
-            network, smaller = (
-                module.get_submodule(self._prefix),
-                self.shrunk_model(module),
-            )
-            found = measure_latency(network, smaller, self._inputs, self.latency_runs)
+            found = self._measure(module, self.latency_runs)
             seconds = [found.dense, found.shrunk]
         dense, shrunk = comm.gather_numbers(seconds)[0]
         return dataclasses.replace(
@@ -366,6 +367,10 @@ class StructuredPruningCallback(MaskedTraining):
             latency_runs=self.latency_runs,
         )
 
+    def _measure(self, module: pl.LightningModule, runs: int) -> Latency:
+        network = module.get_submodule(self._prefix)
+        return measure_latency(network, self.shrunk_model(module), self._inputs, runs)
+
     def _reads_on(self) -> bool:
         return bool(self._ahead())
 
@@ -374,6 +379,10 @@ class StructuredPruningCallback(MaskedTraining):
         self._pruner(module).rehearse(
             self._source(trainer, module), target, *self._so_far()
         )
+        if self.latency_runs:
+            # A network that cannot be copied or called is found out now.
+            with Communicator(module.device).failing_together():
+                self._measure(module, 1)
 
     def _source(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LossSource:
         return TrainingStepLoss(

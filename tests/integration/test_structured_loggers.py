@@ -205,10 +205,9 @@ class Noise(nn.Module):
         return nn.functional.dropout(values, 0.1)
 
 
-@pytest.mark.parametrize("runs", [2, 5])
-def test_training_does_not_notice_the_clock(runs: int) -> None:
+def test_training_does_not_notice_the_clock() -> None:
     states = []
-    for latency_runs in (0, runs):
+    for latency_runs in (0, 3):
         seed_all(3)
         callback = structured(
             schedule=PolynomialSchedule(0, 1), latency_runs=latency_runs
