@@ -3,7 +3,7 @@
 python docs/draw_channels.py
 
 It trains ResNet-20 on scikit-learn's digits and removes channels by HAP with implants; on
-two cores it takes about a minute.
+two cores it takes about four minutes.
 """
 
 from __future__ import annotations
