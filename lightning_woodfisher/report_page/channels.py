@@ -55,13 +55,15 @@ def _cards(reports: Sequence[StructureReport]) -> str:
         "MACs left": f"{last.macs_left:.1%}",
         "parameters left": f"{last.parameters_left:.1%}",
         "channels left": f"{last.kept:,} of {last.structures:,}",
-        "method": last.method,
-        "pruning steps": f"{len(reports)}",
-        "ranks": f"{last.world_size}",
     }
     implants = sum(map(len, last.implanted.values()))
     if implants:
         shown["of them with 1×1 filters"] = f"{implants:,}"
+    shown |= {
+        "method": last.method,
+        "pruning steps": f"{len(reports)}",
+        "ranks": f"{last.world_size}",
+    }
     if last.latency is not None and last.latency_dense is not None:
         times = (
             f"{_milliseconds(last.latency_dense)} → {_milliseconds(last.latency)} ms"
