@@ -19,9 +19,14 @@ from torch import Tensor
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.figures import has_matplotlib
 from lightning_woodfisher.report import PruningReport, format_steps
-from lightning_woodfisher.report_page import build_page
+from lightning_woodfisher.report_page import Reports, build_page
+from lightning_woodfisher.structured.report import (
+    StructureReport,
+    format_structure_steps,
+)
 
-_CALLBACK = "WoodFisherPruningCallback"
+# What the state of any of our callbacks has, of whatever class.
+_STATE = {"masks", "reports"}
 # What a sharded strategy saves beside its shards.
 _SHARDED_STATE = "meta.pt"
 
@@ -37,7 +42,7 @@ class _Record:
     """
 
     path: Path
-    runs: dict[str, list[PruningReport]]
+    runs: dict[str, Reports]
     masks: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
@@ -64,8 +69,7 @@ def run_report_command(arguments: Sequence[str]) -> int:
     for title, reports in record.runs.items():
         if len(record.runs) > 1:
             sys.stdout.write(f"\n{title}\n")
-        sys.stdout.write(f"\n{format_steps(reports)}\n")
-        sys.stdout.write(f"\nLayers after the last step:\n\n{reports[-1].to_table()}\n")
+        sys.stdout.write(_describe(reports))
     if options.html is not None:
         page = Path(options.html)
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +78,17 @@ def run_report_command(arguments: Sequence[str]) -> int:
         )
         sys.stdout.write(f"\nWritten: {page}.\n")
     return 0
+
+
+def _describe(reports: Reports) -> str:
+    weights = [report for report in reports if isinstance(report, PruningReport)]
+    channels = [report for report in reports if isinstance(report, StructureReport)]
+    if channels:
+        steps, what = format_structure_steps(channels), "Channels"
+    else:
+        steps, what = format_steps(weights), "Layers"
+    table = reports[-1].to_table()
+    return f"\n{steps}\n\n{what} after the last step:\n\n{table}\n"
 
 
 def _read(path: Path) -> _Record:
@@ -120,7 +135,7 @@ def _read_file(path: Path) -> _Record:
 def _read_json(path: Path) -> _Record:
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-        reports = [PruningReport.from_dict(report) for report in plain]
+        reports = _read_reports(plain)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(
             f"{path} is not a file that report_path has written "
@@ -142,20 +157,28 @@ def _read_checkpoint(path: Path) -> _Record:
     states: Mapping[str, Any] = {}
     if isinstance(checkpoint, Mapping):
         states = checkpoint.get("callbacks") or {}
-    ours = {key: state for key, state in states.items() if key.startswith(_CALLBACK)}
+    ours = {
+        key: state
+        for key, state in states.items()
+        if isinstance(state, Mapping) and state.keys() >= _STATE
+    }
     if not ours:
         raise ConfigurationError(
-            f"{path} has no state of a {_CALLBACK}: it was saved without it, or with "
+            f"{path} has no state of a pruning callback: it was saved without one, or with "
             "save_weights_only. Give another checkpoint, or the JSON file of report_path."
         )
     return _Record(
         path,
-        {
-            key: [PruningReport.from_dict(report) for report in state["reports"]]
-            for key, state in ours.items()
-        },
+        {key: _read_reports(state["reports"]) for key, state in ours.items()},
         {key: state["masks"] for key, state in ours.items()},
     )
+
+
+def _read_reports(plain: Sequence[Mapping[str, Any]]) -> Reports:
+    """Read the reports of one callback, which are of one kind."""
+    if plain and "groups" in plain[0]:
+        return [StructureReport.from_dict(report) for report in plain]
+    return [PruningReport.from_dict(report) for report in plain]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.errors import ConfigurationError, require_integer
 from lightning_woodfisher.loggers import announce
 from lightning_woodfisher.losses import LossSource
 from lightning_woodfisher.masked_training import MaskedTraining
@@ -55,6 +55,11 @@ from lightning_woodfisher.structured.pruner import (
 )
 from lightning_woodfisher.structured.report import StructureReport
 from lightning_woodfisher.structured.tracing import trace_groups
+from lightning_woodfisher.tracking import (
+    track_channel_end,
+    track_channel_settings,
+    track_channel_step,
+)
 from lightning_woodfisher.training_step import TrainingStepLoss
 
 
@@ -78,13 +83,10 @@ class StructuredPruningCallback(MaskedTraining):
         report_path: JSON file that receives the reports of all steps.
         export_path: folder that receives the smaller network at the end of fit: the plan
             and a ``state_dict``, for :func:`.load_shrunk`.
-        latency_runs: forward passes that are timed at the end of fit, dense and smaller in
-            turns; 0 for none.
+        latency_runs: forward passes that are timed after each step, dense and smaller in
+            turns, on rank 0; the medians are in the report. 0 for none.
         weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
             zero once the last planned step is done.
-
-    Attributes:
-        latency: of the dense and the smaller network, after fit; None before.
 
     Raises:
         ConfigurationError: for a value that cannot work.
@@ -110,6 +112,11 @@ class StructuredPruningCallback(MaskedTraining):
     ) -> None:
         require_target(target, measure)
         require_rereadable(dataloader)
+        require_integer("latency_runs", latency_runs)
+        if latency_runs < 0:
+            raise ConfigurationError(
+                f"latency_runs={latency_runs} must be at least 0; 0 measures nothing."
+            )
         super().__init__(
             schedule if schedule is not None else OneShotSchedule(epoch=0),
             loss_method,
@@ -125,7 +132,6 @@ class StructuredPruningCallback(MaskedTraining):
         self.network = network
         self.export_path = export_path
         self.latency_runs = latency_runs
-        self.latency: Latency | None = None
         self._groups: tuple[Group, ...] = ()
         self._traced: tuple[Group, ...] = ()
         self._inputs: Any = None
@@ -157,6 +163,14 @@ class StructuredPruningCallback(MaskedTraining):
     def implanted(self) -> dict[str, tuple[int, ...]]:
         """The channels with 1×1 filters, by group of the network."""
         return self._in_network(self._so_far()[1])
+
+    @property
+    def latency(self) -> Latency | None:
+        """Time of the dense and the smaller network after the last step, if measured."""
+        last: StructureReport | None = self.reports[-1] if self.reports else None
+        if last is None or last.latency_dense is None or last.latency is None:
+            return None
+        return Latency(last.latency_dense, last.latency, 1, last.latency_runs)
 
     def _in_network(
         self, found: dict[str, tuple[int, ...]]
@@ -206,7 +220,7 @@ class StructuredPruningCallback(MaskedTraining):
         return smaller
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the masks; write and time the smaller network where asked for.
+        """Check the masks; write the smaller network where asked for.
 
         Args:
             trainer: the Trainer.
@@ -215,32 +229,10 @@ class StructuredPruningCallback(MaskedTraining):
         if self.masks is None:
             return  # Nothing was left to train.
         self.masks.verify()
-        if not trainer.is_global_zero or not self.reports:
-            return
-        if not self.export_path and not self.latency_runs:
-            return
-        network = pl_module.get_submodule(self._prefix)
-        smaller = self.shrunk_model(pl_module)
-        if self.export_path:
+        track_channel_end(trainer, self.reports)
+        if self.export_path and self.reports and trainer.is_global_zero:
+            smaller = self.shrunk_model(pl_module)
             save_shrunk(self.export_path, smaller, self.removal_plan(pl_module))
-        if self.latency_runs:
-            self.latency = measure_latency(
-                network, smaller, self._inputs, self.latency_runs
-            )
-            announce(
-                trainer,
-                f"A forward pass of one sample takes {self.latency.dense * 1e3:.2f} ms "
-                f"dense and {self.latency.shrunk * 1e3:.2f} ms shrunk "
-                f"({self.latency.ratio:.0%}; median of {self.latency.runs}).",
-            )
-            for logger in trainer.loggers:
-                logger.log_metrics(
-                    {
-                        "pruning/latency_dense": self.latency.dense,
-                        "pruning/latency_shrunk": self.latency.shrunk,
-                    },
-                    step=trainer.global_step,
-                )
 
     # ------------------------------------------------------------------ training starts
 
@@ -291,6 +283,17 @@ class StructuredPruningCallback(MaskedTraining):
             f"Removing channels by {self.config.method}: {structures:,} structures in "
             f"{len(self._groups)} groups; {self.measure} removed: {steps or 'no more'}.",
         )
+        settings = {
+            "class": type(self).__name__,
+            "target": self.target,
+            "measure": self.measure,
+            "include": self.include,
+            "exclude": self.exclude,
+            "network": self._prefix,
+            "implants": dataclasses.asdict(self._implants),
+            **dataclasses.asdict(self.config),
+        }
+        track_channel_settings(trainer, settings, self.schedule)
 
     # ------------------------------------------------------------------ the step
 
@@ -339,6 +342,34 @@ class StructuredPruningCallback(MaskedTraining):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(report.metrics(), step=trainer.global_step)
+        track_channel_step(trainer, self.reports)
+
+    def _publish(self, trainer: pl.Trainer, report: StructureReport) -> None:
+        if self.latency_runs:
+            report = self._timed(trainer.lightning_module, report)
+            self.reports[-1] = report
+        super()._publish(trainer, report)
+
+    def _timed(
+        self, module: pl.LightningModule, report: StructureReport
+    ) -> StructureReport:
+        """Measure on rank 0, and tell all ranks, whose reports are the same."""
+        comm = Communicator(module.device)
+        seconds = [0.0, 0.0]
+        if comm.rank == 0:
+            found = self._measure(module, self.latency_runs)
+            seconds = [found.dense, found.shrunk]
+        dense, shrunk = comm.gather_numbers(seconds)[0]
+        return dataclasses.replace(
+            report,
+            latency_dense=dense,
+            latency=shrunk,
+            latency_runs=self.latency_runs,
+        )
+
+    def _measure(self, module: pl.LightningModule, runs: int) -> Latency:
+        network = module.get_submodule(self._prefix)
+        return measure_latency(network, self.shrunk_model(module), self._inputs, runs)
 
     def _reads_on(self) -> bool:
         return bool(self._ahead())
@@ -348,6 +379,10 @@ class StructuredPruningCallback(MaskedTraining):
         self._pruner(module).rehearse(
             self._source(trainer, module), target, *self._so_far()
         )
+        if self.latency_runs:
+            # A network that cannot be copied or called is found out now.
+            with Communicator(module.device).failing_together():
+                self._measure(module, 1)
 
     def _source(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LossSource:
         return TrainingStepLoss(

@@ -169,6 +169,8 @@ def test_the_report_the_export_and_the_time(tmp_path: Path) -> None:
     assert callback.latency.shrunk > 0 < callback.latency.dense
     logged = {k: v for _, numbers in logger.history for k, v in numbers.items()}
     assert logged["pruning/latency_dense"] == callback.latency.dense
+    assert logged["pruning/latency"] == report.latency == callback.latency.shrunk
+    assert plain["latency_runs"] == 3
     assert logged["pruning/structures_removed"] == 0.5
     assert logged["pruning/channels/net.conv1"] == 8 - len(callback.removed["conv1"])
 
@@ -257,8 +259,9 @@ def test_yaml_with_short_names(
 def fit_on_ranks(world_size: int) -> Any:
     torch.set_num_threads(1)
     found: list[Any] = []
+    times: list[Any] = []
     for kind, more in (
-        (SOSPPruningCallback, {"variant": "I"}),
+        (SOSPPruningCallback, {"variant": "I", "latency_runs": 2}),
         (HAPPruningCallback, {"implant_ratio": 0.5, "implant_init": "lstsq"}),
     ):
         settings = {"target": 0.4, "measure": "macs"}
@@ -278,16 +281,21 @@ def fit_on_ranks(world_size: int) -> Any:
         weights = {n: p.detach() for n, p in module.net.named_parameters()}
         reports = [(r.removed, r.implanted) for r in callback.reports]
         found.append([reports, weights])
-    return found
+        times += [(r.latency_dense, r.latency) for r in callback.reports]
+    return found, times
 
 
 def test_one_and_two_processes_remove_the_same(ranks: RankPool) -> None:
-    (alone,) = ranks.run(1, fit_on_ranks, 1)
+    ((alone, _),) = ranks.run(1, fit_on_ranks, 1)
     for reports, _ in alone:
         assert sum(len(s) for s in reports[-1][0].values()) > 2
     assert sum(len(s) for s in alone[1][0][-1][1].values()) > 1
-    for found in ranks.run(2, fit_on_ranks, 2, launch="trainer"):
+    both = ranks.run(2, fit_on_ranks, 2, launch="trainer")
+    for found, times in both:
         assert differences(found, alone) == []
+        # Of one clock, and the same in the reports of all ranks.
+        assert times == both[0][1]
+        assert min(times[0]) > 0
 
 
 @pytest.mark.parametrize("channels_first", [True, False])
@@ -418,6 +426,8 @@ def test_bad_settings_are_refused() -> None:
     for options, message in (
         ({"target": 1.0}, "target=1.0"),
         ({"measure": "flops"}, "measure='flops'"),
+        ({"latency_runs": -1}, "latency_runs=-1"),
+        ({"latency_runs": True}, "latency_runs=True"),
         ({"dataloader": iter([])}, "read only once"),
         ({"kind": SOSPPruningCallback, "variant": "J"}, "variant='J'"),
     ):

@@ -1,0 +1,63 @@
+"""Draw the channels that a small ResNet keeps: docs/images/channels.png.
+
+python docs/draw_channels.py
+
+It trains ResNet-20 on scikit-learn's digits and removes channels by HAP with implants; on
+two cores it takes about four minutes.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from examples.cifar10.model import CIFAR10Classifier
+from lightning_woodfisher import (
+    HAPPruningCallback,
+    PolynomialSchedule,
+    StructureConfig,
+)
+from lightning_woodfisher.figures import draw_channels
+
+
+def digits() -> TensorDataset:
+    """Give the images in three colours, 16 by 16."""
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    images = torch.nn.functional.interpolate(images, scale_factor=2.0)
+    return TensorDataset(images.expand(-1, 3, -1, -1), torch.tensor(labels))
+
+
+def main() -> None:
+    """Train, prune and draw."""
+    pl.seed_everything(0, verbose=False)
+    callback = HAPPruningCallback(
+        target=0.5,
+        measure="macs",
+        implant_ratio=0.3,
+        schedule=PolynomialSchedule(2, 4),
+        config=StructureConfig(num_samples=256, probes=20),
+    )
+    trainer = pl.Trainer(
+        max_epochs=6,
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(CIFAR10Classifier(), DataLoader(digits(), 128, shuffle=True))
+    figure = draw_channels(callback.reports[-1])
+    figure.savefig(ROOT / "docs" / "images" / "channels.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()
