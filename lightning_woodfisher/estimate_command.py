@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["command_line", "read_run", "run_estimate"]
+__all__ = ["command_line", "make_parser", "read_run", "run_estimate"]
 
 import argparse
 import contextlib
@@ -62,7 +62,7 @@ def run_estimate(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
     Raises:
         ConfigurationError: for settings that cannot be.
     """
-    options, rest = _parser().parse_known_args(arguments)
+    options, rest = make_parser().parse_known_args(arguments)
     if options.preset is not None:
         if rest:
             raise ConfigurationError(
@@ -284,7 +284,12 @@ def _measure_flops_per_second() -> float:
     return count * 2 * _GEMM_SIZE**3 / (time.perf_counter() - start)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the subcommand.
+
+    Returns:
+        It.
+    """
     parser = argparse.ArgumentParser(
         prog="lightning-woodfisher estimate",
         description="What the pruning steps of a run cost each rank; nothing is run. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 import argparse
 import os
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status.
     """
-    options = _parse(arguments)
+    options = make_parser().parse_args(arguments)
     device = torch.device(options.device)
     _check(options, device)
     if options.threads:
@@ -84,7 +84,12 @@ def _check(options: argparse.Namespace, device: torch.device) -> None:
             )
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the subcommand.
+
+    Returns:
+        It.
+    """
     parser = argparse.ArgumentParser(
         prog="lightning-woodfisher benchmark",
         description="Measure what the parts of a pruning step cost on this machine.",
@@ -120,7 +125,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--step", action="store_true", help="a whole pruning step of ResNet-20")
     add("--masks", action="store_true", help="training steps with masks and without")
     add("--scaling", type=_positive, metavar="R", help="1 to R processes")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _positive(text: str) -> int:
