@@ -92,7 +92,7 @@ def draw() -> dict[str, Figure]:
     return {
         "course": figures.draw_course(reports),
         "increase": figures.draw_increase(reports),
-        "layers": figures.draw_layers(reports[-1]),
+        "layers": figures.draw_layers(reports[1]),
         "schedule": figures.draw_schedule(reports),
         "saliencies": figures.draw_saliencies(reports[-1]),
         "local-model": figures.draw_local_model(reports[2]),

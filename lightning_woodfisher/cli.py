@@ -75,6 +75,17 @@ _CHOICE = re.compile(
     r"Expected a typing\.Literal\[(?P<known>.*)\]\. Got value: (?P<value>.*)"
     r"|invalid choice: '(?P<word>.*)' \(choose from (?P<words>.*)\)"
 )
+# What to write where a message says only what is missing.
+_REMEDIES = (
+    (
+        re.compile(r"arguments are required: (?:\w+\.)?model$"),
+        "Name your module, as model: package.module.MyModule in the YAML.",
+    ),
+    (
+        re.compile(r"but lightning_woodfisher\.PruningSchedule is abstract$"),
+        "Name one, as class_path: PolynomialSchedule, with its settings in init_args.",
+    ),
+)
 _CLASS_PATH = re.compile(r"Problem with given class_path '([\w.]+)'")
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 
@@ -136,7 +147,7 @@ def _make_preset_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-woodfisher preset",
         description="Print settings of a published result as YAML, to be passed as a "
-        "second --config of fit.",
+        "second --config of fit: lightning-woodfisher preset resnet50_90 > preset.yaml",
     )
     parser.add_argument("name", nargs="?", default="", help=", ".join(PRESETS))
     return parser
@@ -250,6 +261,9 @@ def _suggest(line: str, owner: str) -> str:
     elif absent := _NO_ATTRIBUTE.search(line):
         module, name = absent.groups()
         hint = nearest(name, dir(sys.modules.get(module)))
+    for missing, remedy in _REMEDIES:
+        if missing.search(line):
+            hint = f" {remedy}"
     return f".{hint}" if hint else ""
 
 

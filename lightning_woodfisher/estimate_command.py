@@ -24,6 +24,14 @@ from lightning_woodfisher.resources import ResourceEstimate, estimate
 from lightning_woodfisher.schedule import Horizon
 from lightning_woodfisher.shapes import SHAPES
 
+_EXAMPLE = """\
+examples:
+
+  lightning-woodfisher estimate --config run.yaml --devices 8 --memory 80GB
+  lightning-woodfisher estimate --preset resnet50 --num_gradients 160 --block_size 2000
+
+Exit status 1 says that the step does not fit into the memory that was given.
+"""
 # What a Trainer does that is told neither epochs nor steps.
 _DEFAULT_EPOCHS = 1000
 _GEMM_SIZE = 1024
@@ -294,6 +302,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="lightning-woodfisher estimate",
         description="What the pruning steps of a run cost each rank; nothing is run. "
         "Other arguments are those of `fit`, such as --config run.yaml.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -146,7 +146,8 @@ def draw_layers(report: PruningReport) -> Figure:
     layers = report.layers
     figure, axes = _new_figure(_height(len(layers)))
     rows = range(len(layers))
-    axes.barh(rows, [100 * layer.sparsity for layer in layers], color=_FIRST)
+    after = [100 * layer.sparsity for layer in layers]
+    axes.barh(rows, after, color=_FIRST, label="in the step")
     before = [100 * layer.zeros_before / layer.weights for layer in layers]
     axes.barh(rows, before, color=_DARK, label="before the step")
     axes.axvline(
@@ -246,7 +247,8 @@ def draw_course(reports: Sequence[PruningReport]) -> Figure:
     upper, lower = figure.subplots(2, 1, sharex=True)
     places, unit = _places(reports)
     wanted = [100 * report.target_sparsity for report in reports]
-    upper.plot(places, wanted, "--", color=_SECOND, label="target")
+    # The two are mostly the same: dashes above the line show both.
+    upper.plot(places, wanted, "--", color=_SECOND, label="target", zorder=3)
     reached = [100 * report.sparsity for report in reports]
     upper.plot(places, reached, "o-", color=_FIRST, label="reached")
     upper.set_ylim(0, 100)

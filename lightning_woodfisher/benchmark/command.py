@@ -103,7 +103,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N,B,D",
         help="a case of your own; B = 'full' for the full Fisher; repeatable",
     )
-    add("--engines", nargs="+", choices=("auto", "primal", "dual"), default=["auto"])
+    add(
+        "--engines",
+        nargs="+",
+        choices=("auto", "primal", "dual"),
+        default=["auto"],
+        help="ways to compute the inverse (default: auto, the cheaper one)",
+    )
     add("--update", action="store_true", help="also measure the joint update")
     add(
         "--as-published",
@@ -118,7 +124,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--repeats", type=_positive, default=3, help="repetitions (default: 3)")
     add("--threads", type=_positive, help="of torch on a CPU")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help=f"as torch calls it (default: {device})")
     add("--json", metavar="PATH", help="write every number here")
     add("--png", metavar="PATH", help="draw the table of the inverse here")
     add("--collection", action="store_true", help="ways to collect gradients")
