@@ -173,8 +173,8 @@ _lightning_woodfisher() {
     esac
 }
 
-if [ "${funcstack[1]}" = _lightning_woodfisher ]; then
-    # Loaded from a folder of fpath.
+if [ "${funcstack[1]}" = _lightning-woodfisher ]; then
+    # Loaded from a folder of fpath, as the function of the name of the file.
     _lightning_woodfisher "$@"
 elif [ -n "${functions[compdef]}" ]; then
     compdef _lightning_woodfisher lightning-woodfisher

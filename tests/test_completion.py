@@ -206,6 +206,19 @@ def test_values_in_zsh(words: list[str], expected: set[str], scripts: Path) -> N
     assert found == {each.partition("=")[2] or each for each in expected}
 
 
+@needs_zsh
+def test_zsh_completes_at_the_first_key(scripts: Path, tmp_path: Path) -> None:
+    """The way of the documentation: a file in a folder of fpath, loaded when needed."""
+    shutil.copy(scripts / "zsh", tmp_path / "_lightning-woodfisher")
+    loader = tmp_path / "zsh"
+    name = "_lightning-woodfisher"
+    loader.write_text(
+        f"fpath=({shlex.quote(str(tmp_path))}); autoload -Uz {name}\n"
+        f"_lightning_woodfisher() {{ {name}; }}\n"
+    )
+    assert "estimate" in ask(loader, ["est"])
+
+
 @pytest.mark.parametrize(
     "words",
     [
