@@ -23,15 +23,19 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_woodfisher import schedule
-from lightning_woodfisher.benchmark.command import main as benchmark
+from lightning_woodfisher import (
+    estimate_command,
+    export_command,
+    report_command,
+    schedule,
+    sweep_command,
+)
+from lightning_woodfisher.benchmark import command as benchmark
 from lightning_woodfisher.callback import WoodFisherPruningCallback
+from lightning_woodfisher.completion_command import run_completion
 from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
-from lightning_woodfisher.estimate_command import run_estimate
-from lightning_woodfisher.export_command import run_export
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.presets import PRESETS, to_yaml
-from lightning_woodfisher.report_command import run_report_command
 from lightning_woodfisher.selection import SelectionConfig
 from lightning_woodfisher.structured.configuration import StructureConfig
 from lightning_woodfisher.structured_callback import (
@@ -39,7 +43,6 @@ from lightning_woodfisher.structured_callback import (
     SOSPPruningCallback,
     StructuredPruningCallback,
 )
-from lightning_woodfisher.sweep_command import run_sweep_command
 
 # Classes whose short name works in YAML, and whose arguments a typo may have meant.
 _OUR_CLASSES = (
@@ -72,6 +75,17 @@ _CHOICE = re.compile(
     r"Expected a typing\.Literal\[(?P<known>.*)\]\. Got value: (?P<value>.*)"
     r"|invalid choice: '(?P<word>.*)' \(choose from (?P<words>.*)\)"
 )
+# What to write where a message says only what is missing.
+_REMEDIES = (
+    (
+        re.compile(r"arguments are required: (?:\w+\.)?model$"),
+        "Name your module, as model: package.module.MyModule in the YAML.",
+    ),
+    (
+        re.compile(r"but lightning_woodfisher\.PruningSchedule is abstract$"),
+        "Name one, as class_path: PolynomialSchedule, with its settings in init_args.",
+    ),
+)
 _CLASS_PATH = re.compile(r"Problem with given class_path '([\w.]+)'")
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 
@@ -80,7 +94,7 @@ _OTHER_COMMANDS = (
     "cost), sweep (one-shot settings compared on a checkpoint), report (what a run has "
     "pruned, as a table and as a page), export (a pruned checkpoint as sparse or dense "
     "file, ONNX or torch.export), preset (settings of published results, as YAML), "
-    "benchmark (the engines on this machine)."
+    "benchmark (the engines on this machine), completion (of this command in bash or zsh)."
 )
 
 
@@ -100,17 +114,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())
     try:
         if given[:1] == ["benchmark"]:
-            return benchmark(given[1:])
+            return benchmark.main(given[1:])
         if given[:1] == ["estimate"]:
-            return run_estimate(given[1:], _CLI)
+            return estimate_command.run_estimate(given[1:], _CLI)
         if given[:1] == ["sweep"]:
-            return run_sweep_command(given[1:], _CLI)
+            return sweep_command.run_sweep_command(given[1:], _CLI)
         if given[:1] == ["export"]:
-            return run_export(given[1:], _CLI)
+            return export_command.run_export(given[1:], _CLI)
         if given[:1] == ["report"]:
-            return run_report_command(given[1:])
+            return report_command.run_report_command(given[1:])
         if given[:1] == ["preset"]:
             return _run_preset(given[1:])
+        if given[:1] == ["completion"]:
+            return run_completion(given[1:], _CLI, _PARSERS, _READ_FIT)
         _CLI(
             # Lightning warns of arguments that are given beside those of the process.
             args=None if arguments is None else given,
@@ -127,15 +143,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_preset(arguments: Sequence[str]) -> int:
+def _make_preset_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-woodfisher preset",
         description="Print settings of a published result as YAML, to be passed as a "
-        "second --config of fit.",
+        "second --config of fit: lightning-woodfisher preset resnet50_90 > preset.yaml",
     )
     parser.add_argument("name", nargs="?", default="", help=", ".join(PRESETS))
-    sys.stdout.write(to_yaml(parser.parse_args(arguments).name))
+    return parser
+
+
+def _run_preset(arguments: Sequence[str]) -> int:
+    sys.stdout.write(to_yaml(_make_preset_parser().parse_args(arguments).name))
     return 0
+
+
+_PARSERS = {
+    "estimate": estimate_command.make_parser,
+    "sweep": sweep_command.make_parser,
+    "report": report_command.make_parser,
+    "export": export_command.make_parser,
+    "preset": _make_preset_parser,
+    "benchmark": benchmark.make_parser,
+}
+# Commands that hand on what they do not know themselves to the parser of fit.
+_READ_FIT = ("estimate", "sweep", "export")
 
 
 def _find_ours(error: BaseException | None) -> BaseException | None:
@@ -229,6 +261,9 @@ def _suggest(line: str, owner: str) -> str:
     elif absent := _NO_ATTRIBUTE.search(line):
         module, name = absent.groups()
         hint = nearest(name, dir(sys.modules.get(module)))
+    for missing, remedy in _REMEDIES:
+        if missing.search(line):
+            hint = f" {remedy}"
     return f".{hint}" if hint else ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["command_line", "read_run", "run_estimate"]
+__all__ = ["command_line", "make_parser", "read_run", "run_estimate"]
 
 import argparse
 import contextlib
@@ -24,6 +24,14 @@ from lightning_woodfisher.resources import ResourceEstimate, estimate
 from lightning_woodfisher.schedule import Horizon
 from lightning_woodfisher.shapes import SHAPES
 
+_EXAMPLE = """\
+examples:
+
+  lightning-woodfisher estimate --config run.yaml --devices 8 --memory 80GB
+  lightning-woodfisher estimate --preset resnet50 --num_gradients 160 --block_size 2000
+
+Exit status 1 says that the step does not fit into the memory that was given.
+"""
 # What a Trainer does that is told neither epochs nor steps.
 _DEFAULT_EPOCHS = 1000
 _GEMM_SIZE = 1024
@@ -62,7 +70,7 @@ def run_estimate(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
     Raises:
         ConfigurationError: for settings that cannot be.
     """
-    options, rest = _parser().parse_known_args(arguments)
+    options, rest = make_parser().parse_known_args(arguments)
     if options.preset is not None:
         if rest:
             raise ConfigurationError(
@@ -284,11 +292,18 @@ def _measure_flops_per_second() -> float:
     return count * 2 * _GEMM_SIZE**3 / (time.perf_counter() - start)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the subcommand.
+
+    Returns:
+        It.
+    """
     parser = argparse.ArgumentParser(
         prog="lightning-woodfisher estimate",
         description="What the pruning steps of a run cost each rank; nothing is run. "
         "Other arguments are those of `fit`, such as --config run.yaml.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["run_export"]
+__all__ = ["make_parser", "run_export"]
 
 import argparse
 import sys
@@ -75,7 +75,7 @@ def run_export(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
         Exit status.
     """
     given = [_SPELLINGS.get(argument, argument) for argument in arguments]
-    options, rest = _parser().parse_known_args(given)
+    options, rest = make_parser().parse_known_args(given)
     out = Path(options.out)
     _check(options, rest, out)
     checkpoint = read_checkpoint(options.checkpoint)
@@ -256,7 +256,12 @@ def _write_semi_structured(
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the subcommand.
+
+    Returns:
+        It.
+    """
     parser = argparse.ArgumentParser(
         prog="lightning-woodfisher export",
         usage="lightning-woodfisher export CHECKPOINT --format FORMAT --out FILE …",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["run_report_command"]
+__all__ = ["make_parser", "run_report_command"]
 
 import argparse
 import json
@@ -58,7 +58,7 @@ def run_report_command(arguments: Sequence[str]) -> int:
     Raises:
         ConfigurationError: for a path without reports, or a page without matplotlib.
     """
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     if options.html is not None and not has_matplotlib():
         raise ConfigurationError(
             "--html needs matplotlib for the figures; "
@@ -181,7 +181,12 @@ def _read_reports(plain: Sequence[Mapping[str, Any]]) -> Reports:
     return [PruningReport.from_dict(report) for report in plain]
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the subcommand.
+
+    Returns:
+        It.
+    """
     parser = argparse.ArgumentParser(
         prog="lightning-woodfisher report",
         description="Show what a run has pruned: a table of the steps and of the layers, "
@@ -190,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "path",
+        metavar="PATH",
         help="a Lightning checkpoint, the JSON file of report_path, or a folder, in which "
         "the newest of them is taken",
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["run_sweep_command"]
+__all__ = ["make_parser", "run_sweep_command"]
 
 import argparse
 import json
@@ -66,7 +66,7 @@ def run_sweep_command(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
     Raises:
         ConfigurationError: for settings that cannot be.
     """
-    options, rest = _parser().parse_known_args(arguments)
+    options, rest = make_parser().parse_known_args(arguments)
     output = Path(options.output)
     if output.suffix != ".json":
         raise ConfigurationError(
@@ -289,7 +289,12 @@ def _swept(parser: Any) -> list[argparse.Action]:
     ]
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the subcommand.
+
+    Returns:
+        It.
+    """
     parser = argparse.ArgumentParser(
         prog="lightning-woodfisher sweep",
         description="Find good one-shot pruning settings: every combination of the values "
@@ -302,7 +307,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     # An option of `fit` too, where Lightning reads more than the weights.
     parser.add_argument(
-        "--ckpt_path", help="file with the weights to prune; it is only read"
+        "--ckpt_path",
+        metavar="FILE",
+        help="file with the weights to prune; it is only read",
     )
     _swept(parser.add_argument_group("settings to try, each with one or more values"))
     add = parser.add_argument_group("results").add_argument
@@ -315,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--output",
+        metavar="FILE",
         default="sweep.json",
         help="file of the results; the figure gets its name with .png (sweep.json)",
     )

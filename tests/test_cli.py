@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -201,15 +202,37 @@ def test_an_option_of_the_command_line_overrides_the_file() -> None:
     assert saved["trainer"]["max_epochs"] == 3
 
 
-@pytest.mark.parametrize("command", [[], ["fit"], ["validate"]])
-def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert status(*command, "--help") == 0
-    shown = capsys.readouterr().out
-    assert "--config CONFIG" in shown
-    assert ("--trainer.max_epochs" if command else "{fit,validate,") in shown
+# The words of each --help without which a newcomer could not use the command.
+HELP = {
+    "": ["--config CONFIG", "{fit,validate,test,predict}"],
+    "fit": ["--config CONFIG", "--trainer.max_epochs", "--ckpt_path", "--model"],
+    "validate": ["--config CONFIG", "--trainer.devices", "--ckpt_path"],
+    "test": ["--config CONFIG", "--trainer.devices", "--ckpt_path"],
+    "predict": ["--config CONFIG", "--trainer.devices", "--return_predictions"],
+    "estimate": ["estimate --config run.yaml", "--memory", "as 80GB", "those of `fit`"],
+    "sweep": [
+        "sweep --config run.yaml --ckpt_path best.ckpt",
+        "--metric",
+        "those of `fit`",
+    ],
+    "report": ["a Lightning checkpoint", "--html FILE"],
+    "export": ["export best.ckpt --format sparse", "--out FILE"],
+    "preset": ["resnet50_90", "second --config of fit"],
+    "benchmark": ["Measure", "--scaling R", "default: 3"],
+    "completion": ["completion bash > ~/", "completion zsh > ~/"],
+}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(*command.split(), "--help") == 0
+    text = capsys.readouterr().out
+    shown = " ".join(text.replace("\\\n", "").split())
+    assert [part for part in HELP[command] if part not in shown] == []
     if not command:
-        for other in ("estimate", "sweep", "preset", "benchmark"):
-            assert f"{other} (" in " ".join(shown.split())
+        assert [name for name in HELP if name not in shown] == []
+    # Options about which nothing is said, neither beside them nor in the next line.
+    assert not re.findall(r"^  (-\S+(?: \S+)*)(?<!\.)\n(?=  \S|\n|$)", text, flags=re.M)
 
 
 def test_every_alternative_of_a_union_is_tried() -> None:
@@ -309,6 +332,14 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
     "module of the user": (
         lambda c: c["model"].update(class_path="toy_of_the_cly.Toy"),
         ["No module named 'toy_of_the_cly'"],
+    ),
+    "settings of the schedule without its class": (
+        lambda c: pruning(c).update(schedule={"start_epoch": 0, "end_epoch": 1}),
+        ['"schedule"', "abstract. Name one, as class_path: PolynomialSchedule"],
+    ),
+    "no model": (
+        lambda c: c.pop("model"),
+        ["required: fit.model. Name your module, as model: package.module.MyModule"],
     ),
     "word for a number": (
         lambda c: pruning(c).update(target_sparsity="high"),

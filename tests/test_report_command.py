@@ -348,6 +348,6 @@ def test_the_command_passes_the_remedy_on(
     def fail(*_: Any) -> None:
         raise wandb.errors.CommError("no route to host.")
 
-    monkeypatch.setattr("lightning_woodfisher.cli.run_report_command", fail)
+    monkeypatch.setattr("lightning_woodfisher.report_command.run_report_command", fail)
     assert main(["report", "x"]) == 2
     assert "no route to host. Without an account" in capsys.readouterr().err

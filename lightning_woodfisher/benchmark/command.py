@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 import argparse
 import os
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status.
     """
-    options = _parse(arguments)
+    options = make_parser().parse_args(arguments)
     device = torch.device(options.device)
     _check(options, device)
     if options.threads:
@@ -84,7 +84,12 @@ def _check(options: argparse.Namespace, device: torch.device) -> None:
             )
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the subcommand.
+
+    Returns:
+        It.
+    """
     parser = argparse.ArgumentParser(
         prog="lightning-woodfisher benchmark",
         description="Measure what the parts of a pruning step cost on this machine.",
@@ -98,7 +103,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N,B,D",
         help="a case of your own; B = 'full' for the full Fisher; repeatable",
     )
-    add("--engines", nargs="+", choices=("auto", "primal", "dual"), default=["auto"])
+    add(
+        "--engines",
+        nargs="+",
+        choices=("auto", "primal", "dual"),
+        default=["auto"],
+        help="ways to compute the inverse (default: auto, the cheaper one)",
+    )
     add("--update", action="store_true", help="also measure the joint update")
     add(
         "--as-published",
@@ -113,14 +124,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--repeats", type=_positive, default=3, help="repetitions (default: 3)")
     add("--threads", type=_positive, help="of torch on a CPU")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help=f"as torch calls it (default: {device})")
     add("--json", metavar="PATH", help="write every number here")
     add("--png", metavar="PATH", help="draw the table of the inverse here")
     add("--collection", action="store_true", help="ways to collect gradients")
     add("--step", action="store_true", help="a whole pruning step of ResNet-20")
     add("--masks", action="store_true", help="training steps with masks and without")
     add("--scaling", type=_positive, metavar="R", help="1 to R processes")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _positive(text: str) -> int:

@@ -99,7 +99,8 @@ def draw_layers(report: PruningReport) -> Figure:
     layers = report.layers
     figure, axes = new_figure(height_of(len(layers)))
     rows = range(len(layers))
-    axes.barh(rows, [100 * layer.sparsity for layer in layers], color=FIRST)
+    after = [100 * layer.sparsity for layer in layers]
+    axes.barh(rows, after, color=FIRST, label="in the step")
     before = [100 * layer.zeros_before / layer.weights for layer in layers]
     axes.barh(rows, before, color=DARK, label="before the step")
     axes.axvline(
@@ -199,7 +200,8 @@ def draw_course(reports: Sequence[PruningReport]) -> Figure:
     upper, lower = figure.subplots(2, 1, sharex=True)
     at, unit = places(reports)
     wanted = [100 * report.target_sparsity for report in reports]
-    upper.plot(at, wanted, "--", color=SECOND, label="target")
+    # The two are mostly the same: dashes above the line show both.
+    upper.plot(at, wanted, "--", color=SECOND, label="target", zorder=3)
     reached = [100 * report.sparsity for report in reports]
     upper.plot(at, reached, "o-", color=FIRST, label="reached")
     upper.set_ylim(0, 100)

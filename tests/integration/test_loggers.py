@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import os
 from pathlib import Path
@@ -257,3 +258,24 @@ def test_two_processes_make_one_run(ranks: RankPool, tmp_path: Path) -> None:
     with sheet.open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("pruning/sparsity")]
     assert [int(row["step"]) for row in rows] == list(AT[2])
+
+
+def told(world_size: int) -> list[str]:
+    """Job: what a rank says while it prunes."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(handler)
+    try:
+        fit(devices=world_size, strategy="ddp")
+    finally:
+        logger.removeHandler(handler)
+    return [text for text in said if "prun" in text.lower()]
+
+
+def test_rank_0_alone_tells_the_plan_and_each_step(ranks: RankPool) -> None:
+    first, second = ranks.run(2, told, 2, launch="trainer")
+    assert first[0].startswith(f"Pruning {WEIGHTS:,} weights of 3 tensors")
+    assert sum(text.startswith("Pruned to") for text in first) == 2
+    assert second == []
