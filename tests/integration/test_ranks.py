@@ -35,6 +35,7 @@ from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.pruner import Pruner
+from lightning_woodfisher.selection import select_smallest
 
 WORLD_SIZES = (1, 2, 3)
 
@@ -826,3 +827,41 @@ def test_sums_over_ranks_are_exact_and_know_no_order(ranks: RankPool) -> None:
     assert float(error) <= 7 * bound * 2.0**-60 + 2.0**-53 * bound
     plain = [torch.stack([summands()[i] for i in order]).sum(dim=0) for order in orders]
     assert not all(torch.equal(plain[0], other) for other in plain[1:])
+
+
+def tied_scores() -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of three values, their groups, and their sizes."""
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randint(0, n, (240,), generator=generator) for n in (3, 2, 4)]
+    return draw[0].double(), draw[1], draw[2] + 1
+
+
+def select_shares(counts: list[int], sized: bool) -> list[bool]:
+    """Job: the choice among a rank's run of the scores."""
+    comm = Communicator()
+    cuts = [240 * rank // comm.world_size for rank in range(comm.world_size + 1)]
+    scores, groups, sizes = (
+        tensor[cuts[comm.rank] : cuts[comm.rank + 1]] for tensor in tied_scores()
+    )
+    chosen = select_smallest(scores, groups, counts, comm, sizes if sized else None)
+    return chosen.tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_ties_go_to_the_lowest_index_of_all_ranks(ranks: RankPool, sized: bool) -> None:
+    counts = [50, 90]
+    scores, groups, sizes = tied_scores()
+    expected = torch.zeros(240, dtype=torch.bool)
+    for group, room in enumerate(counts):
+        order = sorted(
+            torch.nonzero(groups == group).flatten().tolist(),
+            key=lambda index: (float(scores[index]), index),
+        )
+        for index in order:
+            room -= int(sizes[index]) if sized else 1
+            if room < 0:
+                break
+            expected[index] = True
+    for size in WORLD_SIZES:
+        shares = ranks.run(size, select_shares, counts, sized)
+        assert sum(shares, []) == expected.tolist()
