@@ -37,6 +37,10 @@ from lightning_woodfisher.benchmark.recursion import (
     recursion_diagonal,
     recursion_inverse,
 )
+from lightning_woodfisher.benchmark.structures import (
+    measure_structures,
+    torchvision_network,
+)
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.masks import Masks
@@ -518,3 +522,30 @@ def _forbid(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", importing)
+
+
+class TestStructures:
+    def test_every_way_is_measured_against_the_gradient_pass(self) -> None:
+        done: list[str] = []
+        rows = measure_structures(
+            ResNet20(4).eval(),
+            samples=6,
+            batch_size=4,
+            image_size=8,
+            repeats=2,
+            tick=done.append,
+        )
+        assert len(done) == 3 * len(rows) == 12
+        unit, hessian, true, sampled = rows
+        assert unit.ratio == 1.0
+        assert hessian.pair_bytes is None
+        assert true.pair_bytes == sampled.pair_bytes == 8 * 6 * unit.structures
+        assert {row.squared_bytes for row in rows} == {4 * unit.structures**2}
+        # The first convolution of each block: shortcuts that pad bar the others.
+        assert unit.structures == 3 * (4 + 8 + 16)
+        assert output.format_table(rows).count("\n") == 5
+
+    def test_unknown_networks_are_refused(self) -> None:
+        pytest.importorskip("torchvision")
+        with pytest.raises(ConfigurationError, match="resnet51"):
+            torchvision_network("resnet51")

@@ -4,7 +4,10 @@
 
 Both prune along the same cubic ramp, in six steps over the first half of the epochs, with
 the same learning rates and the same order of the images; WoodFisher also looks at 400
-mini-batches of 4 images in each step. Prints the accuracy on the test images.
+mini-batches of 8 images in each step: of a network that fits most images few gradients say
+anything, and fewer images or a damping below 1e-4 gave masks worse than magnitude's.
+Prints the accuracy on the test images. ``--held-out`` takes the 5,000 held-out images
+instead, to choose settings by.
 """
 
 from __future__ import annotations
@@ -30,11 +33,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "WoodFisher": {
         "fisher": FisherConfig(
             num_gradients=400,
-            gradient_batch_size=4,
+            gradient_batch_size=8,
             model_mode="eval",
             block_size=2000,
-            damping=1e-5,
-        )
+            damping=1e-4,
+        ),
+        "update": "independent",
+        "step_search": False,
+        "measure_loss": False,
     },
 }
 STEPS = 6
@@ -53,7 +59,7 @@ def fit(
         options: of the command line.
 
     Returns:
-        Accuracy on the test images in per cent.
+        Accuracy in per cent.
     """
     pl.seed_everything(seed, verbose=False)
     module = CIFAR10Classifier(options.learning_rate, weights=options.weights)
@@ -75,9 +81,14 @@ def fit(
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        limit_val_batches=0 if not options.held_out else 1.0,
+        check_val_every_n_epoch=options.epochs + 1,
     )
     trainer.fit(module, data)
+    if options.held_out:
+        found = trainer.validate(module, data, verbose=False)
+        return 100 * float(found[0]["val_accuracy"])
     found = trainer.test(module, data, verbose=False)
     return 100 * float(found[0]["test_accuracy"])
 
@@ -87,9 +98,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data", help="folder of the images")
     parser.add_argument("--weights", default="runs/cifar10/dense.pt")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--images-per-epoch", type=int, help="fewer, for a quick look")
-    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--learning-rate", type=float, default=0.03)
     parser.add_argument("--only", default="", metavar="TEXT")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument(

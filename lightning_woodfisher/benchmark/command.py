@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from lightning_woodfisher.benchmark import inverse, output, scaling, timing, training
+from lightning_woodfisher.benchmark import (
+    inverse,
+    output,
+    scaling,
+    structures,
+    timing,
+    training,
+)
 from lightning_woodfisher.benchmark.presets import (
     PRESETS,
     custom_case,
@@ -63,7 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _wants_inverse(options: argparse.Namespace) -> bool:
     """On request, or when nothing else is asked for."""
-    others = (options.collection, options.step, options.masks, options.scaling)
+    others = (
+        options.collection,
+        options.step,
+        options.masks,
+        options.scaling,
+        options.structures,
+    )
     return bool(options.preset or options.case) or not any(others)
 
 
@@ -132,6 +145,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--step", action="store_true", help="a whole pruning step of ResNet-20")
     add("--masks", action="store_true", help="training steps with masks and without")
     add("--scaling", type=_positive, metavar="R", help="1 to R processes")
+    add(
+        "--structures",
+        nargs="?",
+        const="resnet50",
+        metavar="NETWORK",
+        help="scores of channels of a network of torchvision (default: resnet50)",
+    )
     return parser
 
 
@@ -223,6 +243,12 @@ def _measure_others(
         with timing.show_progress(options.scaling) as tick:
             tables["scaling"] = scaling.measure_scaling(
                 options.scaling, repeats=repeats, tick=tick
+            )
+    if options.structures:
+        network = structures.torchvision_network(options.structures)
+        with timing.show_progress(4 * (repeats + 1)) as tick:
+            tables["structures"] = structures.measure_structures(
+                network, repeats=repeats, device=device, tick=tick
             )
     return tables
 

@@ -48,6 +48,10 @@ _HEADERS = {
     "exchange_share": "exchange",
     "state_bytes": "state of each rank",
     "world_size": "R",
+    "structures": "S",
+    "samples": "N",
+    "pair_bytes": "pairs",
+    "squared_bytes": "S²",
 }
 _HIDDEN = {"runs", "total_weights", "scaled_seconds", "how"}
 _SHARES = {"floor_share", "exchange_share", "equal_mask"}
