@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_woodfisher.agreement import checksum
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, PruningError
+from lightning_woodfisher.exact_sum import sum_exactly
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.patterns import UNSTRUCTURED, GroupRun, Pattern
@@ -152,7 +153,7 @@ class ActiveWeights:
             parts.append(part)
         magnitudes = [values.new_zeros(()), *(part.abs().max() for part in parts)]
         bound = torch.stack(magnitudes).max() * len(self.partition.units)
-        sums: list[float] = self._comm.sum_exactly(parts, bound, (number,)).tolist()
+        sums: list[float] = sum_exactly(self._comm, parts, bound, (number,)).tolist()
         return sums
 
     def largest_by_layer(

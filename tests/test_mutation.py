@@ -26,7 +26,7 @@ def test_there_are_25_in_every_part_of_the_core() -> None:
     assert files >= {
         "obs.py", "products.py", "engines", "selection.py", "masks.py", "schedule.py",
         "partition.py", "gradients.py", "losses.py", "masked_training.py", "criteria",
-        "distributed.py", "quotas.py", "flops.py",
+        "exact_sum.py", "quotas.py", "flops.py",
     }  # fmt: skip
 
 
