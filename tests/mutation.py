@@ -148,7 +148,7 @@ MUTANTS = (
         ("test_gradients.py",),
     ),
     Mutant(
-        "masked_training.py",
+        "mask_guard.py",
         "lambda *_: self._get_masks().apply()",
         "lambda *_: None",
         ("integration/test_masks_in_fit.py",),
