@@ -8,23 +8,7 @@ receives its own slice of it.
 
 from __future__ import annotations
 
-__all__ = [
-    "Batches",
-    "DatasetBatches",
-    "Derivative",
-    "FunctionLoss",
-    "LossSource",
-    "StreamBatches",
-    "Streams",
-    "collect_gradients",
-    "derive_seed",
-    "iterate_chunks",
-    "loader_batches",
-    "loss_value",
-    "mean_loss",
-    "micro_batch_size",
-    "scalar_loss",
-]
+__all__ = ["Derivative", "collect_gradients", "iterate_chunks", "micro_batch_size"]
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,25 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_woodfisher.batches import (
-    Batches,
-    DatasetBatches,
-    StreamBatches,
-    Streams,
-    loader_batches,
-)
+from lightning_woodfisher.batches import Batches
 from lightning_woodfisher.distributed import Communicator, Pending
 from lightning_woodfisher.errors import PruningError
 from lightning_woodfisher.fisher import Collection, RowDtype
 from lightning_woodfisher.isolation import derive_seed, seeded
 from lightning_woodfisher.losses import (
-    FunctionLoss,
     LossSource,
     differentiable_loss,
-    loss_value,
     lower_loss_scale,
-    mean_loss,
-    scalar_loss,
 )
 from lightning_woodfisher.nonfinite import NonFiniteError, SkippedGradients, leave_out
 from lightning_woodfisher.per_sample import per_sample_rows, why_not

@@ -16,11 +16,16 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_woodfisher.batches import Batches
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import PruningError
-from lightning_woodfisher.gradients import Batches, LossSource, derive_seed
-from lightning_woodfisher.isolation import seeded
-from lightning_woodfisher.losses import differentiable_loss, lower_loss_scale, run_loss
+from lightning_woodfisher.isolation import derive_seed, seeded
+from lightning_woodfisher.losses import (
+    LossSource,
+    differentiable_loss,
+    lower_loss_scale,
+    run_loss,
+)
 from lightning_woodfisher.sharding import local, reshard
 
 _T = TypeVar("_T")

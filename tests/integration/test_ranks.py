@@ -32,8 +32,8 @@ from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.exact_sum import ExactSum, sum_exactly
 from lightning_woodfisher.fisher import FullInverseFisher
-from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.pruner import Pruner
 from lightning_woodfisher.selection import select_smallest
