@@ -28,6 +28,7 @@ from lightning_woodfisher.losses import (
 )
 from lightning_woodfisher.nonfinite import NonFiniteError, SkippedGradients, leave_out
 from lightning_woodfisher.per_sample import per_sample_rows, why_not
+from lightning_woodfisher.precision import common_dtype
 
 # A micro-batch holds at most so many gradients, samples, and bytes of rows.
 _MOST_GRADIENTS = 32
@@ -103,7 +104,7 @@ def collect_gradients(
     if not maker.reason:
         at_once = micro_batch_size(count, batches.size or 1, sum(shard_sizes))
         maker.reason = "" if at_once > 1 else "one gradient fills a micro-batch"
-    dtype = _row_dtype(parameters.values())
+    dtype = common_dtype(parameters.values())
     sent_dtype = torch.bfloat16 if row_dtype == "bfloat16" else dtype
     pending: Pending | None = None
     kept_before: Tensor | None = None
@@ -428,8 +429,3 @@ def _chosen(rows: Tensor, kept: Tensor | None) -> Tensor:
 def _all_finite(values: Tensor) -> bool:
     # The sum is fast, but may overflow where no value does.
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
-
-
-def _row_dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
-    double = any(parameter.dtype == torch.float64 for parameter in parameters)
-    return torch.float64 if double else torch.float32
