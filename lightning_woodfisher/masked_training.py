@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_woodfisher.averaging import mask_averages, require_maskable_averages
+from lightning_woodfisher.callback_state import STATE_VERSION, require_readable
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, require_flag, require_text
 from lightning_woodfisher.losses import LossSource
@@ -58,8 +59,6 @@ class MaskedTraining(MaskGuard, ABC):
         reports: of the steps done.
     """
 
-    #: Of the state in checkpoints.
-    _state_version: ClassVar[int] = 1
     #: Whether a batch must be seen to know what may be pruned; there is none before
     #: ``on_train_start``.
     _selects_by_data: ClassVar[bool] = False
@@ -257,7 +256,7 @@ class MaskedTraining(MaskGuard, ABC):
         if masks is None:
             masks = {} if self.masks is None else self.masks.state_dict()
         return {
-            "version": self._state_version,
+            "version": STATE_VERSION,
             "masks": dict(masks),
             "done": [[unit, position] for unit, position in self._done],
             "reports": [report.to_dict() for report in self.reports],
@@ -290,16 +289,10 @@ class MaskedTraining(MaskGuard, ABC):
         """Take the state of a checkpoint; masks take effect when fit starts.
 
         Args:
-            state_dict: what :meth:`state_dict` gave.
-
-        Raises:
-            ConfigurationError: for the state of a later version of the package.
+            state_dict: what :meth:`state_dict` gave. That of a later version of the
+                package is refused.
         """
-        if state_dict["version"] > self._state_version:
-            raise ConfigurationError(
-                f"the checkpoint's pruning state has version {state_dict['version']}; this "
-                f"package reads up to {self._state_version}. Update lightning-woodfisher."
-            )
+        require_readable(state_dict, "the checkpoint")
         self._restored_masks = state_dict["masks"]
         if self.masks is not None:
             # Outside fit nothing else takes them over.
