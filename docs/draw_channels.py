@@ -1,4 +1,4 @@
-"""Draw the channels that a small ResNet keeps: docs/images/channels.png.
+"""Draw what is left of a small ResNet: channels.png and channels-size.png.
 
 python docs/draw_channels.py
 
@@ -25,7 +25,7 @@ from lightning_woodfisher import (
     PolynomialSchedule,
     StructureConfig,
 )
-from lightning_woodfisher.figures import draw_channels
+from lightning_woodfisher.figures import draw_channels, draw_size
 
 
 def digits() -> TensorDataset:
@@ -55,8 +55,12 @@ def main() -> None:
         enable_progress_bar=False,
     )
     trainer.fit(CIFAR10Classifier(), DataLoader(digits(), 128, shuffle=True))
-    figure = draw_channels(callback.reports[-1])
-    figure.savefig(ROOT / "docs" / "images" / "channels.png", dpi=100)
+    reports = callback.reports
+    for name, figure in (
+        ("channels", draw_channels(reports[-1])),
+        ("channels-size", draw_size(reports)),
+    ):
+        figure.savefig(ROOT / "docs" / "images" / f"{name}.png", dpi=100)
 
 
 if __name__ == "__main__":

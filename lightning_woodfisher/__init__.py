@@ -22,7 +22,8 @@ from lightning_woodfisher.structured_callback import (
     SOSPPruningCallback,
     StructuredPruningCallback,
 )
-from lightning_woodfisher.sweeps import SweepReport, sweep
+from lightning_woodfisher.sweep_report import SweepReport
+from lightning_woodfisher.sweeps import sweep
 
 __version__ = "0.1.0"
 

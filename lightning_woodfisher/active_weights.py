@@ -14,14 +14,16 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_woodfisher.agreement import checksum
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, PruningError
+from lightning_woodfisher.exact_sum import sum_exactly
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.patterns import UNSTRUCTURED, GroupRun, Pattern
+from lightning_woodfisher.precision import common_dtype
 
 _ROUNDING = 1e-6
 
@@ -75,7 +77,7 @@ class ActiveWeights:
         Returns:
             float64 ``[D_r]``.
         """
-        dtype = _common_dtype(self._masks.parameters)
+        dtype = common_dtype(self._masks.parameters.values())
         everything = torch.cat(
             [
                 self._masks.local(name).reshape(-1)[where].to(dtype)
@@ -152,7 +154,7 @@ class ActiveWeights:
             parts.append(part)
         magnitudes = [values.new_zeros(()), *(part.abs().max() for part in parts)]
         bound = torch.stack(magnitudes).max() * len(self.partition.units)
-        sums: list[float] = self._comm.sum_exactly(parts, bound, (number,)).tolist()
+        sums: list[float] = sum_exactly(self._comm, parts, bound, (number,)).tolist()
         return sums
 
     def largest_by_layer(
@@ -269,7 +271,7 @@ class ActiveWeights:
     def _share(self, weights: Tensor, removed: Tensor) -> Tensor:
         """Give all active weights that this rank holds in the model, ``[D]``."""
         # A kept weight may not underflow to zero silently, but a removed one is zero.
-        dtype = _common_dtype(self._masks.parameters)
+        dtype = common_dtype(self._masks.parameters.values())
         new = torch.where(removed, 0.0, weights).to(dtype)
         # Nobody else needs the weights of a shard.
         if self._masks.sharded:
@@ -360,8 +362,3 @@ class ActiveWeights:
         return partition.owned_by_segment(
             [rank for rank, row in enumerate(everyone) for _ in row]
         )
-
-
-def _common_dtype(parameters: Mapping[str, nn.Parameter]) -> torch.dtype:
-    double = any(p.dtype == torch.float64 for p in parameters.values())
-    return torch.float64 if double else torch.float32

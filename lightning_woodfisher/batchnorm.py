@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import PruningError
-from lightning_woodfisher.gradients import LossSource, derive_seed, loss_value
-from lightning_woodfisher.isolation import seeded
+from lightning_woodfisher.isolation import derive_seed, seeded
+from lightning_woodfisher.losses import LossSource, loss_value
 from lightning_woodfisher.sharding import reshard
 
 # Gradients may be those of single samples, which have no variance.

@@ -1,8 +1,7 @@
 """Every collective of the package. On one rank each of them is the identity.
 
-Sums over ranks are exact: floating-point numbers are turned into 64-bit integers on a
-common scale first, because integer addition does not depend on the order. One rank and
-many therefore get the same bits.
+Sums are of integers only, because the order of floating-point additions would go with the
+ranks; :mod:`.exact_sum` makes integers of floating-point numbers.
 
 A rank that fails must not leave the others waiting for it. So every collective but
 :meth:`Communicator.exchange` begins with :meth:`Communicator.agree`, a sum of one integer,
@@ -16,11 +15,10 @@ stops (:meth:`Communicator.no_return`), and its end stops the others.
 
 from __future__ import annotations
 
-__all__ = ["Communicator", "ExactSum", "Pending"]
+__all__ = ["Communicator", "Pending"]
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +28,6 @@ from torch import Tensor
 
 from lightning_woodfisher.errors import PruningError
 
-# Head room of the fixed-point sum: |sum| < 2**61 fits into int64 with rounding to spare.
-_FIXED_POINT_BITS = 61
 _SETTLED = "_settled_between_ranks"
 
 
@@ -68,58 +64,6 @@ class Pending:
                 self._work.wait()
             self._work = self._keep = None
         return self._result
-
-
-class ExactSum:
-    """A sum over parts and ranks that knows no order: fixed-point numbers in int64.
-
-    Args:
-        communicator: the ranks.
-        bound: scalar; an upper bound of the magnitude of any partial sum over all ranks.
-            The largest one counts.
-        shape: of a summand.
-
-    Raises:
-        PruningError: when the bound is not finite.
-    """
-
-    def __init__(
-        self, communicator: Communicator, bound: Tensor, shape: Sequence[int]
-    ) -> None:
-        self._comm = communicator
-        largest = float(
-            communicator.maximum(bound.detach().double().reshape(1).clone())
-        )
-        if not math.isfinite(largest):
-            raise PruningError(f"cannot add numbers bounded by {largest} over ranks")
-        exponent = _FIXED_POINT_BITS - (math.frexp(largest)[1] if largest > 0 else 0)
-        # The exponent of a float64 ends at 1023: scale in two steps.
-        half = exponent // 2
-        self._up = math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)
-        self._total = torch.zeros(
-            tuple(shape), dtype=torch.int64, device=communicator.device
-        )
-        self._lock = threading.Lock()
-
-    def add(self, part: Tensor) -> None:
-        """Add one summand; several threads may do so at once.
-
-        Args:
-            part: float32 or float64 tensor.
-        """
-        scaled = part.to(torch.float64, copy=True).mul_(self._up[0]).mul_(self._up[1])
-        integers = scaled.round_().to(torch.int64)
-        with self._lock:
-            self._total += integers
-
-    def result(self) -> Tensor:
-        """Add up over the ranks; call it once, on every rank.
-
-        Returns:
-            float64 tensor.
-        """
-        total = self._comm.sum_integers(self._total)
-        return total.double() / self._up[0] / self._up[1]
 
 
 class Communicator:
@@ -308,41 +252,6 @@ class Communicator:
             with self._contact():
                 dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
         return values
-
-    def sum_exactly(
-        self, parts: Iterable[Tensor], bound: Tensor, shape: Sequence[int]
-    ) -> Tensor:
-        """Add float64 tensors, whoever holds them, with a result that knows no order.
-
-        Each part is rounded to a multiple of ``bound * 2**-61`` (256 times finer than
-        float64 resolves at ``bound``) and added as an integer.
-
-        Args:
-            parts: this rank's summands, each of ``shape``.
-            bound: scalar; on each rank an upper bound of the magnitude of any partial
-                sum over *all* ranks. The largest one counts.
-            shape: shape of a summand.
-
-        Returns:
-            float64 tensor of ``shape``, bit-identical on every rank and for every way to
-            share the parts among ranks.
-        """
-        total = self.exact_sum(bound, shape)
-        for part in parts:
-            total.add(part)
-        return total.result()
-
-    def exact_sum(self, bound: Tensor, shape: Sequence[int]) -> ExactSum:
-        """Begin what :meth:`sum_exactly` does in one go.
-
-        Args:
-            bound: as there.
-            shape: of a summand.
-
-        Returns:
-            Give it this rank's summands, then ask for the result on every rank.
-        """
-        return ExactSum(self, bound, shape)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of rank 0, in place.

@@ -31,6 +31,7 @@ from lightning_woodfisher.isolation import derive_seed, seeded
 from lightning_woodfisher.losses import LossSource, lower_loss_scale, run_loss
 from lightning_woodfisher.partition import Partition
 from lightning_woodfisher.per_sample import LayerCall, is_plain, record_calls, unfold
+from lightning_woodfisher.precision import common_dtype
 
 # Patches of a convolution are made for so many bytes of samples at once.
 _PATCH_BYTES = 2**26
@@ -129,7 +130,7 @@ def collect_factors(
     sides = {name: factor_sides(p.shape) for name, p in parameters.items()}
     sizes = [sum(_length(*sides[name]) for name in mine) for mine in owned]
     wanted = {name: parameters[name] for mine in owned for name in mine}
-    dtype = _dtype(parameters.values())
+    dtype = common_dtype(parameters.values())
     total = torch.zeros(sizes[comm.rank], dtype=torch.float64, device=comm.device)
     own: dict[int, float] = {}
     failure: Exception | None = None
@@ -268,8 +269,3 @@ def _length(outputs: int, inputs: int) -> int:
 
 def _ranks(comm: Communicator) -> range:
     return range(comm.world_size)
-
-
-def _dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
-    double = any(parameter.dtype == torch.float64 for parameter in parameters)
-    return torch.float64 if double else torch.float32

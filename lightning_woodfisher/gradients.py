@@ -8,23 +8,7 @@ receives its own slice of it.
 
 from __future__ import annotations
 
-__all__ = [
-    "Batches",
-    "DatasetBatches",
-    "Derivative",
-    "FunctionLoss",
-    "LossSource",
-    "StreamBatches",
-    "Streams",
-    "collect_gradients",
-    "derive_seed",
-    "iterate_chunks",
-    "loader_batches",
-    "loss_value",
-    "mean_loss",
-    "micro_batch_size",
-    "scalar_loss",
-]
+__all__ = ["Derivative", "collect_gradients", "iterate_chunks", "micro_batch_size"]
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,28 +16,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_woodfisher.batches import (
-    Batches,
-    DatasetBatches,
-    StreamBatches,
-    Streams,
-    loader_batches,
-)
+from lightning_woodfisher.batches import Batches
 from lightning_woodfisher.distributed import Communicator, Pending
 from lightning_woodfisher.errors import PruningError
 from lightning_woodfisher.fisher import Collection, RowDtype
 from lightning_woodfisher.isolation import derive_seed, seeded
 from lightning_woodfisher.losses import (
-    FunctionLoss,
     LossSource,
     differentiable_loss,
-    loss_value,
     lower_loss_scale,
-    mean_loss,
-    scalar_loss,
 )
 from lightning_woodfisher.nonfinite import NonFiniteError, SkippedGradients, leave_out
 from lightning_woodfisher.per_sample import per_sample_rows, why_not
+from lightning_woodfisher.precision import common_dtype
 
 # A micro-batch holds at most so many gradients, samples, and bytes of rows.
 _MOST_GRADIENTS = 32
@@ -129,7 +104,7 @@ def collect_gradients(
     if not maker.reason:
         at_once = micro_batch_size(count, batches.size or 1, sum(shard_sizes))
         maker.reason = "" if at_once > 1 else "one gradient fills a micro-batch"
-    dtype = _row_dtype(parameters.values())
+    dtype = common_dtype(parameters.values())
     sent_dtype = torch.bfloat16 if row_dtype == "bfloat16" else dtype
     pending: Pending | None = None
     kept_before: Tensor | None = None
@@ -454,8 +429,3 @@ def _chosen(rows: Tensor, kept: Tensor | None) -> Tensor:
 def _all_finite(values: Tensor) -> bool:
     # The sum is fast, but may overflow where no value does.
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())
-
-
-def _row_dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
-    double = any(parameter.dtype == torch.float64 for parameter in parameters)
-    return torch.float64 if double else torch.float32

@@ -1,4 +1,4 @@
-"""What every pruning callback does: planned steps, masks that hold, state that resumes.
+"""What every pruning callback does: planned steps, and state that resumes.
 
 Pruning happens in ``on_train_epoch_start`` (or ``on_train_batch_start`` for a schedule in
 optimizer steps), so that validation and checkpoints of the epoch see the pruned weights.
@@ -18,13 +18,13 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_woodfisher.averaging import mask_averages, require_maskable_averages
+from lightning_woodfisher.callback_state import STATE_VERSION, require_readable
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, require_flag, require_text
 from lightning_woodfisher.losses import LossSource
+from lightning_woodfisher.mask_guard import MaskGuard
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.preparation import (
     require_masks_hold,
@@ -38,12 +38,12 @@ from lightning_woodfisher.signals import hold_back_signals
 from lightning_woodfisher.training_step import TrainingStepLoss
 
 
-class MaskedTraining(pl.Callback, ABC):
+class MaskedTraining(MaskGuard, ABC):
     """Prune at planned steps and keep what is pruned at zero.
 
     The base of the pruning callbacks. A subclass says what may be pruned, when a step is
-    due and what the step does; masks, optimizers, checkpoints and reports are cared for
-    here.
+    due and what the step does; plan, checkpoints and reports are cared for here, masks
+    and optimizers in :class:`~.mask_guard.MaskGuard`.
 
     Args:
         schedule: when to prune and how far.
@@ -59,8 +59,6 @@ class MaskedTraining(pl.Callback, ABC):
         reports: of the steps done.
     """
 
-    #: Of the state in checkpoints.
-    _state_version: ClassVar[int] = 1
     #: Whether a batch must be seen to know what may be pruned; there is none before
     #: ``on_train_start``.
     _selects_by_data: ClassVar[bool] = False
@@ -78,18 +76,17 @@ class MaskedTraining(pl.Callback, ABC):
         require_flag(
             "weight_decay_off_after_last_step", weight_decay_off_after_last_step
         )
+        super().__init__()
         self.schedule = schedule
         self.weight_decay_off_after_last_step = weight_decay_off_after_last_step
         self.loss_method = loss_method
         self.dataloader = dataloader
         self.report_path = report_path
-        self.masks: Masks | None = None
         self.reports: list[Any] = []
         self._plan: tuple[PlannedStep, ...] = ()
         self._untried = False
         self._done: list[tuple[Unit, int]] = []
         self._restored_masks: Mapping[str, Any] | None = None
-        self._handles: list[RemovableHandle] = []
 
     # ------------------------------------------------------------------ of a subclass
 
@@ -132,10 +129,6 @@ class MaskedTraining(pl.Callback, ABC):
     @abstractmethod
     def _read_report(self, plain: dict[str, Any]) -> Any:
         """Make a report of what its ``to_dict`` gave."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy that is made in the middle of training guards nothing yet.
-        return {**vars(self), "_handles": []}
 
     @property
     @abstractmethod
@@ -250,75 +243,7 @@ class MaskedTraining(pl.Callback, ABC):
                 if not isinstance(self.dataloader, Iterator):
                     self._rehearse(trainer, pl_module)
 
-    def on_before_optimizer_step(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        optimizer: Optimizer,
-    ) -> None:
-        """Keep pruned weights out of the clipping norm and of momentum.
-
-        Args:
-            trainer: the Trainer.
-            pl_module: its module.
-            optimizer: about to step.
-        """
-        self._get_masks().apply_to_gradients()
-
-    def on_validation_epoch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> None:
-        """Keep averaged weights that are validated at zero where they are pruned.
-
-        Args:
-            trainer: the Trainer.
-            pl_module: its module.
-        """
-        self._mask_all(trainer)
-
-    # ------------------------------------------------------------------ fit ends
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the optimizers; keep an average that becomes the result pruned.
-
-        Args:
-            trainer: the Trainer.
-            pl_module: its module.
-        """
-        self._remove_hooks()
-        self._mask_all(trainer)
-
-    def on_exception(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        exception: BaseException,
-    ) -> None:
-        """Let go of the optimizers.
-
-        Args:
-            trainer: the Trainer.
-            pl_module: its module.
-            exception: what happened.
-        """
-        self._remove_hooks()
-
     # ------------------------------------------------------------------ checkpoint
-
-    def on_save_checkpoint(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        checkpoint: dict[str, Any],
-    ) -> None:
-        """Keep averaged weights that are saved at zero where they are pruned.
-
-        Args:
-            trainer: the Trainer.
-            pl_module: its module.
-            checkpoint: holds the tensors of the average, or will.
-        """
-        self._mask_all(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the state for a checkpoint, in plain types that load without the package.
@@ -331,7 +256,7 @@ class MaskedTraining(pl.Callback, ABC):
         if masks is None:
             masks = {} if self.masks is None else self.masks.state_dict()
         return {
-            "version": self._state_version,
+            "version": STATE_VERSION,
             "masks": dict(masks),
             "done": [[unit, position] for unit, position in self._done],
             "reports": [report.to_dict() for report in self.reports],
@@ -364,16 +289,10 @@ class MaskedTraining(pl.Callback, ABC):
         """Take the state of a checkpoint; masks take effect when fit starts.
 
         Args:
-            state_dict: what :meth:`state_dict` gave.
-
-        Raises:
-            ConfigurationError: for the state of a later version of the package.
+            state_dict: what :meth:`state_dict` gave. That of a later version of the
+                package is refused.
         """
-        if state_dict["version"] > self._state_version:
-            raise ConfigurationError(
-                f"the checkpoint's pruning state has version {state_dict['version']}; this "
-                f"package reads up to {self._state_version}. Update lightning-woodfisher."
-            )
+        require_readable(state_dict, "the checkpoint")
         self._restored_masks = state_dict["masks"]
         if self.masks is not None:
             # Outside fit nothing else takes them over.
@@ -432,13 +351,6 @@ class MaskedTraining(pl.Callback, ABC):
                 self._publish(trainer, report)
             self._end_weight_decay(trainer)
 
-    def _mask_all(self, trainer: pl.Trainer) -> None:
-        """Mask averages; and the weights, into which one may have been copied."""
-        if trainer.state.fn != "fit" or self.masks is None:
-            return
-        if mask_averages(trainer, self.masks):
-            self.masks.apply()
-
     def _adopt_masks(self, trainer: pl.Trainer) -> None:
         """Count as pruned here what another callback has pruned, such as channels."""
         mine = {id(p): name for name, p in self._get_masks().parameters.items()}
@@ -478,11 +390,6 @@ class MaskedTraining(pl.Callback, ABC):
     def _all_trainable(self) -> bool:
         return all(p.requires_grad for p in self._get_masks().parameters.values())
 
-    def _get_masks(self) -> Masks:
-        if self.masks is None:
-            raise RuntimeError("masks exist from on_fit_start on")
-        return self.masks
-
     def _others(self, trainer: pl.Trainer) -> list[MaskedTraining]:
         """The other pruning callbacks of the Trainer that have masks."""
         return [
@@ -516,23 +423,3 @@ class MaskedTraining(pl.Callback, ABC):
             self._get_masks().load_state_dict(self._restored_masks)
             require_masks_hold(self._get_masks())
         self._restored_masks = None
-
-    def _guard(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Keep what is pruned at zero through every optimizer step."""
-        # Asked for each time: a checkpoint that is loaded meanwhile brings new ones.
-        for optimizer in trainer.optimizers:
-            post = optimizer.register_step_post_hook(
-                lambda *_: self._get_masks().apply()
-            )
-            self._handles.append(post)
-            if not module.automatic_optimization:
-                # on_before_optimizer_step may be passed by.
-                pre = optimizer.register_step_pre_hook(
-                    lambda *_: self._get_masks().apply_to_gradients()
-                )
-                self._handles.append(pre)
-
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []

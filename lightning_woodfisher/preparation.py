@@ -32,8 +32,8 @@ from lightning.pytorch.strategies import (
 )
 from torch.optim import Optimizer
 
+from lightning_woodfisher.batches import Batches, StreamBatches
 from lightning_woodfisher.errors import ConfigurationError
-from lightning_woodfisher.gradients import Batches, StreamBatches
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.report import format_table
 from lightning_woodfisher.schedule import Horizon, PlannedStep, PruningSchedule, Unit

@@ -24,14 +24,10 @@ from lightning_woodfisher.fisher import (
     mini_batches_in_group,
     rows_in_chunk,
 )
-from lightning_woodfisher.gradients import (
-    LossSource,
-    collect_gradients,
-    iterate_chunks,
-    mean_loss,
-)
+from lightning_woodfisher.gradients import collect_gradients, iterate_chunks
 from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.labels import UnlabelledBatches
+from lightning_woodfisher.losses import LossSource, mean_loss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.nonfinite import SkippedGradients
 from lightning_woodfisher.patterns import Pattern

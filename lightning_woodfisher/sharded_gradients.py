@@ -16,11 +16,17 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_woodfisher.batches import Batches
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import PruningError
-from lightning_woodfisher.gradients import Batches, LossSource, derive_seed
-from lightning_woodfisher.isolation import seeded
-from lightning_woodfisher.losses import differentiable_loss, lower_loss_scale, run_loss
+from lightning_woodfisher.isolation import derive_seed, seeded
+from lightning_woodfisher.losses import (
+    LossSource,
+    differentiable_loss,
+    lower_loss_scale,
+    run_loss,
+)
+from lightning_woodfisher.precision import common_dtype
 from lightning_woodfisher.sharding import local, reshard
 
 _T = TypeVar("_T")
@@ -155,8 +161,7 @@ def _take_row(
     active: Mapping[str, Tensor],
 ) -> Tensor:
     """Move the gradient out of ``.grad``, ``[D_r]``."""
-    double = any(p.dtype == torch.float64 for p in parameters.values())
-    dtype = torch.float64 if double else torch.float32
+    dtype = common_dtype(parameters.values())
     if all(parameter.grad is None for parameter in parameters.values()):
         raise PruningError(
             "the backward pass has left no gradient in the shards of the selected "

@@ -24,6 +24,7 @@ from lightning_woodfisher.active_weights import ActiveWeights
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.fisher import FisherConfig, rows_in_chunk
 from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.precision import common_dtype
 from lightning_woodfisher.sampling import Sampling
 
 
@@ -253,9 +254,7 @@ class StoredSampling(Sampling):
     def _row_dtype(self) -> torch.dtype:
         if self._fisher.row_dtype == "bfloat16":
             return torch.bfloat16
-        parameters = self._masks.parameters.values()
-        double = any(parameter.dtype == torch.float64 for parameter in parameters)
-        return torch.float64 if double else torch.float32
+        return common_dtype(self._masks.parameters.values())
 
 
 def kind_of_rows(fisher: FisherConfig) -> FisherConfig:

@@ -24,7 +24,8 @@ from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.estimate_command import command_line
 from lightning_woodfisher.figures import draw_sweep, has_matplotlib
 from lightning_woodfisher.loggers import terminal_bar
-from lightning_woodfisher.sweeps import SweepReport, expand_grid, run_sweep
+from lightning_woodfisher.sweep_report import TARGET, SweepReport
+from lightning_woodfisher.sweeps import expand_grid, run_sweep
 from lightning_woodfisher.training_step import TrainingStepLoss
 
 _EXAMPLE = """\
@@ -230,9 +231,9 @@ def _grid(
 ) -> dict[str, Sequence[Any]]:
     names = [action.dest for action in _swept(argparse.ArgumentParser())]
     grid = {name: given for name in names if (given := getattr(options, name))}
-    if not set(grid) - {"target_sparsity"}:
+    if not set(grid) - {TARGET}:
         grid["damping"] = _DEFAULT_DAMPINGS
-    return {"target_sparsity": [callback.target_sparsity], **grid}
+    return {TARGET: [callback.target_sparsity], **grid}
 
 
 def _save(report: SweepReport, output: Path, metric: str | None) -> None:

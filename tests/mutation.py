@@ -148,7 +148,7 @@ MUTANTS = (
         ("test_gradients.py",),
     ),
     Mutant(
-        "masked_training.py",
+        "mask_guard.py",
         "lambda *_: self._get_masks().apply()",
         "lambda *_: None",
         ("integration/test_masks_in_fit.py",),
@@ -166,7 +166,7 @@ MUTANTS = (
         ("test_criteria.py",),
     ),
     Mutant(
-        "distributed.py",
+        "exact_sum.py",
         "integers = scaled.round_().to(torch.int64)",
         "integers = (scaled / 2**30).round_().mul_(2**30).to(torch.int64)",
         ("test_fisher.py", "test_pruner.py", "integration/test_ranks.py"),

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from lightning_woodfisher import FisherConfig
 from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.gradients import FunctionLoss
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.pruner import Pruner
 

@@ -28,8 +28,8 @@ from lightning_woodfisher.criteria import (
 )
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.factors import KroneckerFactors
-from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
 from lightning_woodfisher.sampling import Sampling

@@ -19,8 +19,8 @@ from lightning_woodfisher import (
 from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.flops import LayerFlops, count_flops
-from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.masks import Masks
 
 BATCH = 3

@@ -19,8 +19,9 @@ from lightning_woodfisher import (
 )
 from lightning_woodfisher.batches import DatasetBatches, StreamBatches
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.gradients import FunctionLoss, collect_gradients
+from lightning_woodfisher.gradients import collect_gradients
 from lightning_woodfisher.labels import UnlabelledBatch, UnlabelledBatches, labelled
+from lightning_woodfisher.losses import FunctionLoss
 
 SAMPLED = FisherConfig(num_gradients=24, gradient_batch_size=2, labels="sampled")
 

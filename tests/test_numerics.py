@@ -23,8 +23,9 @@ from lightning_woodfisher import (
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.engines.base import raise_until_definite
 from lightning_woodfisher.fisher import make_inverse_fisher
-from lightning_woodfisher.gradients import FunctionLoss, collect_gradients
+from lightning_woodfisher.gradients import collect_gradients
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.nonfinite import NonFiniteError, SkippedGradients
 from lightning_woodfisher.partition import make_partition
 

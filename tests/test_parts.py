@@ -21,8 +21,8 @@ from lightning_woodfisher import (
     prune,
 )
 from lightning_woodfisher.configuration import PruningConfig
-from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.isolation import derive_seed
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.parts import Parts
 from lightning_woodfisher.pruner import Pruner
 

@@ -26,8 +26,8 @@ from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.fisher import make_inverse_fisher
-from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.partition import align_block_size, make_partition
 from lightning_woodfisher.patterns import group_costs, parse_pattern

@@ -33,9 +33,9 @@ from lightning_woodfisher import (
 )
 from lightning_woodfisher.configuration import PruningConfig, check_sparsity
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.isolation import ModelMode
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update
 from lightning_woodfisher.pruner import Pruner

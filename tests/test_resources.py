@@ -27,8 +27,8 @@ from lightning_woodfisher.allocations import AllocationMeter, measure_step_bytes
 from lightning_woodfisher.budget import free_bytes, require_one_device
 from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.pruner import Pruner
 from lightning_woodfisher.shapes import SHAPES

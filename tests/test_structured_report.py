@@ -173,6 +173,9 @@ def test_what_is_left_begins_with_the_dense_network() -> None:
     before, after = lower.lines
     assert set(before.get_ydata()) == {0.5}
     assert set(after.get_ydata()) == {0.75}
+    assert upper.get_ylim() == (0, 104)
+    slow = dataclasses.replace(STEPS[-1], latency=2 * STEPS[-1].latency_dense)
+    assert figures.draw_size([slow]).axes[0].get_ylim() == (0, 208)
     bare = step(0, **BARE)
     upper, lower = figures.draw_size([bare]).axes
     assert len(upper.lines) == 7

@@ -21,8 +21,8 @@ from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.criteria import make_criterion
 from lightning_woodfisher.criteria.woodtaylor import WoodTaylor
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.pruner import Pruner
 

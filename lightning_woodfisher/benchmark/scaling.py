@@ -27,8 +27,8 @@ from lightning_woodfisher.benchmark.timing import Tick
 from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.distributed import Communicator, Pending
 from lightning_woodfisher.fisher import FisherConfig
-from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.pruner import Pruner
 

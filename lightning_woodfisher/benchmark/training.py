@@ -38,8 +38,10 @@ from lightning_woodfisher.benchmark.recursion import (
 from lightning_woodfisher.benchmark.timing import Tick, measure_alternately, wait_for
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.fisher import FisherConfig
-from lightning_woodfisher.gradients import FunctionLoss, collect_gradients, derive_seed
+from lightning_woodfisher.gradients import collect_gradients
+from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.obs import Update, saliency
 from lightning_woodfisher.one_shot import prune

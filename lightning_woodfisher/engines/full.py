@@ -17,6 +17,7 @@ from lightning_woodfisher.engines.dual import (
     complement_of,
     group_complements,
 )
+from lightning_woodfisher.exact_sum import ExactSum
 from lightning_woodfisher.products import (
     half_product,
     mirror,
@@ -270,7 +271,7 @@ class FullInverseFisher(RowsInverseFisher):
     ) -> Tensor:
         """Add a product of each unit of each rank, none larger than the bound."""
         # A float32 product may exceed its bound by a rounding.
-        total = self._comm.exact_sum(bound * 1.01 * self._total_units, shape)
+        total = ExactSum(self._comm, bound * 1.01 * self._total_units, shape)
         self._each_unit(lambda index: total.add(product(index)))
         return total.result()
 

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_woodfisher.callback_state import STATE_KEYS, require_readable
 from lightning_woodfisher.errors import ConfigurationError
 
 _MOST_NAMES = 3
-# Of the callback's state.
-_STATE_KEYS, _STATE_VERSION = frozenset({"version", "masks", "done"}), 1
 
 
 @dataclass(frozen=True)
@@ -147,13 +146,9 @@ def _find_masks(
     """Yield the masks of every pruning callback, whatever its class is called."""
     callbacks = content.get("callbacks")
     for state in callbacks.values() if isinstance(callbacks, dict) else ():
-        if not isinstance(state, dict) or not state.keys() >= _STATE_KEYS:
+        if not isinstance(state, dict) or not state.keys() >= STATE_KEYS:
             continue
-        if state["version"] > _STATE_VERSION:
-            raise ConfigurationError(
-                f"the pruning state of {path} has version {state['version']}; this package "
-                f"reads up to {_STATE_VERSION}. Update lightning-woodfisher."
-            )
+        require_readable(state, str(path))
         yield state["masks"]
 
 

@@ -114,7 +114,9 @@ def draw_size(reports: Sequence[StructureReport]) -> Figure:
     goals = [100 * (1 - report.target) for report in reports]
     label = f"target ({reports[-1].measure})"
     upper.plot(at, goals, "x", color=ink(), markersize=7, label=label)
-    upper.set_ylim(0, 104)
+    # Small layers in pieces, as implants are, can take longer than the dense ones.
+    most = max([100.0, *(max(line.get_ydata()) for line in upper.lines)])
+    upper.set_ylim(0, 1.04 * most)
     upper.set_ylabel("left of the\ndense network (%)")
     upper.set_title("What the steps have left")
     draw_losses(lower, at, reports)

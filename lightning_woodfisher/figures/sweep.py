@@ -12,7 +12,7 @@ from lightning_woodfisher.figures.canvas import (
     MOST_LABELS,
     new_figure,
 )
-from lightning_woodfisher.sweeps import SweepReport, SweepResult
+from lightning_woodfisher.sweep_report import TARGET, SweepReport, SweepResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ def draw_sweep(report: SweepReport, metric: str | None = None) -> Figure:
     metric = report.choose_metric(metric)
     done = [result for result in report.results if metric in result.metrics]
     varying = report.varying()
-    across = varying[0] if varying else "target_sparsity"
+    across = varying[0] if varying else TARGET
     figure, axes = new_figure()
     lines: dict[str, list[SweepResult]] = {}
     for result in done:

@@ -26,9 +26,8 @@ from lightning_woodfisher.agreement import require_same
 from lightning_woodfisher.clock import PhaseClock
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, nearest, require_number
-from lightning_woodfisher.gradients import mean_loss
 from lightning_woodfisher.isolation import derive_seed
-from lightning_woodfisher.losses import FunctionLoss, LossSource
+from lightning_woodfisher.losses import FunctionLoss, LossSource, mean_loss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.structured.channels import (
     channel_masks,

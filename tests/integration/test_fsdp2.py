@@ -42,8 +42,8 @@ from lightning_woodfisher import (
 from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import PruningError
-from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.pruner import Pruner
 from lightning_woodfisher.sharded_gradients import (

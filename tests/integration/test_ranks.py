@@ -29,10 +29,11 @@ from lightning_woodfisher import (
 from lightning_woodfisher.active_weights import ActiveWeights
 from lightning_woodfisher.configuration import PruningConfig
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
-from lightning_woodfisher.distributed import Communicator, ExactSum
+from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.exact_sum import ExactSum, sum_exactly
 from lightning_woodfisher.fisher import FullInverseFisher
-from lightning_woodfisher.gradients import FunctionLoss
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.pruner import Pruner
 from lightning_woodfisher.selection import select_smallest
@@ -799,11 +800,11 @@ def sum_shares(orders: list[list[int]]) -> list[Tensor]:
     totals = []
     for order in orders:
         mine = [parts[i] for i in order[comm.rank :: comm.world_size]]
-        totals.append(comm.sum_exactly(mine, bound, (40,)))
+        totals.append(sum_exactly(comm, mine, bound, (40,)))
     # Everything with one rank; the bound of one rank counts for all.
     everything = parts if comm.rank == 0 else []
     own = bound if comm.rank == 0 else torch.zeros(())
-    totals.append(comm.sum_exactly(everything, own, (40,)))
+    totals.append(sum_exactly(comm, everything, own, (40,)))
     return totals
 
 

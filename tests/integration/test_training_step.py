@@ -24,7 +24,8 @@ from torch.utils.data import (
 
 from lightning_woodfisher import FisherConfig, OneShotSchedule, PruningError
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.gradients import collect_gradients, mean_loss
+from lightning_woodfisher.gradients import collect_gradients
+from lightning_woodfisher.losses import mean_loss
 from lightning_woodfisher.training_step import TrainingStepLoss
 
 COUNT, SIZE = 5, 3

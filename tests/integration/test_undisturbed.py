@@ -30,9 +30,10 @@ from rank_pool import RankPool
 from torch import Tensor
 
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.gradients import collect_gradients, mean_loss
+from lightning_woodfisher.gradients import collect_gradients
 from lightning_woodfisher.isolation import ModelMode
 from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.losses import mean_loss
 from lightning_woodfisher.partition import make_partition
 from lightning_woodfisher.training_step import TrainingStepLoss
 
