@@ -43,6 +43,7 @@ from lightning_woodfisher import (
 )
 from lightning_woodfisher.flavours import either_name, like
 from lightning_woodfisher.loggers import progress_bar
+from lightning_woodfisher.preparation import releases_weights
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -70,7 +71,7 @@ def package(name: str) -> Any:
     return found
 
 
-def under(pl: Any, base: type, *kinds: type) -> type:
+def under(base: type, *kinds: type) -> type:
     """Make a class with the methods of others, derived from a class of one name."""
     methods = {
         name: function
@@ -83,7 +84,7 @@ def under(pl: Any, base: type, *kinds: type) -> type:
 
 def make(pl: Any, *kinds: type, build: Any = convolutional) -> Any:
     """Make a module of tests under one name of Lightning."""
-    module = under(pl, pl.LightningModule, *kinds)()
+    module = under(pl.LightningModule, *kinds)()
     module.make_optimizer, module.net = adamw, build()
     if Talkative in kinds:
         module.accuracy = torchmetrics.Accuracy("multiclass", num_classes=CLASSES)
@@ -97,7 +98,7 @@ def trainer(pl: Any, *callbacks: Any, **options: Any) -> Any:
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": 3,
-        "callbacks": [under(pl, pl.Callback, Reseed)(), *callbacks],
+        "callbacks": [under(pl.Callback, Reseed)(), *callbacks],
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -269,7 +270,6 @@ def remove_channels(name: str, variant: Any, *kinds: type) -> dict[str, Any]:
     fitted = trainer(pl, pruner, averaging, max_epochs=2, precision="bf16-mixed")
     fitted.fit(module, loader())
     smaller = pruner.shrunk_model(module)
-    module.eval()
     return {**outcome(fitted, pruner), "smaller": smaller.state_dict()}
 
 
@@ -306,6 +306,39 @@ def test_what_holds_parameters_differently_is_refused_under_the_other_name() -> 
     fitted.strategy.__class__ = pl.strategies.DeepSpeedStrategy
     with pytest.raises(ConfigurationError, match="DeepSpeedStrategy shards"):
         pruner.setup(fitted, make(pl, Classifier), "fit")
+    fitted = trainer(pl, pruner, pl.callbacks.EMAWeightAveraging())
+    fitted.strategy.__class__ = pl.strategies.ModelParallelStrategy
+    with pytest.raises(ConfigurationError, match="averages whole tensors"):
+        pruner.setup(fitted, make(pl, Classifier), "fit")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_callbacks_that_change_what_is_planned_are_known(name: str) -> None:
+    pl = package(name)
+    assert releases_weights(trainer(pl, pl.callbacks.BackboneFinetuning()))
+    varying = pl.callbacks.GradientAccumulationScheduler({0: 2})
+    pruner = pruning(schedule=PolynomialSchedule(0))
+    fitted = trainer(pl, varying, pruner, max_epochs=-1, max_steps=8)
+    with pytest.raises(ConfigurationError, match="no known number of epochs"):
+        fitted.fit(make(pl, Classifier), loader())
+
+
+class Looking(Classifier):
+    """Notes the loggers that a training step sees."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.update(type(logger) for logger in self.loggers)
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_idle_loggers_are_loggers_of_the_trainer(name: str, tmp_path: Path) -> None:
+    pl = package(name)
+    module = make(pl, Classifier, Looking)
+    module.seen = set()
+    logger = pl.loggers.CSVLogger(tmp_path)
+    trainer(pl, pruning(), max_epochs=1, logger=logger).fit(module, loader())
+    assert module.seen == {pl.loggers.CSVLogger, pl.loggers.logger.DummyLogger}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -338,7 +371,7 @@ def test_the_command_line_of_the_other_name(
         raising=False,
     )
     cli = LightningCLI(
-        under(pl, pl.LightningModule, Classifier),
+        under(pl.LightningModule, Classifier),
         args={"trainer": {"callbacks": [{"class_path": f"{__name__}.Both"}]}},
         run=False,
         seed_everything_default=0,
