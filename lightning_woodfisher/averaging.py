@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.flavours import either_name
 from lightning_woodfisher.masks import Masks
 
 # By name: WeightAveraging is younger than the oldest Lightning we support.
@@ -36,7 +37,7 @@ def require_maskable_averages(trainer: pl.Trainer) -> None:
     """
     for callback in _averaging(trainer):
         name = type(callback).__name__
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        if isinstance(trainer.strategy, either_name(ModelParallelStrategy)):
             raise ConfigurationError(
                 f"{name} averages whole tensors, but {type(trainer.strategy).__name__} "
                 "shards them, so that pruned weights would come back with the average; "

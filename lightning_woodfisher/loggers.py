@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm.auto import tqdm
 
 from lightning_woodfisher.clock import Progress
+from lightning_woodfisher.flavours import either_name
 from lightning_woodfisher.report import PruningReport
 
 
@@ -52,7 +53,7 @@ def announce(trainer: pl.Trainer, text: str) -> None:
         text: plain text of one or more lines.
     """
     bar = trainer.progress_bar_callback
-    display = bar.progress if isinstance(bar, RichProgressBar) else None
+    display = bar.progress if isinstance(bar, either_name(RichProgressBar)) else None
     if display is not None and trainer.is_global_zero:
         display.console.print(text, markup=False, highlight=False, soft_wrap=True)
     else:
@@ -72,7 +73,7 @@ def progress_bar(trainer: pl.Trainer) -> Progress | None:
     bar = trainer.progress_bar_callback
     if bar is None or not trainer.is_global_zero:
         return None
-    if isinstance(bar, RichProgressBar):
+    if isinstance(bar, either_name(RichProgressBar)):
         return functools.partial(_show_rich, bar)
     return terminal_bar
 

@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 
 from lightning_woodfisher.batches import Batches, StreamBatches
 from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.flavours import either_name
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.report import format_table
 from lightning_woodfisher.schedule import Horizon, PlannedStep, PruningSchedule, Unit
@@ -76,7 +77,7 @@ def _epochs(trainer: pl.Trainer) -> int | None:
     if epochs is None or epochs < 0:
         return None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, StochasticWeightAveraging):
+        if isinstance(callback, either_name(StochasticWeightAveraging)):
             # Has added an epoch without optimizer steps, to renew BatchNorm statistics.
             epochs -= bool(callback._model_contains_batch_norm)
     return epochs
@@ -90,7 +91,7 @@ def _epochs_within(trainer: pl.Trainer, steps: int) -> int | None:
     """How many epochs begin before that many optimizer steps are done."""
     batches = trainer.num_training_batches
     varies = getattr(trainer, "reload_dataloaders_every_n_epochs", 0) or any(
-        isinstance(callback, GradientAccumulationScheduler)
+        isinstance(callback, either_name(GradientAccumulationScheduler))
         for callback in trainer.callbacks  # type: ignore[attr-defined]
     )
     known = trainer.lightning_module.automatic_optimization and not varies
@@ -109,7 +110,8 @@ def releases_weights(trainer: pl.Trainer) -> bool:
         Whether there is a callback for fine-tuning, such as ``BackboneFinetuning``.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return any(isinstance(callback, BaseFinetuning) for callback in callbacks)
+    kinds = either_name(BaseFinetuning)
+    return any(isinstance(callback, kinds) for callback in callbacks)
 
 
 def require_enough_batches(batches: Batches, data: Any, num_gradients: int) -> None:
@@ -220,23 +222,17 @@ def require_supported(trainer: pl.Trainer) -> None:
     Raises:
         ConfigurationError: naming what works.
     """
-    package = type(trainer).__module__.split(".")[0]
-    if package == "pytorch_lightning":
-        kind = f"{package}.{type(trainer).__name__}"
-        raise ConfigurationError(
-            f"the Trainer is a {kind}, whose classes are others than those of "
-            "lightning.pytorch; write `import lightning.pytorch as pl` in place of "
-            "`import pytorch_lightning as pl`, for the module, the Trainer and all else."
-        )
     strategy = trainer.strategy
-    known = DDPStrategy | SingleDeviceStrategy | ModelParallelStrategy
-    if not isinstance(strategy, known) or isinstance(strategy, DeepSpeedStrategy):
+    known = either_name(DDPStrategy, SingleDeviceStrategy, ModelParallelStrategy)
+    unknown = either_name(DeepSpeedStrategy)  # It is a DDPStrategy.
+    if not isinstance(strategy, known) or isinstance(strategy, unknown):
         raise ConfigurationError(
             f"strategy {type(strategy).__name__} shards or moves the parameters in a way "
             "that pruning does not support; use a single device or 'ddp', or for sharded "
             "parameters ModelParallelStrategy with fully_shard (FSDP2)."
         )
-    if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    pruning = either_name(ModelPruning)
+    if any(isinstance(callback, pruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ConfigurationError(
             "Lightning's ModelPruning puts other parameters under other names in place of "
             "the weights in the middle of training, so that neither can know what is "

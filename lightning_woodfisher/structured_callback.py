@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, require_integer
+from lightning_woodfisher.flavours import either_name
 from lightning_woodfisher.loggers import announce
 from lightning_woodfisher.losses import LossSource
 from lightning_woodfisher.masked_training import MaskedTraining
@@ -475,7 +476,7 @@ class HAPPruningCallback(StructuredPruningCallback):
 
 
 def _copy_network(network: nn.Module) -> nn.Module:
-    if not isinstance(network, pl.LightningModule):
+    if not isinstance(network, either_name(pl.LightningModule)):
         return copy.deepcopy(network)
     trainer = network._trainer
     network._trainer = None

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_woodfisher.batches import Batches, Streams, loader_batches
 from lightning_woodfisher.errors import ConfigurationError, PruningError
+from lightning_woodfisher.flavours import either_name, like
 from lightning_woodfisher.isolation import ModelMode
 from lightning_woodfisher.labels import UnlabelledBatch, labelled
 from lightning_woodfisher.losses import LossSource, scalar_loss
@@ -67,10 +68,13 @@ class TrainingStepLoss(LossSource):
             module, loss_method or "training_step"
         )
         self._backward = _CapturedBackward(trainer.optimizers)
-        if network is not None and type(module).forward is pl.LightningModule.forward:
+        no_forward = [base.forward for base in either_name(pl.LightningModule)]
+        if network is not None and type(module).forward in no_forward:
             self.predictor = network
         plugin = trainer.precision_plugin
-        self._autocast_off = full_precision and isinstance(plugin, MixedPrecision)
+        self._autocast_off = full_precision and isinstance(
+            plugin, either_name(MixedPrecision)
+        )
         scaler = getattr(plugin, "scaler", None)
         if scaler is not None and scaler.is_enabled() and not self._autocast_off:
             self.loss_scale = float(scaler.get_scale())
@@ -161,7 +165,7 @@ class TrainingStepLoss(LossSource):
         loggers, toggled = trainer.loggers, module._param_requires_grad_state
         with super().session(mode):
             vars(module).update(stand_ins)
-            trainer.loggers = [DummyLogger() for _ in loggers]
+            trainer.loggers = [like(trainer, DummyLogger)() for _ in loggers]
             try:
                 yield
                 if self._streams is not None:
@@ -391,9 +395,8 @@ class _IdleScheduler:
 def _bare(optimizer: Any) -> Any:
     """Take the stand-in and Lightning's wrapper off an optimizer."""
     optimizer = vars(optimizer).get("_idle", optimizer)
-    return (
-        optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-    )
+    wrapped = isinstance(optimizer, either_name(LightningOptimizer))
+    return optimizer.optimizer if wrapped else optimizer
 
 
 def _each(given: Any, wrap: Callable[[Any], Any]) -> Any:

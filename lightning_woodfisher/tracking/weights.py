@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_woodfisher import figures
 from lightning_woodfisher.configuration import PruningConfig
+from lightning_woodfisher.flavours import either_name
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.report import (
     SALIENCY_SHARES,
@@ -133,7 +134,7 @@ def track_end(
     write_end(trainer, Table("steps", _step_rows(reports), format_steps(reports)))
     if with_masks:
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, either_name(WandbLogger)):
                 mask_artifact(logger, kept)
 
 

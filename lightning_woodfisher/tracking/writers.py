@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from lightning_woodfisher import figures
+from lightning_woodfisher.flavours import either_name
 from lightning_woodfisher.schedule import PruningSchedule
 
 if TYPE_CHECKING:
@@ -64,10 +65,10 @@ def write_settings(
         title: of the text, below ``pruning/``.
     """
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, either_name(WandbLogger)):
             # A run that is resumed may have other settings than it began with.
             logger.experiment.config.update({section: settings}, allow_val_change=True)
-        elif isinstance(logger, TensorBoardLogger):
+        elif isinstance(logger, either_name(TensorBoardLogger)):
             _add_text(logger, title, json.dumps(settings, indent=1), trainer)
 
 
@@ -86,19 +87,19 @@ def write_step(
         sheets: rows of the CSV files, which are written anew, by name after ``pruning_``.
     """
     pictures: dict[str, Any] = {}
-    visual = (WandbLogger, TensorBoardLogger)
+    visual = either_name(WandbLogger, TensorBoardLogger)
     if figures.has_matplotlib() and any(isinstance(x, visual) for x in trainer.loggers):
         pictures = {name: figures.to_pixels(f) for name, f in draw().items()}
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, either_name(WandbLogger)):
             _to_wandb(logger, tables, pictures, trainer.global_step)
-        elif isinstance(logger, TensorBoardLogger):
+        elif isinstance(logger, either_name(TensorBoardLogger)):
             for name, pixels in pictures.items():
                 logger.experiment.add_image(
                     f"pruning/{name}", pixels, trainer.global_step, dataformats="HWC"
                 )
             _add_tables(logger, tables, trainer)
-        elif isinstance(logger, CSVLogger):
+        elif isinstance(logger, either_name(CSVLogger)):
             _write_csv(logger, sheets)
 
 
@@ -110,9 +111,9 @@ def write_end(trainer: pl.Trainer, table: Table) -> None:
         table: a row for each step.
     """
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, either_name(WandbLogger)):
             _to_wandb(logger, [table], {}, trainer.global_step)
-        elif isinstance(logger, TensorBoardLogger):
+        elif isinstance(logger, either_name(TensorBoardLogger)):
             _add_tables(logger, [table], trainer)
 
 

@@ -5,8 +5,6 @@ docs/compatibility.md is the table of these companions.
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -646,17 +644,3 @@ def test_the_pruning_callback_of_lightning_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="Lightning's ModelPruning"):
         trainer(pruning(), other).fit(module, loader())
     assert module.steps == 0
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("pytorch_lightning") is None,
-    reason="pytorch_lightning is not installed",
-)
-def test_the_other_name_of_lightning_is_refused() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pytorch_lightning as other
-
-        fitted = other.Trainer(callbacks=[pruning()], logger=False, accelerator="cpu")
-    with pytest.raises(ConfigurationError, match="`import lightning.pytorch as pl` in"):
-        fitted.callbacks[0].setup(fitted, Classifier(), "fit")
