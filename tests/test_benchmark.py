@@ -535,15 +535,15 @@ class TestStructures:
             repeats=2,
             tick=done.append,
         )
-        assert len(done) == 3 * len(rows) == 12
-        unit, hessian, true, sampled = rows
+        assert len(done) == 3 * len(rows) == 15
+        unit, hessian, _, true, sampled = rows
         assert unit.ratio == 1.0
         assert hessian.pair_bytes is None
         assert true.pair_bytes == sampled.pair_bytes == 8 * 6 * unit.structures
         assert {row.squared_bytes for row in rows} == {4 * unit.structures**2}
         # The first convolution of each block: shortcuts that pad bar the others.
         assert unit.structures == 3 * (4 + 8 + 16)
-        assert output.format_table(rows).count("\n") == 5
+        assert output.format_table(rows).count("\n") == 6
 
     def test_unknown_networks_are_refused(self) -> None:
         pytest.importorskip("torchvision")

@@ -246,7 +246,7 @@ def _measure_others(
             )
     if options.structures:
         network = structures.torchvision_network(options.structures)
-        with timing.show_progress(4 * (repeats + 1)) as tick:
+        with timing.show_progress(5 * (repeats + 1)) as tick:
             tables["structures"] = structures.measure_structures(
                 network, repeats=repeats, device=device, tick=tick
             )

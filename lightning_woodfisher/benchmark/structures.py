@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["StructureRow", "measure_structures", "torchvision_network"]
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from lightning_woodfisher.structured.tracing import trace_groups
 _UNIT = "gradient pass"
 _METHODS: dict[str, StructureConfig] = {
     "SOSP-H": StructureConfig(method="sosp_h"),
+    "SOSP-H of norms": StructureConfig(method="sosp_h", structure="bn"),
     "SOSP-I, labels of the data": StructureConfig(method="sosp_i", labels="true"),
     "SOSP-I, sampled labels": StructureConfig(method="sosp_i"),
 }
@@ -131,12 +133,8 @@ def measure_structures(
                     total += gradient
 
     def scoring(name: str) -> Callable[[], None]:
-        method = _METHODS[name]
-        config = StructureConfig(
-            method=method.method,
-            labels=method.labels,
-            num_samples=samples,
-            batch_size=batch_size,
+        config = dataclasses.replace(
+            _METHODS[name], num_samples=samples, batch_size=batch_size
         )
 
         def score() -> None:
