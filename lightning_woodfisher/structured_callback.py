@@ -51,6 +51,7 @@ from lightning_woodfisher.structured.latency import Latency, measure_latency
 from lightning_woodfisher.structured.pruner import (
     Measure,
     StructurePruner,
+    require_cost,
     require_rereadable,
     require_target,
 )
@@ -112,6 +113,7 @@ class StructuredPruningCallback(MaskedTraining):
         weight_decay_off_after_last_step: bool = False,
     ) -> None:
         require_target(target, measure)
+        require_cost(config, measure)
         require_rereadable(dataloader)
         require_integer("latency_runs", latency_runs)
         if latency_runs < 0:

@@ -200,3 +200,15 @@ def test_sizes_keep_what_is_gone() -> None:
     removed = select_for_size(groups, scores, size, macs_left=0.5, before=before)
     assert 3 in removed["stem"].tolist()
     assert size.macs(removed) <= 0.5 * size.dense_macs
+
+
+def test_a_cost_needs_a_target_that_costs() -> None:
+    with pytest.raises(ConfigurationError, match="measure='macs' or 'parameters'"):
+        prune_structures(
+            make_residual(),
+            images(),
+            cross_entropy,
+            target=0.5,
+            config=settings(per_cost=True),
+            groups=residual_groups(),
+        )

@@ -373,6 +373,38 @@ def test_as_few_as_reach_a_size(target: dict[str, float], multiple: int) -> None
     assert chosen(groups, removed) == chosen(groups, expected)
 
 
+def convolutions() -> tuple[nn.Module, list[Group], NetworkSize]:
+    """Three convolutions on 6×6 pixels; the outputs of the first two are groups."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1, bias=False),
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),
+        nn.Conv2d(6, 2, 3, padding=1, bias=False),
+    )
+    groups = []
+    for layer, count in ((0, 4), (1, 6)):
+        every = torch.arange(count)
+        produced = Member(str(layer), "weight", 0, "producer", every)
+        read = Member(str(layer + 1), "weight", 1, "consumer", every)
+        groups.append(Group(str(layer), count, (produced, read)))
+    pixels = torch.ones(1, 1, 6, 6)
+    return model, groups, NetworkSize(model, groups, lambda: model(pixels))
+
+
+def test_scores_per_cost_take_what_saves_most() -> None:
+    _, groups, size = convolutions()
+    # 36 positions of 1 · 9 weights and 9 of 6 · 9; 9 of 4 · 9 and 9 of 2 · 9.
+    assert [size.of_one(g, "macs") for g in groups] == [810, 486]
+    assert [size.of_one(g, "parameters") for g in groups] == [63, 54]
+    scores = [torch.full((4,), 1.0), torch.full((6,), 0.8)]
+    plain = select_for_size(groups, scores, size, macs_left=0.9)
+    assert [len(plain[name]) for name in "01"] == [0, 1]
+    ratio = select_for_size(groups, scores, size, macs_left=0.9, per_cost=True)
+    assert [len(ratio[name]) for name in "01"] == [1, 0]
+    # 1 / 63 > 0.8 / 54, so by parameters the order is that of the scores.
+    left = select_for_size(groups, scores, size, parameters_left=0.9, per_cost=True)
+    assert [len(left[name]) for name in "01"] == [0, 1]
+
+
 def test_sizes_below_the_floors_are_named() -> None:
     model, groups = Residual(), residual_groups()
     pixels = images(1, torch.float32).tensors[0]

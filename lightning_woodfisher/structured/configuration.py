@@ -104,6 +104,9 @@ class StructureConfig:
         min_kept_share: share of a group that is kept at least.
         max_ratio: share of a group that is removed at most.
         round_to: a group that loses any structure keeps a multiple of this.
+        per_cost: divide scores by what one structure costs in the dense network, in what
+            the target counts (multiply-accumulates or parameters), so that the target is
+            reached at a small sum of scores.
         seed: of samples, labels, probes and random scores.
         model_mode: only ``"eval"``.
     """
@@ -119,6 +122,7 @@ class StructureConfig:
     min_kept_share: float = 0.05
     max_ratio: float = 1.0
     round_to: int = 1
+    per_cost: bool = False
     seed: int = 0
     model_mode: ModelMode = "eval"
 

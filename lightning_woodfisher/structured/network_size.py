@@ -6,7 +6,7 @@ __all__ = ["NetworkSize", "Removed"]
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,21 @@ class NetworkSize:
                 for name, positions in self._positions.items()
             )
         )
+
+    def of_one(self, group: Group, measure: Literal["parameters", "macs"]) -> int:
+        """Count what goes with the first structure of a group from the dense network.
+
+        Args:
+            group: whose structures have one size.
+            measure: what to count.
+
+        Returns:
+            Parameters, or multiply-accumulates for one sample; at least 1.
+        """
+        first = {group.name: torch.tensor([0])}
+        if measure == "parameters":
+            return max(1, self.dense_parameters - self.parameters(first))
+        return max(1, self.dense_macs - self.macs(first))
 
     def _numel(
         self, name: str, removed: Removed, implanted: Removed | None = None

@@ -9,6 +9,7 @@ __all__ = [
     "Measure",
     "StructurePruner",
     "prune_structures",
+    "require_cost",
     "require_rereadable",
     "require_target",
 ]
@@ -85,6 +86,23 @@ def require_target(target: float, measure: str) -> None:
         )
 
 
+def require_cost(config: StructureConfig, measure: str) -> None:
+    """Refuse costs where the target counts structures, of which each costs one.
+
+    Args:
+        config: how structures are chosen.
+        measure: what the target counts.
+
+    Raises:
+        ConfigurationError: naming the other measures.
+    """
+    if config.per_cost and measure == "structures":
+        raise ConfigurationError(
+            "per_cost=True with measure='structures' has no cost to divide by; take "
+            "measure='macs' or 'parameters', or leave per_cost out."
+        )
+
+
 def require_rereadable(data: Any) -> None:
     """Refuse data that can be read only once.
 
@@ -128,6 +146,7 @@ class StructurePruner:
         self.implants = implants or ImplantConfig()
         self.implantable = dict(implantable or {})
         self.implants.require_multiples(config.round_to)
+        require_cost(config, measure)
         self.groups = tuple(groups)
         self.masks = masks
         self.config = config
@@ -285,6 +304,7 @@ class StructurePruner:
                 macs_left=left if self.measure == "macs" else None,
                 before=before,
                 split=divide,
+                per_cost=config.per_cost,
             )
         return divide(chosen)
 
@@ -364,6 +384,7 @@ def prune_structures(
         ConfigurationError: for settings that cannot work, before anything is computed.
     """
     require_target(target, measure)
+    require_cost(config or StructureConfig(), measure)
     require_rereadable(data)
     if groups is None:
         if example_inputs is None:

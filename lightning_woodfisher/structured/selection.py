@@ -100,6 +100,7 @@ def select_for_size(
     macs_left: float | None = None,
     before: Before | None = None,
     split: Callable[[Removed], tuple[Removed, Removed]] | None = None,
+    per_cost: bool = False,
 ) -> dict[str, Tensor]:
     """Choose as few structures as make the network small enough.
 
@@ -114,6 +115,8 @@ def select_for_size(
         before: structures that are gone already, by group; they stay gone.
         split: divides the chosen ones into removed and implanted ones; None for no
             implants.
+        per_cost: choose by the score for each multiply-accumulate that goes (without
+            ``macs_left``, for each parameter), the greedy solution of a knapsack.
 
     Returns:
         As :func:`select_count`.
@@ -127,6 +130,12 @@ def select_for_size(
             raise ConfigurationError(f"{name}={share} is outside (0, 1].")
     if parameters_left is None and macs_left is None:
         raise ConfigurationError("give parameters_left or macs_left.")
+    if per_cost:
+        scores = [
+            score.double()
+            / size.of_one(group, "parameters" if macs_left is None else "macs")
+            for group, score in zip(groups, scores, strict=True)
+        ]
     plan = _Plan(groups, scores, limits or StructureLimits(), before)
 
     def left(count: int) -> tuple[float, float]:
