@@ -49,7 +49,7 @@ SCORES: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude", "structure": "conv"},
     "random": {"method": "random"},
 }
-METHODS = (*SCORES, "HAP + implant")
+METHODS = (*SCORES, "HAP + implant", "SOSP-I per cost", "magnitude per cost")
 IMAGE = torch.zeros(1, 3, 32, 32)
 
 
@@ -69,9 +69,10 @@ def make_callback(name: str, target: float, seed: int) -> StructuredPruningCallb
     Returns:
         It.
     """
-    scores, _, implant = name.partition(" + ")
-    config = StructureConfig(seed=seed, **SCORES[scores])
-    if implant:
+    scores = name.removesuffix(" + implant").removesuffix(" per cost")
+    per_cost = name.endswith(" per cost")
+    config = StructureConfig(seed=seed, per_cost=per_cost, **SCORES[scores])
+    if name.endswith(" + implant"):
         return HAPPruningCallback(
             target, config, implant_ratio=0.1, implant_init="center", measure="macs"
         )
