@@ -46,6 +46,8 @@ def test_each_signal_is_handled_once_afterwards(handled: list[int]) -> None:
 
 def test_other_handlers_and_threads_are_left_alone(handled: list[int]) -> None:
     ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # A shell starts background jobs with SIGINT ignored.
+    interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with hold_back_signals():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -53,6 +55,7 @@ def test_other_handlers_and_threads_are_left_alone(handled: list[int]) -> None:
                 signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGHUP, ignored)
+        signal.signal(signal.SIGINT, interrupted)
     before = signal.getsignal(signal.SIGUSR1)
     inside: list[Any] = []
 
