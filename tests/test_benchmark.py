@@ -526,6 +526,7 @@ def _forbid(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
 
 class TestStructures:
     def test_every_way_is_measured_against_the_gradient_pass(self) -> None:
+        pytest.importorskip("torch_pruning")
         done: list[str] = []
         rows = measure_structures(
             ResNet20(4).eval(),

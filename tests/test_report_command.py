@@ -322,6 +322,7 @@ except wandb.errors.UsageError as error:
 
 
 def test_errors_of_wandb_offer_the_way_without_an_account(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
     # In a process of its own: wandb keeps the settings of its first start.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path)}
@@ -343,7 +344,7 @@ def test_errors_of_wandb_offer_the_way_without_an_account(tmp_path: Path) -> Non
 def test_the_command_passes_the_remedy_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import wandb
+    wandb = pytest.importorskip("wandb")
 
     def fail(*_: Any) -> None:
         raise wandb.errors.CommError("no route to host.")

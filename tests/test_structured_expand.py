@@ -98,6 +98,7 @@ def build(widths: dict[str, float]) -> nn.Module:
 
 
 def test_an_expanded_network_ends_at_the_old_size() -> None:
+    pytest.importorskip("torch_pruning")
     config = StructureConfig(method="sosp_h", num_samples=16, batch_size=8)
     data = images(24, torch.float32)
 
