@@ -10,43 +10,14 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from typing import Any
 
 import lightning.pytorch as pl
 
+from examples.cifar10.fitting import fit_and_test
 from examples.cifar10.model import CIFAR10, CIFAR10Classifier
 from lightning_woodfisher import SOSPPruningCallback, StructureConfig, StructureReport
 from lightning_woodfisher.report import format_table
 from lightning_woodfisher.structured.expand import find_bottlenecks, shrink_target
-
-
-def fit(
-    module: pl.LightningModule, epochs: int, data: CIFAR10, *callbacks: Any
-) -> float:
-    """Train a network.
-
-    Args:
-        module: the network.
-        epochs: number of epochs.
-        data: the images.
-        callbacks: such as one that prunes.
-
-    Returns:
-        Accuracy on the test images in per cent.
-    """
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        devices=1,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        limit_val_batches=0,
-    )
-    trainer.fit(module, data)
-    found = trainer.test(module, data, verbose=False)
-    return 100 * float(found[0]["test_accuracy"])
 
 
 def train_and_prune(
@@ -72,7 +43,7 @@ def train_and_prune(
     module = CIFAR10Classifier(
         options.learning_rate, width=options.width, multipliers=multipliers
     )
-    dense = fit(module, options.epochs, data)
+    dense = fit_and_test(module, data, options.epochs)
     if target is None:
         target = shrink_target(size or 0, sum(p.numel() for p in module.parameters()))
     callback = SOSPPruningCallback(
@@ -83,7 +54,7 @@ def train_and_prune(
         network="net",
     )
     module.learning_rate = options.learning_rate / 4
-    pruned = fit(module, options.fine_tuning_epochs, data, callback)
+    pruned = fit_and_test(module, data, options.fine_tuning_epochs, [callback])
     return callback.reports[-1], dense, pruned
 
 

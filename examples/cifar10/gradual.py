@@ -20,6 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from examples.cifar10.fitting import fit_and_test
 from examples.cifar10.model import CIFAR10, CIFAR10Classifier
 from lightning_woodfisher import (
     FisherConfig,
@@ -72,25 +73,14 @@ def fit(
     callback = WoodFisherPruningCallback(
         sparsity, schedule, seed=seed, **METHODS[method]
     )
-    trainer = pl.Trainer(
-        max_epochs=options.epochs,
-        accelerator=options.accelerator,
-        devices=1,
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0 if not options.held_out else 1.0,
-        check_val_every_n_epoch=options.epochs + 1,
+    return fit_and_test(
+        module,
+        data,
+        options.epochs,
+        [callback],
+        options.accelerator,
+        options.held_out,
     )
-    trainer.fit(module, data)
-    if options.held_out:
-        found = trainer.validate(module, data, verbose=False)
-        return 100 * float(found[0]["val_accuracy"])
-    found = trainer.test(module, data, verbose=False)
-    return 100 * float(found[0]["test_accuracy"])
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
+from examples.cifar10.fitting import fit_and_test
 from examples.cifar10.model import CIFAR10, CIFAR10Classifier, resnet20
 from lightning_woodfisher import (
     HAPPruningCallback,
@@ -79,24 +79,6 @@ def make_callback(name: str, target: float, seed: int) -> StructuredPruningCallb
     return StructuredPruningCallback(target, measure="macs", config=config)
 
 
-def make_trainer(
-    options: argparse.Namespace, callbacks: Sequence[pl.Callback] = ()
-) -> pl.Trainer:
-    """Make a quiet Trainer."""
-    return pl.Trainer(
-        max_epochs=options.epochs,
-        accelerator=options.accelerator,
-        devices=1,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        num_sanity_val_steps=0,
-        check_val_every_n_epoch=options.epochs + 1,
-    )
-
-
 def compare(options: argparse.Namespace, data: CIFAR10) -> None:
     """Print the table of accuracies."""
     rows = []
@@ -110,13 +92,16 @@ def compare(options: argparse.Namespace, data: CIFAR10) -> None:
                 )
                 module.to(memory_format=torch.channels_last)
                 callback = make_callback(name, removed, seed)
-                trainer = make_trainer(options, [callback])
-                trainer.fit(module, data)
-                if options.held_out:
-                    scores = trainer.validate(module, data, verbose=False)
-                else:
-                    scores = trainer.test(module, data, verbose=False)
-                found.append(100 * next(iter(scores[0].values())))
+                found.append(
+                    fit_and_test(
+                        module,
+                        data,
+                        options.epochs,
+                        [callback],
+                        options.accelerator,
+                        options.held_out,
+                    )
+                )
                 latency = measure_latency(
                     resnet20(), callback.shrunk_model(module).net, IMAGE, 100, 64
                 )
