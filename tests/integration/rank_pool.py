@@ -206,6 +206,10 @@ def _run(target: tuple[str, str, str], store: str | None, arguments: bytes) -> A
         return function(*pickle.loads(arguments))
     finally:
         if dist.is_initialized():
+            # torch before 2.8 joins gloo's threads without giving up the GIL
+            # (pytorch/pytorch#154976): one that still lets go of a tensor of the last
+            # collective would wait for it for ever.
+            time.sleep(0.02)
             dist.destroy_process_group()
 
 
