@@ -5,14 +5,15 @@ from __future__ import annotations
 __all__ = ["KFAC"]
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.criteria.base import Criterion, Needs
+from lightning_woodfisher.criteria.base import Needs
+from lightning_woodfisher.criteria.coupled import Coupled
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, PruningError
 from lightning_woodfisher.factors import KroneckerFactors
@@ -26,7 +27,7 @@ _RESIDUAL = 1e-9
 _MOST_STEPS = 500
 
 
-class KFAC(Criterion):
+class KFAC(Coupled):
     """OBS with F ≈ Ĝ ⊗ Â layer by layer (Martens & Grosse 2015; Grosse & Martens 2016).
 
     ``Â = A + π√λ I``, ``Ĝ = G + √λ/π I``, π² = mean of diag(A) over mean of diag(G).
@@ -126,33 +127,6 @@ class KFAC(Criterion):
             NotImplementedError: always.
         """
         raise NotImplementedError
-
-    def compensate(self, weights: Tensor, removed: Tensor) -> Tensor:
-        """Compute the update of every layer.
-
-        Args:
-            weights: float64 ``[D_r]``.
-            removed: bool ``[D_r]``.
-
-        Returns:
-            δ, float64 ``[D_r]``.
-        """
-        return self._change(weights, removed, self.update)
-
-    def alternatives(self, weights: Tensor, removed: Tensor) -> Mapping[Update, Tensor]:
-        """Give the sum of the single-weight updates beside the joint one.
-
-        Args:
-            weights: float64 ``[D_r]``.
-            removed: bool ``[D_r]``.
-
-        Returns:
-            It under ``"independent"``; nothing unless the update is joint.
-        """
-        if self.update != "joint":
-            return {}
-        change = self._change(weights, removed, "independent")
-        return {"independent": torch.where(removed, 0.0, change)}
 
     def _change(self, weights: Tensor, removed: Tensor, update: Update) -> Tensor:
         change = torch.where(removed, -weights, 0.0)

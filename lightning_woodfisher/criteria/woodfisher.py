@@ -4,13 +4,13 @@ from __future__ import annotations
 
 __all__ = ["WoodFisher"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.criteria.base import Criterion
+from lightning_woodfisher.criteria.coupled import Coupled
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.fisher import (
     FisherConfig,
@@ -34,7 +34,7 @@ from lightning_woodfisher.patterns import (
 )
 
 
-class WoodFisher(Criterion):
+class WoodFisher(Coupled):
     """Saliency w²/(2[F⁻¹]_qq) and the OBS update (Singh & Alistarh, NeurIPS 2020)."""
 
     can_restrict: ClassVar[bool] = True
@@ -185,32 +185,8 @@ class WoodFisher(Criterion):
                 leaving[run.local] = True
         return torch.cat([weights.new_zeros(0), *costs]), leaving
 
-    def compensate(self, weights: Tensor, removed: Tensor) -> Tensor:
-        """Compute the OBS update.
-
-        Args:
-            weights: float64 ``[D_r]``.
-            removed: bool ``[D_r]``.
-
-        Returns:
-            δ, float64 ``[D_r]``.
-        """
-        return weight_update(weights, removed, self.inverse_fisher, self.update)
-
-    def alternatives(self, weights: Tensor, removed: Tensor) -> Mapping[Update, Tensor]:
-        """Give the sum of the single-weight updates beside the joint one.
-
-        Args:
-            weights: float64 ``[D_r]``.
-            removed: bool ``[D_r]``.
-
-        Returns:
-            It under ``"independent"``; nothing unless the update is joint.
-        """
-        if self.update != "joint":
-            return {}
-        change = weight_update(weights, removed, self.inverse_fisher, "independent")
-        return {"independent": torch.where(removed, 0.0, change)}
+    def _change(self, weights: Tensor, removed: Tensor, update: Update) -> Tensor:
+        return weight_update(weights, removed, self.inverse_fisher, update)
 
     def restrict(self, kept: Tensor) -> None:
         """Drop weights from the Fisher; the next :meth:`score` inverts what is left.
