@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_woodfisher.company import callbacks_of
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.flavours import either_name
 from lightning_woodfisher.masks import Masks
@@ -86,7 +87,7 @@ def mask_averages(trainer: pl.Trainer, masks: Masks) -> bool:
 
 
 def _averaging(trainer: pl.Trainer) -> Iterator[pl.Callback]:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         for cls in type(callback).__mro__:
             if cls.__name__ in _AVERAGING and "lightning" in cls.__module__:
                 yield callback

@@ -21,6 +21,7 @@ from torch import nn
 
 from lightning_woodfisher.averaging import mask_averages, require_maskable_averages
 from lightning_woodfisher.callback_state import STATE_VERSION, require_readable
+from lightning_woodfisher.company import callbacks_of
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, require_flag, require_text
 from lightning_woodfisher.losses import LossSource
@@ -394,7 +395,7 @@ class MaskedTraining(MaskGuard, ABC):
         """The other pruning callbacks of the Trainer that have masks."""
         return [
             callback
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            for callback in callbacks_of(trainer)
             if callback is not self
             and isinstance(callback, MaskedTraining)
             and callback.masks is not None

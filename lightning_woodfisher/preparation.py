@@ -33,6 +33,7 @@ from lightning.pytorch.strategies import (
 from torch.optim import Optimizer
 
 from lightning_woodfisher.batches import Batches, StreamBatches
+from lightning_woodfisher.company import callbacks_of, has_callback
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.flavours import either_name
 from lightning_woodfisher.masks import Masks
@@ -76,7 +77,7 @@ def _epochs(trainer: pl.Trainer) -> int | None:
     epochs = trainer.max_epochs
     if epochs is None or epochs < 0:
         return None
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, either_name(StochasticWeightAveraging)):
             # Has added an epoch without optimizer steps, to renew BatchNorm statistics.
             epochs -= bool(callback._model_contains_batch_norm)
@@ -90,10 +91,8 @@ def _steps_of_an_epoch(trainer: pl.Trainer) -> float:
 def _epochs_within(trainer: pl.Trainer, steps: int) -> int | None:
     """How many epochs begin before that many optimizer steps are done."""
     batches = trainer.num_training_batches
-    varies = getattr(trainer, "reload_dataloaders_every_n_epochs", 0) or any(
-        isinstance(callback, either_name(GradientAccumulationScheduler))
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-    )
+    reloads = getattr(trainer, "reload_dataloaders_every_n_epochs", 0)
+    varies = reloads or has_callback(trainer, GradientAccumulationScheduler)
     known = trainer.lightning_module.automatic_optimization and not varies
     if not known or not math.isfinite(batches) or batches < 1:
         return None
@@ -109,9 +108,7 @@ def releases_weights(trainer: pl.Trainer) -> bool:
     Returns:
         Whether there is a callback for fine-tuning, such as ``BackboneFinetuning``.
     """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    kinds = either_name(BaseFinetuning)
-    return any(isinstance(callback, kinds) for callback in callbacks)
+    return has_callback(trainer, BaseFinetuning)
 
 
 def require_enough_batches(batches: Batches, data: Any, num_gradients: int) -> None:
@@ -172,7 +169,7 @@ def require_same_selection(
     if callback.state_key in states:
         return
     kind = type(callback).__qualname__
-    taken = {c.state_key for c in trainer.callbacks}  # type: ignore[attr-defined]
+    taken = {c.state_key for c in callbacks_of(trainer)}
     for key in map(str, states):
         if key.startswith(f"{kind}{{") and key not in taken:
             raise ConfigurationError(
@@ -231,8 +228,7 @@ def require_supported(trainer: pl.Trainer) -> None:
             "that pruning does not support; use a single device or 'ddp', or for sharded "
             "parameters ModelParallelStrategy with fully_shard (FSDP2)."
         )
-    pruning = either_name(ModelPruning)
-    if any(isinstance(callback, pruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    if has_callback(trainer, ModelPruning):
         raise ConfigurationError(
             "Lightning's ModelPruning puts other parameters under other names in place of "
             "the weights in the middle of training, so that neither can know what is "

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_woodfisher.callback import WoodFisherPruningCallback
+from lightning_woodfisher.company import callbacks_of
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.estimate_command import command_line
 from lightning_woodfisher.figures import draw_sweep, has_matplotlib
@@ -82,7 +83,7 @@ def run_sweep_command(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
     callback = _take_callback(run.trainer)
     checkpoint = options.ckpt_path or run.config["fit"].get("ckpt_path")
     trying = _TrySettings(options, callback, checkpoint)
-    run.trainer.callbacks.append(trying)
+    callbacks_of(run.trainer).append(trying)
     run.trainer.fit(run.model, datamodule=run.datamodule)
     report = trying.report
     if report is None:
@@ -122,7 +123,7 @@ def _read(arguments: Sequence[str], cli: type[LightningCLI]) -> Any:
 
 def _take_callback(trainer: pl.Trainer) -> WoodFisherPruningCallback:
     """Take the pruning callback out of the Trainer; its settings are the basis."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     ours = [c for c in callbacks if isinstance(c, WoodFisherPruningCallback)]
     for callback in ours:
         callbacks.remove(callback)
