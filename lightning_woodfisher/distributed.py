@@ -15,10 +15,11 @@ stops (:meth:`Communicator.no_return`), and its end stops the others.
 
 from __future__ import annotations
 
-__all__ = ["Communicator", "Pending"]
+__all__ = ["Communicator", "Pending", "destroy_group"]
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,18 @@ from torch import Tensor
 from lightning_woodfisher.errors import PruningError
 
 _SETTLED = "_settled_between_ranks"
+# Until this version a group of gloo joins its threads with the GIL held, in which one that
+# still lets go of a tensor of the last collective waits for the GIL for ever
+# (pytorch/pytorch#154976).
+_GLOO_JOINS_WITHOUT_GIL = "2.8"
+_SECONDS_TO_LET_GO = 0.1
+
+
+def destroy_group() -> None:
+    """Destroy the default process group, which need not be idle for long."""
+    if torch.__version__ < _GLOO_JOINS_WITHOUT_GIL:
+        time.sleep(_SECONDS_TO_LET_GO)
+    dist.destroy_process_group()
 
 
 class Pending:

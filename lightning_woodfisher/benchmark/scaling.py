@@ -25,7 +25,7 @@ from lightning_woodfisher.benchmark.networks import (
 )
 from lightning_woodfisher.benchmark.timing import Tick
 from lightning_woodfisher.configuration import PruningConfig
-from lightning_woodfisher.distributed import Communicator, Pending
+from lightning_woodfisher.distributed import Communicator, Pending, destroy_group
 from lightning_woodfisher.fisher import FisherConfig
 from lightning_woodfisher.layers import prunable_parameters
 from lightning_woodfisher.losses import FunctionLoss
@@ -166,7 +166,7 @@ def _run_rank(
         if rank == 0:
             torch.save(result, Path(folder, "result"))
     finally:
-        dist.destroy_process_group()
+        destroy_group()
 
 
 def _measure_rank(

@@ -190,6 +190,8 @@ def _run(target: tuple[str, str, str], store: str | None, arguments: bytes) -> A
     import torch
     import torch.distributed as dist
 
+    from lightning_woodfisher.distributed import destroy_group
+
     function = _load(*target)
     random.seed(0)
     torch.manual_seed(0)
@@ -206,11 +208,7 @@ def _run(target: tuple[str, str, str], store: str | None, arguments: bytes) -> A
         return function(*pickle.loads(arguments))
     finally:
         if dist.is_initialized():
-            # torch before 2.8 joins gloo's threads without giving up the GIL
-            # (pytorch/pytorch#154976): one that still lets go of a tensor of the last
-            # collective would wait for it for ever.
-            time.sleep(0.02)
-            dist.destroy_process_group()
+            destroy_group()
 
 
 def _load(file: str, module_name: str, qualname: str) -> Callable[..., Any]:
