@@ -62,6 +62,7 @@ class StructureReport:
             None when not measured.
         latency: that of the smaller network, measured in turns with it.
         latency_runs: passes of each that were timed.
+        batchnorm_layers: layers whose running statistics were estimated anew.
     """
 
     method: str
@@ -83,6 +84,7 @@ class StructureReport:
     latency_dense: float | None = None
     latency: float | None = None
     latency_runs: int = 0
+    batchnorm_layers: int = 0
 
     @property
     def structures(self) -> int:
