@@ -89,8 +89,8 @@ class StructuredPruningCallback(MaskedTraining):
         latency_runs: forward passes that are timed after each step, dense and smaller in
             turns, on rank 0; the medians are in the report. 0 for none.
         batchnorm_recalibration_batches: re-estimate BatchNorm's running statistics on so
-            many batches of 64 samples, or ``batch_size`` if larger, after each step; 0
-            leaves them to training.
+            many batches (of 64 samples or ``batch_size``, the larger) after each step; 0
+            leaves them.
         weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
             zero once the last planned step is done.
 

@@ -388,7 +388,8 @@ def prune_structures(
         example_inputs: what the model is called with, to trace it; see
             :func:`.trace_groups`.
         batchnorm_recalibration_batches: re-estimate BatchNorm's running statistics on so
-            many batches of 64 samples, or ``batch_size`` if larger; 0 leaves them.
+            many batches (of 64 samples or ``batch_size``, the larger) after the step; 0
+            leaves them.
 
     Returns:
         What happened, and the groups.

@@ -52,7 +52,8 @@ class StructureReport:
         macs_dense: multiply-accumulates of the dense network for one sample.
         macs: of the network without what is removed.
         loss_before: mean loss before, in evaluation mode; None when not measured.
-        loss_after: mean loss after, on the same samples.
+        loss_after: mean loss after, on the same samples; with the new statistics, where
+            those of BatchNorm were estimated anew.
         notes: figures of the method, such as the number of probes.
         seconds: wall-clock seconds by phase.
         world_size: number of ranks.
