@@ -8,7 +8,12 @@ k mod R computes batch k, and all ranks add the numbers of all batches in order 
 
 from __future__ import annotations
 
-__all__ = ["BatchNormStatistics", "batchnorm_layers", "estimate_statistics"]
+__all__ = [
+    "BatchNormStatistics",
+    "batchnorm_layers",
+    "estimate_statistics",
+    "require_recalibration_batches",
+]
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +25,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import PruningError
+from lightning_woodfisher.errors import (
+    ConfigurationError,
+    PruningError,
+    require_count,
+)
 from lightning_woodfisher.isolation import derive_seed, seeded
 from lightning_woodfisher.losses import LossSource, loss_value
 from lightning_woodfisher.sharding import reshard
@@ -29,6 +38,22 @@ from lightning_woodfisher.sharding import reshard
 _FEWEST_SAMPLES = 64
 
 _T = TypeVar("_T")
+
+
+def require_recalibration_batches(count: int) -> None:
+    """Check ``batchnorm_recalibration_batches``.
+
+    Args:
+        count: number of batches; 0 leaves the statistics as they are.
+
+    Raises:
+        ConfigurationError: for what is no number of batches.
+    """
+    require_count("batchnorm_recalibration_batches", count)
+    if count < 0:
+        raise ConfigurationError(
+            f"batchnorm_recalibration_batches={count} must be at least 0."
+        )
 
 
 def batchnorm_layers(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import get_args
 
+from lightning_woodfisher.batchnorm import require_recalibration_batches
 from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.errors import (
     ConfigurationError,
@@ -108,14 +109,7 @@ class PruningConfig:
         require_points(self.local_model_points, self.measure_loss)
         self._check_parts()
         self._check_nonfinite()
-        require_count(
-            "batchnorm_recalibration_batches", self.batchnorm_recalibration_batches
-        )
-        if self.batchnorm_recalibration_batches < 0:
-            raise ConfigurationError(
-                f"batchnorm_recalibration_batches={self.batchnorm_recalibration_batches} "
-                "must be at least 0."
-            )
+        require_recalibration_batches(self.batchnorm_recalibration_batches)
 
     def _check_nonfinite(self) -> None:
         """Refuse to leave gradients out where that cannot be done."""

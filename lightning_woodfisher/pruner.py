@@ -10,13 +10,12 @@ from __future__ import annotations
 
 __all__ = ["Pruner"]
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_woodfisher.active_weights import ActiveWeights
 from lightning_woodfisher.agreement import require_same
@@ -49,6 +48,7 @@ from lightning_woodfisher.selector import (
     layers_of,
 )
 from lightning_woodfisher.step_length import StepLength
+from lightning_woodfisher.whole_step import whole_or_absent
 
 
 @dataclass
@@ -153,7 +153,7 @@ class Pruner:
         )
         # Outermost: what the ranks find out together at the very end undoes it, too.
         with (
-            self._whole_or_absent(source.model),
+            whole_or_absent(self.masks, source.model),
             self.comm.failing_together(lambda: clock.phase),
         ):
             with clock("check"):
@@ -289,21 +289,6 @@ class Pruner:
         return count_flops(
             source, self.masks, self.comm, number, size, seed, fisher.repeat_samples
         )
-
-    @contextlib.contextmanager
-    def _whole_or_absent(self, model: nn.Module) -> Iterator[None]:
-        """Put weights, masks and BatchNorm statistics back when the body fails."""
-        masks = self.masks
-        statistics = BatchNormStatistics.of(model)
-        weights = {name: masks.local(name).clone() for name in masks.parameters}
-        try:
-            with masks.restored_on_error():
-                yield
-        except BaseException:
-            for name, before in weights.items():
-                masks.local(name).copy_(before)
-            statistics.write(model)
-            raise
 
     def _observe(self, sampling: Sampling, selector: Selector, seed: int) -> _Observed:
         """Show gradients of the active weights to a fresh criterion."""

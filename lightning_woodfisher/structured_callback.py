@@ -20,6 +20,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
+from lightning_woodfisher.batchnorm import require_recalibration_batches
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, require_integer
 from lightning_woodfisher.flavours import either_name
@@ -87,6 +88,9 @@ class StructuredPruningCallback(MaskedTraining):
             and a ``state_dict``, for :func:`.load_shrunk`.
         latency_runs: forward passes that are timed after each step, dense and smaller in
             turns, on rank 0; the medians are in the report. 0 for none.
+        batchnorm_recalibration_batches: re-estimate BatchNorm's running statistics on so
+            many batches (of 64 samples or ``batch_size``, the larger) after each step; 0
+            leaves them.
         weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
             zero once the last planned step is done.
 
@@ -110,11 +114,13 @@ class StructuredPruningCallback(MaskedTraining):
         report_path: str | None = None,
         export_path: str | None = None,
         latency_runs: int = 0,
+        batchnorm_recalibration_batches: int = 0,
         weight_decay_off_after_last_step: bool = False,
     ) -> None:
         require_target(target, measure)
         require_cost(config, measure)
         require_rereadable(dataloader)
+        require_recalibration_batches(batchnorm_recalibration_batches)
         require_integer("latency_runs", latency_runs)
         if latency_runs < 0:
             raise ConfigurationError(
@@ -135,6 +141,7 @@ class StructuredPruningCallback(MaskedTraining):
         self.network = network
         self.export_path = export_path
         self.latency_runs = latency_runs
+        self.batchnorm_recalibration_batches = batchnorm_recalibration_batches
         self._groups: tuple[Group, ...] = ()
         self._traced: tuple[Group, ...] = ()
         self._inputs: Any = None
@@ -294,6 +301,7 @@ class StructuredPruningCallback(MaskedTraining):
             "exclude": self.exclude,
             "network": self._prefix,
             "implants": dataclasses.asdict(self._implants),
+            "batchnorm_recalibration_batches": self.batchnorm_recalibration_batches,
             **dataclasses.asdict(self.config),
         }
         track_channel_settings(trainer, settings, self.schedule)
@@ -413,6 +421,7 @@ class StructuredPruningCallback(MaskedTraining):
             comm,
             self._implants,
             self._implantable,
+            self.batchnorm_recalibration_batches,
         )
 
 

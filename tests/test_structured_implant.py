@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from lightning_woodfisher import ConfigurationError, StructureConfig
 from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.isolation import derive_seed
 from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.masks import Masks
 from lightning_woodfisher.structured.channels import channel_masks, masked_parameters
@@ -67,6 +69,27 @@ def step(
 def residual() -> Any:
     torch.manual_seed(0)
     return trained(Residual(6, 8)).eval()
+
+
+@pytest.mark.parametrize("init", ["zero", "lstsq"])
+def test_statistics_are_estimated_after_implants(init: Any) -> None:
+    model, groups = residual(), residual_groups(6, 8)
+    made = pruner(model, groups, "structures", ratio=0.6, init=init)
+    made.recalibration_batches = 2
+    source = FunctionLoss(model, images(), cross_entropy)
+    report = made.step(source, 0.5)
+    assert sum(map(len, report.implanted.values())) == 4
+    smaller = copy.deepcopy(model)
+    plan_removal(smaller, groups, report.removed, report.implanted).apply(smaller)
+    other = copy.deepcopy(smaller)
+    chosen = source.batches(2, 64, derive_seed(0, 0, "batchnorm"), True)
+    update_bn([chosen.fetch(index)[0] for index in range(2)], other)
+    for name in ("bn", "bn1", "bn2"):
+        for kind in ("running_mean", "running_var"):
+            mine, theirs = (
+                getattr(m.get_submodule(name), kind) for m in (smaller, other)
+            )
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_zero_implants_are_constants_of_their_norms() -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher import ConfigurationError, StructureConfig, prune_structures
+from lightning_woodfisher.isolation import derive_seed
+from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.structured.channels import zero_structures
 from lightning_woodfisher.structured.configuration import StructureLimits
 from lightning_woodfisher.structured.export import shrink
@@ -153,6 +155,8 @@ def test_what_cannot_work_is_refused() -> None:
         (images(), {}, "give groups, or example_inputs"),
         (iter(batches), {"groups": residual_groups()}, "read only once"),
         (batches, {"groups": residual_groups()}, "ended after 1 batches.*num_samples"),
+        (images(), {"batchnorm_recalibration_batches": -1}, "must be at least 0"),
+        (images(), {"batchnorm_recalibration_batches": 1.5}, "not a whole number"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             prune_structures(
@@ -169,20 +173,122 @@ def failing(model: Any, batch: Any) -> Tensor:
     return loss / (0.0 if bool((model.bn1.weight == 0).any()) else 1.0)
 
 
-def test_a_loss_that_breaks_after_the_masks_leaves_the_model() -> None:
+def failing_to_recalibrate(model: Any, batch: Any) -> Tensor:
+    if len(batch[0]) == 64 and bool((model.bn1.weight == 0).any()):
+        return cross_entropy(model, [batch[0] * torch.inf, batch[1]])
+    return cross_entropy(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("loss", "count", "message"),
+    [
+        (failing, 0, "inf"),
+        # Here the new statistics are in the model when the loss is measured.
+        (failing, 2, "inf"),
+        (failing_to_recalibrate, 2, "statistic of the pruned network is not finite"),
+    ],
+)
+def test_a_loss_that_breaks_after_the_masks_leaves_the_model(
+    loss: Any, count: int, message: str
+) -> None:
     model = make_residual()
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with pytest.raises(Exception, match="inf"):
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(Exception, match=message):
         prune_structures(
             model,
             images(),
-            failing,
+            loss,
             target=0.6,
             config=settings(min_kept=1),
             groups=residual_groups(),
+            batchnorm_recalibration_batches=count,
         )
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def batch_statistics(model: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
+    """Means over batches of mean and unbiased variance, by a plain loop."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for name, norm in norms.items():
+
+        def note(_: nn.Module, args: Any, name: str = name) -> None:
+            values = args[0].detach().movedim(1, 0).flatten(1)
+            pair = values.mean(1), values.var(1)
+            seen.setdefault(name, []).append(pair)
+
+        norm.register_forward_pre_hook(note)
+    model.train()
+    for pixels in batches:
+        model(pixels)
+    return {
+        name: tuple(sum(values) / len(batches) for values in zip(*pairs, strict=True))
+        for name, pairs in seen.items()
+    }
+
+
+@pytest.mark.parametrize(("batch_size", "size"), [(8, 64), (70, 70)])
+def test_statistics_are_those_of_the_network_without_the_channels(
+    batch_size: int, size: int
+) -> None:
+    model, data = make_residual(), images(150)
+    smaller = copy.deepcopy(model)
+    report, groups = prune_structures(
+        model,
+        data,
+        cross_entropy,
+        target=0.4,
+        config=settings(batch_size=batch_size),
+        groups=residual_groups(),
+        batchnorm_recalibration_batches=3,
+    )
+    assert sorted(map(len, report.removed.values())) == [2, 2]
+    assert report.batchnorm_layers == 3
+    assert report.seconds["recalibrate"] > 0
+    shrink(smaller, groups, report.removed)
+    chosen = FunctionLoss(model, data, cross_entropy).batches(
+        3, size, derive_seed(0, 0, "batchnorm"), True
+    )
+    batches = [chosen.fetch(index)[0] for index in range(3)]
+    assert {len(pixels) for pixels in batches} == {size}
+    expected = batch_statistics(smaller, batches)
+    for name, group in (("bn", "stem"), ("bn1", "conv1"), ("bn2", "stem")):
+        norm: Any = model.get_submodule(name)
+        gone = torch.zeros(norm.num_features, dtype=torch.bool)
+        gone[list(report.removed[group])] = True
+        for mine, theirs in zip(
+            (norm.running_mean, norm.running_var), expected[name], strict=True
+        ):
+            # Batches are added in float64, of numbers in float32.
+            torch.testing.assert_close(mine[~gone], theirs, rtol=1e-6, atol=1e-7)
+            assert bool((mine[gone] == 0).all())
+        assert norm.num_batches_tracked == 0
+    # The loss of the report is that of the network with these statistics.
+    model.eval()
+    sample = FunctionLoss(model, data, cross_entropy).batches(
+        *settings(batch_size=batch_size).batches, derive_seed(0, 0)
+    )
+    losses = [
+        float(cross_entropy(model, sample.fetch(index)).detach())
+        for index in range(settings(batch_size=batch_size).batches[0])
+    ]
+    assert report.loss_after == pytest.approx(sum(losses) / len(losses), rel=1e-12)
+
+
+def test_only_recalibration_changes_the_statistics() -> None:
+    dense, plain, anew = make_residual(), make_residual(), make_residual()
+    first, _ = prune(plain, 0.4)
+    second, _ = prune(anew, 0.4, batchnorm_recalibration_batches=2)
+    assert first.batchnorm_layers == 0
+    assert "recalibrate" not in first.seconds
+    assert first.removed == second.removed
+    for name, tensor in plain.state_dict().items():
+        if "running" in name:
+            assert torch.equal(tensor, dense.state_dict()[name])
+            assert not torch.equal(tensor, anew.state_dict()[name])
+        else:
+            assert torch.equal(tensor, anew.state_dict()[name])
 
 
 def test_sizes_keep_what_is_gone() -> None:

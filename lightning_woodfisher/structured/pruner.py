@@ -1,6 +1,7 @@
 """One structured pruning step from end to end: scores, an exact choice, masks.
 
-The step is whole or absent: weights and masks are put back when anything fails.
+The step is whole or absent: weights, masks and BatchNorm statistics are put back when
+anything fails.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ __all__ = [
     "require_target",
 ]
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_woodfisher.agreement import require_same
+from lightning_woodfisher.batchnorm import (
+    estimate_statistics,
+    require_recalibration_batches,
+)
 from lightning_woodfisher.clock import PhaseClock
 from lightning_woodfisher.distributed import Communicator
 from lightning_woodfisher.errors import ConfigurationError, nearest, require_number
@@ -58,6 +61,7 @@ from lightning_woodfisher.structured.selection import (
 )
 from lightning_woodfisher.structured.tracing import trace_groups
 from lightning_woodfisher.structured.vectors import StructureVectors
+from lightning_woodfisher.whole_step import whole_or_absent
 
 #: What a target counts: structures, parameters, or multiply-accumulates (half the FLOPs).
 Measure = Literal["structures", "parameters", "macs"]
@@ -131,6 +135,8 @@ class StructurePruner:
         communicator: the ranks of the job.
         implants: how many of the chosen structures become 1×1 filters; none if None.
         implantable: in which layers, by group.
+        recalibration_batches: batches to estimate BatchNorm's running statistics on anew
+            after every step; 0 leaves them as they are.
     """
 
     def __init__(
@@ -142,6 +148,7 @@ class StructurePruner:
         communicator: Communicator,
         implants: ImplantConfig | None = None,
         implantable: Mapping[str, Sequence[str]] | None = None,
+        recalibration_batches: int = 0,
     ) -> None:
         self.implants = implants or ImplantConfig()
         self.implantable = dict(implantable or {})
@@ -152,6 +159,7 @@ class StructurePruner:
         self.config = config
         self.measure: Measure = measure
         self.comm = communicator
+        self.recalibration_batches = recalibration_batches
 
     def step(
         self,
@@ -183,7 +191,7 @@ class StructurePruner:
         clock = PhaseClock()
         # Outermost: what the ranks find out together at the very end undoes it, too.
         with (
-            self._whole_or_absent(),
+            whole_or_absent(self.masks, source.model),
             self.comm.failing_together(lambda: clock.phase),
         ):
             with clock("check"):
@@ -201,6 +209,7 @@ class StructurePruner:
             self.masks.grow(channel_masks(source.model, self.groups, chosen))
             self.masks.apply()
             self.masks.verify()
+            batchnorm_layers = self._recalibrate(source, position, clock)
             loss_after = self._loss(source, seed, clock)
             with clock("check"):
                 require_same(self.masks, self.comm, "after the step")
@@ -229,6 +238,7 @@ class StructurePruner:
             notes=scores.notes,
             seconds=dict(clock.seconds),
             world_size=self.comm.world_size,
+            batchnorm_layers=batchnorm_layers,
         )
 
     def rehearse(
@@ -326,25 +336,25 @@ class StructurePruner:
         initialise(evaluation, self.groups, fresh, removed, self.implants.init)
         self.masks.grow(implant_masks(source.model, self.groups, implanted))
 
+    def _recalibrate(self, source: LossSource, position: int, clock: PhaseClock) -> int:
+        """Give BatchNorm the statistics of what is left; count the layers."""
+        count, size = self.recalibration_batches, self.config.batch_size
+        if not count:
+            return 0
+        with clock("recalibrate"):
+            seed = derive_seed(self.config.seed, position, "batchnorm")
+            with source.session("eval"):
+                found = estimate_statistics(source, count, size, self.comm, seed)
+            # The session has put back what was there before.
+            found.write(source.model)
+        return len(found.layers)
+
     def _loss(self, source: LossSource, seed: int, clock: PhaseClock) -> float:
         count, _ = self.config.batches
         with clock("measure"), source.session("eval"):
             batches = calibration_batches(source, self.config, seed)
             losses = mean_loss(source, batches, count, self.comm, seed)
         return sum(losses) / len(losses)
-
-    @contextlib.contextmanager
-    def _whole_or_absent(self) -> Iterator[None]:
-        masks = self.masks
-        weights = {name: masks.local(name).clone() for name in masks.parameters}
-        try:
-            with masks.restored_on_error():
-                yield
-        except BaseException:
-            with torch.no_grad():
-                for name, value in weights.items():
-                    masks.local(name).copy_(value)
-            raise
 
 
 def prune_structures(
@@ -357,6 +367,7 @@ def prune_structures(
     config: StructureConfig | None = None,
     groups: Sequence[Group] | None = None,
     example_inputs: Any = None,
+    batchnorm_recalibration_batches: int = 0,
 ) -> tuple[StructureReport, tuple[Group, ...]]:
     """Mask whole channels of a plain PyTorch model; no Trainer needed.
 
@@ -376,6 +387,9 @@ def prune_structures(
         groups: of the model; traced if None.
         example_inputs: what the model is called with, to trace it; see
             :func:`.trace_groups`.
+        batchnorm_recalibration_batches: re-estimate BatchNorm's running statistics on so
+            many batches (of 64 samples or ``batch_size``, the larger) after the step; 0
+            leaves them.
 
     Returns:
         What happened, and the groups.
@@ -386,6 +400,7 @@ def prune_structures(
     require_target(target, measure)
     require_cost(config or StructureConfig(), measure)
     require_rereadable(data)
+    require_recalibration_batches(batchnorm_recalibration_batches)
     if groups is None:
         if example_inputs is None:
             raise ConfigurationError(
@@ -394,7 +409,14 @@ def prune_structures(
         groups = trace_groups(model, example_inputs).groups
     masks = Masks(masked_parameters(model, groups))
     comm = Communicator(next(iter(masks.parameters.values())).device)
-    pruner = StructurePruner(groups, masks, config or StructureConfig(), measure, comm)
+    pruner = StructurePruner(
+        groups,
+        masks,
+        config or StructureConfig(),
+        measure,
+        comm,
+        recalibration_batches=batchnorm_recalibration_batches,
+    )
     removed = {n: s.tolist() for n, s in zero_structures(model, groups).items()}
     source = FunctionLoss(model, data, loss_fn)
     return pruner.step(source, target, removed), tuple(groups)

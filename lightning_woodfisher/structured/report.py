@@ -52,7 +52,8 @@ class StructureReport:
         macs_dense: multiply-accumulates of the dense network for one sample.
         macs: of the network without what is removed.
         loss_before: mean loss before, in evaluation mode; None when not measured.
-        loss_after: mean loss after, on the same samples.
+        loss_after: mean loss after, on the same samples; with the new statistics, where
+            those of BatchNorm were estimated anew.
         notes: figures of the method, such as the number of probes.
         seconds: wall-clock seconds by phase.
         world_size: number of ranks.
@@ -62,6 +63,7 @@ class StructureReport:
             None when not measured.
         latency: that of the smaller network, measured in turns with it.
         latency_runs: passes of each that were timed.
+        batchnorm_layers: layers whose running statistics were estimated anew.
     """
 
     method: str
@@ -83,6 +85,7 @@ class StructureReport:
     latency_dense: float | None = None
     latency: float | None = None
     latency_runs: int = 0
+    batchnorm_layers: int = 0
 
     @property
     def structures(self) -> int:

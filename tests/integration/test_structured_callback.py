@@ -244,10 +244,12 @@ def test_yaml_with_short_names(
         "config": {"num_samples": 16, "batch_size": 8},
     }
     more = {"variant": "I", "schedule": {"class_path": "OneShotSchedule"}}
+    init["batchnorm_recalibration_batches"] = 2
     callback = {"class_path": "SOSPPruningCallback", "init_args": {**init, **more}}
     assert main(["fit", "--config", write_yaml(callback)]) == 0
     (report,) = json.loads(Path("r.json").read_text())
     assert report["method"] == "sosp_i"
+    assert report["batchnorm_layers"] == 3
     assert sum(len(g["removed"]) for g in report["groups"]) == 7
     init["config"] = {"num_sample": 16}
     path = write_yaml({"class_path": "SOSPPruningCallback", "init_args": init})
@@ -262,7 +264,14 @@ def fit_on_ranks(world_size: int) -> Any:
     times: list[Any] = []
     for kind, more in (
         (SOSPPruningCallback, {"variant": "I", "latency_runs": 2}),
-        (HAPPruningCallback, {"implant_ratio": 0.5, "implant_init": "lstsq"}),
+        (
+            HAPPruningCallback,
+            {
+                "implant_ratio": 0.5,
+                "implant_init": "lstsq",
+                "batchnorm_recalibration_batches": 3,
+            },
+        ),
     ):
         settings = {"target": 0.4, "measure": "macs"}
         callback = structured(
@@ -278,7 +287,9 @@ def fit_on_ranks(world_size: int) -> Any:
         strategy = "ddp" if world_size > 1 else "auto"
         fitted = trainer(callback, strategy=strategy, devices=world_size)
         fitted.fit(module, DataLoader(images(), 8, sampler=sampler))
-        weights = {n: p.detach() for n, p in module.net.named_parameters()}
+        weights = {
+            n: t for n, t in module.net.state_dict().items() if "tracked" not in n
+        }
         reports = [(r.removed, r.implanted) for r in callback.reports]
         found.append([reports, weights])
         times += [(r.latency_dense, r.latency) for r in callback.reports]
@@ -290,6 +301,8 @@ def test_one_and_two_processes_remove_the_same(ranks: RankPool) -> None:
     for reports, _ in alone:
         assert sum(len(s) for s in reports[-1][0].values()) > 2
     assert sum(len(s) for s in alone[1][0][-1][1].values()) > 1
+    # The statistics of the second run are new.
+    assert not bool((alone[1][1]["bn1.running_var"] == 1).any())
     both = ranks.run(2, fit_on_ranks, 2, launch="trainer")
     for found, times in both:
         assert differences(found, alone) == []
@@ -428,6 +441,10 @@ def test_bad_settings_are_refused() -> None:
         ({"measure": "flops"}, "measure='flops'"),
         ({"latency_runs": -1}, "latency_runs=-1"),
         ({"latency_runs": True}, "latency_runs=True"),
+        (
+            {"kind": HAPPruningCallback, "batchnorm_recalibration_batches": -1},
+            "batchnorm_recalibration_batches=-1 must be at least 0",
+        ),
         ({"dataloader": iter([])}, "read only once"),
         ({"kind": SOSPPruningCallback, "variant": "J"}, "variant='J'"),
     ):
