@@ -46,16 +46,10 @@ test: $(VENV)/.dev  ## run the tests, files side by side on two cores
 
 # Its environment, with the versions of tests/oldest.txt, takes several GB.
 test-oldest: export OMP_NUM_THREADS = 1
-# Left out: a union of dataclasses in the user's module fails there, cause not yet known;
-# that jsonargparse words one message differently; and RichProgressBar of Lightning 2.5 does
-# not go with today's rich.
 # Lightning 2.5 calls what jsonargparse has deprecated, when it is imported.
 test-oldest: export JSONARGPARSE_DEPRECATION_WARNINGS = off
 test-oldest: $(OLDEST)/.dev  ## run the core tests with the oldest supported versions
-	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(PYTEST_ARGS) \
-		--deselect tests/test_cli.py::test_every_alternative_of_a_union_is_tried \
-		--deselect 'tests/test_cli.py::test_a_wrong_config_is_explained[settings of the schedule without its class]' \
-		--deselect 'tests/integration/test_callback.py::test_a_progress_bar_shows_the_collection[rich]'
+	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 coverage: export OMP_NUM_THREADS = 1
 coverage: export WOODFISHER_COVERAGE = $(CURDIR)/pyproject.toml

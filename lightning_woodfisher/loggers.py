@@ -91,7 +91,8 @@ def _show_rich(
     try:
         yield lambda done: display.update(task, advance=done, refresh=True)
     finally:
-        display.remove_task(task)
+        # Not removed: Lightning 2.5 takes the ids of its tasks for their places in a list.
+        display.update(task, visible=False)
 
 
 @contextlib.contextmanager
