@@ -38,7 +38,7 @@ from lightning_woodfisher.sharded_gradients import (
 from lightning_woodfisher.sharding import undisturbed
 
 _ROWS_ADDED_AT_ONCE = 8
-# The first-order sample is read for the gradient and for every trial of the search.
+# The same losses are measured before the step, for every trial of the search and after it.
 _BYTES_OF_SAMPLES_KEPT = 2**28
 
 
@@ -72,8 +72,8 @@ class Sampling:
         self._clock = clock or PhaseClock()
         self._progress = progress
         self._measure_loss = measure_loss
-        # The first-order sample of this part.
-        self._kept: tuple[tuple[int, ...], Batches | None] = (), None
+        # The samples that were read last, by number, size and seed.
+        self._kept: tuple[tuple[int, int, int], Batches] | None = None
         # What was left out, by seed, N and m.
         self._skipped: dict[tuple[int, int, int], SkippedGradients] = {}
 
@@ -297,34 +297,19 @@ class Sampling:
         with self._clock("measure"):
             return self._losses(seed, *self._groups(seed))
 
-    def measure_trial(self, criterion: Criterion, seed: int) -> list[float]:
-        """Compute the losses at weights that are on trial.
+    def measure_trial(self, seed: int) -> list[float]:
+        """Compute the losses of the same samples at weights that are on trial.
+
+        They are not those of ``first_order_samples``: on these a step along their own mean
+        gradient would look better than it is.
 
         Args:
-            criterion: whose ``first_order_samples`` are taken where it uses any;
-                otherwise losses are those of :meth:`measure`.
             seed: of the samples.
 
         Returns:
             Losses; they may be infinite or NaN.
         """
-        sample = self._first_order(criterion, seed)
-        if sample is None:
-            count, size = self._groups(seed)
-        else:
-            seed, count, size = sample
-        return self._losses(seed, count, size, finite=False)
-
-    def has_own_trials(self, criterion: Criterion) -> bool:
-        """Tell whether trials have other samples than :meth:`measure`.
-
-        Args:
-            criterion: as of :meth:`measure_trial`.
-
-        Returns:
-            True for a criterion that uses ``first_order_samples``.
-        """
-        return criterion.first_order and self._fisher.first_order_samples is not None
+        return self._losses(seed, *self._groups(seed), finite=False)
 
     def _losses(
         self, seed: int, count: int, size: int, finite: bool = True
@@ -385,13 +370,11 @@ class Sampling:
         """Seed, number and size of the mini-batches of the first-order sample."""
         fisher = self._fisher
         samples = fisher.first_order_samples
-        if samples is None or not self.has_own_trials(criterion):
+        if samples is None or not criterion.first_order:
             return None
         count, size = first_order_batches(fisher)
         seed = derive_seed(seed, "first order")
         name = f"fisher.first_order_samples={samples}"
-        if self._kept[0] == (count, size, seed):
-            return seed, count, size
         try:
             batches = self._source.batches(count, size, seed)
         except ConfigurationError as error:
@@ -401,15 +384,20 @@ class Sampling:
                 f"{name} needs a map-style dataset, for the data comes in batches whose "
                 "size nobody knows; set it to None, or give a dataset."
             )
-        kept = KeptBatches(batches, _BYTES_OF_SAMPLES_KEPT)
-        self._kept = (count, size, seed), kept
         return seed, count, size
 
-    def _batches(self, count: int, size: int, seed: int) -> Batches:
-        key, kept = self._kept
-        if kept is not None and key == (count, size, seed):
-            return kept
+    def _fresh_batches(self, count: int, size: int, seed: int) -> Batches:
         return self._source.batches(count, size, seed, self._fisher.repeat_samples)
+
+    def _batches(self, count: int, size: int, seed: int) -> Batches:
+        """The same samples each time, read once as far as there is room for them."""
+        key = count, size, seed
+        if self._kept is None or self._kept[0] != key:
+            batches = self._fresh_batches(*key)
+            if not batches.regroupable:
+                return batches
+            self._kept = key, KeptBatches(batches, _BYTES_OF_SAMPLES_KEPT)
+        return self._kept[1]
 
     def _groups(self, seed: int) -> tuple[int, int]:
         """Number and size of the batches in which losses are measured."""
@@ -426,7 +414,7 @@ class Sampling:
         """How many mini-batches are evaluated as one."""
         fisher = self._fisher
         count, size = fisher.num_gradients, fisher.gradient_batch_size
-        if not self._batches(count, size, seed).regroupable:
+        if not self._fresh_batches(count, size, seed).regroupable:
             return 1
         # Of a group only the whole could be left out.
         if self._left_out(seed, count, size):

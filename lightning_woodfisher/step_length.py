@@ -134,8 +134,6 @@ class StepLength:
                 if _mean(found) < _mean(losses):
                     update, losses = name, found
                     scales, directions = trial, instead
-            if self._sampling.has_own_trials(self._criterion):
-                losses = None
         return ChosenStep(
             change_at(scales, directions),
             scales,
@@ -147,7 +145,7 @@ class StepLength:
         """Measure at weights on trial; nothing where they are not finite."""
         if not self._active.try_on(self._weights + change, removed):
             return []
-        return self._sampling.measure_trial(self._criterion, self._seed)
+        return self._sampling.measure_trial(self._seed)
 
 
 def _mean(losses: Sequence[float]) -> float:

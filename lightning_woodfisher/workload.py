@@ -178,13 +178,11 @@ class Work:
         group = mini_batches_in_group(fisher)
         own = -(-(fisher.num_gradients // group) // self.exchanging)
         samples = own * group * fisher.gradient_batch_size
-        sample, size = self.first_order_batches
         trials = self.usual_trials
-        # Unless there is a sample for trials, the last measurement is one of them.
-        after = int(self.measure_loss and (bool(sample) or not trials))
+        # The last measurement of the search is that of the new weights.
+        after = int(self.measure_loss and not trials)
         number = after + max(0, self.local_model_points - 2) + self._losses_before
-        trial = -(-sample // self.exchanging) * size if sample else samples
-        return number * samples + trials * trial
+        return (number + trials) * samples
 
     @property
     def _losses_before(self) -> int:

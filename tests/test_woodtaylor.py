@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from lightning_woodfisher import (
     ConfigurationError,
@@ -263,6 +263,45 @@ def test_a_larger_sample_gives_the_mean_gradient() -> None:
     expected = torch.autograd.grad(loss, parameters)
     flat = torch.cat([g.reshape(-1) for g in expected]).double()
     assert torch.allclose(seen[0], flat, rtol=1e-4, atol=1e-7)
+
+
+class Read(Dataset[tuple[Tensor, Tensor]]):
+    """Samples that know how often each was asked for."""
+
+    def __init__(self) -> None:
+        self.data = samples()
+        self.times = [0] * len(self.data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.times[index] += 1
+        return self.data[index]
+
+
+def test_trials_are_measured_on_the_samples_of_the_gradients_and_read_them_once() -> (
+    None
+):
+    """On those of the first order a step along their own gradient looks too good."""
+    fisher = dataclasses.replace(FISHER, num_gradients=8, first_order_samples=160)
+    measured: list[Tensor] = []
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if not torch.is_grad_enabled():
+            measured.append(batch[0])
+        return cross_entropy(network, batch)
+
+    data = Read()
+    options: dict[str, Any] = {"target_sparsity": 0.5, "criterion": "woodtaylor"}
+    report = prune(mlp(), data, loss, fisher=fisher, **options)
+    assert report.first_order_scales
+    used = 8 * fisher.gradient_batch_size
+    trials = torch.cat(measured).unique(dim=0)
+    assert len(trials) == used < 160
+    # For the mean gradient; for gradients and losses; and to compare two gradients.
+    again = 2 * fisher.gradient_batch_size
+    assert sum(data.times) == 160 + 2 * used + again
 
 
 def test_a_sample_that_is_not_there_is_refused_by_its_name() -> None:

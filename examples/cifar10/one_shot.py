@@ -31,7 +31,7 @@ COMMON: dict[str, Any] = {
 }
 PAPER = {"block_size": 36_864, "update": "independent", "step_search": False}
 FULL = {"block_size": None, "update": "joint"}
-MANY = {"damping": 1e-4, "first_order_samples": 2_000, "criterion": "woodtaylor"}
+MANY = {"damping": 3e-4, "first_order_samples": 4_096, "criterion": "woodtaylor"}
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
     "diagonal Fisher": {"criterion": "diagonal_fisher", "step_search": False},
