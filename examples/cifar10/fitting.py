@@ -1,14 +1,35 @@
-"""A fit and the accuracy after it, for the scripts that compare methods."""
+"""Loss, fit and accuracy, for the scripts that compare methods."""
 
 from __future__ import annotations
 
-__all__ = ["fit_and_test"]
+__all__ = ["accuracy", "fit_and_test", "loss_fn"]
 
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from examples.cifar10.model import CIFAR10, CIFAR10Classifier
+
+
+def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean cross-entropy of a batch."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: TensorDataset) -> float:
+    """Share of right answers in per cent."""
+    model.eval()
+    images, labels = data.tensors
+    right = [
+        (model(part).argmax(1) == truth).sum()
+        for part, truth in zip(images.split(500), labels.split(500), strict=True)
+    ]
+    return 100 * float(sum(right)) / len(labels)
 
 
 def fit_and_test(

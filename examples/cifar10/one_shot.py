@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch import nn
 
+from examples.cifar10.fitting import accuracy, loss_fn
 from examples.cifar10.model import CIFAR10, resnet20
 from examples.comparison import compare, parse_arguments
 
@@ -42,23 +41,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "joint, full Fisher, 8 parts": {**FULL, "recompute_steps": 8},
     "WoodTaylor, full Fisher, 8 parts": {**FULL, **MANY, "recompute_steps": 8},
 }
-
-
-def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy of a batch."""
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: TensorDataset) -> float:
-    """Share of right answers in per cent."""
-    model.eval()
-    images, labels = data.tensors
-    right = [
-        (model(part).argmax(1) == truth).sum()
-        for part, truth in zip(images.split(500), labels.split(500), strict=True)
-    ]
-    return 100 * float(sum(right)) / len(labels)
 
 
 def main() -> None:

@@ -5,8 +5,9 @@
 Each method removes a share of the FLOPs at once, and training goes on with the same images,
 order and learning rates for all. Prints the accuracy on the test images, the parameters that
 are left, and the time of a forward pass of the smaller network against the dense one.
-``--rank-correlation`` prints how well the scores rank 64 random channels by the loss that
-their removal really costs.
+``--one-shot`` prints the accuracy without any training, with the BatchNorm statistics of
+the dense network and with new ones. ``--rank-correlation`` prints how well the scores rank
+64 random channels by the loss that their removal really costs.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from examples.cifar10.fitting import fit_and_test
+from examples.cifar10.fitting import accuracy, fit_and_test, loss_fn
 from examples.cifar10.model import CIFAR10, CIFAR10Classifier, resnet20
 from lightning_woodfisher import (
     HAPPruningCallback,
     StructureConfig,
     StructuredPruningCallback,
+    prune_structures,
 )
 from lightning_woodfisher.losses import FunctionLoss
 from lightning_woodfisher.report import format_table
@@ -53,9 +54,11 @@ METHODS = (*SCORES, "HAP + implant", "SOSP-I per cost", "magnitude per cost")
 IMAGE = torch.zeros(1, 3, 32, 32)
 
 
-def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy of a batch."""
-    return F.cross_entropy(model(batch[0]), batch[1])
+def make_config(name: str, seed: int) -> StructureConfig:
+    """Make the settings of a method: its name without what the callback does."""
+    scores = name.removesuffix(" + implant").removesuffix(" per cost")
+    per_cost = name.endswith(" per cost")
+    return StructureConfig(seed=seed, per_cost=per_cost, **SCORES[scores])
 
 
 def make_callback(name: str, target: float, seed: int) -> StructuredPruningCallback:
@@ -69,9 +72,7 @@ def make_callback(name: str, target: float, seed: int) -> StructuredPruningCallb
     Returns:
         It.
     """
-    scores = name.removesuffix(" + implant").removesuffix(" per cost")
-    per_cost = name.endswith(" per cost")
-    config = StructureConfig(seed=seed, per_cost=per_cost, **SCORES[scores])
+    config = make_config(name, seed)
     if name.endswith(" + implant"):
         return HAPPruningCallback(
             target, config, implant_ratio=0.1, implant_init="center", measure="macs"
@@ -125,6 +126,35 @@ def compare(options: argparse.Namespace, data: CIFAR10) -> None:
     print(format_table(head, rows))
 
 
+def compare_untrained(options: argparse.Namespace, data: CIFAR10) -> None:
+    """Print accuracies right after the removal."""
+    test = data.held_out if options.held_out else data.test
+    rows = []
+    for removed in options.removed:
+        for name in (name for name in METHODS if options.only in name):
+            if name.endswith(" + implant"):
+                continue
+            for batches in (0, 50):
+                found = []
+                for seed in options.seeds:
+                    model = CIFAR10Classifier(weights=options.weights).net.eval()
+                    prune_structures(
+                        model,
+                        data.train,
+                        loss_fn,
+                        target=removed,
+                        measure="macs",
+                        config=make_config(name, seed),
+                        batchnorm_recalibration_batches=batches,
+                        example_inputs=IMAGE,
+                    )
+                    found.append(accuracy(model, test))
+                each = "  ".join(f"{value:.2f}" for value in found)
+                rows.append((name, f"{removed:g}", str(batches), each))
+                print(*rows[-1], flush=True)
+    print(format_table(("method", "FLOPs removed", "batches", "accuracy"), rows))
+
+
 def correlate(options: argparse.Namespace, data: CIFAR10) -> None:
     """Print rank correlations of scores and removal losses."""
     module = CIFAR10Classifier(weights=options.weights)
@@ -161,6 +191,7 @@ def main() -> None:
     parser.add_argument("--data", default="data", help="folder of the images")
     parser.add_argument("--weights", default="runs/cifar10/dense.pt")
     parser.add_argument("--rank-correlation", action="store_true")
+    parser.add_argument("--one-shot", action="store_true")
     parser.add_argument("--only", default="", metavar="TEXT")
     parser.add_argument("--removed", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--epochs", type=int, default=1)
@@ -175,6 +206,8 @@ def main() -> None:
     data.setup("fit")
     if options.rank_correlation:
         correlate(options, data)
+    elif options.one_shot:
+        compare_untrained(options, data)
     else:
         compare(options, data)
 
