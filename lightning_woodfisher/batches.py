@@ -34,6 +34,7 @@ from torch.utils.data import (
 
 from lightning_woodfisher.errors import ConfigurationError
 from lightning_woodfisher.isolation import (
+    RandomStates,
     derive_seed,
     random_states_kept,
     reseed,
@@ -42,6 +43,9 @@ from lightning_woodfisher.isolation import (
 
 # Samplers that visit the whole dataset.
 _DRAW_EVERYTHING = (SequentialSampler, RandomSampler, DistributedSampler)
+# What a batch may hold beside tensors that nobody can change in place.
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_BYTES_OF_GENERATORS = 2**15
 
 
 class Batches(ABC):
@@ -286,17 +290,21 @@ def _warn_of(sampler: str) -> None:
 class KeptBatches(Batches):
     """Batches that are fetched again and again, and kept as far as memory is given.
 
+    Whether a batch was kept cannot be told: it is a copy, and what is drawn after it is
+    drawn from generators in the state in which making it leaves them.
+
     Args:
-        batches: which can be fetched in any order.
-        most_bytes: of the tensors that are kept.
+        batches: which can be fetched in any order, each under a seed of its own.
+        most_bytes: of what is kept.
     """
 
     def __init__(self, batches: Batches, most_bytes: int) -> None:
         self._batches = batches
         self._left = most_bytes
-        self._kept: dict[int, Any] = {}
+        self._kept: dict[int, tuple[Any, RandomStates]] = {}
         self.regroupable = batches.regroupable
         self.size = batches.size
+        self.why_whole = batches.why_whole
 
     def fetch(self, index: int) -> Any:
         """Make one batch, or give it once more.
@@ -308,15 +316,14 @@ class KeptBatches(Batches):
             The batch.
         """
         if index in self._kept:
-            return _copy(self._kept[index])
-        # The caller's generators must not tell whether a batch had to be made.
-        with random_states_kept():
-            batch = self._batches.fetch(index)
-        leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-        size = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-        if size <= self._left:
+            batch, states = self._kept[index]
+            states.restore()
+            return _copy(batch)
+        batch = self._batches.fetch(index)
+        size = _bytes_to_keep(batch)
+        if size is not None and size <= self._left:
             self._left -= size
-            self._kept[index] = _copy(batch)
+            self._kept[index] = _copy(batch), RandomStates.now()
         return batch
 
     def fetch_group(self, first: int, count: int, seed: int) -> Any:
@@ -342,6 +349,18 @@ class KeptBatches(Batches):
             Their indices in the dataset.
         """
         return self._batches.describe(index)
+
+
+def _bytes_to_keep(batch: Any) -> int | None:
+    """Bytes of a batch and of the generators after it; None if it is not to be kept."""
+    size = _BYTES_OF_GENERATORS
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
+            size += leaf.numel() * leaf.element_size()
+        elif not isinstance(leaf, _PLAIN):
+            # A loss may change it in place, or it takes memory of an accelerator.
+            return None
+    return size
 
 
 def _copy(batch: Any) -> Any:

@@ -100,8 +100,8 @@ class FisherConfig:
             same numbers, ``"loop"`` each of them on its own.
         row_dtype: of gradients that are exchanged and kept; bfloat16 halves both.
         first_order_samples: samples of the mean gradient of ``criterion="woodtaylor"``,
-            rounded down to whole mini-batches of 256; None takes those of the N gradients,
-            on which its step search also measures the losses.
+            rounded down to whole mini-batches of 256; None takes those of the N gradients.
+            The step search measures its losses on the latter in either case.
         labels: ``"true"`` takes the labels of the data (empirical Fisher); ``"sampled"``
             draws them from the model's own softmax (the true Fisher, where m = 1). Batches
             must be ``(inputs, class labels)`` and ``model(inputs)`` the logits

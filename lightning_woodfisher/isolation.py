@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "ModelMode",
+    "RandomStates",
     "derive_seed",
     "isolated",
     "random_states_kept",
@@ -137,6 +138,42 @@ def reseed(seed: int) -> None:
         numpy.random.seed(seed % 2**32)
 
 
+@dataclass(frozen=True)
+class RandomStates:
+    """The states of all generators at one moment: torch, CUDA, Python and NumPy."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+    python: tuple[Any, ...]
+    numpy: Any
+
+    @classmethod
+    def now(cls) -> RandomStates:
+        """Copy them.
+
+        Returns:
+            The copies.
+        """
+        # NumPy is looked up, not imported: if nobody has imported it, nobody draws from it.
+        numpy = sys.modules.get("numpy")
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return cls(
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state_all() if cuda else [],
+            random.getstate(),
+            None if numpy is None else numpy.random.get_state(),
+        )
+
+    def restore(self) -> None:
+        """Put them back."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+
 @contextlib.contextmanager
 def random_states_kept() -> Iterator[None]:
     """Put the states of all generators back on leaving.
@@ -144,22 +181,11 @@ def random_states_kept() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    # NumPy is looked up, not imported: if nobody has imported it, nobody draws from it.
-    numpy = sys.modules.get("numpy")
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cpu_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if cuda else []
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
+    states = RandomStates.now()
     try:
         yield
     finally:
-        torch.set_rng_state(cpu_state)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda_states)
-        random.setstate(python_state)
-        if numpy is not None and numpy_state is not None:
-            numpy.random.set_state(numpy_state)
+        states.restore()
 
 
 @dataclass(frozen=True)

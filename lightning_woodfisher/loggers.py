@@ -78,6 +78,10 @@ def progress_bar(trainer: pl.Trainer) -> Progress | None:
     return terminal_bar
 
 
+# Marks our row in the display of the Trainer, to be used again.
+_OUR_ROW = "pruning"
+
+
 @contextlib.contextmanager
 def _show_rich(
     bar: RichProgressBar, title: str, total: int
@@ -87,7 +91,12 @@ def _show_rich(
     if display is None:
         yield lambda done: None
         return
-    task = display.add_task(title, total=total)
+    hidden = [t.id for t in display.tasks if _OUR_ROW in t.fields and not t.visible]
+    if hidden:
+        task = hidden[0]
+        display.reset(task, total=total, description=title, visible=True)
+    else:
+        task = display.add_task(title, total=total, **{_OUR_ROW: True})
     try:
         yield lambda done: display.update(task, advance=done, refresh=True)
     finally:

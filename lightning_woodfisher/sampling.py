@@ -6,6 +6,7 @@ __all__ = ["Sampling"]
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
@@ -74,6 +75,7 @@ class Sampling:
         self._measure_loss = measure_loss
         # The samples that were read last, by number, size and seed.
         self._kept: tuple[tuple[int, int, int], Batches] | None = None
+        self._regroupable: bool | None = None
         # What was left out, by seed, N and m.
         self._skipped: dict[tuple[int, int, int], SkippedGradients] = {}
 
@@ -168,6 +170,10 @@ class Sampling:
         """
         losses = [] if losses is None else losses
         notes = [] if notes is None else notes
+        # Other samples are read once and make no room for themselves.
+        choose = self._batches_of_gradients
+        if fisher is not None:
+            choose = functools.partial(choose, again=False)
         fisher, parameters = fisher or self._fisher, self._masks.parameters
         count, size = fisher.num_gradients, fisher.gradient_batch_size
         skipped = SkippedGradients(fisher.max_nonfinite, self._comm)
@@ -188,11 +194,11 @@ class Sampling:
                 losses,
                 tick,
                 divisible=fisher.model_mode == "eval",
-                choose=self._batches_of_gradients,
+                choose=choose,
             )
         rows = collect_gradients(
             self._source,
-            self._batches_of_gradients(count, size, seed),
+            choose(count, size, seed),
             parameters,
             active.positions,
             active.partition.shard_sizes(),
@@ -404,8 +410,11 @@ class Sampling:
         fisher, group = self._fisher, self._group(seed)
         return fisher.num_gradients // group, fisher.gradient_batch_size * group
 
-    def _batches_of_gradients(self, count: int, size: int, seed: int) -> Batches:
-        batches = self._batches(count, size, seed)
+    def _batches_of_gradients(
+        self, count: int, size: int, seed: int, *, again: bool = True
+    ) -> Batches:
+        choose = self._batches if again else self._fresh_batches
+        batches = choose(count, size, seed)
         if self._fisher.labels == "true":
             return batches
         return UnlabelledBatches(batches, seed, self._source.model)
@@ -414,7 +423,10 @@ class Sampling:
         """How many mini-batches are evaluated as one."""
         fisher = self._fisher
         count, size = fisher.num_gradients, fisher.gradient_batch_size
-        if not self._fresh_batches(count, size, seed).regroupable:
+        if self._regroupable is None:
+            batches = self._fresh_batches(count, size, seed)
+            self._regroupable = batches.regroupable
+        if not self._regroupable:
             return 1
         # Of a group only the whole could be left out.
         if self._left_out(seed, count, size):

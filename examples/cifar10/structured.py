@@ -6,8 +6,8 @@ Each method removes a share of the FLOPs at once, and training goes on with the 
 order and learning rates for all. Prints the accuracy on the test images, the parameters that
 are left, and the time of a forward pass of the smaller network against the dense one.
 ``--one-shot`` prints the accuracy without any training, with the BatchNorm statistics of
-the dense network and with new ones. ``--rank-correlation`` prints how well the scores rank
-64 random channels by the loss that their removal really costs.
+the dense network and with new ones, without implants. ``--rank-correlation`` prints how well
+the scores rank 64 random channels by the loss that their removal really costs.
 """
 
 from __future__ import annotations

@@ -156,7 +156,18 @@ def test_a_progress_bar_shows_the_collection(
     if kind == "rich":
         console = {"file": screen, "force_terminal": True, "width": 100}
         bar = RichProgressBar(console_kwargs=console)
-    trainer(pruning(), bar, enable_progress_bar=True).fit(Classifier(), loader())
+    rows: list[int] = []
+
+    class Count(pl.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if kind == "rich":
+                rows.append(len(bar.progress.tasks))
+
+    two_parts = pruning(recompute_steps=2)
+    fitting = trainer(two_parts, bar, Count(), enable_progress_bar=True)
+    fitting.fit(Classifier(), loader())
+    # That of training and ours.
+    assert set(rows) == ({2} if kind == "rich" else set())
     assert re.search(r"Collecting gradients.* 0/6 ", screen.getvalue())
     if kind == "rich":  # which draws every time; tqdm leaves some out
         assert re.search(r"Collecting gradients.* 6/6 ", screen.getvalue())

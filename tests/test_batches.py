@@ -1,0 +1,111 @@
+"""Batches that are kept: nobody can tell that they were not made anew."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from lightning_woodfisher import FisherConfig, PruningReport, prune
+from lightning_woodfisher.batches import DatasetBatches, KeptBatches
+from lightning_woodfisher.isolation import seeded
+
+
+class Augmented(Dataset[tuple[Tensor, int]]):
+    """Samples that draw from every generator, and are counted."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        self.read += 1
+        noise = torch.rand(5) + random.random() + float(np.random.rand())
+        return noise + index, index % 3
+
+
+class Bag:
+    """A batch of a kind that PyTorch knows nothing of."""
+
+    def __init__(self, samples: list[tuple[Tensor, int]]) -> None:
+        self.inputs, self.labels = default_collate(samples)
+
+
+def draw_all() -> list[float]:
+    return [float(torch.rand(())), random.random(), float(np.random.rand())]
+
+
+def batches(data: Dataset[Any]) -> DatasetBatches:
+    return DatasetBatches(data, 4, 8, seed=1)
+
+
+def test_what_is_drawn_after_a_batch_does_not_tell_whether_it_was_kept() -> None:
+    data = Augmented()
+    kept, plain = KeptBatches(batches(data), 10**6), batches(data)
+    for _ in range(3):
+        with seeded(7):
+            batch, drawn = kept.fetch(2), draw_all()
+        with seeded(7):
+            expected, expected_drawn = plain.fetch(2), draw_all()
+        torch.testing.assert_close(batch, expected, rtol=0, atol=0)
+        assert drawn == expected_drawn
+        batch[0].zero_()
+    assert data.read == 8 + 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("collate", "room", "reads"),
+    [(None, 10**6, 1), (None, 1_000, 3), (Bag, 10**6, 3)],
+    ids=["tensors", "no room", "not only tensors"],
+)
+def test_batches_are_read_again_where_they_cannot_be_kept(
+    collate: Callable[..., Any] | None, room: int, reads: int
+) -> None:
+    data = Augmented()
+    plain = DatasetBatches(data, 4, 8, seed=1, collate=collate or default_collate)
+    kept = KeptBatches(plain, room)
+    for _ in range(3):
+        for index in range(4):
+            kept.fetch(index)
+    assert data.read == reads * 4 * 8
+
+
+@pytest.mark.parametrize("collate", [default_collate, Bag])
+def test_a_loss_that_changes_its_batch_in_place(collate: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 5)
+    data = [(50 * x, int(x[:3].argmax())) for x in inputs]
+
+    def step(in_place: bool) -> PruningReport:
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            inputs, labels = (
+                (batch.inputs, batch.labels) if isinstance(batch, Bag) else batch
+            )
+            if in_place:
+                inputs.div_(50)
+            else:
+                inputs = inputs / 50
+            return F.cross_entropy(model(inputs), labels)
+
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
+        return prune(
+            model,
+            DataLoader(data, batch_size=4, collate_fn=collate),
+            loss,
+            target_sparsity=0.5,
+            fisher=FisherConfig(num_gradients=8, gradient_batch_size=4),
+        )
+
+    one, other = step(True), step(False)
+    assert (one.loss_before, one.loss_after) == (other.loss_before, other.loss_after)
+    assert one.updates == other.updates != ("none",)
