@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import settings
 
+from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.distributed import Communicator
 
 settings.register_profile(
@@ -17,3 +20,12 @@ settings.load_profile("reproducible")
 def comm() -> Communicator:
     """The only rank of a job of one."""
     return Communicator()
+
+
+@pytest.fixture
+def own_criteria() -> Iterator[None]:
+    """Forget the criteria that a test registers."""
+    before = dict(CRITERIA)
+    yield
+    CRITERIA.clear()
+    CRITERIA.update(before)

@@ -162,6 +162,7 @@ def quiet_trainer(**settings: Any) -> pl.Trainer:
 _Trainer = pl.Trainer
 
 
+@pytest.mark.usefixtures("own_criteria")
 @pytest.mark.parametrize("page", pages("python"))
 def test_python_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a page share their names; what a page does not make itself is fresh."""

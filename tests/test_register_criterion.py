@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
@@ -41,12 +40,7 @@ class FirstOrder(Uncoupled):
         return self.score(weights)
 
 
-@pytest.fixture(autouse=True)
-def _registry() -> Iterator[None]:
-    before = dict(CRITERIA)
-    yield
-    CRITERIA.clear()
-    CRITERIA.update(before)
+pytestmark = pytest.mark.usefixtures("own_criteria")
 
 
 def test_it_prunes() -> None:
