@@ -45,6 +45,7 @@ from lightning_woodfisher.isolation import (
 _DRAW_EVERYTHING = (SequentialSampler, RandomSampler, DistributedSampler)
 # What a batch may hold beside tensors that nobody can change in place.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+# States of the generators that are kept with a batch: torch's, Python's and NumPy's.
 _BYTES_OF_GENERATORS = 2**15
 
 

@@ -156,6 +156,7 @@ class RandomStates:
         """
         # NumPy is looked up, not imported: if nobody has imported it, nobody draws from it.
         numpy = sys.modules.get("numpy")
+        # is_initialized has no annotations.
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return cls(
             torch.get_rng_state(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["accuracy", "fit_and_test", "loss_fn"]
+__all__ = ["accuracy", "fit_and_test", "loss_fn", "trained_module"]
 
 from collections.abc import Sequence
 
@@ -30,6 +30,23 @@ def accuracy(model: nn.Module, data: TensorDataset) -> float:
         for part, truth in zip(images.split(500), labels.split(500), strict=True)
     ]
     return 100 * float(sum(right)) / len(labels)
+
+
+def trained_module(weights: str, learning_rate: float, seed: int) -> CIFAR10Classifier:
+    """Load a trained network to go on with, and seed all generators.
+
+    Args:
+        weights: file of the weights.
+        learning_rate: the highest.
+        seed: of the generators.
+
+    Returns:
+        The network, in the memory format that is fastest.
+    """
+    pl.seed_everything(seed, verbose=False)
+    module = CIFAR10Classifier(learning_rate, weights=weights)
+    module.to(memory_format=torch.channels_last)
+    return module
 
 
 def fit_and_test(

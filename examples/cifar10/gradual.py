@@ -17,11 +17,8 @@ import statistics
 import warnings
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-
-from examples.cifar10.fitting import fit_and_test
-from examples.cifar10.model import CIFAR10, CIFAR10Classifier
+from examples.cifar10.fitting import fit_and_test, trained_module
+from examples.cifar10.model import CIFAR10
 from lightning_woodfisher import (
     FisherConfig,
     PolynomialSchedule,
@@ -62,9 +59,7 @@ def fit(
     Returns:
         Accuracy in per cent.
     """
-    pl.seed_everything(seed, verbose=False)
-    module = CIFAR10Classifier(options.learning_rate, weights=options.weights)
-    module.to(memory_format=torch.channels_last)
+    module = trained_module(options.weights, options.learning_rate, seed)
     batches = len(data.train) // data.batch_size
     every = options.epochs * batches // (2 * STEPS)
     schedule = PolynomialSchedule(

@@ -17,12 +17,16 @@ import statistics
 import warnings
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
-from examples.cifar10.fitting import accuracy, fit_and_test, loss_fn
+from examples.cifar10.fitting import (
+    accuracy,
+    fit_and_test,
+    loss_fn,
+    trained_module,
+)
 from examples.cifar10.model import CIFAR10, CIFAR10Classifier, resnet20
 from lightning_woodfisher import (
     HAPPruningCallback,
@@ -87,11 +91,7 @@ def compare(options: argparse.Namespace, data: CIFAR10) -> None:
         for name in (name for name in METHODS if options.only in name):
             found = []
             for seed in options.seeds:
-                pl.seed_everything(seed, verbose=False)
-                module = CIFAR10Classifier(
-                    options.learning_rate, weights=options.weights
-                )
-                module.to(memory_format=torch.channels_last)
+                module = trained_module(options.weights, options.learning_rate, seed)
                 callback = make_callback(name, removed, seed)
                 found.append(
                     fit_and_test(
