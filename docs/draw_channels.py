@@ -25,7 +25,7 @@ from lightning_woodfisher import (
     PolynomialSchedule,
     StructureConfig,
 )
-from lightning_woodfisher.figures import draw_channels, draw_size
+from lightning_woodfisher.reporting.figures import draw_channels, draw_size
 
 
 def digits() -> TensorDataset:

@@ -59,7 +59,7 @@ def accuracy(model: nn.Module, data: Digits) -> dict[str, float]:
 
 
 def draw() -> dict[str, Figure]:
-    """Run, and draw each figure of lightning_woodfisher.figures."""
+    """Run, and draw each figure of lightning_woodfisher.reporting.figures."""
     pl.seed_everything(0)
     data = Digits()
     data.setup("fit")

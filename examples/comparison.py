@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_woodfisher import FisherConfig, SelectionConfig, prune
-from lightning_woodfisher.report import format_table
+from lightning_woodfisher.pruning.report import format_table
 
 
 def parse_arguments(

@@ -6,7 +6,7 @@ __all__ = ["callbacks_of", "has_callback"]
 
 import lightning.pytorch as pl
 
-from lightning_woodfisher.flavours import either_name
+from lightning_woodfisher.base.lightning_names import either_name
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -11,30 +11,30 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_woodfisher.budget import require_one_device, within_memory
-from lightning_woodfisher.clock import Progress
-from lightning_woodfisher.configuration import PruningConfig, check_sparsity
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import (
+from lightning_woodfisher.resources.budget import require_one_device, within_memory
+from lightning_woodfisher.base.clock import Progress
+from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import (
     ConfigurationError,
 )
-from lightning_woodfisher.fisher import FisherConfig
-from lightning_woodfisher.layers import prunable_parameters
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.obs import Update
-from lightning_woodfisher.parts import Spacing
-from lightning_woodfisher.patterns import require_pattern_fits
-from lightning_woodfisher.pruner import Pruner
-from lightning_woodfisher.quotas import (
+from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.pruning.parts import Spacing
+from lightning_woodfisher.weights.patterns import require_pattern_fits
+from lightning_woodfisher.pruning.pruner import Pruner
+from lightning_woodfisher.pruning.quotas import (
     require_target_fits,
 )
-from lightning_woodfisher.report import PruningReport
-from lightning_woodfisher.selection import SelectionConfig
-from lightning_woodfisher.selector import (
+from lightning_woodfisher.pruning.report import PruningReport
+from lightning_woodfisher.pruning.selection import SelectionConfig
+from lightning_woodfisher.pruning.selector import (
     take_zeros,
 )
-from lightning_woodfisher.sharding import reshard
+from lightning_woodfisher.distributed.dtensor import reshard
 
 
 def prune(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 
 from lightning_woodfisher.criteria import CRITERIA
-from lightning_woodfisher.distributed import Communicator
+from lightning_woodfisher.distributed.communicator import Communicator
 
 settings.register_profile(
     "reproducible", derandomize=True, database=None, deadline=None, max_examples=60

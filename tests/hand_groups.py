@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_woodfisher.structured.groups import Group, Member, Role
+from lightning_woodfisher.structured.graph.groups import Group, Member, Role
 
 
 class Residual(nn.Module):

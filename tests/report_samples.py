@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_woodfisher.report import LayerReport, LocalModelPoint, PruningReport
+from lightning_woodfisher.pruning.report import LayerReport, LocalModelPoint, PruningReport
 
 KEY = "WoodFisherPruningCallback{'include': [], 'exclude': []}"
 EVIL = "net.<script>alert('$1 & $2')</script>.weight"

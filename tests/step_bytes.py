@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import FisherConfig
-from lightning_woodfisher.configuration import PruningConfig
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.pruner import Pruner
+from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.pruning.pruner import Pruner
 
 
 class _RandomGradients(torch.autograd.Function):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_woodfisher import FisherConfig, PruningReport, prune
-from lightning_woodfisher.batches import DatasetBatches, KeptBatches
-from lightning_woodfisher.isolation import seeded
+from lightning_woodfisher.data.batches import DatasetBatches, KeptBatches
+from lightning_woodfisher.data.isolation import seeded
 
 
 class Augmented(Dataset[tuple[Tensor, int]]):

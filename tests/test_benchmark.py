@@ -41,11 +41,11 @@ from lightning_woodfisher.benchmark.structures import (
     measure_structures,
     torchvision_network,
 )
-from lightning_woodfisher.errors import ConfigurationError
-from lightning_woodfisher.layers import prunable_parameters
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.partition import make_partition
-from lightning_woodfisher.shapes import SHAPES, count_weights
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.weights.partition import make_partition
+from lightning_woodfisher.resources.network_shapes import SHAPES, count_weights
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_woodfisher.cli import main
+from lightning_woodfisher.cli.main import main
 
 MODULE = """
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_woodfisher.cli import main
+from lightning_woodfisher.cli.main import main
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 OTHERS = (

@@ -19,20 +19,20 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
-from lightning_woodfisher.active_weights import ActiveWeights
+from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.criteria import (
     CRITERIA,
     Criterion,
     CriterionName,
     make_criterion,
 )
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.factors import KroneckerFactors
-from lightning_woodfisher.layers import prunable_parameters
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.obs import Update
-from lightning_woodfisher.sampling import Sampling
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.criteria.kronecker_factors import KroneckerFactors
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.pruning.sampling import Sampling
 
 BASELINES = ["kfac", "diagonal_fisher", "hessian_diagonal"]
 UPDATES: tuple[Update, ...] = ("joint", "independent", "none")

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_woodfisher.cli import main
+from lightning_woodfisher.cli.main import main
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_woodfisher.errors import ConfigurationError, PruningError, nearest
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError, nearest
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lightning_woodfisher import FisherConfig, estimate
-from lightning_woodfisher.cli import main
-from lightning_woodfisher.shapes import SHAPES
+from lightning_woodfisher.cli.main import main
+from lightning_woodfisher.resources.network_shapes import SHAPES
 
 # Lightning's own use of jsonargparse.
 pytestmark = pytest.mark.filterwarnings(

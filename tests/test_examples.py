@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_woodfisher.cli import main
+from lightning_woodfisher.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32"]

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.export import (
     compare_speed,
     export_onnx,

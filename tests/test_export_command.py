@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from lightning_woodfisher.cli import main
+from lightning_woodfisher.cli.main import main
 from lightning_woodfisher.export import load_sparse, read_checkpoint, read_metadata
 
 sys.path.insert(0, str(Path(__file__).parent))

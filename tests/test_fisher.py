@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import ConfigurationError, PruningError
-from lightning_woodfisher.fisher import (
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.fisher.inverse import (
     DualInverseFisher,
     FisherConfig,
     FullInverseFisher,
@@ -27,8 +27,8 @@ from lightning_woodfisher.fisher import (
     full_column_chunk,
     make_inverse_fisher,
 )
-from lightning_woodfisher.partition import Partition, make_partition
-from lightning_woodfisher.products import Precision
+from lightning_woodfisher.weights.partition import Partition, make_partition
+from lightning_woodfisher.fisher.products import Precision
 
 Form = Literal["primal", "dual", "full"]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.fisher import InverseFisher, make_inverse_fisher
-from lightning_woodfisher.partition import make_partition
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.inverse import InverseFisher, make_inverse_fisher
+from lightning_woodfisher.weights.partition import make_partition
 
 Form = Literal["primal", "dual", "full"]
 FORMS: tuple[Form, ...] = ("primal", "dual", "full")

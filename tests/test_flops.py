@@ -16,12 +16,12 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
-from lightning_woodfisher.configuration import PruningConfig
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.flops import LayerFlops, count_flops
-from lightning_woodfisher.layers import prunable_parameters
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.pruning.flops import LayerFlops, count_flops
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.weights.masks import Masks
 
 BATCH = 3
 

@@ -32,8 +32,8 @@ from lightning_woodfisher import (
     WoodFisherPruningCallback,
     prune,
 )
-from lightning_woodfisher.cli import main
-from lightning_woodfisher.schedule import Horizon
+from lightning_woodfisher.cli.main import main
+from lightning_woodfisher.pruning.schedule import Horizon
 
 # Tests are not a package: this lets them share modules.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lightning_woodfisher.batches import DatasetBatches, StreamBatches
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import ConfigurationError, PruningError
-from lightning_woodfisher.gradients import collect_gradients, iterate_chunks
-from lightning_woodfisher.isolation import derive_seed
-from lightning_woodfisher.losses import FunctionLoss, LossSource, mean_loss
+from lightning_woodfisher.data.batches import DatasetBatches, StreamBatches
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.gradients.collect import collect_gradients, iterate_chunks
+from lightning_woodfisher.data.isolation import derive_seed
+from lightning_woodfisher.data.losses import FunctionLoss, LossSource, mean_loss
 
 Batch = tuple[Tensor, Tensor]
 

@@ -12,7 +12,7 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 
-from lightning_woodfisher.isolation import ModelMode, isolated, seeded
+from lightning_woodfisher.data.isolation import ModelMode, isolated, seeded
 
 MODES: tuple[ModelMode, ...] = ("train", "eval")
 

@@ -17,11 +17,11 @@ from lightning_woodfisher import (
     PruningError,
     prune,
 )
-from lightning_woodfisher.batches import DatasetBatches, StreamBatches
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.gradients import collect_gradients
-from lightning_woodfisher.labels import UnlabelledBatch, UnlabelledBatches, labelled
-from lightning_woodfisher.losses import FunctionLoss
+from lightning_woodfisher.data.batches import DatasetBatches, StreamBatches
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.data.labels import UnlabelledBatch, UnlabelledBatches, labelled
+from lightning_woodfisher.data.losses import FunctionLoss
 
 SAMPLED = FisherConfig(num_gradients=24, gradient_batch_size=2, labels="sampled")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_woodfisher.errors import ConfigurationError
-from lightning_woodfisher.layers import prunable_parameters
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.weights.layers import prunable_parameters
 
 
 class Scaled(nn.Linear):

@@ -19,8 +19,8 @@ from lightning_woodfisher import (
     PruningReport,
     prune,
 )
-from lightning_woodfisher.figures import draw_local_model
-from lightning_woodfisher.obs import Update
+from lightning_woodfisher.reporting.figures import draw_local_model
+from lightning_woodfisher.criteria.obs import Update
 
 DAMPING = 1e-2
 FISHER = FisherConfig(num_gradients=24, gradient_batch_size=4, block_size=20)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_woodfisher.errors import ConfigurationError, PruningError
-from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.weights.masks import Masks
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),

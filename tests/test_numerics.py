@@ -20,14 +20,14 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.engines.base import raise_until_definite
-from lightning_woodfisher.fisher import make_inverse_fisher
-from lightning_woodfisher.gradients import collect_gradients
-from lightning_woodfisher.layers import prunable_parameters
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.nonfinite import NonFiniteError, SkippedGradients
-from lightning_woodfisher.partition import make_partition
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.base import raise_until_definite
+from lightning_woodfisher.fisher.inverse import make_inverse_fisher
+from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.data.nonfinite import NonFiniteError, SkippedGradients
+from lightning_woodfisher.weights.partition import make_partition
 
 Batch = tuple[Tensor, Tensor]
 NAN, INF = math.nan, math.inf

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.fisher import InverseFisher, make_inverse_fisher
-from lightning_woodfisher.obs import Update, saliency, weight_update
-from lightning_woodfisher.partition import make_partition
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.inverse import InverseFisher, make_inverse_fisher
+from lightning_woodfisher.criteria.obs import Update, saliency, weight_update
+from lightning_woodfisher.weights.partition import make_partition
 
 SIZE = 24
 UPDATES: tuple[Update, ...] = ("joint", "independent", "none")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_woodfisher.fisher import block_cost, full_column_chunk
-from lightning_woodfisher.partition import Partition, Unit, make_partition
+from lightning_woodfisher.fisher.inverse import block_cost, full_column_chunk
+from lightning_woodfisher.weights.partition import Partition, Unit, make_partition
 
 MLPNET = [784 * 40, 40 * 20, 20 * 10]
 RESNET20 = [432, *[2304] * 6, 4608, *[9216] * 5, 18432, *[36864] * 5, 640]

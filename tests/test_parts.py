@@ -20,11 +20,11 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
-from lightning_woodfisher.configuration import PruningConfig
-from lightning_woodfisher.isolation import derive_seed
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.parts import Parts
-from lightning_woodfisher.pruner import Pruner
+from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.data.isolation import derive_seed
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.pruning.parts import Parts
+from lightning_woodfisher.pruning.pruner import Pruner
 
 
 def samples(number: int = 160) -> TensorDataset:

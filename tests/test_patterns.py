@@ -21,18 +21,18 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
-from lightning_woodfisher.active_weights import ActiveWeights
-from lightning_woodfisher.configuration import PruningConfig
+from lightning_woodfisher.weights.active import ActiveWeights
+from lightning_woodfisher.pruning.configuration import PruningConfig
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.fisher import make_inverse_fisher
-from lightning_woodfisher.layers import prunable_parameters
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.partition import align_block_size, make_partition
-from lightning_woodfisher.patterns import group_costs, parse_pattern
-from lightning_woodfisher.pruner import Pruner
-from lightning_woodfisher.selector import take_zeros
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.inverse import make_inverse_fisher
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.weights.partition import align_block_size, make_partition
+from lightning_woodfisher.weights.patterns import group_costs, parse_pattern
+from lightning_woodfisher.pruning.pruner import Pruner
+from lightning_woodfisher.pruning.selector import take_zeros
 
 DAMPING = 1e-3
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import PruningError
-from lightning_woodfisher.gradients import collect_gradients
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.per_sample import per_sample_rows, why_not
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.gradients.per_sample import per_sample_rows, why_not
 
 Loss = Callable[[Any, Any], Tensor]
 

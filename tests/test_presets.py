@@ -9,11 +9,11 @@ import pytest
 from torch import nn
 
 from lightning_woodfisher import ConfigurationError, WoodFisherPruningCallback, preset
-from lightning_woodfisher.cli import _CLI, main
-from lightning_woodfisher.estimate_command import read_run
-from lightning_woodfisher.layers import prunable_parameters
-from lightning_woodfisher.presets import PRESETS, source
-from lightning_woodfisher.schedule import Horizon
+from lightning_woodfisher.cli.main import _CLI, main
+from lightning_woodfisher.cli.estimate import read_run
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.callbacks.presets import PRESETS, source
+from lightning_woodfisher.pruning.schedule import Horizon
 
 NAMES = ["resnet50_90", "mobilenetv1_75", "bert_90", "resnet20_oneshot"]
 # N, m, B, λ, target, epochs of training, epochs of the steps.

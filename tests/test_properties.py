@@ -24,13 +24,13 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.fisher import InverseFisher, make_inverse_fisher
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.obs import Update, saliency, weight_update
-from lightning_woodfisher.partition import make_partition
-from lightning_woodfisher.report import LayerReport, LocalModelPoint
-from lightning_woodfisher.schedule import Horizon
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.inverse import InverseFisher, make_inverse_fisher
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.criteria.obs import Update, saliency, weight_update
+from lightning_woodfisher.weights.partition import make_partition
+from lightning_woodfisher.pruning.report import LayerReport, LocalModelPoint
+from lightning_woodfisher.pruning.schedule import Horizon
 
 Batch = tuple[Tensor, Tensor]
 Form = Literal["primal", "dual", "full"]

@@ -31,15 +31,15 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
-from lightning_woodfisher.configuration import PruningConfig, check_sparsity
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.isolation import ModelMode
-from lightning_woodfisher.layers import prunable_parameters
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.obs import Update
-from lightning_woodfisher.pruner import Pruner
-from lightning_woodfisher.report import SALIENCY_SHARES
+from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.data.isolation import ModelMode
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.pruning.pruner import Pruner
+from lightning_woodfisher.pruning.report import SALIENCY_SHARES
 
 Batch = tuple[Tensor, Tensor]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.quantiles import quantiles_by_group
-from lightning_woodfisher.report import SALIENCY_SHARES
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.distributed.quantiles import quantiles_by_group
+from lightning_woodfisher.pruning.report import SALIENCY_SHARES
 
 
 def by_sorting(values: Tensor, groups: Tensor, number: int) -> list[tuple[float, ...]]:
@@ -48,7 +48,7 @@ def test_pieces_make_no_difference(
     comm: Communicator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values, groups = spread(500, 0), torch.arange(500) % 3
-    monkeypatch.setattr("lightning_woodfisher.quantiles._PIECE", 64)
+    monkeypatch.setattr("lightning_woodfisher.distributed.quantiles._PIECE", 64)
     found = quantiles_by_group(values, groups, 3, SALIENCY_SHARES, comm)
     assert found == by_sorting(values, groups, 3)
 

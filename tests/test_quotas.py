@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_woodfisher import ConfigurationError, SelectionConfig, prune
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.quotas import Layers, make_quotas
-from lightning_woodfisher.selection import select_smallest
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.pruning.quotas import Layers, make_quotas
+from lightning_woodfisher.pruning.selection import select_smallest
 
 SHAPES = ((7, 8), (5, 12), (3, 4))
 

@@ -16,8 +16,8 @@ from lightning_woodfisher.criteria import (
     Uncoupled,
     register_criterion,
 )
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.partition import Partition
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.weights.partition import Partition
 
 
 class FirstOrder(Uncoupled):

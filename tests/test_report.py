@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from lightning_woodfisher.report import (
+from lightning_woodfisher.pruning.report import (
     LayerReport,
     PruningReport,
     format_steps,

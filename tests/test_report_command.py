@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from lightning_woodfisher import figures
-from lightning_woodfisher.cli import explain_wandb, main
-from lightning_woodfisher.report import LayerReport, PruningReport
-from lightning_woodfisher.report_page import build_page
+from lightning_woodfisher.cli.main import explain_wandb, main
+from lightning_woodfisher.pruning.report import LayerReport, PruningReport
+from lightning_woodfisher.reporting.page import build_page
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -124,7 +124,7 @@ def test_a_page_needs_matplotlib_and_the_table_does_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_json("a.json")
-    name = "lightning_woodfisher.report_command.has_matplotlib"
+    name = "lightning_woodfisher.cli.report.has_matplotlib"
     monkeypatch.setattr(name, lambda: False)
     assert "fc.weight" in printed(capsys, "a.json")
     assert "lightning-woodfisher[figures]" in refused(
@@ -311,7 +311,7 @@ def test_pixels_show_what_is_drawn() -> None:
 
 NOT_LOGGED_IN = """
 import sys, wandb
-from lightning_woodfisher.cli import explain_wandb
+from lightning_woodfisher.cli.main import explain_wandb
 try:
     wandb.init(project="tests", dir=sys.argv[1])
 except wandb.errors.UsageError as error:
@@ -349,6 +349,6 @@ def test_the_command_passes_the_remedy_on(
     def fail(*_: Any) -> None:
         raise wandb.errors.CommError("no route to host.")
 
-    monkeypatch.setattr("lightning_woodfisher.report_command.run_report_command", fail)
+    monkeypatch.setattr("lightning_woodfisher.cli.report.run_report_command", fail)
     assert main(["report", "x"]) == 2
     assert "no route to host. Without an account" in capsys.readouterr().err

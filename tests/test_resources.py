@@ -23,16 +23,16 @@ from lightning_woodfisher import (
     prune,
 )
 from lightning_woodfisher import budget as budget_module
-from lightning_woodfisher.allocations import AllocationMeter, measure_step_bytes
-from lightning_woodfisher.budget import free_bytes, require_one_device
-from lightning_woodfisher.configuration import PruningConfig
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.layers import prunable_parameters
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.pruner import Pruner
-from lightning_woodfisher.shapes import SHAPES
-from lightning_woodfisher.sizes import parse_bytes
+from lightning_woodfisher.base.allocations import AllocationMeter, measure_step_bytes
+from lightning_woodfisher.resources.budget import free_bytes, require_one_device
+from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.pruning.pruner import Pruner
+from lightning_woodfisher.resources.network_shapes import SHAPES
+from lightning_woodfisher.base.byte_sizes import parse_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
 

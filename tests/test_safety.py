@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lightning_woodfisher
-from lightning_woodfisher.cli import main
+from lightning_woodfisher.cli.main import main
 
 PACKAGE = Path(lightning_woodfisher.__file__).parent
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_woodfisher.errors import ConfigurationError
-from lightning_woodfisher.schedule import (
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.pruning.schedule import (
     ConstantSchedule,
     Horizon,
     OneShotSchedule,

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import ConfigurationError, PruningError
-from lightning_woodfisher.selection import (
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.pruning.selection import (
     SelectionConfig,
     removal_counts,
     removal_counts_until,

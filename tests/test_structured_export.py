@@ -13,23 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_woodfisher.errors import ConfigurationError
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.structured.channels import (
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.structured.graph.channels import (
     channel_masks,
     masked_parameters,
     zero_structures,
 )
-from lightning_woodfisher.structured.export import (
+from lightning_woodfisher.structured.shrink.removal import (
     RemovalPlan,
     load_shrunk,
     plan_removal,
     save_shrunk,
     shrink,
 )
-from lightning_woodfisher.structured.groups import Group, Member
-from lightning_woodfisher.structured.tracing import trace_groups
-from lightning_woodfisher.structured.transplant import transplant
+from lightning_woodfisher.structured.graph.groups import Group, Member
+from lightning_woodfisher.structured.graph.tracing import trace_groups
+from lightning_woodfisher.structured.shrink.transplant import transplant
 
 sys.path.insert(0, str(Path(__file__).parent))
 

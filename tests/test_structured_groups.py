@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_woodfisher.errors import ConfigurationError
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.structured.channels import (
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.structured.graph.channels import (
     channel_masks,
     masked_parameters,
     zero_structures,
 )
-from lightning_woodfisher.structured.coupling import Coupling, structures
-from lightning_woodfisher.structured.export import shrink
-from lightning_woodfisher.structured.groups import Group, Member
-from lightning_woodfisher.structured.removal_check import check_removal
-from lightning_woodfisher.structured.tracing import Traced, trace_groups
+from lightning_woodfisher.structured.graph.coupling import Coupling, structures
+from lightning_woodfisher.structured.shrink.removal import shrink
+from lightning_woodfisher.structured.graph.groups import Group, Member
+from lightning_woodfisher.structured.shrink.removal_check import check_removal
+from lightning_woodfisher.structured.graph.tracing import Traced, trace_groups
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -14,27 +14,27 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from lightning_woodfisher import ConfigurationError, StructureConfig
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.isolation import derive_seed
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.structured.channels import channel_masks, masked_parameters
-from lightning_woodfisher.structured.export import (
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.data.isolation import derive_seed
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.structured.graph.channels import channel_masks, masked_parameters
+from lightning_woodfisher.structured.shrink.removal import (
     RemovalPlan,
     load_shrunk,
     plan_removal,
     save_shrunk,
 )
-from lightning_woodfisher.structured.implant import (
+from lightning_woodfisher.structured.shrink.implant import (
     ImplantConfig,
     check_implants,
     implant_masks,
     split,
 )
-from lightning_woodfisher.structured.implanted_conv import ImplantedConv, implantable
+from lightning_woodfisher.structured.shrink.implanted_conv import ImplantedConv, implantable
 from lightning_woodfisher.structured.pruner import StructurePruner
-from lightning_woodfisher.structured.tracing import trace_groups
-from lightning_woodfisher.structured.transplant import transplant
+from lightning_woodfisher.structured.graph.tracing import trace_groups
+from lightning_woodfisher.structured.shrink.transplant import transplant
 
 sys.path.insert(0, str(Path(__file__).parent))
 

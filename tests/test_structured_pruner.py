@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher import ConfigurationError, StructureConfig, prune_structures
-from lightning_woodfisher.isolation import derive_seed
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.structured.channels import zero_structures
+from lightning_woodfisher.data.isolation import derive_seed
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.structured.graph.channels import zero_structures
 from lightning_woodfisher.structured.configuration import StructureLimits
-from lightning_woodfisher.structured.export import shrink
+from lightning_woodfisher.structured.shrink.removal import shrink
 from lightning_woodfisher.structured.selection import select_count, select_for_size
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -75,10 +75,10 @@ def test_greedy_goes_on_from_what_is_gone() -> None:
         (n, s) for n, those in first.removed.items() for s in those
     }
     # By hand: rows of all samples from per-sample gradients, 16 samples of the step.
-    from lightning_woodfisher.distributed import Communicator
-    from lightning_woodfisher.isolation import derive_seed
-    from lightning_woodfisher.losses import FunctionLoss
-    from lightning_woodfisher.structured.scores import score_structures
+    from lightning_woodfisher.distributed.communicator import Communicator
+    from lightning_woodfisher.data.isolation import derive_seed
+    from lightning_woodfisher.data.losses import FunctionLoss
+    from lightning_woodfisher.structured.scores.methods import score_structures
 
     replay = make_residual()
     prune(replay, 0.25, config=config)
@@ -293,8 +293,8 @@ def test_only_recalibration_changes_the_statistics() -> None:
 
 def test_sizes_keep_what_is_gone() -> None:
     """Of the size target the choice contains the earlier one, whatever its scores."""
-    from lightning_woodfisher.losses import FunctionLoss
-    from lightning_woodfisher.structured.network_size import NetworkSize
+    from lightning_woodfisher.data.losses import FunctionLoss
+    from lightning_woodfisher.structured.shrink.network_size import NetworkSize
 
     model, groups = make_residual(), residual_groups()
     data = torch.utils.data.DataLoader(images(), 8)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lightning_woodfisher import figures
-from lightning_woodfisher.cli import main
-from lightning_woodfisher.report_page import build_page
+from lightning_woodfisher.cli.main import main
+from lightning_woodfisher.reporting.page import build_page
 from lightning_woodfisher.structured.report import (
     GroupReport,
     StructureReport,

@@ -15,21 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jvp
 
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import ConfigurationError, PruningError
-from lightning_woodfisher.losses import FunctionLoss
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.structured.configuration import StructureConfig
-from lightning_woodfisher.structured.correlation import (
+from lightning_woodfisher.structured.scores.correlation import (
     rank_correlation,
     removal_losses,
     spearman,
 )
-from lightning_woodfisher.structured.evaluation import Evaluation
-from lightning_woodfisher.structured.groups import Group, Member
-from lightning_woodfisher.structured.hessian_products import hessian_traces
-from lightning_woodfisher.structured.pair_scores import PairScores
-from lightning_woodfisher.structured.scores import StructureScores, score_structures
-from lightning_woodfisher.structured.vectors import StructureVectors
+from lightning_woodfisher.structured.scores.evaluation import Evaluation
+from lightning_woodfisher.structured.graph.groups import Group, Member
+from lightning_woodfisher.structured.scores.hessian_products import hessian_traces
+from lightning_woodfisher.structured.scores.pair_scores import PairScores
+from lightning_woodfisher.structured.scores.methods import StructureScores, score_structures
+from lightning_woodfisher.structured.scores.vectors import StructureVectors
 
 # Tests are not a package.
 sys.path.insert(0, str(Path(__file__).parent))

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import ConfigurationError, PruningError
-from lightning_woodfisher.losses import FunctionLoss
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.structured.configuration import StructureLimits
-from lightning_woodfisher.structured.groups import Group, Member
-from lightning_woodfisher.structured.network_size import NetworkSize
-from lightning_woodfisher.structured.pair_scores import PairScores
-from lightning_woodfisher.structured.scores import StructureScores
+from lightning_woodfisher.structured.graph.groups import Group, Member
+from lightning_woodfisher.structured.shrink.network_size import NetworkSize
+from lightning_woodfisher.structured.scores.pair_scores import PairScores
+from lightning_woodfisher.structured.scores.methods import StructureScores
 from lightning_woodfisher.structured.selection import (
     additive_scores,
     select_count,

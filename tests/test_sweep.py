@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import ConfigurationError, FisherConfig, prune, sweep
-from lightning_woodfisher.cli import main
-from lightning_woodfisher.configuration import PruningConfig
-from lightning_woodfisher.figures import draw_sweep
-from lightning_woodfisher.sweep_report import SweepReport, SweepResult
+from lightning_woodfisher.cli.main import main
+from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.reporting.figures import draw_sweep
+from lightning_woodfisher.sweeps.report import SweepReport, SweepResult
 
 # One by one, so that a gradient has the same bits whatever its neighbours are.
 LOOP = PruningConfig(fisher=FisherConfig(12, 4, 20, 1e-3, collection="loop"))

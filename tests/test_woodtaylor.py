@@ -17,14 +17,14 @@ from lightning_woodfisher import (
     PruningReport,
     prune,
 )
-from lightning_woodfisher.configuration import PruningConfig
+from lightning_woodfisher.pruning.configuration import PruningConfig
 from lightning_woodfisher.criteria import make_criterion
 from lightning_woodfisher.criteria.woodtaylor import WoodTaylor
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.layers import prunable_parameters
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.pruner import Pruner
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.pruning.pruner import Pruner
 
 SIZE = 24
 FORMS = {

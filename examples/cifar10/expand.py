@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 from examples.cifar10.fitting import fit_and_test
 from examples.cifar10.model import CIFAR10, CIFAR10Classifier
 from lightning_woodfisher import SOSPPruningCallback, StructureConfig, StructureReport
-from lightning_woodfisher.report import format_table
+from lightning_woodfisher.pruning.report import format_table
 from lightning_woodfisher.structured.expand import find_bottlenecks, shrink_target
 
 

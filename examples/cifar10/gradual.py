@@ -24,7 +24,7 @@ from lightning_woodfisher import (
     PolynomialSchedule,
     WoodFisherPruningCallback,
 )
-from lightning_woodfisher.report import format_table
+from lightning_woodfisher.pruning.report import format_table
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude", "measure_loss": False},

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib
 
-from lightning_woodfisher.report import PruningReport, format_table
+from lightning_woodfisher.pruning.report import PruningReport, format_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

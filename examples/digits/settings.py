@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.digits.model import Digits
 from lightning_woodfisher import FisherConfig, prune
-from lightning_woodfisher.report import format_table
+from lightning_woodfisher.pruning.report import format_table
 
 GRADIENTS = ((1000, 1), (256, 4))
 DAMPINGS = (1e-2, 1e-3, 1e-4, 1e-5)

@@ -27,7 +27,7 @@ from lightning_woodfisher.benchmark.presets import (
     preset_cases,
     slice_case,
 )
-from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.base.errors import ConfigurationError
 
 _SLICE_ON_CPU = 300_000
 _MASK_STEPS = 40

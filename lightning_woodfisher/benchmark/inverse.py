@@ -45,8 +45,8 @@ from lightning_woodfisher.benchmark.timing import (
     measure_alternately,
     wait_for,
 )
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.fisher import (
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.inverse import (
     Engine,
     FisherConfig,
     InverseFisher,
@@ -56,7 +56,7 @@ from lightning_woodfisher.fisher import (
     make_inverse_fisher,
     rows_in_chunk,
 )
-from lightning_woodfisher.partition import Partition, make_partition
+from lightning_woodfisher.weights.partition import Partition, make_partition
 
 DAMPING = 1e-5
 # Entries of rows have this standard deviation, before each row's own factor.

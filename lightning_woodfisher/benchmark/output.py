@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from lightning_woodfisher.benchmark.inverse import InverseRow
-from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.base.errors import ConfigurationError
 
 _HEADERS = {
     "num_gradients": "N",

@@ -8,8 +8,8 @@ import dataclasses
 import math
 
 from lightning_woodfisher.benchmark.inverse import Case, slice_segments
-from lightning_woodfisher.errors import ConfigurationError
-from lightning_woodfisher.shapes import SHAPES
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.resources.network_shapes import SHAPES
 
 # (N, B) of each network; None is the full Fisher.
 _NETWORKS: dict[str, tuple[tuple[int, int | None], ...]] = {

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.benchmark.timing import wait_for
-from lightning_woodfisher.partition import Partition
+from lightning_woodfisher.weights.partition import Partition
 
 # Batches of blocks up to this size are tried; beyond it no processor's cache reaches.
 _LARGEST_BATCH_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}

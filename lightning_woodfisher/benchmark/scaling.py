@@ -24,13 +24,13 @@ from lightning_woodfisher.benchmark.networks import (
     cross_entropy,
 )
 from lightning_woodfisher.benchmark.timing import Tick
-from lightning_woodfisher.configuration import PruningConfig
-from lightning_woodfisher.distributed import Communicator, Pending, destroy_group
-from lightning_woodfisher.fisher import FisherConfig
-from lightning_woodfisher.layers import prunable_parameters
-from lightning_woodfisher.losses import FunctionLoss
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.pruner import Pruner
+from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.distributed.communicator import Communicator, Pending, destroy_group
+from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.pruning.pruner import Pruner
 
 _SPARSITY = 0.5
 

@@ -22,9 +22,9 @@ from lightning_woodfisher.criteria.magnitude import Magnitude
 from lightning_woodfisher.criteria.uncoupled import Uncoupled
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.criteria.woodtaylor import WoodTaylor
-from lightning_woodfisher.errors import ConfigurationError, nearest
-from lightning_woodfisher.fisher import FisherConfig
-from lightning_woodfisher.obs import Update
+from lightning_woodfisher.base.errors import ConfigurationError, nearest
+from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.criteria.obs import Update
 
 CriterionName = Literal[
     "woodfisher",

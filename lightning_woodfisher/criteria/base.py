@@ -11,12 +11,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.factors import KroneckerFactors
-from lightning_woodfisher.fisher import FisherConfig
-from lightning_woodfisher.obs import Update
-from lightning_woodfisher.partition import Partition
-from lightning_woodfisher.patterns import GroupRun, Pattern
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.criteria.kronecker_factors import KroneckerFactors
+from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.weights.partition import Partition
+from lightning_woodfisher.weights.patterns import GroupRun, Pattern
 
 # What a criterion wants to observe: rows of gradients, rows z∘Hz of the Hessian, factors of
 # whole layers, or none of these.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.criteria.base import Criterion
-from lightning_woodfisher.obs import Update
+from lightning_woodfisher.criteria.obs import Update
 
 
 class Coupled(Criterion):

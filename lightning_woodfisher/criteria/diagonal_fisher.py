@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.criteria.uncoupled import Uncoupled
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.fisher import FisherConfig
-from lightning_woodfisher.obs import Update
-from lightning_woodfisher.partition import Partition
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.weights.partition import Partition
 
 
 class DiagonalFisher(Uncoupled):

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lightning_woodfisher.criteria.base import Needs
 from lightning_woodfisher.criteria.coupled import Coupled
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import ConfigurationError, PruningError
-from lightning_woodfisher.factors import KroneckerFactors
-from lightning_woodfisher.fisher import FisherConfig
-from lightning_woodfisher.obs import Update, saliency
-from lightning_woodfisher.partition import Partition, Unit, make_partition
-from lightning_woodfisher.patterns import GroupRun, Pattern
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.criteria.kronecker_factors import KroneckerFactors
+from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.criteria.obs import Update, saliency
+from lightning_woodfisher.weights.partition import Partition, Unit, make_partition
+from lightning_woodfisher.weights.patterns import GroupRun, Pattern
 
 # The joint update is solved to this share of the right-hand side, or in so many steps.
 _RESIDUAL = 1e-9

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_woodfisher.criteria.base import Needs
 from lightning_woodfisher.criteria.uncoupled import Uncoupled
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.partition import Partition
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.weights.partition import Partition
 
 
 class Magnitude(Uncoupled):

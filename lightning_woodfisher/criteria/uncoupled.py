@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.criteria.base import Criterion
-from lightning_woodfisher.partition import Partition, make_partition
-from lightning_woodfisher.patterns import GroupRun, Pattern, cheapest_in_groups
+from lightning_woodfisher.weights.partition import Partition, make_partition
+from lightning_woodfisher.weights.patterns import GroupRun, Pattern, cheapest_in_groups
 
 
 class Uncoupled(Criterion):

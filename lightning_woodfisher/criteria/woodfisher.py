@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.criteria.coupled import Coupled
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.fisher import (
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.inverse import (
     FisherConfig,
     InverseFisher,
     block_cost,
@@ -20,13 +20,13 @@ from lightning_woodfisher.fisher import (
     full_column_chunk,
     make_inverse_fisher,
 )
-from lightning_woodfisher.obs import Update, saliency, weight_update
-from lightning_woodfisher.partition import (
+from lightning_woodfisher.criteria.obs import Update, saliency, weight_update
+from lightning_woodfisher.weights.partition import (
     Partition,
     align_block_size,
     make_partition,
 )
-from lightning_woodfisher.patterns import (
+from lightning_woodfisher.weights.patterns import (
     SMALL_GROUP,
     GroupRun,
     Pattern,

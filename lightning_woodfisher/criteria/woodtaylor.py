@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.obs import saliency, weight_update
-from lightning_woodfisher.partition import Partition
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.criteria.obs import saliency, weight_update
+from lightning_woodfisher.weights.partition import Partition
 
 
 class WoodTaylor(WoodFisher):

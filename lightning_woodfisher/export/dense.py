@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.errors import ConfigurationError, nearest
+from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.export.sparse import replacing
 from lightning_woodfisher.export.summary import ExportSummary, summarise
 

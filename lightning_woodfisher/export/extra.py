@@ -7,7 +7,7 @@ __all__ = ["import_extra"]
 import importlib
 from typing import Any
 
-from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.base.errors import ConfigurationError
 
 
 def import_extra(module: str) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_woodfisher.errors import ConfigurationError
+from lightning_woodfisher.base.errors import ConfigurationError
 
 # Sparse tensor cores came with Ampere.
 _CAPABILITY = (8, 0)

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
 
-from lightning_woodfisher.errors import (
+from lightning_woodfisher.base.errors import (
     ConfigurationError,
     nearest,
     require_integer,
     require_number,
 )
-from lightning_woodfisher.isolation import ModelMode
+from lightning_woodfisher.data.isolation import ModelMode
 
 ScoringMethod = Literal["sosp_i", "sosp_h", "hap", "magnitude", "random"]
 #: Which entries make the vector θ_s of a structure: ``conv`` filter and bias, ``bn`` weight

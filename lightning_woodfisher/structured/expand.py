@@ -11,7 +11,7 @@ __all__ = ["find_bottlenecks", "shrink_target"]
 
 import math
 
-from lightning_woodfisher.errors import ConfigurationError, require_number
+from lightning_woodfisher.base.errors import ConfigurationError, require_number
 from lightning_woodfisher.structured.report import StructureReport
 
 

@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_woodfisher import PolynomialSchedule, WoodFisherPruningCallback
-from lightning_woodfisher.active_weights import ActiveWeights
+from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.masks import Masks
-from lightning_woodfisher.selector import Selector
-from lightning_woodfisher.training_step import TrainingStepLoss
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.pruning.selector import Selector
+from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 
 EPOCHS = 3
 _LASTING = {"error", "out of memory"}

@@ -190,7 +190,7 @@ def _run(target: tuple[str, str, str], store: str | None, arguments: bytes) -> A
     import torch
     import torch.distributed as dist
 
-    from lightning_woodfisher.distributed import destroy_group
+    from lightning_woodfisher.distributed.communicator import destroy_group
 
     function = _load(*target)
     random.seed(0)

@@ -38,8 +38,8 @@ from lightning_woodfisher import (
     PolynomialSchedule,
     WoodFisherPruningCallback,
 )
-from lightning_woodfisher.averaging import mask_averages, require_maskable_averages
-from lightning_woodfisher.masks import Masks
+from lightning_woodfisher.callbacks.averaging import mask_averages, require_maskable_averages
+from lightning_woodfisher.weights.masks import Masks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),

@@ -49,7 +49,7 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
-from lightning_woodfisher.pruner import Pruner
+from lightning_woodfisher.pruning.pruner import Pruner
 
 
 def zeros(module: nn.Module) -> int:

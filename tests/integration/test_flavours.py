@@ -41,9 +41,9 @@ from lightning_woodfisher import (
     SOSPPruningCallback,
     WoodFisherPruningCallback,
 )
-from lightning_woodfisher.flavours import either_name, like
-from lightning_woodfisher.loggers import progress_bar
-from lightning_woodfisher.preparation import releases_weights
+from lightning_woodfisher.base.lightning_names import either_name, like
+from lightning_woodfisher.callbacks.progress import progress_bar
+from lightning_woodfisher.callbacks.checks import releases_weights
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 

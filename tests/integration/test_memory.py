@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import ConfigurationError, FisherConfig, prune
 from lightning_woodfisher import callback as callback_module
-from lightning_woodfisher.resources import estimate
+from lightning_woodfisher.resources.estimate import estimate
 
 
 def fisher(**options: Any) -> FisherConfig:

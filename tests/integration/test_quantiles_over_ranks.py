@@ -9,9 +9,9 @@ import torch
 from rank_pool import RankPool
 from torch import Tensor
 
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.quantiles import quantiles_by_group
-from lightning_woodfisher.report import SALIENCY_SHARES
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.distributed.quantiles import quantiles_by_group
+from lightning_woodfisher.pruning.report import SALIENCY_SHARES
 
 COUNT = 997
 

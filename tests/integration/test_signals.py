@@ -13,7 +13,7 @@ import torch
 from fits import Classifier, differences, loader, pruning, trainer
 
 from lightning_woodfisher import OneShotSchedule
-from lightning_woodfisher.signals import hold_back_signals
+from lightning_woodfisher.callbacks.signals import hold_back_signals
 
 
 @pytest.fixture

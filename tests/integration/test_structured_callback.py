@@ -41,9 +41,9 @@ from lightning_woodfisher import (
     PruningError,
     SOSPPruningCallback,
 )
-from lightning_woodfisher.cli import main
-from lightning_woodfisher.structured.channels import channel_masks
-from lightning_woodfisher.structured.export import load_shrunk
+from lightning_woodfisher.cli.main import main
+from lightning_woodfisher.structured.graph.channels import channel_masks
+from lightning_woodfisher.structured.shrink.removal import load_shrunk
 
 METHODS: dict[str, dict[str, Any]] = {
     "sosp_i": {"kind": SOSPPruningCallback, "variant": "I"},

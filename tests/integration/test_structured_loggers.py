@@ -22,7 +22,7 @@ from lightning_woodfisher import (
     PolynomialSchedule,
     StructureReport,
 )
-from lightning_woodfisher.cli import main
+from lightning_woodfisher.cli.main import main
 
 # Steps of the Trainer at which channels go: 6 batches make an epoch.
 AT = [6, 12]

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_woodfisher import prune_structures
-from lightning_woodfisher.distributed import Communicator
-from lightning_woodfisher.errors import PruningError
-from lightning_woodfisher.losses import FunctionLoss
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.structured.configuration import StructureConfig
-from lightning_woodfisher.structured.network_size import NetworkSize
-from lightning_woodfisher.structured.scores import score_structures
+from lightning_woodfisher.structured.shrink.network_size import NetworkSize
+from lightning_woodfisher.structured.scores.methods import score_structures
 from lightning_woodfisher.structured.selection import additive_scores, select_for_size
 
 # Tests are not a package, and the processes load this file alone.
@@ -132,7 +132,7 @@ def test_a_training_step_gives_the_same_scores(method: Any, tmp_path: Path) -> N
     import lightning.pytorch as pl
     from torch.utils.data import DataLoader
 
-    from lightning_woodfisher.training_step import TrainingStepLoss
+    from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 
     data, groups, scored = images(24, torch.float32), residual_groups(), []
     config = StructureConfig(method=method, num_samples=21, batch_size=8)

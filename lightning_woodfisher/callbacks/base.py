@@ -1,0 +1,426 @@
+"""What every pruning callback does: planned steps, and state that resumes.
+
+Pruning happens in ``on_train_epoch_start`` (or ``on_train_batch_start`` for a schedule in
+optimizer steps), so that validation and checkpoints of the epoch see the pruned weights.
+"""
+
+from __future__ import annotations
+
+__all__ = ["MaskedTraining"]
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_woodfisher.callbacks.averaging import mask_averages, require_maskable_averages
+from lightning_woodfisher.weights.state import STATE_VERSION, require_readable
+from lightning_woodfisher.company import callbacks_of
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import ConfigurationError, require_flag, require_text
+from lightning_woodfisher.data.losses import LossSource
+from lightning_woodfisher.callbacks.mask_guard import MaskGuard
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.callbacks.checks import (
+    require_masks_hold,
+    require_same_selection,
+    require_supported,
+    require_weight_decay,
+)
+from lightning_woodfisher.pruning.schedule import PlannedStep, PruningSchedule, Unit
+from lightning_woodfisher.distributed.dtensor import reshard
+from lightning_woodfisher.callbacks.signals import hold_back_signals
+from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
+
+
+class MaskedTraining(MaskGuard, ABC):
+    """Prune at planned steps and keep what is pruned at zero.
+
+    The base of the pruning callbacks. A subclass says what may be pruned, when a step is
+    due and what the step does; plan, checkpoints and reports are cared for here, masks
+    and optimizers in :class:`~.mask_guard.MaskGuard`.
+
+    Args:
+        schedule: when to prune and how far.
+        loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to take
+            gradients of, for a ``training_step`` that does more than compute a loss.
+        dataloader: where samples come from, in place of the training dataloader.
+        report_path: JSON file that receives the reports of all steps.
+        weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
+            zero once the last planned step is done.
+
+    Attributes:
+        masks: of the selected parameters, from ``on_fit_start`` on.
+        reports: of the steps done.
+    """
+
+    #: Whether a batch must be seen to know what may be pruned; there is none before
+    #: ``on_train_start``.
+    _selects_by_data: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        schedule: PruningSchedule,
+        loss_method: str | None,
+        dataloader: Iterable[Any] | None,
+        report_path: str | None,
+        weight_decay_off_after_last_step: bool,
+    ) -> None:
+        require_text("loss_method", loss_method)
+        require_text("report_path", report_path)
+        require_flag(
+            "weight_decay_off_after_last_step", weight_decay_off_after_last_step
+        )
+        super().__init__()
+        self.schedule = schedule
+        self.weight_decay_off_after_last_step = weight_decay_off_after_last_step
+        self.loss_method = loss_method
+        self.dataloader = dataloader
+        self.report_path = report_path
+        self.reports: list[Any] = []
+        self._plan: tuple[PlannedStep, ...] = ()
+        self._untried = False
+        self._done: list[tuple[Unit, int]] = []
+        self._restored_masks: Mapping[str, Any] | None = None
+
+    # ------------------------------------------------------------------ of a subclass
+
+    @abstractmethod
+    def _select(
+        self, trainer: pl.Trainer, module: pl.LightningModule
+    ) -> dict[str, nn.Parameter]:
+        """Choose the parameters that may be pruned, by name; refuse what cannot work."""
+
+    @abstractmethod
+    def _make_plan(self, trainer: pl.Trainer) -> tuple[PlannedStep, ...]:
+        """List the steps of this training."""
+
+    @abstractmethod
+    def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Refuse what cannot work before training starts, and show the plan."""
+
+    @abstractmethod
+    def _lacks(self, target: PlannedStep) -> bool:
+        """Whether anything is missing from the target of a step that is due."""
+
+    @abstractmethod
+    def _step(
+        self, trainer: pl.Trainer, module: pl.LightningModule, target: PlannedStep
+    ) -> Any:
+        """Prune; return a report, a frozen dataclass with ``epoch`` and ``step``."""
+
+    @abstractmethod
+    def _log(self, trainer: pl.Trainer, report: Any) -> None:
+        """Send the numbers of a step to the loggers."""
+
+    @abstractmethod
+    def _reads_on(self) -> bool:
+        """Whether a step that is left looks at any sample."""
+
+    @abstractmethod
+    def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Try what a step needs on a little data, before hours of training."""
+
+    @abstractmethod
+    def _read_report(self, plain: dict[str, Any]) -> Any:
+        """Make a report of what its ``to_dict`` gave."""
+
+    @property
+    @abstractmethod
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint; two callbacks differ by what they select."""
+
+    # ------------------------------------------------------------------ fit starts
+
+    def setup(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
+    ) -> None:
+        """Refuse what cannot work, before anything is loaded.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+            stage: only ``"fit"`` matters.
+
+        Raises:
+            ConfigurationError: for a strategy or a loss method that cannot work.
+        """
+        if stage != "fit":
+            return
+        require_supported(trainer)
+        require_maskable_averages(trainer)
+        if self.loss_method is not None and not callable(
+            getattr(pl_module, self.loss_method, None)
+        ):
+            raise ConfigurationError(
+                f"loss_method={self.loss_method!r} is not a method of "
+                f"{type(pl_module).__name__}."
+            )
+        # Optimizers that are stepped bare, without Lightning's wrapper, count no steps.
+        if trainer.global_step == 0 and trainer.current_epoch == 0:
+            # A new run: whatever an earlier fit has left here does not belong to it.
+            # A checkpoint to resume from is loaded after this.
+            self.masks, self.reports, self._done = None, [], []
+            self._restored_masks = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Select the parameters and take over the masks of a checkpoint.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module, on its device.
+        """
+        if not self._selects_by_data:
+            self._begin(trainer, pl_module)
+            if not trainer.strategy.restore_checkpoint_after_setup:
+                self._take_restored_masks()
+
+    def on_train_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Plan the steps, show the plan, and guard the masks from the optimizers.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+        """
+        if self._selects_by_data:
+            self._begin(trainer, pl_module)
+        # A sharded model is given its checkpoint only after on_fit_start.
+        self._take_restored_masks()
+        self._plan = self._make_plan(trainer)
+        self._untried = self._reads_on()
+        self._prepare(trainer, pl_module)
+        if self.weight_decay_off_after_last_step:
+            require_weight_decay(trainer.optimizers)
+            # A checkpoint may have been loaded without the state of its optimizers.
+            self._end_weight_decay(trainer)
+        self._guard(trainer, pl_module)
+        mask_averages(trainer, self._get_masks())
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_epoch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Prune when the schedule says so.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+        """
+        with hold_back_signals():
+            self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
+
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Prune when a schedule in optimizer steps says so.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+            batch: not used.
+            batch_idx: not used.
+        """
+        with hold_back_signals():
+            # A run that goes on in the middle of an epoch has missed the start of it.
+            self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
+            self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
+            if self._untried and self._reads_on() and self._all_trainable():
+                # Now, and not when training starts: the module's own hooks have run, on
+                # which its training_step may depend. An iterator can be read only once.
+                self._untried = False
+                if not isinstance(self.dataloader, Iterator):
+                    self._rehearse(trainer, pl_module)
+
+    # ------------------------------------------------------------------ checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state for a checkpoint, in plain types that load without the package.
+
+        Returns:
+            Masks (bool tensors, True = kept), the steps done, their reports.
+        """
+        # Masks that wait for fit belong to the steps and reports, and to the weights.
+        masks = self._restored_masks
+        if masks is None:
+            masks = {} if self.masks is None else self.masks.state_dict()
+        return {
+            "version": STATE_VERSION,
+            "masks": dict(masks),
+            "done": [[unit, position] for unit, position in self._done],
+            "reports": [report.to_dict() for report in self.reports],
+        }
+
+    def on_load_checkpoint(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
+        """Refuse to go on with a run that selected other weights: its masks would be lost.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+            checkpoint: all of it.
+        """
+        if trainer.state.fn != "fit":
+            return
+        require_same_selection(trainer, checkpoint, self)
+        if self.state_key not in checkpoint.get("callbacks", {}):
+            rank_zero_info(
+                f"The checkpoint has no masks of this callback ({self.state_key}): zeros "
+                "in its weights may change, unless ConstantSchedule or initial_sparsity "
+                "takes them for pruned."
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state of a checkpoint; masks take effect when fit starts.
+
+        Args:
+            state_dict: what :meth:`state_dict` gave. That of a later version of the
+                package is refused.
+        """
+        require_readable(state_dict, "the checkpoint")
+        self._restored_masks = state_dict["masks"]
+        if self.masks is not None:
+            # Outside fit nothing else takes them over.
+            masks = Masks(self.masks.parameters)
+            masks.load_state_dict(state_dict["masks"])
+            self.masks = masks
+        if self._handles:
+            # In the middle of training, as the search for a learning rate does it.
+            self._restored_masks = None
+        self._done = [(unit, position) for unit, position in state_dict["done"]]
+        self.reports = [self._read_report(r) for r in state_dict["reports"]]
+
+    # ------------------------------------------------------------------ the step
+
+    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Make the masks."""
+        # A forward pass before fit may have left gathered copies in place of shards.
+        reshard(module)
+        parameters = self._select(trainer, module)
+        if self._restored_masks is None and self.masks is not None:
+            self._restored_masks = self.masks.state_dict()
+        self.masks = Masks(parameters)
+        self._require_sole_owner(trainer)
+
+    def _prune_if_due(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        unit: Unit,
+        now: int,
+    ) -> None:
+        due = [
+            step for step in self._ahead() if step.unit == unit and step.position <= now
+        ]
+        if not due:
+            return
+        self._adopt_masks(trainer)
+        target = due[-1]
+        report = None
+        if self._lacks(target):
+            report = self._step(trainer, pl_module, target)
+            report = dataclasses.replace(
+                report, epoch=trainer.current_epoch, step=trainer.global_step
+            )
+            # At once: a checkpoint may be saved of what an exception leaves behind.
+            self.reports.append(report)
+        self._done += [(unit, step.position) for step in due]
+        # A rank that fails here alone would leave the others waiting in the next batch.
+        comm = Communicator(pl_module.device)
+        with comm.failing_together(lambda: "log"):
+            if report is not None:
+                self._untried = False
+                self._get_masks().apply_to_optimizers(trainer.optimizers)
+            mask_averages(trainer, self._get_masks())
+            if report is not None:
+                self._publish(trainer, report)
+            self._end_weight_decay(trainer)
+
+    def _adopt_masks(self, trainer: pl.Trainer) -> None:
+        """Count as pruned here what another callback has pruned, such as channels."""
+        mine = {id(p): name for name, p in self._get_masks().parameters.items()}
+        for other in self._others(trainer):
+            for name, parameter in other._get_masks().parameters.items():
+                if id(parameter) in mine:
+                    gone = ~other._get_masks().kept(name)
+                    self._get_masks().grow({mine[id(parameter)]: gone})
+
+    def _end_weight_decay(self, trainer: pl.Trainer) -> None:
+        """Switch weight decay off when the last planned step is done."""
+        if not self.weight_decay_off_after_last_step or not self._plan or self._ahead():
+            return
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                if "weight_decay" in group:
+                    group["weight_decay"] = 0.0
+
+    def _publish(self, trainer: pl.Trainer, report: Any) -> None:
+        self._log(trainer, report)
+        if self.report_path is not None and trainer.is_global_zero:
+            path = Path(self.report_path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            reports = [report.to_dict() for report in self.reports]
+            # In one move: a run that is killed here leaves the old file or the new one.
+            beside = path.with_name(f"{path.name}.part")
+            beside.write_text(json.dumps(reports, indent=1))
+            beside.replace(path)
+
+    def _source(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LossSource:
+        return TrainingStepLoss(trainer, pl_module, self.loss_method, self.dataloader)
+
+    def _ahead(self) -> list[PlannedStep]:
+        """The planned steps that are not done."""
+        return [s for s in self._plan if (s.unit, s.position) not in self._done]
+
+    def _all_trainable(self) -> bool:
+        return all(p.requires_grad for p in self._get_masks().parameters.values())
+
+    def _others(self, trainer: pl.Trainer) -> list[MaskedTraining]:
+        """The other pruning callbacks of the Trainer that have masks."""
+        return [
+            callback
+            for callback in callbacks_of(trainer)
+            if callback is not self
+            and isinstance(callback, MaskedTraining)
+            and callback.masks is not None
+        ]
+
+    def _require_sole_owner(self, trainer: pl.Trainer) -> None:
+        """Refuse a second callback of this kind for the same weights."""
+        mine = {id(p): n for n, p in self._get_masks().parameters.items()}
+        for other in self._others(trainer):
+            if not self._is_alike(other):
+                continue
+            theirs = other._get_masks().parameters.values()
+            shared = [mine[id(p)] for p in theirs if id(p) in mine]
+            if shared:
+                raise ConfigurationError(
+                    f"two pruning callbacks select the same weights: "
+                    f"{', '.join(shared[:8])}; separate them with include and exclude."
+                )
+
+    def _is_alike(self, other: MaskedTraining) -> bool:
+        """Whether two callbacks must not select the same weights."""
+        return isinstance(other, type(self))
+
+    def _take_restored_masks(self) -> None:
+        if self._restored_masks is not None:
+            self._get_masks().load_state_dict(self._restored_masks)
+            require_masks_hold(self._get_masks())
+        self._restored_masks = None

@@ -1,0 +1,254 @@
+"""What is known, shown and refused before training starts."""
+
+from __future__ import annotations
+
+__all__ = [
+    "describe_plan",
+    "releases_weights",
+    "require_enough_batches",
+    "require_masks_hold",
+    "require_same_selection",
+    "require_supported",
+    "require_weight_decay",
+    "training_horizon",
+]
+
+import math
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from torch.optim import Optimizer
+
+from lightning_woodfisher.data.batches import Batches, StreamBatches
+from lightning_woodfisher.company import callbacks_of, has_callback
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.lightning_names import either_name
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.pruning.report import format_table
+from lightning_woodfisher.pruning.schedule import Horizon, PlannedStep, PruningSchedule, Unit
+
+
+def training_horizon(trainer: pl.Trainer, schedule: PruningSchedule) -> Horizon:
+    """Find the last epoch and the last optimizer step.
+
+    Args:
+        trainer: in ``on_train_start`` or later.
+        schedule: says by its ``unit`` which of the two must be known.
+
+    Returns:
+        The numbers; None for what is unlimited or cannot be known.
+    """
+    epochs, max_steps = _epochs(trainer), trainer.max_steps
+    steps: int | None = max_steps if max_steps >= 0 else None
+    unit = getattr(schedule, "unit", "step")
+    if unit == "epoch":
+        within = None if steps is None else _epochs_within(trainer, steps)
+        limits = [limit for limit in (epochs, within) if limit is not None]
+        return Horizon(min(limits, default=None), steps)
+    if not trainer.lightning_module.automatic_optimization:
+        # Each of several optimizers counts, as often as training_step steps it.
+        return Horizon(
+            epochs,
+            steps if epochs is None else None,
+            "manual optimisation steps its optimizers as often as it likes",
+        )
+    # Asks the dataloaders for their length, so only where it is needed.
+    estimate = trainer.estimated_stepping_batches
+    if epochs is not None and epochs != trainer.max_epochs:
+        estimate = min(estimate, epochs * _steps_of_an_epoch(trainer))
+    return Horizon(epochs, int(estimate) if math.isfinite(estimate) else None)
+
+
+def _epochs(trainer: pl.Trainer) -> int | None:
+    """How many epochs are trained; None without a limit."""
+    epochs = trainer.max_epochs
+    if epochs is None or epochs < 0:
+        return None
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, either_name(StochasticWeightAveraging)):
+            # Has added an epoch without optimizer steps, to renew BatchNorm statistics.
+            epochs -= bool(callback._model_contains_batch_norm)
+    return epochs
+
+
+def _steps_of_an_epoch(trainer: pl.Trainer) -> float:
+    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+
+
+def _epochs_within(trainer: pl.Trainer, steps: int) -> int | None:
+    """How many epochs begin before that many optimizer steps are done."""
+    batches = trainer.num_training_batches
+    reloads = getattr(trainer, "reload_dataloaders_every_n_epochs", 0)
+    varies = reloads or has_callback(trainer, GradientAccumulationScheduler)
+    known = trainer.lightning_module.automatic_optimization and not varies
+    if not known or not math.isfinite(batches) or batches < 1:
+        return None
+    return math.ceil(steps / _steps_of_an_epoch(trainer))
+
+
+def releases_weights(trainer: pl.Trainer) -> bool:
+    """Tell whether weights that are frozen now may be trained later.
+
+    Args:
+        trainer: with its callbacks.
+
+    Returns:
+        Whether there is a callback for fine-tuning, such as ``BackboneFinetuning``.
+    """
+    return has_callback(trainer, BaseFinetuning)
+
+
+def require_enough_batches(batches: Batches, data: Any, num_gradients: int) -> None:
+    """Refuse a stream that is known to be too short.
+
+    Args:
+        batches: made of the data.
+        data: what the user gave.
+        num_gradients: N.
+
+    Raises:
+        ConfigurationError: for fewer than N batches.
+    """
+    if not isinstance(batches, StreamBatches):
+        return
+    try:
+        length = len(data)
+    except TypeError:
+        return  # A stream without a length tells only when it is read.
+    if length < num_gradients:
+        raise ConfigurationError(
+            f"dataloader has {length} batches, but num_gradients={num_gradients} needs "
+            "one batch each; lower num_gradients or give more."
+        )
+
+
+def require_weight_decay(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizers that know no weight decay that could be switched off.
+
+    Args:
+        optimizers: those of the Trainer.
+
+    Raises:
+        ConfigurationError: when no parameter group has a ``weight_decay``.
+    """
+    kinds = [type(optimizer).__name__ for optimizer in optimizers]
+    if not any("weight_decay" in g for o in optimizers for g in o.param_groups):
+        raise ConfigurationError(
+            "weight_decay_off_after_last_step needs an optimizer with weight_decay in its "
+            f"parameter groups, but there is {', '.join(kinds) or 'none'}; leave it out."
+        )
+
+
+def require_same_selection(
+    trainer: pl.Trainer, checkpoint: Mapping[str, Any], callback: pl.Callback
+) -> None:
+    """Refuse to go on with a run that selected other weights: its masks would be lost.
+
+    Args:
+        trainer: with all its callbacks.
+        checkpoint: of the run.
+        callback: the pruning callback; its state key ends with its selection.
+
+    Raises:
+        ConfigurationError: when only another selection has a state in the checkpoint.
+    """
+    states = checkpoint.get("callbacks", {})
+    if callback.state_key in states:
+        return
+    kind = type(callback).__qualname__
+    taken = {c.state_key for c in callbacks_of(trainer)}
+    for key in map(str, states):
+        if key.startswith(f"{kind}{{") and key not in taken:
+            raise ConfigurationError(
+                f"the checkpoint has the masks of a run with {key[len(kind) :]}, but this "
+                f"callback selects by {callback.state_key[len(kind) :]}; use the same, or "
+                "load the weights alone and go on with initial_sparsity."
+            )
+
+
+def describe_plan(
+    plan: Sequence[PlannedStep],
+    done: Container[tuple[Unit, int]],
+    masks: Masks,
+    criterion: str,
+) -> str:
+    """Show the steps of a run.
+
+    Args:
+        plan: all of them.
+        done: unit and position of those that a checkpoint has already.
+        masks: what is selected.
+        criterion: by which weights are chosen.
+
+    Returns:
+        A table.
+    """
+    weights = sum(parameter.numel() for parameter in masks.parameters.values())
+    rows = []
+    for step in plan:
+        kept = weights - round(step.sparsity * weights)
+        state = "done" if (step.unit, step.position) in done else ""
+        where = f"{step.unit} {step.position}"
+        rows.append((where, f"{step.sparsity:.2%}", f"{kept:,}", state))
+    head = ("pruning at start of", "sparsity", "weights left", "")
+    return (
+        f"Pruning {weights:,} weights of {len(masks.parameters)} tensors by "
+        f"{criterion}:\n{format_table(head, rows)}"
+    )
+
+
+def require_supported(trainer: pl.Trainer) -> None:
+    """Refuse a Trainer, a callback or a strategy that holds parameters differently.
+
+    Args:
+        trainer: with the strategy.
+
+    Raises:
+        ConfigurationError: naming what works.
+    """
+    strategy = trainer.strategy
+    known = either_name(DDPStrategy, SingleDeviceStrategy, ModelParallelStrategy)
+    unknown = either_name(DeepSpeedStrategy)  # It is a DDPStrategy.
+    if not isinstance(strategy, known) or isinstance(strategy, unknown):
+        raise ConfigurationError(
+            f"strategy {type(strategy).__name__} shards or moves the parameters in a way "
+            "that pruning does not support; use a single device or 'ddp', or for sharded "
+            "parameters ModelParallelStrategy with fully_shard (FSDP2)."
+        )
+    if has_callback(trainer, ModelPruning):
+        raise ConfigurationError(
+            "Lightning's ModelPruning puts other parameters under other names in place of "
+            "the weights in the middle of training, so that neither can know what is "
+            "pruned; leave it out. criterion='magnitude' prunes as it does."
+        )
+
+
+def require_masks_hold(masks: Masks) -> None:
+    """Refuse weights that the masks of a checkpoint call pruned and that are not zero.
+
+    Args:
+        masks: with the weights.
+
+    Raises:
+        ConfigurationError: counting them by parameter.
+    """
+    violations = masks.violations()
+    if violations:
+        raise ConfigurationError(
+            "the checkpoint's weights and masks disagree: weights that its masks call "
+            f"pruned are not zero, by parameter: {violations}. Was it edited, or saved "
+            "from averaged weights?"
+        )

@@ -1,0 +1,207 @@
+"""``lightning-woodfisher report``: what a run has pruned, as a table and as a page."""
+
+from __future__ import annotations
+
+__all__ = ["make_parser", "run_report_command"]
+
+import argparse
+import json
+import pickle
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.reporting.figures import has_matplotlib
+from lightning_woodfisher.pruning.report import PruningReport, format_steps
+from lightning_woodfisher.reporting.page import Reports, build_page
+from lightning_woodfisher.structured.report import (
+    StructureReport,
+    format_structure_steps,
+)
+
+# What the state of any of our callbacks has, of whatever class.
+_STATE = {"masks", "reports"}
+# What a sharded strategy saves beside its shards.
+_SHARDED_STATE = "meta.pt"
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a file says about pruning: of each callback, by its key in the checkpoint.
+
+    Attributes:
+        path: of the file.
+        runs: reports of the steps, in order.
+        masks: of the parameters, True where kept; only in checkpoints.
+    """
+
+    path: Path
+    runs: dict[str, Reports]
+    masks: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+def run_report_command(arguments: Sequence[str]) -> int:
+    """Print the tables, and write the page where asked for.
+
+    Args:
+        arguments: of the subcommand.
+
+    Returns:
+        Exit status 0.
+
+    Raises:
+        ConfigurationError: for a path without reports, or a page without matplotlib.
+    """
+    options = make_parser().parse_args(arguments)
+    if options.html is not None and not has_matplotlib():
+        raise ConfigurationError(
+            "--html needs matplotlib for the figures; "
+            "pip install 'lightning-woodfisher[figures]', or leave --html out."
+        )
+    record = _read(Path(options.path))
+    sys.stdout.write(f"{record.path}\n")
+    for title, reports in record.runs.items():
+        if len(record.runs) > 1:
+            sys.stdout.write(f"\n{title}\n")
+        sys.stdout.write(_describe(reports))
+    if options.html is not None:
+        page = Path(options.html)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(
+            build_page(str(record.path), record.runs, record.masks), encoding="utf-8"
+        )
+        sys.stdout.write(f"\nWritten: {page}.\n")
+    return 0
+
+
+def _describe(reports: Reports) -> str:
+    weights = [report for report in reports if isinstance(report, PruningReport)]
+    channels = [report for report in reports if isinstance(report, StructureReport)]
+    if channels:
+        steps, what = format_structure_steps(channels), "Channels"
+    else:
+        steps, what = format_steps(weights), "Layers"
+    table = reports[-1].to_table()
+    return f"\n{steps}\n\n{what} after the last step:\n\n{table}\n"
+
+
+def _read(path: Path) -> _Record:
+    if not path.exists():
+        raise ConfigurationError(
+            f"{path} does not exist; give a checkpoint, the file of report_path, or the "
+            "folder of a run."
+        )
+    if path.is_file():
+        return _read_file(path)
+    if (path / _SHARDED_STATE).is_file():
+        return _read_checkpoint(path / _SHARDED_STATE)
+    files = [
+        file
+        for pattern in ("*.ckpt", "*.json", _SHARDED_STATE)
+        for file in path.rglob(pattern)
+        if file.is_file()
+    ]
+    files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+    refused = []
+    for file in files:
+        try:
+            return _read_file(file)
+        except ConfigurationError as error:
+            refused.append(f"\n  {error}")
+    looked = "".join(refused[:5]) or " no checkpoint (*.ckpt) and no JSON file"
+    raise ConfigurationError(
+        f"{path} has no report of pruning. It has:{looked}\nSet report_path in the "
+        "callback, or keep a checkpoint that was saved with it."
+    )
+
+
+def _read_file(path: Path) -> _Record:
+    record = _read_json(path) if path.suffix == ".json" else _read_checkpoint(path)
+    if not any(record.runs.values()):
+        raise ConfigurationError(
+            f"{path} was saved before the first pruning step, so that there is nothing to "
+            "report; give a later one."
+        )
+    runs = {title: reports for title, reports in record.runs.items() if reports}
+    return _Record(path, runs, record.masks)
+
+
+def _read_json(path: Path) -> _Record:
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        reports = _read_reports(plain)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{path} is not a file that report_path has written "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    return _Record(path, {"": reports})
+
+
+def _read_checkpoint(path: Path) -> _Record:
+    try:
+        # Mapped: of a large file only the masks are read.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigurationError(
+            f"{path} is no checkpoint, or holds more than tensors and plain values, which "
+            f"could run code when loaded ({first}); give the JSON file of report_path."
+        ) from error
+    states: Mapping[str, Any] = {}
+    if isinstance(checkpoint, Mapping):
+        states = checkpoint.get("callbacks") or {}
+    ours = {
+        key: state
+        for key, state in states.items()
+        if isinstance(state, Mapping) and state.keys() >= _STATE
+    }
+    if not ours:
+        raise ConfigurationError(
+            f"{path} has no state of a pruning callback: it was saved without one, or with "
+            "save_weights_only. Give another checkpoint, or the JSON file of report_path."
+        )
+    return _Record(
+        path,
+        {key: _read_reports(state["reports"]) for key, state in ours.items()},
+        {key: state["masks"] for key, state in ours.items()},
+    )
+
+
+def _read_reports(plain: Sequence[Mapping[str, Any]]) -> Reports:
+    """Read the reports of one callback, which are of one kind."""
+    if plain and "groups" in plain[0]:
+        return [StructureReport.from_dict(report) for report in plain]
+    return [PruningReport.from_dict(report) for report in plain]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the subcommand.
+
+    Returns:
+        It.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lightning-woodfisher report",
+        description="Show what a run has pruned: a table of the steps and of the layers, "
+        "and a page with figures that needs neither an account nor a server.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        help="a Lightning checkpoint, the JSON file of report_path, or a folder, in which "
+        "the newest of them is taken",
+    )
+    parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write one HTML file with figures and tables; it loads nothing from elsewhere",
+    )
+    return parser

@@ -1,0 +1,336 @@
+"""``lightning-woodfisher sweep``: try one-shot settings on a checkpoint."""
+
+from __future__ import annotations
+
+__all__ = ["make_parser", "run_sweep_command"]
+
+import argparse
+import json
+import pickle
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
+from lightning_woodfisher.company import callbacks_of
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.cli.estimate import command_line
+from lightning_woodfisher.reporting.figures import draw_sweep, has_matplotlib
+from lightning_woodfisher.callbacks.progress import terminal_bar
+from lightning_woodfisher.sweeps.report import TARGET, SweepReport
+from lightning_woodfisher.sweeps.sweep import expand_grid, run_sweep
+from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
+
+_EXAMPLE = """\
+example, with the run.yaml that `fit` takes:
+
+  lightning-woodfisher sweep --config run.yaml --ckpt_path best.ckpt \\
+      --target_sparsity 0.5 0.9 --damping 1e-5 1e-4 1e-3 --num_gradients 256 1000 \\
+      --metric val_acc
+
+Every combination is tried on the weights of the checkpoint, which stays as it is.
+Settings that are not listed are those of the WoodFisherPruningCallback in the
+configuration, or the defaults without one. Nothing is trained.
+"""
+_DEFAULT_DAMPINGS = [1e-5, 1e-4, 1e-3]
+# What would train, write files or clutter the terminal.
+_QUIET: Mapping[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "min_epochs": None,
+    "min_steps": None,
+    "max_epochs": 1,
+    "max_steps": -1,
+}
+
+
+def run_sweep_command(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
+    """Sweep, print the table, write JSON and the figure.
+
+    Args:
+        arguments: of the subcommand; those that are not its own are read as ``fit`` does.
+        cli: reads the configuration.
+
+    Returns:
+        Exit status: 0, or 1 when every setting has failed.
+
+    Raises:
+        ConfigurationError: for settings that cannot be.
+    """
+    options, rest = make_parser().parse_known_args(arguments)
+    output = Path(options.output)
+    if output.suffix != ".json":
+        raise ConfigurationError(
+            f"--output {options.output} must end in .json; the figure is put beside it."
+        )
+    run = _read(rest, cli)
+    if not is_overridden("validation_step", run.model):
+        raise ConfigurationError(
+            f"{type(run.model).__name__} has no validation_step, by whose metrics settings "
+            "could be compared."
+        )
+    callback = _take_callback(run.trainer)
+    checkpoint = options.ckpt_path or run.config["fit"].get("ckpt_path")
+    trying = _TrySettings(options, callback, checkpoint)
+    callbacks_of(run.trainer).append(trying)
+    run.trainer.fit(run.model, datamodule=run.datamodule)
+    report = trying.report
+    if report is None:
+        raise ConfigurationError(
+            "the Trainer left before training, so nothing was tried."
+        )
+    if run.trainer.is_global_zero:
+        larger = {"max": True, "min": False}.get(options.mode)
+        sys.stdout.write(report.to_table(options.metric, larger) + "\n")
+        _save(report, output, options.metric)
+    return int(all(result.error is not None for result in report.results))
+
+
+def _read(arguments: Sequence[str], cli: type[LightningCLI]) -> Any:
+    """Read a configuration as ``fit`` does, and make what it names, but silence it."""
+
+    class Reader(cli):  # type: ignore[valid-type, misc]
+        """Makes everything and runs nothing."""
+
+        def before_instantiate_classes(self) -> None:
+            trainer = self.config["fit"]["trainer"]
+            given = trainer.get("callbacks") or []
+            name = WoodFisherPruningCallback.__name__
+            trainer["callbacks"] = [
+                callback
+                for callback in (given if isinstance(given, list) else [given])
+                if callback["class_path"].rpartition(".")[2] == name
+            ]
+            for key, value in _QUIET.items():
+                trainer[key] = value
+
+        def _run_subcommand(self, subcommand: str) -> None: ...
+
+    with command_line(["fit", *arguments]):
+        return Reader(save_config_callback=None)
+
+
+def _take_callback(trainer: pl.Trainer) -> WoodFisherPruningCallback:
+    """Take the pruning callback out of the Trainer; its settings are the basis."""
+    callbacks = callbacks_of(trainer)
+    ours = [c for c in callbacks if isinstance(c, WoodFisherPruningCallback)]
+    for callback in ours:
+        callbacks.remove(callback)
+    if len(ours) > 1:
+        raise ConfigurationError(
+            f"the configuration has {len(ours)} pruning callbacks; a sweep tries the "
+            "settings of one."
+        )
+    return ours[0] if ours else WoodFisherPruningCallback()
+
+
+class _TrySettings(pl.Callback):
+    """Sweeps when training would start, where all that a training step needs is there.
+
+    Args:
+        options: of the command.
+        callback: with the settings that are not swept.
+        checkpoint: path of the weights, None for those that the model was made with.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        callback: WoodFisherPruningCallback,
+        checkpoint: str | None,
+    ) -> None:
+        self.report: SweepReport | None = None
+        self._options = options
+        self._callback = callback
+        self._checkpoint = checkpoint
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy = trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ConfigurationError(
+                f"sweep runs on a single device or with 'ddp', not with "
+                f"{type(strategy).__name__}."
+            )
+        if self._checkpoint is not None:
+            _load_weights(pl_module, self._checkpoint)
+
+    def on_train_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        options, callback = self._options, self._callback
+        settings = expand_grid(
+            _grid(options, callback), callback.config, callback.target_sparsity
+        )
+        source = TrainingStepLoss(
+            trainer, pl_module, callback.loss_method, callback.dataloader
+        )
+        evaluate = _validation(trainer, options.metric)
+        bar = terminal_bar if trainer.is_global_zero else None
+        self.report = run_sweep(source, evaluate, settings, options.row_memory, bar)
+        trainer.should_stop = True
+
+
+def _validation(
+    trainer: pl.Trainer, metric: str | None
+) -> Callable[[nn.Module], dict[str, float]]:
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        trainer.validating = True
+        try:
+            trainer.fit_loop.epoch_loop.val_loop.run()
+        finally:
+            trainer.training = True
+        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if not found:
+            raise ConfigurationError(
+                f"{type(model).__name__} logs no metric in validation (self.log in "
+                "validation_step), or there is no validation data, so that settings "
+                "cannot be compared."
+            )
+        # Found out with the first evaluation, not after the last.
+        SweepReport(found, (), 0).choose_metric(metric)
+        return found
+
+    return evaluate
+
+
+def _load_weights(module: pl.LightningModule, path: str) -> None:
+    """Load the weights of a checkpoint: neither the optimizer nor the position."""
+    if not Path(path).is_file():
+        raise ConfigurationError(f"--ckpt_path {path} is not a file.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigurationError(
+            f"--ckpt_path {path} holds more than tensors and plain values, or is no "
+            f"checkpoint ({str(error).splitlines()[0]}); save it with save_weights_only, or "
+            "torch.save(model.state_dict(), …)."
+        ) from error
+    if "state_dict" in checkpoint:
+        module.on_load_checkpoint(checkpoint)
+        checkpoint = checkpoint["state_dict"]
+    try:
+        module.load_state_dict(checkpoint, strict=module.strict_loading)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"--ckpt_path {path} does not fit the model: {error}"
+        ) from error
+
+
+def _grid(
+    options: argparse.Namespace, callback: WoodFisherPruningCallback
+) -> dict[str, Sequence[Any]]:
+    names = [action.dest for action in _swept(argparse.ArgumentParser())]
+    grid = {name: given for name in names if (given := getattr(options, name))}
+    if not set(grid) - {TARGET}:
+        grid["damping"] = _DEFAULT_DAMPINGS
+    return {TARGET: [callback.target_sparsity], **grid}
+
+
+def _save(report: SweepReport, output: Path, metric: str | None) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report.to_dict(), indent=1))
+    written = [str(output)]
+    if has_matplotlib():
+        picture = output.with_suffix(".png")
+        draw_sweep(report, metric).savefig(picture, dpi=150)
+        written.append(str(picture))
+    else:
+        written.append("no figure, which needs matplotlib")
+    sys.stdout.write(f"Written: {', '.join(written)}.\n")
+
+
+def _swept(parser: Any) -> list[argparse.Action]:
+    add = parser.add_argument
+
+    def block(text: str) -> int | None:
+        return None if text.lower() in {"none", "null", "full"} else int(text)
+
+    return [
+        add(
+            "--target_sparsity",
+            nargs="+",
+            type=float,
+            help="shares of zeros, as 0.5 0.9",
+        ),
+        add(
+            "--criterion",
+            nargs="+",
+            help="how weights are ranked, as woodfisher magnitude",
+        ),
+        add(
+            "--update",
+            nargs="+",
+            help="of the weights that stay: joint independent none",
+        ),
+        add("--damping", nargs="+", type=float, help="λ on the diagonal, as 1e-5 1e-4"),
+        add("--num_gradients", nargs="+", type=int, help="N, gradients in the Fisher"),
+        add(
+            "--gradient_batch_size",
+            nargs="+",
+            type=int,
+            help="m, samples in a gradient",
+        ),
+        add("--block_size", nargs="+", type=block, help="B, or none for one block"),
+        add("--recompute_steps", nargs="+", type=int, help="parts of the one shot"),
+        add(
+            "--scope",
+            nargs="+",
+            help="weights compete over all layers or in each: global layer",
+        ),
+    ]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the subcommand.
+
+    Returns:
+        It.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lightning-woodfisher sweep",
+        description="Find good one-shot pruning settings: every combination of the values "
+        "below is tried on a trained network and judged by its validation loop. Without "
+        "any, three dampings are tried. Other arguments are those of `fit`, such as "
+        "--config run.yaml or --trainer.limit_val_batches 50.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    # An option of `fit` too, where Lightning reads more than the weights.
+    parser.add_argument(
+        "--ckpt_path",
+        metavar="FILE",
+        help="file with the weights to prune; it is only read",
+    )
+    _swept(parser.add_argument_group("settings to try, each with one or more values"))
+    add = parser.add_argument_group("results").add_argument
+    add("--metric", help="logged in validation, such as val_acc; the first if left out")
+    add(
+        "--mode",
+        choices=["min", "max"],
+        help="which is better; by default small for a "
+        "metric with loss or err in its name, large for others",
+    )
+    add(
+        "--output",
+        metavar="FILE",
+        default="sweep.json",
+        help="file of the results; the figure gets its name with .png (sweep.json)",
+    )
+    add(
+        "--row_memory",
+        help="memory for kept gradients, as 8GB; more go to a temporary "
+        "file (a quarter of what is free)",
+    )
+    return parser

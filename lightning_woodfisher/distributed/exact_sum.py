@@ -1,0 +1,102 @@
+"""Sums of floating-point numbers over ranks that know no order.
+
+The numbers are turned into 64-bit integers on a common scale first, because integer
+addition does not depend on the order. One rank and many therefore get the same bits.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ExactSum", "sum_exactly"]
+
+import math
+import threading
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import PruningError
+
+# Head room of the fixed-point sum: |sum| < 2**61 fits into int64 with rounding to spare.
+_FIXED_POINT_BITS = 61
+
+
+class ExactSum:
+    """A sum over parts and ranks that knows no order: fixed-point numbers in int64.
+
+    Args:
+        communicator: the ranks.
+        bound: scalar; an upper bound of the magnitude of any partial sum over all ranks.
+            The largest one counts.
+        shape: of a summand.
+
+    Raises:
+        PruningError: when the bound is not finite.
+    """
+
+    def __init__(
+        self, communicator: Communicator, bound: Tensor, shape: Sequence[int]
+    ) -> None:
+        self._comm = communicator
+        largest = float(
+            communicator.maximum(bound.detach().double().reshape(1).clone())
+        )
+        if not math.isfinite(largest):
+            raise PruningError(f"cannot add numbers bounded by {largest} over ranks")
+        exponent = _FIXED_POINT_BITS - (math.frexp(largest)[1] if largest > 0 else 0)
+        # The exponent of a float64 ends at 1023: scale in two steps.
+        half = exponent // 2
+        self._up = math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)
+        self._total = torch.zeros(
+            tuple(shape), dtype=torch.int64, device=communicator.device
+        )
+        self._lock = threading.Lock()
+
+    def add(self, part: Tensor) -> None:
+        """Add one summand; several threads may do so at once.
+
+        Args:
+            part: float32 or float64 tensor.
+        """
+        scaled = part.to(torch.float64, copy=True).mul_(self._up[0]).mul_(self._up[1])
+        integers = scaled.round_().to(torch.int64)
+        with self._lock:
+            self._total += integers
+
+    def result(self) -> Tensor:
+        """Add up over the ranks; call it once, on every rank.
+
+        Returns:
+            float64 tensor.
+        """
+        total = self._comm.sum_integers(self._total)
+        return total.double() / self._up[0] / self._up[1]
+
+
+def sum_exactly(
+    communicator: Communicator,
+    parts: Iterable[Tensor],
+    bound: Tensor,
+    shape: Sequence[int],
+) -> Tensor:
+    """Add float64 tensors, whoever holds them, with a result that knows no order.
+
+    Each part is rounded to a multiple of ``bound * 2**-61`` (256 times finer than float64
+    resolves at ``bound``) and added as an integer.
+
+    Args:
+        communicator: the ranks.
+        parts: this rank's summands, each of ``shape``.
+        bound: scalar; on each rank an upper bound of the magnitude of any partial sum
+            over *all* ranks. The largest one counts.
+        shape: shape of a summand.
+
+    Returns:
+        float64 tensor of ``shape``, bit-identical on every rank and for every way to
+        share the parts among ranks.
+    """
+    total = ExactSum(communicator, bound, shape)
+    for part in parts:
+        total.add(part)
+    return total.result()

@@ -1,0 +1,96 @@
+"""Hessian rows for Hutchinson's estimator, in the shape of gradient rows.
+
+Row i is z∘Hz with random signs z and the Hessian H of the mean loss of mini-batch i; its
+expectation over z is diag(H) of the active weights. Rows travel to their owners as those
+of gradients do.
+"""
+
+from __future__ import annotations
+
+__all__ = ["hutchinson", "twice_differentiable"]
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.data.isolation import derive_seed
+
+
+def hutchinson(
+    parameters: Mapping[str, nn.Parameter], active: Mapping[str, Tensor], seed: int
+) -> Callable[[Tensor, int], list[Tensor]]:
+    """Make the function that turns a loss into z∘Hz.
+
+    Args:
+        parameters: what is differentiated by.
+        active: int64 positions of the active weights in each flattened parameter; z is
+            zero elsewhere, so that pruned weights add no noise.
+        seed: probe i is drawn under a seed of its own, the same on any number of ranks.
+
+    Returns:
+        Given a loss with graph and its number, one tensor for each parameter.
+    """
+
+    def products(loss: Tensor, index: int) -> list[Tensor]:
+        signs = _signs(parameters, active, derive_seed(seed, "probe", index))
+        weights = list(parameters.values())
+        try:
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+                loss, weights, create_graph=True, allow_unused=True
+            )
+            # A gradient without graph is constant, and adds nothing to the Hessian.
+            sums = [
+                (gradient * sign).sum()
+                for gradient, sign in zip(gradients, signs, strict=True)
+                if gradient is not None and gradient.requires_grad
+            ]
+            if not sums:
+                return [torch.zeros_like(sign) for sign in signs]
+            second: tuple[Tensor | None, ...] = torch.autograd.grad(
+                sum(sums[1:], sums[0]), weights, allow_unused=True
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise PruningError(
+                f"the loss of gradient {index} cannot be differentiated twice, which "
+                f"criterion 'hessian_diagonal' needs: {error}"
+            ) from error
+        return [
+            torch.zeros_like(sign) if row is None else sign * row
+            for row, sign in zip(second, signs, strict=True)
+        ]
+
+    return products
+
+
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Let attention be computed by operations that can be differentiated twice.
+
+    Yields:
+        Nothing; the fused kernels of attention are not used inside.
+    """
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _signs(
+    parameters: Mapping[str, nn.Parameter], active: Mapping[str, Tensor], seed: int
+) -> list[Tensor]:
+    """Draw z for every parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = []
+    for name, parameter in parameters.items():
+        where = active[name]
+        drawn = torch.randint(
+            0, 2, (len(where),), generator=generator, dtype=torch.int8
+        )
+        sign = torch.zeros_like(parameter, requires_grad=False)
+        sign.view(-1)[where] = (2 * drawn - 1).to(sign)
+        signs.append(sign)
+    return signs

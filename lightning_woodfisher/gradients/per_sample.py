@@ -1,0 +1,363 @@
+"""Many gradients from one forward and one backward pass.
+
+A batch of P·m samples gives P rows; row p is the gradient of the mean loss of samples
+p·m .. (p+1)·m - 1. The weight gradient of a linear or convolution layer is a sum of
+products of what went in and the gradient of what came out. Autograd is asked for the
+latter only, and the products are summed within each row instead of over the batch.
+
+Legend: P rows, m samples of a row, I/O channels in and out, G groups, L positions of the
+output, D active weights.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "LayerCall",
+    "is_plain",
+    "per_sample_rows",
+    "record_calls",
+    "unfold",
+    "why_not",
+]
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_woodfisher.base.errors import PruningError
+
+_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONV_WEIGHT: dict[int, Callable[..., Tensor]] = {
+    1: conv1d_weight,
+    2: conv2d_weight,
+    3: conv3d_weight,
+}
+# Convolution kernels work on blocks of this many channels.
+_CHANNEL_BLOCK = 8
+
+
+@dataclass
+class LayerCall:
+    """One call of a layer: what went in, and where the gradient will come out.
+
+    Attributes:
+        layer: the one that was called.
+        inputs: what went in, without graph.
+        edge: of what came out.
+        names: of the wanted parameters, by their key in the layer.
+    """
+
+    layer: nn.Module
+    inputs: Tensor
+    edge: GradientEdge
+    names: dict[str, str] = field(default_factory=dict)
+
+
+def why_not(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str | None:
+    """Tell why :func:`per_sample_rows` cannot serve a model, as far as its layers show.
+
+    Args:
+        model: the network.
+        parameters: what gradients are taken of.
+
+    Returns:
+        A reason, or None when every owner of a parameter is a plain linear or
+        convolution layer.
+    """
+    wanted = {id(parameter): name for name, parameter in parameters.items()}
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in wanted:
+                continue
+            name = wanted[id(parameter)]
+            if not parameter.requires_grad:
+                return f"{name} is frozen"
+            if key not in {"weight", "bias"} or not is_plain(module):
+                return f"{name} belongs to a {type(module).__name__}"
+    return None
+
+
+def per_sample_rows(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    active: Mapping[str, Tensor],
+    compute_loss: Callable[[], Tensor],
+    rows: Tensor,
+    samples: int,
+    scale: float = 1.0,
+) -> tuple[float, torch.dtype]:
+    """Fill rows with gradients.
+
+    Nothing is left in the model: no hook, no ``.grad``.
+
+    Args:
+        model: the network; :func:`why_not` has no objection to it.
+        parameters: what gradients are taken of.
+        active: int64 positions of the active weights in each flattened parameter.
+        compute_loss: runs the model on P·m samples and returns their mean loss.
+        rows: ``[P, D]``, overwritten: row p is the gradient of the mean loss of samples
+            p·m .. (p+1)·m - 1.
+        samples: P·m.
+        scale: factor on the loss in the backward pass, to keep float16 from underflow.
+
+    Returns:
+        The mean loss of all samples, and the coarsest dtype of an output's gradient.
+
+    Raises:
+        PruningError: when the loss is not finite, or a layer gets a tensor whose first
+            dimension does not number the samples.
+    """
+    calls: list[LayerCall] = []
+    with record_calls(model, parameters, calls):
+        loss = compute_loss()
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise PruningError(f"the loss of a micro-batch is {value}")
+    for call in calls:
+        if len(call.inputs) != samples:
+            raise PruningError(
+                f"a {type(call.layer).__name__} got a tensor of shape "
+                f"{tuple(call.inputs.shape)} for {samples} samples"
+            )
+    # The mean over a row is P times its share of the mean over the batch.
+    outputs: tuple[Tensor | None, ...] = ()
+    if calls:
+        outputs = torch.autograd.grad(
+            loss * (scale * len(rows)),
+            [call.edge for call in calls],
+            allow_unused=True,
+        )
+    targets, start = {}, 0
+    for name in parameters:
+        targets[name] = rows[:, start : start + len(active[name])]
+        start += len(active[name])
+    written: set[str] = set()
+    for call, gradient in zip(calls, outputs, strict=True):
+        if gradient is None:
+            continue
+        for key, name in call.names.items():
+            _add(
+                targets[name],
+                _products(call, key, gradient, len(rows)),
+                active[name],
+                first=name not in written,
+            )
+            written.add(name)
+    for name in targets.keys() - written:
+        targets[name].zero_()
+    if scale != 1.0:
+        rows.div_(scale)
+    dtypes = {g.dtype for g in outputs if g is not None} or {rows.dtype}
+    return value, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Tell whether a layer computes what its class in ``torch.nn`` says.
+
+    Args:
+        module: any layer.
+
+    Returns:
+        True for a Linear or convolution layer whose forward pass is that of torch.
+    """
+    for cls in _LAYERS:
+        if isinstance(module, cls):
+            # MultiheadAttention uses the weight of its output layer without calling it.
+            called = (
+                type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear
+            )
+            names = ("forward", "_conv_forward")
+            return called and all(
+                getattr(type(module), name, None) is getattr(cls, name, None)
+                and name not in vars(module)
+                for name in names
+            )
+    return False
+
+
+@contextlib.contextmanager
+def record_calls(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], calls: list[LayerCall]
+) -> Iterator[None]:
+    """Note the calls of all layers that own a parameter.
+
+    Args:
+        model: the network.
+        parameters: the wanted ones, by name.
+        calls: receives the calls, in order.
+
+    Yields:
+        Nothing; hooks are there inside only.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    handles = []
+
+    def record(
+        layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        inputs = args[0] if args else kwargs["input"]
+        dimensions = layer.weight.dim() if isinstance(layer, _ConvNd) else 2
+        if inputs.dim() < dimensions:
+            raise PruningError(f"a {type(layer).__name__} got a sample without a batch")
+        owned = layer.named_parameters(recurse=False)
+        # The edge, not the tensor: an operation in place would change what that means.
+        edge = get_gradient_edge(output)
+        used = {key: names[id(p)] for key, p in owned if id(p) in names}
+        calls.append(LayerCall(layer, inputs.detach(), edge, used))
+
+    try:
+        for module in model.modules():
+            if any(id(p) in names for p in module.parameters(recurse=False)):
+                handles.append(
+                    # Before other hooks, which may replace the output.
+                    module.register_forward_hook(record, prepend=True, with_kwargs=True)
+                )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add(target: Tensor, values: Tensor, where: Tensor, first: bool) -> None:
+    """Put ``[P, n]`` values of a flattened parameter into its columns of the rows."""
+    everything = torch.arange(values.shape[1], device=where.device)
+    # With a pattern all weights of a tensor may come in another order.
+    if not torch.equal(where, everything):
+        values = values[:, where]
+    if first:
+        target.copy_(values)
+    else:
+        target.add_(values)
+
+
+@torch.no_grad()
+def _products(call: LayerCall, key: str, gradient: Tensor, count: int) -> Tensor:
+    """Gradient of one parameter in one call for every row, ``[P, n]``."""
+    layer = call.layer
+    if isinstance(layer, _ConvNd):
+        if key == "bias":
+            return gradient.reshape(count, -1, layer.out_channels, _rest(gradient)).sum(
+                dim=(1, 3)
+            )
+        # Autocast has run the layer in another dtype than that of its input.
+        inputs, padding = _padded(layer, call.inputs.to(gradient.dtype))
+        if _by_convolution(layer, gradient, count):
+            return _convolve(layer, inputs, padding, gradient, count)
+        return _multiply(layer, inputs, padding, gradient, count)
+    gradient = gradient.reshape(count, -1, gradient.shape[-1])
+    if key == "bias":
+        return gradient.sum(dim=1)
+    inputs = call.inputs.to(gradient.dtype).reshape(count, -1, call.inputs.shape[-1])
+    return torch.bmm(gradient.mT, inputs).view(count, -1)
+
+
+def unfold(layer: _ConvNd, inputs: Tensor) -> Tensor:
+    """Give what a convolution multiplies its weight with.
+
+    Args:
+        layer: the convolution; L are the positions of its output, k its taps.
+        inputs: ``[S, C, ...]``.
+
+    Returns:
+        ``[S, C, L.., k..]``.
+    """
+    return _windows(layer, *_padded(layer, inputs))
+
+
+def _windows(layer: _ConvNd, inputs: Tensor, padding: tuple[int, ...]) -> Tensor:
+    if any(padding):
+        inputs = F.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
+    steps = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    for axis, (taps, stride, dilation) in enumerate(steps, start=2):
+        window = inputs.unfold(axis, (taps - 1) * dilation + 1, stride)
+        inputs = window[..., ::dilation]
+    return inputs
+
+
+def _rest(gradient: Tensor) -> int:
+    return math.prod(gradient.shape[2:])
+
+
+def _padded(layer: _ConvNd, inputs: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Pad as far as a convolution cannot; return what it still has to pad."""
+    none = (0,) * (inputs.dim() - 2)
+    if layer.padding == "valid":
+        return inputs, none
+    if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        return inputs, tuple(layer.padding)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode), none
+
+
+def _by_convolution(layer: _ConvNd, gradient: Tensor, count: int) -> bool:
+    """Whether a grouped convolution beats unfolding and a matrix product."""
+    # Measured on CPUs: it does for 32-bit kernels of more than one tap over whole blocks
+    # of channels, unless weights outnumber the positions that they are summed over.
+    if gradient.device.type != "cpu" or gradient.dtype != torch.float32:
+        return False
+    if math.prod(layer.kernel_size) == 1:
+        return False
+    if layer.groups > 1:
+        return True
+    positions = gradient.numel() // (count * layer.out_channels)
+    return layer.in_channels >= _CHANNEL_BLOCK and positions >= layer.out_channels
+
+
+def _convolve(
+    layer: _ConvNd,
+    inputs: Tensor,
+    padding: tuple[int, ...],
+    gradient: Tensor,
+    count: int,
+) -> Tensor:
+    """Weight gradients as that of one convolution with P·G groups."""
+
+    def by_row(tensor: Tensor) -> Tensor:
+        # [P·m, C, ...] -> [m, P·C, ...]
+        rows = tensor.reshape(count, -1, *tensor.shape[1:]).transpose(0, 1)
+        return rows.reshape(len(rows), -1, *tensor.shape[2:])
+
+    shape = (count * layer.out_channels, *layer.weight.shape[1:])
+    return _CONV_WEIGHT[len(padding)](
+        by_row(inputs),
+        shape,
+        by_row(gradient),
+        layer.stride,
+        padding,
+        layer.dilation,
+        count * layer.groups,
+    ).view(count, -1)
+
+
+def _multiply(
+    layer: _ConvNd,
+    inputs: Tensor,
+    padding: tuple[int, ...],
+    gradient: Tensor,
+    count: int,
+) -> Tensor:
+    """Weight gradients as a product of unfolded inputs and output gradients."""
+    inputs = _windows(layer, inputs, padding)
+    groups, axes = layer.groups, len(padding)
+    # [P·m, I, L.., k..] -> [P, m, G, I/G, L.., k..] -> [P·G, I/G·k, m·L]
+    split = (count, len(inputs) // count, groups)
+    unfolded = inputs.reshape(*split, inputs.shape[1] // groups, *inputs.shape[2:])
+    positions = range(4, 4 + axes)
+    taps_at = range(4 + axes, 4 + 2 * axes)
+    unfolded = unfolded.permute(0, 2, 3, *taps_at, 1, *positions)
+    unfolded = unfolded.reshape(count * groups, layer.weight[0].numel(), -1)
+    outputs = gradient.reshape(*split, -1, *gradient.shape[2:])
+    outputs = outputs.permute(0, 2, 3, 1, *positions)
+    outputs = outputs.reshape(count * groups, layer.out_channels // groups, -1)
+    return torch.bmm(outputs, unfolded.mT).view(count, -1)

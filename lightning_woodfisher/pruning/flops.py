@@ -1,0 +1,184 @@
+"""Floating-point operations of a network, by the tensor that is multiplied.
+
+Counted by torch's FLOP counter while one mini-batch goes forward, so at the shapes that
+really occur. A masked network needs Σ FLOPs of a layer × its density, plus what does not
+depend on any selected weight.
+"""
+
+from __future__ import annotations
+
+__all__ = ["LayerFlops", "count_flops"]
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.data.isolation import derive_seed, seeded
+from lightning_woodfisher.data.losses import LossSource, run_loss
+from lightning_woodfisher.weights.masks import Masks
+
+
+@dataclass(frozen=True)
+class LayerFlops:
+    """FLOPs of the forward pass of one mini-batch.
+
+    Attributes:
+        dense: of the whole network.
+        by_layer: of the products with each selected tensor.
+        weights: of each selected tensor.
+    """
+
+    dense: int
+    by_layer: tuple[int, ...]
+    weights: tuple[int, ...]
+
+    @property
+    def per_weight(self) -> list[int]:
+        """FLOPs that go with one weight, at least 1."""
+        return [
+            max(1, round(flops / weights))
+            for flops, weights in zip(self.by_layer, self.weights, strict=True)
+        ]
+
+    def describe(
+        self, before: Mapping[str, int], after: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """Give the fields of a report.
+
+        Args:
+            before: pruned weights of each selected tensor before a step.
+            after: the same after it.
+
+        Returns:
+            Values by name of the field.
+        """
+        return {
+            "flops_dense": self.dense,
+            "flops_before": self.masked(list(before.values())),
+            "flops_after": self.masked(list(after.values())),
+        }
+
+    def masked(self, zeros: Sequence[int]) -> float:
+        """Count the FLOPs of the masked network.
+
+        Args:
+            zeros: pruned weights of each selected tensor.
+
+        Returns:
+            Their number.
+        """
+        saved = [
+            flops * gone / weights
+            for flops, gone, weights in zip(
+                self.by_layer, zeros, self.weights, strict=True
+            )
+        ]
+        return self.dense - sum(saved)
+
+
+def count_flops(
+    source: LossSource,
+    masks: Masks,
+    comm: Communicator,
+    num_gradients: int,
+    batch_size: int,
+    seed: int,
+    repeat: bool = False,
+) -> LayerFlops:
+    """Count the FLOPs of one mini-batch.
+
+    Args:
+        source: where losses come from, with its session entered.
+        masks: with the parameters.
+        comm: the ranks; the counts of rank 0 hold for all.
+        num_gradients: N, of the mini-batches of which the first is used.
+        batch_size: m.
+        seed: of the samples.
+        repeat: whether samples may come again.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ConfigurationError: for sharded parameters, or tensors with which nothing is
+            multiplied.
+    """
+    if masks.sharded:
+        raise ConfigurationError(
+            "flops_target and selection.flops_power need whole parameters, and those of "
+            "this model are sharded; leave them out."
+        )
+    batches = source.batches(num_gradients, batch_size, seed, repeat)
+    with seeded(derive_seed(seed, "flops")):
+        batch = batches.fetch(0)
+        with _Counter({name: masks.local(name) for name in masks.parameters}) as mode:
+            run_loss(source, batch, 0)
+    numbers = comm.gather_numbers([mode.total, *mode.flops.values()])[0]
+    unused = [
+        n for n, flops in zip(masks.parameters, numbers[1:], strict=True) if not flops
+    ]
+    if unused:
+        raise ConfigurationError(
+            f"no FLOPs were counted for {', '.join(unused[:8])}: the loss does not multiply "
+            "by them, or in an operation that torch's FLOP counter does not know; leave "
+            "them out with selection.exclude."
+        )
+    return LayerFlops(
+        int(numbers[0]),
+        tuple(int(number) for number in numbers[1:]),
+        tuple(p.numel() for p in masks.parameters.values()),
+    )
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives the FLOPs of each operation to the selected tensor among its arguments.
+
+    By memory and not by module: a layer may use a weight without calling its owner.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+        self.flops = dict.fromkeys(weights, 0)
+        self._owners = {_address(tensor): name for name, tensor in weights.items()}
+        self._sizes = {name: tensor.numel() for name, tensor in weights.items()}
+        # Memory of a copy must not be reused while its address means a weight.
+        self._copies: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            result = func(*args, **(kwargs or {}))
+        flops = counter.get_total_flops()
+        leaves = tree_leaves((args, kwargs or {}))
+        used = [
+            self._owners[address]
+            for address in map(_address, leaves)
+            if address in self._owners
+        ]
+        self.total += flops
+        if used and flops:
+            self.flops[used[0]] += flops
+        elif used and isinstance(result, Tensor):
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            # Autocast multiplies by a copy in another dtype.
+            if len(tensors) == 1 and result.numel() == self._sizes[used[0]]:
+                self._copies.append(result)
+                self._owners.setdefault(_address(result), used[0])
+        return result
+
+
+def _address(value: Any) -> int:
+    """Where the memory of a tensor begins; -1 of anything else."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return -1
+    return value.untyped_storage().data_ptr() or -1

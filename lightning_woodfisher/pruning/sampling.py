@@ -1,0 +1,448 @@
+"""Gradients and losses of one part of a pruning step, whoever holds the parameters."""
+
+from __future__ import annotations
+
+__all__ = ["Sampling"]
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from lightning_woodfisher.weights.active import ActiveWeights
+from lightning_woodfisher.data.batches import Batches, KeptBatches
+from lightning_woodfisher.base.clock import PhaseClock, Progress, no_progress
+from lightning_woodfisher.criteria import Criterion
+from lightning_woodfisher.gradients.hessian_rows import hutchinson, twice_differentiable
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.criteria.kronecker_factors import KroneckerFactors, collect_factors
+from lightning_woodfisher.fisher.inverse import (
+    FisherConfig,
+    first_order_batches,
+    mini_batches_in_group,
+    rows_in_chunk,
+)
+from lightning_woodfisher.gradients.collect import collect_gradients, iterate_chunks
+from lightning_woodfisher.data.isolation import derive_seed
+from lightning_woodfisher.data.labels import UnlabelledBatches
+from lightning_woodfisher.data.losses import LossSource, mean_loss
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.data.nonfinite import SkippedGradients
+from lightning_woodfisher.weights.patterns import Pattern
+from lightning_woodfisher.gradients.sharded import (
+    collect_sharded_gradients,
+    sharded_mean_loss,
+)
+from lightning_woodfisher.distributed.dtensor import undisturbed
+
+_ROWS_ADDED_AT_ONCE = 8
+# The same losses are measured before the step, for every trial of the search and after it.
+_BYTES_OF_SAMPLES_KEPT = 2**28
+
+
+class Sampling:
+    """What is asked of the model and the data.
+
+    Args:
+        source: where gradients come from.
+        masks: with the parameters.
+        fisher: how many gradients of how many samples.
+        communicator: the ranks.
+        clock: counts the seconds.
+        progress: shows the collection.
+        measure_loss: False makes :meth:`measure` do nothing.
+    """
+
+    def __init__(
+        self,
+        source: LossSource,
+        masks: Masks,
+        fisher: FisherConfig,
+        communicator: Communicator,
+        clock: PhaseClock | None = None,
+        progress: Progress = no_progress,
+        measure_loss: bool = True,
+    ) -> None:
+        self._source = source
+        self._masks = masks
+        self._fisher = fisher
+        self._comm = communicator
+        self._clock = clock or PhaseClock()
+        self._progress = progress
+        self._measure_loss = measure_loss
+        # The samples that were read last, by number, size and seed.
+        self._kept: tuple[tuple[int, int, int], Batches] | None = None
+        self._regroupable: bool | None = None
+        # What was left out, by seed, N and m.
+        self._skipped: dict[tuple[int, int, int], SkippedGradients] = {}
+
+    @property
+    def nonfinite(self) -> int:
+        """Gradients that were not finite and left out so far."""
+        return sum(len(skipped.indices) for skipped in self._skipped.values())
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Enter before anything else; leaves no trace in the model.
+
+        Yields:
+            Nothing.
+        """
+        sharded = self._masks.sharded
+        with (
+            undisturbed(self._source.model) if sharded else contextlib.nullcontext(),
+            self._source.session(self._fisher.model_mode),
+        ):
+            yield
+
+    def observe(
+        self, criterion: Criterion, active: ActiveWeights, seed: int
+    ) -> tuple[list[float], str | None]:
+        """Feed a criterion with what it needs.
+
+        Args:
+            criterion: begun.
+            active: the weights that it is about.
+            seed: of the samples.
+
+        Returns:
+            The losses before the step (empty when they are not measured), and how
+            gradients were computed.
+        """
+        if criterion.needs == "nothing":
+            return self.measure(seed), None
+        if criterion.needs == "factors":
+            losses: list[float] = []
+            criterion.observe_factors(self.factors(active, seed, losses))
+            if self._fisher.labels == "sampled":
+                losses = self.measure(seed)
+            # They are of the same groups as the losses after the step.
+            return losses if self._measure_loss else [], "factors of layers"
+        fisher, curved = self._fisher, criterion.needs == "curvature rows"
+        losses = []
+        notes: list[str] = []
+        what = "Hessian products" if curved else "gradients"
+        with (
+            self._clock("collect"),
+            self._progress(f"Collecting {what}", fisher.num_gradients) as tick,
+        ):
+            rows = self.rows(active, seed, losses, tick, notes, curved=curved)
+            size = rows_in_chunk(fisher, active.partition.size)
+            self._feed(rows, size, criterion.observe)
+            left_out = self._left_out(
+                seed, fisher.num_gradients, fisher.gradient_batch_size
+            )
+            if left_out:
+                criterion.leave_out(len(left_out))
+            self._observe_first_order(criterion, active, seed)
+        # The loss after the step is measured in groups and on the labels of the data, and
+        # so must be the one before.
+        if self._group(seed) > 1 or fisher.labels == "sampled":
+            losses = self.measure(seed)
+        return losses, "; ".join(notes)
+
+    def rows(
+        self,
+        active: ActiveWeights,
+        seed: int,
+        losses: list[float] | None = None,
+        tick: Callable[[int], object] = lambda _: None,
+        notes: list[str] | None = None,
+        fisher: FisherConfig | None = None,
+        curved: bool = False,
+    ) -> Iterator[Tensor]:
+        """Compute gradients, or Hessian products.
+
+        Args:
+            active: whose gradients.
+            seed: of the samples.
+            losses: receives those of the mini-batches at the end.
+            tick: called with the number of gradients that have been done.
+            notes: receives how gradients were computed.
+            fisher: how many gradients of how many samples, if not as given at first.
+            curved: rows are z∘Hz (:mod:`.curvature`).
+
+        Returns:
+            This rank's slice of all gradients, in order: tensors ``[n, D_r]``.
+        """
+        losses = [] if losses is None else losses
+        notes = [] if notes is None else notes
+        # Other samples are read once and make no room for themselves.
+        choose = self._batches_of_gradients
+        if fisher is not None:
+            choose = functools.partial(choose, again=False)
+        fisher, parameters = fisher or self._fisher, self._masks.parameters
+        count, size = fisher.num_gradients, fisher.gradient_batch_size
+        skipped = SkippedGradients(fisher.max_nonfinite, self._comm)
+        self._skipped[seed, count, size] = skipped
+        if self._masks.sharded:
+            self._require_no_limit(fisher.max_nonfinite)
+            if curved:
+                self._require_whole_parameters("hessian_diagonal")
+            notes.append("loop: the model is sharded")
+            return collect_sharded_gradients(
+                self._source,
+                count,
+                size,
+                parameters,
+                active.positions,
+                self._comm,
+                seed,
+                losses,
+                tick,
+                divisible=fisher.model_mode == "eval",
+                choose=choose,
+            )
+        rows = collect_gradients(
+            self._source,
+            choose(count, size, seed),
+            parameters,
+            active.positions,
+            active.partition.shard_sizes(),
+            count,
+            self._comm,
+            seed,
+            losses,
+            tick,
+            collection="loop" if curved else fisher.collection,
+            row_dtype=fisher.row_dtype,
+            note=(lambda _: notes.append("loop: Hessian products"))
+            if curved
+            else notes.append,
+            derivative=hutchinson(parameters, active.positions, seed)
+            if curved
+            else None,
+            skipped=skipped,
+        )
+        return _in_context(twice_differentiable, rows) if curved else rows
+
+    def factors(
+        self,
+        active: ActiveWeights,
+        seed: int,
+        losses: list[float] | None = None,
+    ) -> list[KroneckerFactors]:
+        """Compute the Kronecker factors of whole layers.
+
+        Args:
+            active: the weights; their partition has one block for each tensor.
+            seed: of the samples.
+            losses: receives those of groups of mini-batches, as of :meth:`measure`.
+
+        Returns:
+            The factors of this rank's layers, in order.
+        """
+        self._require_whole_parameters("kfac")
+        count, size = self._groups(seed)
+        with (
+            self._clock("collect"),
+            self._progress("Collecting factors", count) as tick,
+        ):
+            return collect_factors(
+                self._source,
+                self._batches_of_gradients(count, size, seed),
+                self._masks.parameters,
+                active.positions,
+                active.partition,
+                count,
+                self._comm,
+                seed,
+                [] if losses is None else losses,
+                tick,
+            )
+
+    def rehearse(self, criterion: Criterion, seed: int, pattern: Pattern) -> None:
+        """Compute what a criterion needs, and drop it.
+
+        Args:
+            criterion: not begun.
+            seed: of the samples.
+            pattern: of the selection.
+        """
+        if criterion.needs == "nothing":
+            self.measure(seed)
+            return
+        # Refuses a sample that the data does not give.
+        self._first_order(criterion, seed)
+        active = ActiveWeights(self._masks, criterion.layout, self._comm, pattern)
+        if criterion.needs == "factors":
+            self.factors(active, seed)
+            return
+        for _ in self.rows(active, seed, curved=criterion.needs == "curvature rows"):
+            pass
+
+    def _require_whole_parameters(self, criterion: str) -> None:
+        if self._masks.sharded:
+            raise ConfigurationError(
+                f"criterion={criterion!r} needs whole parameters on every rank, but these "
+                "are sharded (fully_shard, FSDP2); use DDP, or criterion='woodfisher' or "
+                "'diagonal_fisher'."
+            )
+
+    def _require_no_limit(self, max_nonfinite: int) -> None:
+        if max_nonfinite:
+            raise ConfigurationError(
+                f"fisher.max_nonfinite={max_nonfinite} needs whole parameters on every "
+                "rank, but these are sharded (fully_shard, FSDP2); set it to 0."
+            )
+
+    def measure(self, seed: int) -> list[float]:
+        """Compute the losses of the samples of the gradients, at the present weights.
+
+        Args:
+            seed: of the samples.
+
+        Returns:
+            Losses of mini-batches or of groups of them; empty when not wanted.
+        """
+        if not self._measure_loss:
+            return []
+        with self._clock("measure"):
+            return self._losses(seed, *self._groups(seed))
+
+    def measure_trial(self, seed: int) -> list[float]:
+        """Compute the losses of the same samples at weights that are on trial.
+
+        They are not those of ``first_order_samples``: on these a step along their own mean
+        gradient would look better than it is.
+
+        Args:
+            seed: of the samples.
+
+        Returns:
+            Losses; they may be infinite or NaN.
+        """
+        return self._losses(seed, *self._groups(seed), finite=False)
+
+    def _losses(
+        self, seed: int, count: int, size: int, finite: bool = True
+    ) -> list[float]:
+        batches = self._batches(count, size, seed)
+        if self._masks.sharded:
+            return sharded_mean_loss(self._source, batches, count, self._comm, seed)
+        return mean_loss(
+            self._source,
+            batches,
+            count,
+            self._comm,
+            seed,
+            finite=finite,
+            skip=self._left_out(seed, count, size),
+        )
+
+    def _left_out(self, seed: int, count: int, size: int) -> list[int]:
+        """Numbers of the mini-batches whose gradients were left out."""
+        skipped = self._skipped.get((seed, count, size))
+        return [] if skipped is None else skipped.indices
+
+    def _observe_first_order(
+        self, criterion: Criterion, active: ActiveWeights, seed: int
+    ) -> None:
+        """Feed a criterion with the gradients of its larger sample, if it wants one."""
+        sample = self._first_order(criterion, seed)
+        if sample is None:
+            return
+        seed, count, size = sample
+        fisher = dataclasses.replace(
+            self._fisher,
+            num_gradients=count,
+            max_nonfinite=min(self._fisher.max_nonfinite, count - 1),
+            gradient_batch_size=size,
+            row_dtype="float32",
+        )
+        rows = self.rows(active, seed, fisher=fisher)
+        self._feed(rows, _ROWS_ADDED_AT_ONCE, criterion.observe_first_order)
+
+    def _feed(
+        self, rows: Iterator[Tensor], size: int, take: Callable[[Tensor], None]
+    ) -> None:
+        """Hand all rows on in groups that do not depend on the number of ranks."""
+        try:
+            for chunk in iterate_chunks(rows, size):
+                with self._clock("accumulate"):
+                    take(chunk)
+        except Exception:
+            # The others need this rank until the last exchange.
+            for _ in rows:
+                pass
+            raise
+
+    def _first_order(
+        self, criterion: Criterion, seed: int
+    ) -> tuple[int, int, int] | None:
+        """Seed, number and size of the mini-batches of the first-order sample."""
+        fisher = self._fisher
+        samples = fisher.first_order_samples
+        if samples is None or not criterion.first_order:
+            return None
+        count, size = first_order_batches(fisher)
+        seed = derive_seed(seed, "first order")
+        name = f"fisher.first_order_samples={samples}"
+        try:
+            batches = self._source.batches(count, size, seed)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{name}: {error}") from error
+        if not batches.regroupable:
+            raise ConfigurationError(
+                f"{name} needs a map-style dataset, for the data comes in batches whose "
+                "size nobody knows; set it to None, or give a dataset."
+            )
+        return seed, count, size
+
+    def _fresh_batches(self, count: int, size: int, seed: int) -> Batches:
+        return self._source.batches(count, size, seed, self._fisher.repeat_samples)
+
+    def _batches(self, count: int, size: int, seed: int) -> Batches:
+        """The same samples each time, read once as far as there is room for them."""
+        key = count, size, seed
+        if self._kept is None or self._kept[0] != key:
+            batches = self._fresh_batches(*key)
+            if not batches.regroupable:
+                return batches
+            self._kept = key, KeptBatches(batches, _BYTES_OF_SAMPLES_KEPT)
+        return self._kept[1]
+
+    def _groups(self, seed: int) -> tuple[int, int]:
+        """Number and size of the batches in which losses are measured."""
+        fisher, group = self._fisher, self._group(seed)
+        return fisher.num_gradients // group, fisher.gradient_batch_size * group
+
+    def _batches_of_gradients(
+        self, count: int, size: int, seed: int, *, again: bool = True
+    ) -> Batches:
+        choose = self._batches if again else self._fresh_batches
+        batches = choose(count, size, seed)
+        if self._fisher.labels == "true":
+            return batches
+        return UnlabelledBatches(batches, seed, self._source.model)
+
+    def _group(self, seed: int) -> int:
+        """How many mini-batches are evaluated as one."""
+        fisher = self._fisher
+        count, size = fisher.num_gradients, fisher.gradient_batch_size
+        if self._regroupable is None:
+            batches = self._fresh_batches(count, size, seed)
+            self._regroupable = batches.regroupable
+        if not self._regroupable:
+            return 1
+        # Of a group only the whole could be left out.
+        if self._left_out(seed, count, size):
+            return 1
+        return mini_batches_in_group(fisher)
+
+
+def _in_context(
+    context: Callable[[], contextlib.AbstractContextManager[None]],
+    rows: Iterator[Tensor],
+) -> Iterator[Tensor]:
+    """Compute each row inside a context, but use it outside."""
+    while True:
+        with context():
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+        yield row

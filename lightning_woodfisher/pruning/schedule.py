@@ -1,0 +1,311 @@
+"""When to prune and how far: sparsity as a pure function of the position in training.
+
+A schedule knows no tensors and keeps no state. It answers one question, "which pruning
+steps does this training contain?", with a tuple of :class:`PlannedStep`. Resuming a run
+therefore needs no memory of the schedule, only of the steps already done.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConstantSchedule",
+    "Horizon",
+    "OneShotSchedule",
+    "PlannedStep",
+    "PolynomialSchedule",
+    "PruningSchedule",
+]
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_woodfisher.base.errors import (
+    ConfigurationError,
+    require_integer,
+    require_number,
+)
+
+Unit = Literal["epoch", "step"]
+
+# With no end given, the last quarter of training is left to recover accuracy.
+_SHARE_OF_TRAINING_THAT_PRUNES = 0.75
+_MOST_STEPS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long training runs.
+
+    Attributes:
+        max_epochs: number of epochs, or None when training is not limited by epochs.
+        max_steps: number of optimizer steps, or None when it is not known.
+        why_unknown: why not, for an error message.
+    """
+
+    max_epochs: int | None = None
+    max_steps: int | None = None
+    why_unknown: str = ""
+
+    def length(self, unit: Unit) -> int | None:
+        """Give the length of training in ``unit``.
+
+        Args:
+            unit: ``"epoch"`` or ``"step"``.
+
+        Returns:
+            The number of epochs or steps, None when unknown.
+        """
+        return self.max_epochs if unit == "epoch" else self.max_steps
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One pruning step that will happen.
+
+    Attributes:
+        unit: whether ``position`` counts epochs or optimizer steps.
+        position: the step happens at the start of this epoch, or before the batch that
+            follows this many optimizer steps.
+        sparsity: share of the selected weights that are zero after it, in [0, 1).
+    """
+
+    unit: Unit
+    position: int
+    sparsity: float
+
+
+class PruningSchedule(ABC):
+    """Base class of the schedules; subclass it to write your own."""
+
+    @abstractmethod
+    def plan(self, target_sparsity: float, horizon: Horizon) -> tuple[PlannedStep, ...]:
+        """List every pruning step of a training run.
+
+        Args:
+            target_sparsity: sparsity after the last step, in [0, 1).
+            horizon: how long training runs.
+
+        Returns:
+            The steps in order of position, with sparsities that never fall.
+        """
+
+
+class ConstantSchedule(PruningSchedule):
+    """Prune nothing and keep the zeros that the selected weights have when fit starts.
+
+    This is the schedule for fine-tuning a network that was pruned before. When a
+    checkpoint with masks is resumed, its masks are kept instead.
+    """
+
+    def plan(self, target_sparsity: float, horizon: Horizon) -> tuple[PlannedStep, ...]:
+        """Return no steps.
+
+        Args:
+            target_sparsity: not used.
+            horizon: not used.
+
+        Returns:
+            An empty tuple.
+        """
+        return ()
+
+    def __repr__(self) -> str:
+        return "ConstantSchedule()"
+
+
+class OneShotSchedule(PruningSchedule):
+    """Prune to the target in a single step.
+
+    Args:
+        epoch: the step happens at the start of this epoch (the first epoch is 0).
+        step: give this instead of ``epoch`` to prune after that many optimizer steps.
+
+    Raises:
+        ConfigurationError: for a negative position or when both are given.
+    """
+
+    def __init__(self, epoch: int | None = None, step: int | None = None) -> None:
+        if epoch is not None and step is not None:
+            raise ConfigurationError(
+                f"OneShotSchedule got epoch={epoch} and step={step}; give only one."
+            )
+        self.unit: Unit = "epoch" if step is None else "step"
+        self.position = (0 if epoch is None else epoch) if step is None else step
+        require_integer(f"OneShotSchedule: {self.unit}", self.position)
+        if self.position < 0:
+            raise ConfigurationError(
+                f"OneShotSchedule: {self.unit}={self.position} is before the start "
+                "of training; use 0 or more."
+            )
+
+    def plan(self, target_sparsity: float, horizon: Horizon) -> tuple[PlannedStep, ...]:
+        """Return the one step.
+
+        Args:
+            target_sparsity: sparsity after the step, in [0, 1).
+            horizon: how long training runs.
+
+        Returns:
+            A tuple of one step.
+        """
+        _require_within(self, self.position, self.unit, horizon)
+        return (PlannedStep(self.unit, self.position, target_sparsity),)
+
+    def __repr__(self) -> str:
+        return f"OneShotSchedule({self.unit}={self.position})"
+
+
+class PolynomialSchedule(PruningSchedule):
+    """Raise the sparsity along a polynomial (degree 3: Zhu & Gupta 2017, the cubic ramp).
+
+    ``s(t) = s_f + (s_0 - s_f) * (1 - (t - t_0) / (t_1 - t_0)) ** degree`` where ``t_1`` is
+    the last pruning step and ``t_0`` lies one interval before the first, so that the
+    first step prunes and the last lands on the target exactly.
+
+    Args:
+        start_epoch: epoch at whose start the first step happens.
+        end_epoch: epoch of the last step; None leaves the last quarter of training
+            free of pruning.
+        every_n_epochs: distance between two steps.
+        degree: exponent; 1 is linear, 3 prunes most in the beginning.
+        initial_sparsity: sparsity of the selected weights before the first step.
+        start_step: give it (and the next two) to count optimizer steps, not epochs.
+        end_step: like ``end_epoch``.
+        every_n_steps: like ``every_n_epochs``.
+
+    Raises:
+        ConfigurationError: when the schedule ends before it starts, or a value is out
+            of its range, or epochs and steps are mixed.
+    """
+
+    def __init__(
+        self,
+        start_epoch: int | None = None,
+        end_epoch: int | None = None,
+        every_n_epochs: int | None = None,
+        degree: float = 3.0,
+        initial_sparsity: float = 0.0,
+        start_step: int | None = None,
+        end_step: int | None = None,
+        every_n_steps: int | None = None,
+    ) -> None:
+        epochs = (start_epoch, end_epoch, every_n_epochs)
+        steps = (start_step, end_step, every_n_steps)
+        counts_steps = any(value is not None for value in steps)
+        if counts_steps and any(value is not None for value in epochs):
+            raise ConfigurationError(
+                "PolynomialSchedule counts either epochs or optimizer steps, but both "
+                f"*_epoch(s)={epochs} and *_step(s)={steps} were given; drop one set."
+            )
+        self.unit: Unit = "step" if counts_steps else "epoch"
+        start, end, every = steps if counts_steps else epochs
+        self.start = 0 if start is None else start
+        self.end = end
+        self.every = 1 if every is None else every
+        for name, value in (
+            (f"start_{self.unit}", self.start),
+            (f"end_{self.unit}", end),
+            (f"every_n_{self.unit}s", self.every),
+        ):
+            if value is not None:
+                require_integer(f"PolynomialSchedule: {name}", value)
+        self.degree = degree
+        self.initial_sparsity = initial_sparsity
+        if self.start < 0:
+            raise ConfigurationError(
+                f"PolynomialSchedule: start_{self.unit}={self.start} is negative; "
+                "the first one is 0."
+            )
+        if end is not None and end < self.start:
+            raise ConfigurationError(
+                f"PolynomialSchedule ends before it starts: end_{self.unit}={end} < "
+                f"start_{self.unit}={self.start}; raise the end or lower the start."
+            )
+        if self.every <= 0:
+            raise ConfigurationError(
+                f"PolynomialSchedule: every_n_{self.unit}s={self.every} must be at least 1."
+            )
+        require_number("PolynomialSchedule: degree", degree)
+        require_number("PolynomialSchedule: initial_sparsity", initial_sparsity)
+        if not (degree > 0 and math.isfinite(degree)):
+            raise ConfigurationError(
+                f"PolynomialSchedule: degree={degree} must be positive and finite (3 is "
+                "usual)."
+            )
+        if not 0.0 <= initial_sparsity < 1.0:
+            raise ConfigurationError(
+                f"PolynomialSchedule: initial_sparsity={initial_sparsity} is outside "
+                "[0, 1); give a share, not per cent."
+            )
+
+    def plan(self, target_sparsity: float, horizon: Horizon) -> tuple[PlannedStep, ...]:
+        """List the steps of the ramp.
+
+        Args:
+            target_sparsity: sparsity after the last step, in [0, 1).
+            horizon: how long training runs.
+
+        Returns:
+            The steps in order.
+
+        Raises:
+            ConfigurationError: when the ramp does not fit into training, has far too
+                many steps, or would have to lower the sparsity.
+        """
+        if target_sparsity < self.initial_sparsity:
+            raise ConfigurationError(
+                f"target_sparsity={target_sparsity} is below initial_sparsity="
+                f"{self.initial_sparsity}; pruning can only add zeros."
+            )
+        end = self._end(horizon)
+        _require_within(self, end, self.unit, horizon)
+        number = (end - self.start) // self.every + 1
+        if number > _MOST_STEPS:
+            raise ConfigurationError(
+                f"{self} plans {number} pruning steps; raise every_n_{self.unit}s."
+            )
+        positions = [*range(self.start, end, self.every), end]
+        span = end - self.start + self.every
+        return tuple(
+            PlannedStep(
+                self.unit,
+                position,
+                target_sparsity
+                + (self.initial_sparsity - target_sparsity)
+                * (1 - (position - self.start + self.every) / span) ** self.degree,
+            )
+            for position in positions
+        )
+
+    def _end(self, horizon: Horizon) -> int:
+        if self.end is not None:
+            return self.end
+        length = horizon.length(self.unit)
+        if length is None:
+            why = f" ({horizon.why_unknown})" if horizon.why_unknown else ""
+            raise ConfigurationError(
+                f"PolynomialSchedule has no end_{self.unit} and training has no known "
+                f"number of {self.unit}s{why}; set end_{self.unit} or limit the training."
+            )
+        return max(self.start, math.ceil(_SHARE_OF_TRAINING_THAT_PRUNES * length) - 1)
+
+    def __repr__(self) -> str:
+        return (
+            f"PolynomialSchedule(start_{self.unit}={self.start}, "
+            f"end_{self.unit}={self.end}, every_n_{self.unit}s={self.every}, "
+            f"degree={self.degree}, initial_sparsity={self.initial_sparsity})"
+        )
+
+
+def _require_within(
+    schedule: PruningSchedule, last: int, unit: Unit, horizon: Horizon
+) -> None:
+    length = horizon.length(unit)
+    if length is not None and last >= length:
+        raise ConfigurationError(
+            f"{schedule} prunes for the last time at {unit} {last}, but training has only "
+            f"{length} {unit}s (0 to {length - 1}), so the target would not be reached; "
+            f"end the schedule earlier or train longer."
+        )

@@ -1,0 +1,327 @@
+"""Which weights go in one part of a step: pattern, quotas, FLOPs and saliencies together.
+
+No rank sees the saliencies of another: sets are found by counting.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Candidates",
+    "Selector",
+    "is_too_sparse",
+    "layers_of",
+    "take_zeros",
+    "weights_to_remove",
+]
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_woodfisher.weights.active import ActiveWeights
+from lightning_woodfisher.criteria import Criterion
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.pruning.flops import LayerFlops
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.pruning.parts import Spacing, removed_share
+from lightning_woodfisher.weights.patterns import parse_pattern
+from lightning_woodfisher.distributed.quantiles import quantiles_by_group
+from lightning_woodfisher.pruning.quotas import Layers, Quotas, make_quotas
+from lightning_woodfisher.pruning.report import SALIENCY_SHARES
+from lightning_woodfisher.pruning.selection import SelectionConfig, select_smallest
+
+# How near a share of the FLOPs is as good as met.
+_FLOPS_TOLERANCE = 0.005
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What competes: single weights, or groups of them; G_r of this rank.
+
+    Attributes:
+        scores: saliency per weight, float64 ``[G_r]``.
+        layers: int64 ``[G_r]``.
+        sizes: weights that each gives up, int64 ``[G_r]``; None for single weights.
+        leaving: bool ``[D_r]``, the weights that go if their group does; None for all.
+    """
+
+    scores: Tensor
+    layers: Tensor
+    sizes: Tensor | None
+    leaving: Tensor | None
+
+
+class Selector:
+    """Chooses the weights of one step, part by part.
+
+    Args:
+        masks: what is selected and what is already pruned, at the start of the step.
+        selection: the settings.
+        communicator: the ranks.
+        quotas: what must go, in weights; None when only ``flops_target`` counts.
+        flops: counted where ``flops_power`` or ``flops_target`` needs them.
+        flops_target: share of the dense FLOPs that is left after the step.
+        spacing: where the parts of the step end.
+
+    Raises:
+        ConfigurationError: for a target that cannot be reached.
+    """
+
+    def __init__(
+        self,
+        masks: Masks,
+        selection: SelectionConfig,
+        communicator: Communicator,
+        quotas: Quotas,
+        flops: LayerFlops | None = None,
+        flops_target: float | None = None,
+        spacing: Spacing = "geometric",
+    ) -> None:
+        self._masks = masks
+        self._selection = selection
+        self._comm = communicator
+        self._quotas = quotas
+        self._flops = flops
+        self._flops_target = flops_target
+        self._spacing: Spacing = spacing
+        self.pattern = parse_pattern(selection.pattern)
+        self._start = list(masks.zeros().values())
+        if flops is not None and flops_target is not None:
+            self._require_reachable(flops, flops_target)
+
+    def candidates(
+        self,
+        criterion: Criterion,
+        active: ActiveWeights,
+        weights: Tensor,
+        gone: Tensor | None = None,
+    ) -> Candidates:
+        """Score what may go.
+
+        Args:
+            criterion: has observed all gradients.
+            active: the active weights.
+            weights: float64 ``[D_r]``.
+            gone: bool ``[D_r]``, removed in earlier parts; for single weights only.
+
+        Returns:
+            The candidates of this rank.
+        """
+        sizes: Tensor | None = None
+        leaving: Tensor | None = None
+        if self.pattern.is_grouped:
+            costs, leaving = criterion.score_groups(weights, active.runs, self.pattern)
+            layers = active.layers_of_groups()
+            each = [self.pattern.leaving(s) for s in self._shapes()]
+            sizes = self._by_layer(each, layers)
+            scores = costs / sizes
+        else:
+            scores, layers = criterion.score(weights), active.layers()
+            if gone is not None:
+                scores = scores.masked_fill(gone, math.inf)
+        power = self._selection.flops_power
+        if power and self._flops is not None:
+            each = self._flops.per_weight
+            mean = sum(self._flops.by_layer) / sum(self._flops.weights)
+            factors = torch.tensor([(mean / flops) ** power for flops in each])
+            scores = scores * factors.to(scores)[layers]
+        return Candidates(scores, layers, sizes, leaving)
+
+    def choose(
+        self, candidates: Candidates, active: ActiveWeights, fraction: float
+    ) -> tuple[Tensor, list[float | None]]:
+        """Choose what goes in one part.
+
+        Args:
+            candidates: what :meth:`candidates` gave.
+            active: the active weights.
+            fraction: of the step that is done at the end of the part, in (0, 1].
+
+        Returns:
+            bool ``[D_r]``, and the largest saliency that goes in each layer.
+        """
+        chosen = self._choose(candidates, fraction)
+        thresholds = active.largest_by_layer(
+            candidates.scores, chosen, candidates.layers
+        )
+        if candidates.leaving is None:
+            return chosen, thresholds
+        return active.members(chosen) & candidates.leaving, thresholds
+
+    def quantiles(self, candidates: Candidates) -> list[tuple[float, ...]]:
+        """Find quantiles of what competes in each layer.
+
+        Args:
+            candidates: what :meth:`candidates` gave.
+
+        Returns:
+            Of each layer, at ``SALIENCY_SHARES``; nothing without candidates.
+        """
+        number = len(self._start)
+        return quantiles_by_group(
+            candidates.scores, candidates.layers, number, SALIENCY_SHARES, self._comm
+        )
+
+    def _choose(self, found: Candidates, fraction: float) -> Tensor:
+        comm, quotas = self._comm, self._quotas
+        zeros = list(self._masks.zeros().values())
+        scores, layers, sizes = found.scores, found.layers, found.sizes
+        inside: Tensor | None = None
+        if quotas.caps is not None:
+            # The least of each layer as far as its limit goes; these compete.
+            left = [
+                max(0, cap - (now - before))
+                for cap, now, before in zip(
+                    quotas.caps, zeros, self._start, strict=True
+                )
+            ]
+            ones = torch.ones_like(layers) if sizes is None else sizes
+            allowed = select_smallest(scores, layers, left, comm, ones)
+            inside = allowed.nonzero().squeeze(1)
+            scores, layers = scores[inside], layers[inside]
+            sizes = None if sizes is None else sizes[inside]
+        if self._flops is not None and self._flops_target is not None:
+            each = self._by_layer(self._flops.per_weight, layers)
+            sizes = each if sizes is None else sizes * each
+            counts = [
+                self._flops_to_save(self._flops, self._flops_target, fraction, zeros)
+            ]
+            chosen = select_smallest(scores, None, counts, comm, sizes)
+        else:
+            groups = None
+            if len(quotas.granularity) > 1:
+                groups = self._by_layer(quotas.competitors, layers)
+            counts = self._counts(fraction, zeros)
+            chosen = select_smallest(scores, groups, counts, comm, sizes)
+        if inside is None:
+            return chosen
+        everywhere = torch.zeros_like(found.scores, dtype=torch.bool)
+        everywhere[inside[chosen]] = True
+        return everywhere
+
+    def _counts(self, fraction: float, zeros: list[int]) -> list[int]:
+        """Weights that each group of layers must give up until the end of a part."""
+        quotas = self._quotas
+        counts = quotas.until(fraction)
+        for layer, group in enumerate(quotas.competitors):
+            counts[group] -= zeros[layer] - self._start[layer]
+        return [max(0, count) for count in counts]
+
+    def _flops_to_save(
+        self, flops: LayerFlops, target: float, fraction: float, zeros: list[int]
+    ) -> int:
+        # FLOPs fall over the parts as the kept share of weights does.
+        start = flops.masked(self._start)
+        ratio = min(1.0, target * flops.dense / start)
+        goal = start * (1.0 - removed_share(ratio, fraction, self._spacing))
+        return max(0, round(flops.masked(zeros) - goal))
+
+    def _require_reachable(self, flops: LayerFlops, target: float) -> None:
+        zeros, caps = self._start, self._quotas.caps
+        now = flops.masked(zeros) / flops.dense
+        if target > now * (1 + _FLOPS_TOLERANCE):
+            raise ConfigurationError(
+                f"flops_target: a share of {target:.4f} of the dense FLOPs is above the "
+                f"{now:.4f} that the masked network has already; pruning can only lower it."
+            )
+        most = list(flops.weights)
+        if caps is not None:
+            most = [gone + cap for gone, cap in zip(zeros, caps, strict=True)]
+        least = flops.masked(most) / flops.dense
+        if target * (1 + _FLOPS_TOLERANCE) < least:
+            raise ConfigurationError(
+                f"flops_target: a share of {target:.4f} of the dense FLOPs is out of reach: "
+                f"with all selected weights gone that may go, {least:.4f} are left. Select "
+                "more layers, raise selection.max_layer_sparsity, or ask for less."
+            )
+
+    def _by_layer(self, values: list[int] | tuple[int, ...], layers: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=layers.device)[layers]
+
+    def _shapes(self) -> list[torch.Size]:
+        return [p.shape for p in self._masks.parameters.values()]
+
+
+def layers_of(masks: Masks) -> Layers:
+    """Describe the selected tensors.
+
+    Args:
+        masks: with the parameters.
+
+    Returns:
+        Names, shapes, weights and zeros.
+    """
+    parameters = masks.parameters.values()
+    return Layers(
+        tuple(masks.parameters),
+        tuple(tuple(p.shape) for p in parameters),
+        tuple(p.numel() for p in parameters),
+        tuple(masks.zeros().values()),
+    )
+
+
+def take_zeros(masks: Masks, selection: SelectionConfig) -> None:
+    """Take the weights that are exactly zero now for pruned. Call on all ranks.
+
+    With a pattern only zeros that make up what a group gives up count; others are
+    weights that happen to be zero.
+
+    Args:
+        masks: of a network that may be sparse.
+        selection: the settings.
+    """
+    pattern = parse_pattern(selection.pattern)
+    if not pattern.is_grouped:
+        masks.take_zeros()
+        return
+    masks.grow(
+        {name: pattern.complete(masks.local(name) == 0) for name in masks.parameters}
+    )
+
+
+def weights_to_remove(
+    masks: Masks,
+    selection: SelectionConfig,
+    target_sparsity: float,
+    final_sparsity: float | None = None,
+) -> list[int]:
+    """Count the weights that have to go.
+
+    Args:
+        masks: what is selected and what is already pruned.
+        selection: the settings.
+        target_sparsity: share of zeros that is wanted.
+        final_sparsity: the same at the end of a schedule; see :func:`.make_quotas`.
+
+    Returns:
+        Their number in each group of layers that compete; less than go together is 0.
+    """
+    quotas = make_quotas(selection, layers_of(masks), target_sparsity, final_sparsity)
+    return quotas.totals
+
+
+def is_too_sparse(
+    masks: Masks,
+    selection: SelectionConfig,
+    target_sparsity: float,
+    final_sparsity: float | None = None,
+) -> bool:
+    """Tell whether there are more zeros than wanted, and no layer that lacks some.
+
+    Args:
+        masks: what is selected and what is already pruned.
+        selection: the settings.
+        target_sparsity: share of zeros that is wanted.
+        final_sparsity: the same at the end of a schedule.
+
+    Returns:
+        True when the target cannot be met because pruning only adds zeros.
+    """
+    layers = layers_of(masks)
+    above = round(target_sparsity * sum(layers.weights)) < sum(layers.zeros)
+    # Also asked when there is no doubt: it refuses targets that contradict one another.
+    missing = weights_to_remove(masks, selection, target_sparsity, final_sparsity)
+    return above and not any(missing)

@@ -1,0 +1,154 @@
+"""The length of a weight update in one part of a step, with or without the search."""
+
+from __future__ import annotations
+
+__all__ = ["ChosenStep", "StepLength"]
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_woodfisher.weights.active import ActiveWeights
+from lightning_woodfisher.criteria import Criterion
+from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.pruning.sampling import Sampling
+from lightning_woodfisher.pruning.step_search import search_first_order, search_scales
+
+
+@dataclass(frozen=True)
+class ChosenStep:
+    """How the weights change in one part.
+
+    Attributes:
+        change: δ, float64 ``[D_r]``, exactly −w where removed.
+        scales: of each direction.
+        update: which update of the kept weights it is, ``"none"`` where they stay.
+        losses: at the new weights on the samples of the gradients, where they have been
+            measured.
+    """
+
+    change: Tensor
+    scales: tuple[float, ...]
+    update: Update
+    losses: list[float] | None
+
+
+class StepLength:
+    """Scales the directions of a criterion.
+
+    Trials write weights into the model. The step that is taken at the end overwrites all
+    of them, and one that fails puts the weights back.
+
+    Args:
+        criterion: fed with all rows.
+        active: the weights that take part.
+        sampling: measures the losses.
+        weights: as they are, float64 ``[D_r]``.
+        seed: of the samples.
+        largest: no scale exceeds it; without search every scale is this.
+        search: whether scales are chosen by the measured loss.
+    """
+
+    def __init__(
+        self,
+        criterion: Criterion,
+        active: ActiveWeights,
+        sampling: Sampling,
+        weights: Tensor,
+        seed: int,
+        *,
+        largest: float,
+        search: bool,
+    ) -> None:
+        self._criterion = criterion
+        self._active = active
+        self._sampling = sampling
+        self._weights = weights
+        self._seed = seed
+        self._largest = largest
+        self._search = search
+        self._first_order = 0.0
+
+    def prepare(self, descent: Tensor | None) -> None:
+        """Find out how far the first order is trusted; call it before the scores.
+
+        Args:
+            descent: what the criterion gives, None where nothing is to be found out.
+        """
+        criterion, weights = self._criterion, self._weights
+        if descent is None:
+            return
+        nothing = torch.zeros_like(weights, dtype=torch.bool)
+        self._first_order = search_first_order(
+            lambda scale: _mean(self._losses(scale * descent, nothing)),
+            criterion.damping or 0.0,
+            self._largest,
+        )
+        criterion.first_order_scale = self._first_order
+
+    def choose(
+        self,
+        removed: Tensor,
+        directions: Sequence[Tensor],
+        alternatives: Mapping[Update, Tensor],
+    ) -> ChosenStep:
+        """Choose the scales and give the change of the weights.
+
+        Args:
+            removed: bool ``[D_r]``.
+            directions: of the kept weights, float64 ``[D_r]`` each, zero where removed.
+            alternatives: what is tried whole in place of the first direction, with the
+                scales of the others as they were found; looked at by the search only.
+
+        Returns:
+            The step.
+        """
+        zeroing = torch.where(removed, -self._weights, 0.0)
+
+        def change_at(scales: Sequence[float], directions: Sequence[Tensor]) -> Tensor:
+            moves = [s * d for s, d in zip(scales, directions, strict=True)]
+            return sum(moves, zeroing)
+
+        scales = (self._largest,) * len(directions)
+        update, losses = self._criterion.update, None
+        if self._search and directions and self._largest > 0.0:
+            measured: dict[tuple[float, ...], list[float]] = {}
+
+            def loss(trial: tuple[float, ...]) -> float:
+                measured[trial] = self._losses(change_at(trial, directions), removed)
+                return _mean(measured[trial])
+
+            scales = search_scales(
+                loss, len(directions), self._largest, self._first_order
+            )
+            losses = measured[scales]
+            for name, other in alternatives.items():
+                if self._active.is_same(directions[0], other):
+                    continue
+                trial = (self._largest, *scales[1:])
+                instead = (other, *directions[1:])
+                found = self._losses(change_at(trial, instead), removed)
+                if _mean(found) < _mean(losses):
+                    update, losses = name, found
+                    scales, directions = trial, instead
+        return ChosenStep(
+            change_at(scales, directions),
+            scales,
+            update if any(scales) else "none",
+            losses if losses and math.isfinite(_mean(losses)) else None,
+        )
+
+    def _losses(self, change: Tensor, removed: Tensor) -> list[float]:
+        """Measure at weights on trial; nothing where they are not finite."""
+        if not self._active.try_on(self._weights + change, removed):
+            return []
+        return self._sampling.measure_trial(self._seed)
+
+
+def _mean(losses: Sequence[float]) -> float:
+    """Give the mean; infinity for what is not finite, or not there."""
+    value = sum(losses) / len(losses) if losses else math.inf
+    return value if math.isfinite(value) else math.inf

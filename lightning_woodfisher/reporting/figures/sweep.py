@@ -1,0 +1,59 @@
+"""The figure of a sweep over settings."""
+
+from __future__ import annotations
+
+__all__ = ["draw_sweep"]
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning_woodfisher.reporting.figures.canvas import (
+    INCHES_PER_LETTER,
+    MOST_LABELS,
+    new_figure,
+)
+from lightning_woodfisher.sweeps.report import TARGET, SweepReport, SweepResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw_sweep(report: SweepReport, metric: str | None = None) -> Figure:
+    """Draw a metric over the sparsity (or the first other setting), a line per setting.
+
+    Args:
+        report: of a sweep.
+        metric: which one; None for the first.
+
+    Returns:
+        The figure; the dashed line is the network as it was given.
+    """
+    metric = report.choose_metric(metric)
+    done = [result for result in report.results if metric in result.metrics]
+    varying = report.varying()
+    across = varying[0] if varying else TARGET
+    figure, axes = new_figure()
+    lines: dict[str, list[SweepResult]] = {}
+    for result in done:
+        lines.setdefault(_label(result.setting, varying, across), []).append(result)
+    values = [result.setting.get(across) for result in done]
+    numeric = all(isinstance(value, int | float) for value in values)
+    for label, results in lines.items():
+        x = [result.setting.get(across, "–") for result in results]
+        y = [result.metrics[metric] for result in results]
+        axes.plot(x if numeric else [*map(str, x)], y, "o-", label=label or None)
+    axes.axhline(report.dense[metric], color="grey", linestyle="--", label="dense")
+    if across == "damping":
+        axes.set_xscale("log")
+    axes.set_xlabel(across)
+    axes.set_ylabel(metric)
+    if len(lines) < MOST_LABELS:
+        longest = max((len(label) for label in lines), default=0)
+        figure.set_figwidth(7.0 + INCHES_PER_LETTER * longest)
+        figure.legend(loc="outside right upper", fontsize="small")
+    return figure
+
+
+def _label(setting: Mapping[str, Any], varying: list[str], across: str) -> str:
+    names = [name for name in varying if name != across and name in setting]
+    return ", ".join(f"{name}={setting[name]}" for name in names)

@@ -1,0 +1,344 @@
+"""Try many one-shot settings on one network, and put it back after each.
+
+Gradients are collected once for all settings that take the same ones
+(:mod:`.stored_rows`). Every setting starts from the weights that were given.
+"""
+
+from __future__ import annotations
+
+__all__ = ["SweepReport", "SweepResult", "expand_grid", "run_sweep", "sweep"]
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lightning_woodfisher.resources.budget import free_bytes, require_one_device, within_memory
+from lightning_woodfisher.base.clock import Progress, no_progress
+from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError, nearest
+from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.data.losses import FunctionLoss, LossSource
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.pruning.pruner import Pruner
+from lightning_woodfisher.pruning.report import PruningReport
+from lightning_woodfisher.pruning.selection import SelectionConfig
+from lightning_woodfisher.pruning.selector import is_too_sparse
+from lightning_woodfisher.base.byte_sizes import parse_bytes
+from lightning_woodfisher.sweeps.stored_rows import RowStore, StoredSampling, kind_of_rows
+from lightning_woodfisher.sweeps.report import TARGET, SweepReport, SweepResult
+
+Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
+
+_METRIC = "metric"
+_SHARE_OF_FREE_MEMORY = 0.25
+_BYTES_IF_UNKNOWN = 2**30
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the grid.
+
+    Attributes:
+        values: of the swept names, and the target sparsity.
+        config: how to prune.
+    """
+
+    values: Mapping[str, Any]
+    config: PruningConfig
+
+    @property
+    def target_sparsity(self) -> float:
+        """Share of zeros that is wanted."""
+        return float(self.values[TARGET])
+
+
+def sweep(
+    model: nn.Module,
+    data: Dataset[Any] | Iterable[Any],
+    loss_fn: Callable[[Any, Any], Tensor],
+    evaluate: Evaluate,
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    target_sparsity: float = 0.9,
+    config: PruningConfig | None = None,
+    row_memory: str | int | None = None,
+    progress: Progress | None = None,
+) -> SweepReport:
+    """Try every combination of one-shot settings on a plain PyTorch model.
+
+    The model is put back, bit for bit, after each setting. Gradients are collected once
+    for all settings with the same ``gradient_batch_size``; a smaller ``num_gradients``
+    takes the first of them. Later parts of ``recompute_steps`` need gradients of their
+    own. With an initialised ``torch.distributed``, call it on every rank.
+
+    Args:
+        model: the network.
+        data: as for :func:`~.prune`; not an iterator, which can be read only once.
+        loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
+        evaluate: ``evaluate(model)`` returns a metric, or several by name. It is called
+            once for the network as given, and after each setting.
+        grid: values by the name of a setting: ``target_sparsity``, ``damping``,
+            ``num_gradients``, ``block_size``, ``update``, ``recompute_steps``, or any other
+            field of :class:`FisherConfig`, :class:`SelectionConfig` and
+            :func:`~.prune`.
+        target_sparsity: where the grid has none.
+        config: settings that the grid does not vary.
+        row_memory: host memory that kept gradients may take, such as ``"8GB"``; more of
+            them go to a temporary file. None for a quarter of what is free.
+        progress: given a title and a total, a context that yields a counter.
+
+    Returns:
+        What each setting gave, in the order of the grid, the last name running fastest.
+
+    Raises:
+        ConfigurationError: for a setting that cannot work, before anything is tried.
+    """
+    if isinstance(data, Iterator):
+        raise ConfigurationError(
+            f"data is a {type(data).__name__}, which can be read only once, but every "
+            "setting reads it; give a Dataset, a DataLoader or a list of batches."
+        )
+    settings = expand_grid(grid, config or PruningConfig(), target_sparsity)
+    return run_sweep(
+        FunctionLoss(model, data, loss_fn), evaluate, settings, row_memory, progress
+    )
+
+
+def expand_grid(
+    grid: Mapping[str, Sequence[Any]], base: PruningConfig, target_sparsity: float
+) -> list[Setting]:
+    """Make a configuration for every combination of values.
+
+    Magnitude has neither gradients nor an update, so that it appears once for each
+    sparsity and selection.
+
+    Args:
+        grid: values by name.
+        base: what is not in the grid.
+        target_sparsity: where the grid has none.
+
+    Returns:
+        The settings; the last name of the grid runs fastest.
+
+    Raises:
+        ConfigurationError: for an unknown name, or a name without values.
+    """
+    owners = _owners()
+    for name, values in grid.items():
+        if name not in owners:
+            raise ConfigurationError(
+                f"{name!r} is no setting of a sweep.{nearest(name, owners)}"
+            )
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ConfigurationError(
+                f"grid[{name!r}]={values!r} must be a list of values to try."
+            )
+    every = {TARGET: [target_sparsity], **grid}
+    settings: dict[str, Setting] = {}
+    for chosen in itertools.product(*every.values()):
+        picked = dict(zip(every, chosen, strict=True))
+        check_sparsity(picked[TARGET])
+        config = _configure(base, picked)
+        if config.criterion == "magnitude":
+            # The names that make no difference are left out.
+            picked = {
+                name: value
+                for name, value in picked.items()
+                if owners[name] != "fisher"
+                and name not in {"update", "recompute_steps"}
+            }
+        settings.setdefault(repr(picked), Setting(picked, config))
+    return list(settings.values())
+
+
+def run_sweep(
+    source: LossSource,
+    evaluate: Evaluate,
+    settings: Sequence[Setting],
+    row_memory: str | int | None = None,
+    progress: Progress | None = None,
+) -> SweepReport:
+    """Try settings. Call on all ranks.
+
+    Args:
+        source: where losses come from.
+        evaluate: see :func:`sweep`.
+        settings: what to try.
+        row_memory: see :func:`sweep`.
+        progress: see :func:`sweep`.
+
+    Returns:
+        What each setting gave.
+    """
+    progress = progress or no_progress
+    start = _Weights(source.model)
+    comm = Communicator(start.device)
+    jobs = [_prepare(setting, source, comm) for setting in settings]
+    store = RowStore(_row_bytes(row_memory, comm), _most_gradients(jobs))
+    sampling = functools.partial(StoredSampling, store=store, is_start=start.holds)
+    results: dict[int, SweepResult] = {}
+    try:
+        with progress("Trying settings", len(jobs)) as tick:
+            dense = _metrics(evaluate(source.model))
+            # Settings that share gradients follow each other.
+            for i in sorted(range(len(jobs)), key=lambda i: _order(jobs[i].config)):
+                start.restore()
+                results[i] = _try(jobs[i], source, evaluate, comm, sampling, progress)
+                tick(1)
+    finally:
+        start.restore()
+        store.close()
+    ordered = tuple(results[i] for i in range(len(jobs)))
+    return SweepReport(dense, ordered, store.collections)
+
+
+def _try(
+    job: Setting,
+    source: LossSource,
+    evaluate: Evaluate,
+    comm: Communicator,
+    sampling: Callable[..., StoredSampling],
+    progress: Progress,
+) -> SweepResult:
+    masks = _masks(source.model, job.config.selection)
+    pruner = Pruner(masks, job.config, comm, progress, sampling)
+    try:
+        report: PruningReport = pruner.step(source, job.target_sparsity)
+    except PruningError as error:
+        # One value that is too small must not cost the results of the others.
+        return SweepResult(job.values, {}, error=str(error))
+    return SweepResult(
+        job.values,
+        _metrics(evaluate(source.model)),
+        report.sparsity,
+        report.predicted_increase,
+        report.measured_increase,
+        sum(report.seconds.values()),
+    )
+
+
+def _prepare(setting: Setting, source: LossSource, comm: Communicator) -> Setting:
+    """Refuse early what cannot work; give the setting as it fits into memory."""
+    config, target = setting.config, setting.target_sparsity
+    masks = _masks(source.model, config.selection)
+    if masks.sharded:
+        raise ConfigurationError(
+            "a sweep needs whole parameters on every rank, but these are sharded; run it "
+            "on one device or with DDP."
+        )
+    if is_too_sparse(masks, config.selection, target):
+        raise ConfigurationError(
+            f"target_sparsity={target} is below the {masks.sparsity():.4f} that the "
+            "network has already; pruning can only add zeros."
+        )
+    if config.reads_data:
+        fisher = config.fisher
+        source.batches(fisher.num_gradients, fisher.gradient_batch_size, config.seed)
+    config, _ = within_memory(masks, config, comm, comm.world_size)
+    return dataclasses.replace(setting, config=config)
+
+
+def _masks(model: nn.Module, selection: SelectionConfig) -> Masks:
+    parameters = prunable_parameters(model, selection.include, selection.exclude)
+    require_one_device(parameters)
+    masks = Masks(parameters)
+    masks.take_zeros()
+    return masks
+
+
+class _Weights:
+    """Everything that a state_dict holds, to be put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._saved = [(t, t.detach().clone()) for t in self._tensors()]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self._model.parameters()
+        yield from self._model.buffers()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for tensor, saved in self._saved:
+            tensor.copy_(saved)
+
+    def holds(self, masks: Masks) -> bool:
+        """Whether selected weights are as they were at the start."""
+        saved = {id(tensor): content for tensor, content in self._saved}
+        return all(
+            torch.equal(p.detach(), saved[id(p)]) for p in masks.parameters.values()
+        )
+
+
+def _owners() -> dict[str, str]:
+    """Name which part of the configuration has a setting."""
+    owners = {TARGET: ""}
+    of_the_step = ("criterion", "update", "recompute_steps", "seed")
+    for name in (*of_the_step, "step_search", "update_scale"):
+        owners[name] = "config"
+    for part, cls in (("fisher", FisherConfig), ("selection", SelectionConfig)):
+        owners |= {field.name: part for field in dataclasses.fields(cls)}
+    return owners
+
+
+def _configure(base: PruningConfig, values: Mapping[str, Any]) -> PruningConfig:
+    owners = _owners()
+    given: dict[str, dict[str, Any]] = {"config": {}, "fisher": {}, "selection": {}}
+    for name, value in values.items():
+        if name != TARGET:
+            given[owners[name]][name] = value
+    return dataclasses.replace(
+        base,
+        fisher=dataclasses.replace(base.fisher, **given["fisher"]),
+        selection=dataclasses.replace(base.selection, **given["selection"]),
+        **given["config"],
+    )
+
+
+def _most_gradients(jobs: Sequence[Setting]) -> dict[int, int]:
+    most: dict[int, int] = {}
+    for job in jobs:
+        fisher = job.config.fisher
+        size = fisher.gradient_batch_size
+        most[size] = max(most.get(size, 0), fisher.num_gradients)
+    return most
+
+
+def _order(config: PruningConfig) -> tuple[str, ...]:
+    fisher, selection = config.fisher, config.selection
+    # On several ranks the owner of a weight, and so its gradients, go with the blocks.
+    return (
+        repr((selection.include, selection.exclude)),
+        repr(kind_of_rows(fisher)),
+        repr(config.seed),
+        repr(fisher.block_size),
+        repr(fisher.num_gradients),
+    )
+
+
+def _row_bytes(row_memory: str | int | None, comm: Communicator) -> int:
+    if row_memory is not None:
+        return parse_bytes(row_memory, "row_memory")
+    free = free_bytes(torch.device("cpu"))
+    if free is None:
+        return _BYTES_IF_UNKNOWN
+    return int(_SHARE_OF_FREE_MEMORY * free / comm.world_size)
+
+
+def _metrics(found: float | Mapping[str, float]) -> dict[str, float]:
+    if isinstance(found, Mapping):
+        return {name: float(value) for name, value in found.items()}
+    return {_METRIC: float(found)}

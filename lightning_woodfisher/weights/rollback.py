@@ -1,0 +1,36 @@
+"""A step is whole or absent: what it has changed is put back when it fails."""
+
+from __future__ import annotations
+
+__all__ = ["whole_or_absent"]
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from lightning_woodfisher.data.batchnorm import BatchNormStatistics
+from lightning_woodfisher.weights.masks import Masks
+
+
+@contextlib.contextmanager
+def whole_or_absent(masks: Masks, model: nn.Module) -> Iterator[None]:
+    """Put weights, masks and BatchNorm statistics back when the body fails.
+
+    Args:
+        masks: of the weights that the body may change.
+        model: the network that holds them.
+
+    Yields:
+        Nothing.
+    """
+    statistics = BatchNormStatistics.of(model)
+    weights = {name: masks.local(name).clone() for name in masks.parameters}
+    try:
+        with masks.restored_on_error():
+            yield
+    except BaseException:
+        for name, before in weights.items():
+            masks.local(name).copy_(before)
+        statistics.write(model)
+        raise
