@@ -6,9 +6,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := wandb,examples
 OLDEST := .venv-oldest
 # Those that need torch-pruning, onnx or safetensors, and the documentation, are left out.
-OLDEST_TESTS := $(filter-out %/test_docs.py %/test_export.py %/test_export_command.py \
-	%/test_structured_export.py %/test_structured_groups.py %/test_structured_implant.py \
-	%/test_structured_pruner.py, $(wildcard tests/test_*.py)) \
+OLDEST_TESTS := $(filter-out tests/structured/% tests/export/% tests/repository/test_docs.py \
+	tests/cli/test_export.py tests/integration/% tests/clusters/%, \
+	$(wildcard tests/*/test_*.py)) \
 	$(addprefix tests/integration/test_,callback.py resume.py masks_in_fit.py ranks.py)
 
 export OMP_NUM_THREADS ?= 2
@@ -72,7 +72,7 @@ soak: $(VENV)/.dev  ## long tests: random configurations (SOAK_SEED chooses othe
 
 mutants: export OMP_NUM_THREADS = 1
 mutants: $(VENV)/.dev  ## break lines of the core one by one; the tests must notice
-	$(BIN)/python tests/mutation.py
+	$(BIN)/python tests/support/mutation.py
 
 # Threads that wander between cores would be measured, too.
 bench: export OMP_PROC_BIND ?= true

@@ -1,12 +1,16 @@
 """Second-order pruning for PyTorch Lightning."""
 
-from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.callbacks.presets import preset
+from lightning_woodfisher.callbacks.structured import (
+    HAPPruningCallback,
+    SOSPPruningCallback,
+    StructuredPruningCallback,
+)
+from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
 from lightning_woodfisher.fisher.inverse import FisherConfig
 from lightning_woodfisher.one_shot import prune
-from lightning_woodfisher.callbacks.presets import preset
 from lightning_woodfisher.pruning.report import PruningReport
-from lightning_woodfisher.resources.estimate import ResourceEstimate, estimate
 from lightning_woodfisher.pruning.schedule import (
     ConstantSchedule,
     OneShotSchedule,
@@ -14,14 +18,10 @@ from lightning_woodfisher.pruning.schedule import (
     PruningSchedule,
 )
 from lightning_woodfisher.pruning.selection import SelectionConfig
+from lightning_woodfisher.resources.estimate import ResourceEstimate, estimate
 from lightning_woodfisher.structured.configuration import StructureConfig
 from lightning_woodfisher.structured.pruner import prune_structures
 from lightning_woodfisher.structured.report import StructureReport
-from lightning_woodfisher.callbacks.structured import (
-    HAPPruningCallback,
-    SOSPPruningCallback,
-    StructuredPruningCallback,
-)
 from lightning_woodfisher.sweeps.report import SweepReport
 from lightning_woodfisher.sweeps.sweep import sweep
 

@@ -11,20 +11,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_woodfisher.resources.budget import require_one_device, within_memory
 from lightning_woodfisher.base.clock import Progress
-from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
 )
-from lightning_woodfisher.fisher.inverse import FisherConfig
-from lightning_woodfisher.weights.layers import prunable_parameters
-from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.distributed.dtensor import reshard
+from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
 from lightning_woodfisher.pruning.parts import Spacing
-from lightning_woodfisher.weights.patterns import require_pattern_fits
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.quotas import (
     require_target_fits,
@@ -34,7 +31,10 @@ from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.pruning.selector import (
     take_zeros,
 )
-from lightning_woodfisher.distributed.dtensor import reshard
+from lightning_woodfisher.resources.budget import require_one_device, within_memory
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.weights.patterns import require_pattern_fits
 
 
 def prune(

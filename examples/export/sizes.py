@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.models import resnet50
 
+from lightning_woodfisher.base.byte_sizes import format_bytes
 from lightning_woodfisher.export import load_sparse, save_sparse
 from lightning_woodfisher.pruning.report import format_table
-from lightning_woodfisher.base.byte_sizes import format_bytes
 
 Result = TypeVar("Result")
 

@@ -8,10 +8,13 @@ here: what has not been imported has no instances.
 
 from __future__ import annotations
 
-__all__ = ["either_name", "like"]
+__all__ = ["callbacks_of", "either_name", "has_callback", "like"]
 
 import sys
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -46,6 +49,34 @@ def like(owner: object, kind: type[T]) -> type[T]:
             if base.__module__.startswith(f"{name}."):
                 return _namesake(kind, name) or kind
     return kind
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Give the list in which the Trainer keeps its callbacks.
+
+    Args:
+        trainer: of either name of Lightning.
+
+    Returns:
+        The list itself; who changes it changes the Trainer.
+    """
+    # Set by a connector, without an annotation.
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def has_callback(trainer: pl.Trainer, *kinds: type[pl.Callback]) -> bool:
+    """Look for callbacks of some kinds, under either name of Lightning.
+
+    Args:
+        trainer: whose callbacks are looked through.
+        kinds: classes of ``lightning.pytorch``.
+
+    Returns:
+        Whether there is one of these classes or of one derived from them.
+    """
+    wanted = either_name(*kinds)
+    return any(isinstance(callback, wanted) for callback in callbacks_of(trainer))
 
 
 def _namesake(kind: type[T], name: str) -> type[T] | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.benchmark import (
     inverse,
     output,
@@ -27,7 +28,6 @@ from lightning_woodfisher.benchmark.presets import (
     preset_cases,
     slice_case,
 )
-from lightning_woodfisher.base.errors import ConfigurationError
 
 _SLICE_ON_CPU = 300_000
 _MASK_STEPS = 40

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from lightning_woodfisher.benchmark.inverse import InverseRow
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.benchmark.inverse import InverseRow
 
 _HEADERS = {
     "num_gradients": "N",

@@ -7,8 +7,8 @@ __all__ = ["PRESETS", "custom_case", "preset_cases", "slice_case"]
 import dataclasses
 import math
 
-from lightning_woodfisher.benchmark.inverse import Case, slice_segments
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.benchmark.inverse import Case, slice_segments
 from lightning_woodfisher.resources.network_shapes import SHAPES
 
 # (N, B) of each network; None is the full Fisher.

@@ -24,13 +24,17 @@ from lightning_woodfisher.benchmark.networks import (
     cross_entropy,
 )
 from lightning_woodfisher.benchmark.timing import Tick
-from lightning_woodfisher.pruning.configuration import PruningConfig
-from lightning_woodfisher.distributed.communicator import Communicator, Pending, destroy_group
-from lightning_woodfisher.fisher.inverse import FisherConfig
-from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.distributed.communicator import (
+    Communicator,
+    Pending,
+    destroy_group,
+)
+from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.pruning.configuration import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.masks import Masks
 
 _SPARSITY = 0.5
 

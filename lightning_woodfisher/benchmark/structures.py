@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.benchmark.networks import RandomImages, cross_entropy
 from lightning_woodfisher.benchmark.timing import Tick, measure_alternately
-from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.structured.configuration import StructureConfig
-from lightning_woodfisher.structured.scores.methods import StructureScores, score_structures
 from lightning_woodfisher.structured.graph.tracing import trace_groups
+from lightning_woodfisher.structured.scores.methods import (
+    StructureScores,
+    score_structures,
+)
 
 _UNIT = "gradient pass"
 _METHODS: dict[str, StructureConfig] = {

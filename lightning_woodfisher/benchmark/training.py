@@ -36,17 +36,17 @@ from lightning_woodfisher.benchmark.recursion import (
     recursion_inverse,
 )
 from lightning_woodfisher.benchmark.timing import Tick, measure_alternately, wait_for
+from lightning_woodfisher.criteria.obs import Update, saliency
+from lightning_woodfisher.data.isolation import derive_seed
+from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.inverse import FisherConfig
 from lightning_woodfisher.gradients.collect import collect_gradients
-from lightning_woodfisher.data.isolation import derive_seed
-from lightning_woodfisher.weights.layers import prunable_parameters
-from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.weights.masks import Masks
-from lightning_woodfisher.criteria.obs import Update, saliency
 from lightning_woodfisher.one_shot import prune
-from lightning_woodfisher.weights.partition import make_partition
 from lightning_woodfisher.pruning.selection import select_smallest
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.weights.partition import make_partition
 
 _BATCH = 128
 _VMAP_CHUNK = 32

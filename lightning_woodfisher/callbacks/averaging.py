@@ -16,9 +16,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_woodfisher.company import callbacks_of
 from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.base.lightning_names import either_name
+from lightning_woodfisher.base.lightning_names import callbacks_of, either_name
 from lightning_woodfisher.weights.masks import Masks
 
 # By name: WeightAveraging is younger than the oldest Lightning we support.

@@ -19,24 +19,31 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_woodfisher.callbacks.averaging import mask_averages, require_maskable_averages
-from lightning_woodfisher.weights.state import STATE_VERSION, require_readable
-from lightning_woodfisher.company import callbacks_of
-from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.base.errors import ConfigurationError, require_flag, require_text
-from lightning_woodfisher.data.losses import LossSource
-from lightning_woodfisher.callbacks.mask_guard import MaskGuard
-from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.base.errors import (
+    ConfigurationError,
+    require_flag,
+    require_text,
+)
+from lightning_woodfisher.base.lightning_names import callbacks_of
+from lightning_woodfisher.callbacks.averaging import (
+    mask_averages,
+    require_maskable_averages,
+)
 from lightning_woodfisher.callbacks.checks import (
     require_masks_hold,
     require_same_selection,
     require_supported,
     require_weight_decay,
 )
-from lightning_woodfisher.pruning.schedule import PlannedStep, PruningSchedule, Unit
-from lightning_woodfisher.distributed.dtensor import reshard
+from lightning_woodfisher.callbacks.mask_guard import MaskGuard
 from lightning_woodfisher.callbacks.signals import hold_back_signals
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
+from lightning_woodfisher.data.losses import LossSource
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.distributed.dtensor import reshard
+from lightning_woodfisher.pruning.schedule import PlannedStep, PruningSchedule, Unit
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.weights.state import STATE_VERSION, require_readable
 
 
 class MaskedTraining(MaskGuard, ABC):

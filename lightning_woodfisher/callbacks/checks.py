@@ -32,13 +32,21 @@ from lightning.pytorch.strategies import (
 )
 from torch.optim import Optimizer
 
-from lightning_woodfisher.data.batches import Batches, StreamBatches
-from lightning_woodfisher.company import callbacks_of, has_callback
 from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.base.lightning_names import either_name
-from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.base.lightning_names import (
+    callbacks_of,
+    either_name,
+    has_callback,
+)
+from lightning_woodfisher.data.batches import Batches, StreamBatches
 from lightning_woodfisher.pruning.report import format_table
-from lightning_woodfisher.pruning.schedule import Horizon, PlannedStep, PruningSchedule, Unit
+from lightning_woodfisher.pruning.schedule import (
+    Horizon,
+    PlannedStep,
+    PruningSchedule,
+    Unit,
+)
+from lightning_woodfisher.weights.masks import Masks
 
 
 def training_horizon(trainer: pl.Trainer, schedule: PruningSchedule) -> Horizon:

@@ -20,35 +20,31 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_woodfisher.data.batchnorm import require_recalibration_batches
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import ConfigurationError, require_integer
 from lightning_woodfisher.base.lightning_names import either_name
-from lightning_woodfisher.callbacks.progress import announce
-from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.callbacks.base import MaskedTraining
 from lightning_woodfisher.callbacks.checks import training_horizon
+from lightning_woodfisher.callbacks.progress import announce
+from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
+from lightning_woodfisher.data.batchnorm import require_recalibration_batches
+from lightning_woodfisher.data.losses import LossSource
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.distributed.dtensor import is_sharded
 from lightning_woodfisher.pruning.schedule import (
     OneShotSchedule,
     PlannedStep,
     PruningSchedule,
 )
-from lightning_woodfisher.distributed.dtensor import is_sharded
+from lightning_woodfisher.reporting.loggers import (
+    track_channel_end,
+    track_channel_settings,
+    track_channel_step,
+)
+from lightning_woodfisher.structured.configuration import StructureConfig
 from lightning_woodfisher.structured.graph.captured_inputs import capture_inputs, within
 from lightning_woodfisher.structured.graph.channels import masked_parameters
-from lightning_woodfisher.structured.configuration import StructureConfig
-from lightning_woodfisher.structured.shrink.removal import (
-    RemovalPlan,
-    plan_removal,
-    save_shrunk,
-)
 from lightning_woodfisher.structured.graph.groups import Group
-from lightning_woodfisher.structured.shrink.implant import (
-    ImplantConfig,
-    ImplantInit,
-    check_implants,
-)
-from lightning_woodfisher.structured.shrink.latency import Latency, measure_latency
+from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.pruner import (
     Measure,
     StructurePruner,
@@ -57,13 +53,17 @@ from lightning_woodfisher.structured.pruner import (
     require_target,
 )
 from lightning_woodfisher.structured.report import StructureReport
-from lightning_woodfisher.structured.graph.tracing import trace_groups
-from lightning_woodfisher.reporting.loggers import (
-    track_channel_end,
-    track_channel_settings,
-    track_channel_step,
+from lightning_woodfisher.structured.shrink.implant import (
+    ImplantConfig,
+    ImplantInit,
+    check_implants,
 )
-from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
+from lightning_woodfisher.structured.shrink.latency import Latency, measure_latency
+from lightning_woodfisher.structured.shrink.removal import (
+    RemovalPlan,
+    plan_removal,
+    save_shrunk,
+)
 
 
 class StructuredPruningCallback(MaskedTraining):

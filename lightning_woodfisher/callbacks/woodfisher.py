@@ -15,22 +15,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_woodfisher.resources.budget import require_one_device, within_memory
-from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
-from lightning_woodfisher.criteria import CriterionName
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
     PruningError,
     require_flag,
 )
-from lightning_woodfisher.fisher.inverse import FisherConfig
-from lightning_woodfisher.weights.layers import prunable_parameters
-from lightning_woodfisher.callbacks.progress import announce, log_report, progress_bar
 from lightning_woodfisher.callbacks.base import MaskedTraining
-from lightning_woodfisher.criteria.obs import Update
-from lightning_woodfisher.pruning.parts import Spacing
-from lightning_woodfisher.weights.patterns import require_pattern_fits
 from lightning_woodfisher.callbacks.checks import (
     describe_plan,
     releases_weights,
@@ -38,6 +28,13 @@ from lightning_woodfisher.callbacks.checks import (
     training_horizon,
 )
 from lightning_woodfisher.callbacks.presets import preset
+from lightning_woodfisher.callbacks.progress import announce, log_report, progress_bar
+from lightning_woodfisher.criteria import CriterionName
+from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
+from lightning_woodfisher.pruning.parts import Spacing
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.quotas import require_target_fits
 from lightning_woodfisher.pruning.report import PruningReport
@@ -48,8 +45,15 @@ from lightning_woodfisher.pruning.schedule import (
     PruningSchedule,
 )
 from lightning_woodfisher.pruning.selection import SelectionConfig
-from lightning_woodfisher.pruning.selector import is_too_sparse, take_zeros, weights_to_remove
+from lightning_woodfisher.pruning.selector import (
+    is_too_sparse,
+    take_zeros,
+    weights_to_remove,
+)
 from lightning_woodfisher.reporting.loggers import track_end, track_settings, track_step
+from lightning_woodfisher.resources.budget import require_one_device, within_memory
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.patterns import require_pattern_fits
 
 
 class WoodFisherPruningCallback(MaskedTraining):

@@ -18,10 +18,15 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_woodfisher.cli.completion_script import SHELLS, Command, Option, to_script
+from lightning_woodfisher.callbacks.presets import PRESETS
+from lightning_woodfisher.cli.completion_script import (
+    SHELLS,
+    Command,
+    Option,
+    to_script,
+)
 from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.criteria.obs import Update
-from lightning_woodfisher.callbacks.presets import PRESETS
 from lightning_woodfisher.pruning.selection import Scope
 from lightning_woodfisher.resources.network_shapes import SHAPES
 

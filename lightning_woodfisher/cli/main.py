@@ -23,26 +23,25 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_woodfisher import (
-    estimate_command,
-    export_command,
-    report_command,
-    schedule,
-    sweep_command,
-)
-from lightning_woodfisher.benchmark import command as benchmark
-from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
-from lightning_woodfisher.cli.completion import run_completion
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError, nearest
-from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.benchmark import command as benchmark
 from lightning_woodfisher.callbacks.presets import PRESETS, to_yaml
-from lightning_woodfisher.pruning.selection import SelectionConfig
-from lightning_woodfisher.structured.configuration import StructureConfig
 from lightning_woodfisher.callbacks.structured import (
     HAPPruningCallback,
     SOSPPruningCallback,
     StructuredPruningCallback,
 )
+from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
+from lightning_woodfisher.cli import estimate, export, report, sweep
+from lightning_woodfisher.cli.completion import run_completion
+from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.pruning.schedule import (
+    ConstantSchedule,
+    OneShotSchedule,
+    PolynomialSchedule,
+)
+from lightning_woodfisher.pruning.selection import SelectionConfig
+from lightning_woodfisher.structured.configuration import StructureConfig
 
 # Classes whose short name works in YAML, and whose arguments a typo may have meant.
 _OUR_CLASSES = (
@@ -50,9 +49,9 @@ _OUR_CLASSES = (
     StructuredPruningCallback,
     SOSPPruningCallback,
     HAPPruningCallback,
-    schedule.PolynomialSchedule,
-    schedule.OneShotSchedule,
-    schedule.ConstantSchedule,
+    PolynomialSchedule,
+    OneShotSchedule,
+    ConstantSchedule,
 )
 _OUR_CONFIGS = (FisherConfig, SelectionConfig, StructureConfig)
 
@@ -116,13 +115,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[:1] == ["benchmark"]:
             return benchmark.main(given[1:])
         if given[:1] == ["estimate"]:
-            return estimate_command.run_estimate(given[1:], _CLI)
+            return estimate.run_estimate(given[1:], _CLI)
         if given[:1] == ["sweep"]:
-            return sweep_command.run_sweep_command(given[1:], _CLI)
+            return sweep.run_sweep_command(given[1:], _CLI)
         if given[:1] == ["export"]:
-            return export_command.run_export(given[1:], _CLI)
+            return export.run_export(given[1:], _CLI)
         if given[:1] == ["report"]:
-            return report_command.run_report_command(given[1:])
+            return report.run_report_command(given[1:])
         if given[:1] == ["preset"]:
             return _run_preset(given[1:])
         if given[:1] == ["completion"]:
@@ -159,10 +158,10 @@ def _run_preset(arguments: Sequence[str]) -> int:
 
 
 _PARSERS = {
-    "estimate": estimate_command.make_parser,
-    "sweep": sweep_command.make_parser,
-    "report": report_command.make_parser,
-    "export": export_command.make_parser,
+    "estimate": estimate.make_parser,
+    "sweep": sweep.make_parser,
+    "report": report.make_parser,
+    "export": export.make_parser,
     "preset": _make_preset_parser,
     "benchmark": benchmark.make_parser,
 }

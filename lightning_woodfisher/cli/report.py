@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.reporting.figures import has_matplotlib
 from lightning_woodfisher.pruning.report import PruningReport, format_steps
+from lightning_woodfisher.reporting.figures import has_matplotlib
 from lightning_woodfisher.reporting.page import Reports, build_page
 from lightning_woodfisher.structured.report import (
     StructureReport,

@@ -19,15 +19,15 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
-from lightning_woodfisher.company import callbacks_of
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.lightning_names import callbacks_of
+from lightning_woodfisher.callbacks.progress import terminal_bar
+from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
+from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
 from lightning_woodfisher.cli.estimate import command_line
 from lightning_woodfisher.reporting.figures import draw_sweep, has_matplotlib
-from lightning_woodfisher.callbacks.progress import terminal_bar
 from lightning_woodfisher.sweeps.report import TARGET, SweepReport
 from lightning_woodfisher.sweeps.sweep import expand_grid, run_sweep
-from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 
 _EXAMPLE = """\
 example, with the run.yaml that `fit` takes:

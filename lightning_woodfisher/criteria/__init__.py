@@ -14,17 +14,17 @@ __all__ = [
 import inspect
 from typing import Literal
 
+from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.criteria.base import Criterion
 from lightning_woodfisher.criteria.diagonal_fisher import DiagonalFisher
 from lightning_woodfisher.criteria.hessian_diagonal import HessianDiagonal
 from lightning_woodfisher.criteria.kfac import KFAC
 from lightning_woodfisher.criteria.magnitude import Magnitude
+from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.criteria.uncoupled import Uncoupled
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.criteria.woodtaylor import WoodTaylor
-from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.fisher.inverse import FisherConfig
-from lightning_woodfisher.criteria.obs import Update
 
 CriterionName = Literal[
     "woodfisher",

@@ -8,10 +8,10 @@ __all__ = ["DiagonalFisher"]
 import torch
 from torch import Tensor
 
+from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.criteria.uncoupled import Uncoupled
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.inverse import FisherConfig
-from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.weights.partition import Partition
 
 

@@ -12,13 +12,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.criteria.base import Needs
 from lightning_woodfisher.criteria.coupled import Coupled
-from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.criteria.kronecker_factors import KroneckerFactors
-from lightning_woodfisher.fisher.inverse import FisherConfig
 from lightning_woodfisher.criteria.obs import Update, saliency
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.inverse import FisherConfig
 from lightning_woodfisher.weights.partition import Partition, Unit, make_partition
 from lightning_woodfisher.weights.patterns import GroupRun, Pattern
 

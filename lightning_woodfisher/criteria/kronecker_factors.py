@@ -24,14 +24,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_woodfisher.data.batches import Batches
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.base.precision import common_dtype
+from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import LossSource, lower_loss_scale, run_loss
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.gradients.per_sample import (
+    LayerCall,
+    is_plain,
+    record_calls,
+    unfold,
+)
 from lightning_woodfisher.weights.partition import Partition
-from lightning_woodfisher.gradients.per_sample import LayerCall, is_plain, record_calls, unfold
-from lightning_woodfisher.base.precision import common_dtype
 
 # Patches of a convolution are made for so many bytes of samples at once.
 _PATCH_BYTES = 2**26

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.criteria.coupled import Coupled
+from lightning_woodfisher.criteria.obs import Update, saliency, weight_update
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.inverse import (
     FisherConfig,
@@ -20,7 +21,6 @@ from lightning_woodfisher.fisher.inverse import (
     full_column_chunk,
     make_inverse_fisher,
 )
-from lightning_woodfisher.criteria.obs import Update, saliency, weight_update
 from lightning_woodfisher.weights.partition import (
     Partition,
     align_block_size,

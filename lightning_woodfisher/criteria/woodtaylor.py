@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_woodfisher.criteria.obs import saliency, weight_update
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.criteria.obs import saliency, weight_update
 from lightning_woodfisher.weights.partition import Partition
 
 

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
     PruningError,
@@ -32,6 +31,7 @@ from lightning_woodfisher.base.errors import (
 )
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import LossSource, loss_value
+from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import reshard
 
 # Gradients may be those of single samples, which have no variance.

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, random_states_kept
 
 _METHOD = "sample_labels"

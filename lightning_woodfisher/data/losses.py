@@ -24,14 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.batches import (
     Batches,
     DatasetBatches,
     Streams,
     loader_batches,
 )
-from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.isolation import (
     ModelMode,
     derive_seed,
@@ -41,6 +40,7 @@ from lightning_woodfisher.data.isolation import (
 )
 from lightning_woodfisher.data.labels import UnlabelledBatch, labelled
 from lightning_woodfisher.data.nonfinite import leave_out
+from lightning_woodfisher.distributed.communicator import Communicator
 
 # A loss scale that is lowered below this cannot be what makes gradients overflow.
 _SMALLEST_LOSS_SCALE = 1.0

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.distributed.communicator import Communicator
 
 
 class NonFiniteError(PruningError):

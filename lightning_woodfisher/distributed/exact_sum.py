@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.distributed.communicator import Communicator
 
 # Head room of the fixed-point sum: |sum| < 2**61 fits into int64 with rounding to spare.
 _FIXED_POINT_BITS = 61

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.weights.state import STATE_KEYS, require_readable
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.weights.state import STATE_KEYS, require_readable
 
 _MOST_NAMES = 3
 

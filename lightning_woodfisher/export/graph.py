@@ -18,9 +18,9 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.export.extra import import_extra
 from lightning_woodfisher.export.sparse import replacing
-from lightning_woodfisher.data.isolation import isolated
 
 Inputs = Tensor | Sequence[Any]
 

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.distributed.dtensor import is_sharded
 from lightning_woodfisher.export.bitmask import count_zeros, pack, packed_bytes, unpack
 from lightning_woodfisher.export.extra import import_extra
 from lightning_woodfisher.export.summary import ExportSummary, summarise
 from lightning_woodfisher.export.views import View, find_views, view_of
-from lightning_woodfisher.distributed.dtensor import is_sharded
 
 _FORMAT, _VERSION = "lightning-woodfisher-sparse", 1
 _OURS = "woodfisher."

@@ -11,10 +11,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from lightning_woodfisher.base.byte_sizes import format_bytes
 from lightning_woodfisher.export.bitmask import count_zeros
 from lightning_woodfisher.export.views import find_views
 from lightning_woodfisher.pruning.report import format_table
-from lightning_woodfisher.base.byte_sizes import format_bytes
 
 Storage = Literal["dense", "sparse", "shared"]
 _MOST_ROWS = 24

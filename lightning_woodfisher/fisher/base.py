@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.parallel import run_pieces
-from lightning_woodfisher.weights.partition import Partition, Unit
 from lightning_woodfisher.fisher.products import Precision
+from lightning_woodfisher.weights.partition import Partition, Unit
 
 # From the smallest λ that is allowed to one that dwarfs any gradient.
 _MOST_RAISES = 120

@@ -19,13 +19,13 @@ from lightning_woodfisher.fisher.base import (
     group_products,
     raise_until_definite,
 )
-from lightning_woodfisher.fisher.rows import RowStore
 from lightning_woodfisher.fisher.products import (
     cholesky,
     half_product,
     is_well_scaled,
     solve_lower,
 )
+from lightning_woodfisher.fisher.rows import RowStore
 
 # λ·[F⁻¹]_jj = 1 − Σ Z² is a difference of numbers near one. Below this float32 has too few
 # digits left for it, and the unit is computed again in float64 …

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_woodfisher.distributed.exact_sum import ExactSum
 from lightning_woodfisher.fisher.base import raise_until_definite
 from lightning_woodfisher.fisher.dual import (
     SMALLEST_COMPLEMENT,
@@ -17,7 +18,6 @@ from lightning_woodfisher.fisher.dual import (
     complement_of,
     group_complements,
 )
-from lightning_woodfisher.distributed.exact_sum import ExactSum
 from lightning_woodfisher.fisher.products import (
     half_product,
     mirror,

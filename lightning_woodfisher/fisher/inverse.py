@@ -44,11 +44,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.base import InverseFisher
-from lightning_woodfisher.fisher.dual import DualInverseFisher
-from lightning_woodfisher.fisher.full import FullInverseFisher
-from lightning_woodfisher.fisher.primal import PrimalInverseFisher
+from lightning_woodfisher.base.byte_sizes import parse_bytes
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
     require_count,
@@ -57,9 +53,13 @@ from lightning_woodfisher.base.errors import (
     require_number,
 )
 from lightning_woodfisher.data.isolation import ModelMode
-from lightning_woodfisher.weights.partition import Partition
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.base import InverseFisher
+from lightning_woodfisher.fisher.dual import DualInverseFisher
+from lightning_woodfisher.fisher.full import FullInverseFisher
+from lightning_woodfisher.fisher.primal import PrimalInverseFisher
 from lightning_woodfisher.fisher.products import Precision
-from lightning_woodfisher.base.byte_sizes import parse_bytes
+from lightning_woodfisher.weights.partition import Partition
 
 Engine = Literal["auto", "primal", "dual"]
 Collection = Literal["auto", "loop"]

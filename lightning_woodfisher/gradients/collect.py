@@ -16,19 +16,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_woodfisher.data.batches import Batches
-from lightning_woodfisher.distributed.communicator import Communicator, Pending
 from lightning_woodfisher.base.errors import PruningError
-from lightning_woodfisher.fisher.inverse import Collection, RowDtype
+from lightning_woodfisher.base.precision import common_dtype
+from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import (
     LossSource,
     differentiable_loss,
     lower_loss_scale,
 )
-from lightning_woodfisher.data.nonfinite import NonFiniteError, SkippedGradients, leave_out
+from lightning_woodfisher.data.nonfinite import (
+    NonFiniteError,
+    SkippedGradients,
+    leave_out,
+)
+from lightning_woodfisher.distributed.communicator import Communicator, Pending
+from lightning_woodfisher.fisher.inverse import Collection, RowDtype
 from lightning_woodfisher.gradients.per_sample import per_sample_rows, why_not
-from lightning_woodfisher.base.precision import common_dtype
 
 # A micro-batch holds at most so many gradients, samples, and bytes of rows.
 _MOST_GRADIENTS = 32

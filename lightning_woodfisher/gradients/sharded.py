@@ -16,9 +16,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_woodfisher.data.batches import Batches
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.base.precision import common_dtype
+from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import (
     LossSource,
@@ -26,7 +26,7 @@ from lightning_woodfisher.data.losses import (
     lower_loss_scale,
     run_loss,
 )
-from lightning_woodfisher.base.precision import common_dtype
+from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import local, reshard
 
 _T = TypeVar("_T")

@@ -8,8 +8,6 @@ import math
 from dataclasses import dataclass, field
 from typing import get_args
 
-from lightning_woodfisher.data.batchnorm import require_recalibration_batches
-from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
     nearest,
@@ -18,9 +16,11 @@ from lightning_woodfisher.base.errors import (
     require_integer,
     require_number,
 )
+from lightning_woodfisher.criteria import CRITERIA
+from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.data.batchnorm import require_recalibration_batches
 from lightning_woodfisher.fisher.inverse import FisherConfig
 from lightning_woodfisher.pruning.local_model import require_points
-from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.pruning.parts import Spacing
 from lightning_woodfisher.pruning.quotas import (
     require_flops_target_fits,

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError, require_count
-from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.pruning.report import LocalModelPoint
+from lightning_woodfisher.weights.masks import Masks
 
 _FEWEST_POINTS = 2
 

@@ -17,30 +17,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.weights.active import ActiveWeights
-from lightning_woodfisher.weights.agreement import require_same
-from lightning_woodfisher.data.batchnorm import BatchNormStatistics, estimate_statistics
 from lightning_woodfisher.base.clock import PhaseClock, Progress, no_progress
-from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
-from lightning_woodfisher.criteria import Criterion, make_criterion
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
 )
-from lightning_woodfisher.pruning.flops import LayerFlops, count_flops
+from lightning_woodfisher.criteria import Criterion, make_criterion
+from lightning_woodfisher.data.batchnorm import BatchNormStatistics, estimate_statistics
 from lightning_woodfisher.data.isolation import derive_seed
-from lightning_woodfisher.pruning.local_model import LocalModel
 from lightning_woodfisher.data.losses import LossSource
-from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
+from lightning_woodfisher.pruning.flops import LayerFlops, count_flops
+from lightning_woodfisher.pruning.local_model import LocalModel
 from lightning_woodfisher.pruning.parts import Parts
-from lightning_woodfisher.weights.patterns import parse_pattern
 from lightning_woodfisher.pruning.quotas import (
     Quotas,
     flops_share_of_step,
     make_quotas,
     require_target_fits,
 )
-from lightning_woodfisher.pruning.report import LayerReport, LocalModelPoint, PruningReport
+from lightning_woodfisher.pruning.report import (
+    LayerReport,
+    LocalModelPoint,
+    PruningReport,
+)
 from lightning_woodfisher.pruning.sampling import Sampling
 from lightning_woodfisher.pruning.selector import (
     Selector,
@@ -48,6 +48,10 @@ from lightning_woodfisher.pruning.selector import (
     layers_of,
 )
 from lightning_woodfisher.pruning.step_length import StepLength
+from lightning_woodfisher.weights.active import ActiveWeights
+from lightning_woodfisher.weights.agreement import require_same
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.weights.patterns import parse_pattern
 from lightning_woodfisher.weights.rollback import whole_or_absent
 
 

@@ -26,8 +26,8 @@ from lightning_woodfisher.base.errors import (
     require_number,
 )
 from lightning_woodfisher.pruning.parts import Spacing
-from lightning_woodfisher.weights.patterns import parse_pattern
 from lightning_woodfisher.pruning.selection import SelectionConfig, removal_counts_until
+from lightning_woodfisher.weights.patterns import parse_pattern
 
 _SAME = 1e-9
 

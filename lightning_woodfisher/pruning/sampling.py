@@ -11,14 +11,20 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from lightning_woodfisher.weights.active import ActiveWeights
-from lightning_woodfisher.data.batches import Batches, KeptBatches
 from lightning_woodfisher.base.clock import PhaseClock, Progress, no_progress
-from lightning_woodfisher.criteria import Criterion
-from lightning_woodfisher.gradients.hessian_rows import hutchinson, twice_differentiable
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.criteria.kronecker_factors import KroneckerFactors, collect_factors
+from lightning_woodfisher.criteria import Criterion
+from lightning_woodfisher.criteria.kronecker_factors import (
+    KroneckerFactors,
+    collect_factors,
+)
+from lightning_woodfisher.data.batches import Batches, KeptBatches
+from lightning_woodfisher.data.isolation import derive_seed
+from lightning_woodfisher.data.labels import UnlabelledBatches
+from lightning_woodfisher.data.losses import LossSource, mean_loss
+from lightning_woodfisher.data.nonfinite import SkippedGradients
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.distributed.dtensor import undisturbed
 from lightning_woodfisher.fisher.inverse import (
     FisherConfig,
     first_order_batches,
@@ -26,17 +32,14 @@ from lightning_woodfisher.fisher.inverse import (
     rows_in_chunk,
 )
 from lightning_woodfisher.gradients.collect import collect_gradients, iterate_chunks
-from lightning_woodfisher.data.isolation import derive_seed
-from lightning_woodfisher.data.labels import UnlabelledBatches
-from lightning_woodfisher.data.losses import LossSource, mean_loss
-from lightning_woodfisher.weights.masks import Masks
-from lightning_woodfisher.data.nonfinite import SkippedGradients
-from lightning_woodfisher.weights.patterns import Pattern
+from lightning_woodfisher.gradients.hessian_rows import hutchinson, twice_differentiable
 from lightning_woodfisher.gradients.sharded import (
     collect_sharded_gradients,
     sharded_mean_loss,
 )
-from lightning_woodfisher.distributed.dtensor import undisturbed
+from lightning_woodfisher.weights.active import ActiveWeights
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.weights.patterns import Pattern
 
 _ROWS_ADDED_AT_ONCE = 8
 # The same losses are measured before the step, for every trial of the search and after it.

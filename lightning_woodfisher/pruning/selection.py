@@ -24,12 +24,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
     PruningError,
     require_number,
 )
+from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.pruning.parts import Spacing, removed_share
 from lightning_woodfisher.weights.patterns import parse_pattern
 

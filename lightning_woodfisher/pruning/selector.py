@@ -20,18 +20,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.weights.active import ActiveWeights
+from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.pruning.flops import LayerFlops
-from lightning_woodfisher.weights.masks import Masks
-from lightning_woodfisher.pruning.parts import Spacing, removed_share
-from lightning_woodfisher.weights.patterns import parse_pattern
 from lightning_woodfisher.distributed.quantiles import quantiles_by_group
+from lightning_woodfisher.pruning.flops import LayerFlops
+from lightning_woodfisher.pruning.parts import Spacing, removed_share
 from lightning_woodfisher.pruning.quotas import Layers, Quotas, make_quotas
 from lightning_woodfisher.pruning.report import SALIENCY_SHARES
 from lightning_woodfisher.pruning.selection import SelectionConfig, select_smallest
+from lightning_woodfisher.weights.active import ActiveWeights
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.weights.patterns import parse_pattern
 
 # How near a share of the FLOPs is as good as met.
 _FLOPS_TOLERANCE = 0.005

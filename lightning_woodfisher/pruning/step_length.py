@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.pruning.sampling import Sampling
 from lightning_woodfisher.pruning.step_search import search_first_order, search_scales
+from lightning_woodfisher.weights.active import ActiveWeights
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lightning_woodfisher.pruning.configuration import PruningConfig
-from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.base.byte_sizes import format_bytes
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.resources.estimate import ResourceEstimate, estimate_counts
+from lightning_woodfisher.resources.workload import Work
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import parse_pattern
-from lightning_woodfisher.resources.estimate import ResourceEstimate, estimate_counts
-from lightning_woodfisher.base.byte_sizes import format_bytes
-from lightning_woodfisher.resources.workload import Work
 
 # What tests allow between the estimate and the bytes counted.
 _TOLERANCE = 1.15

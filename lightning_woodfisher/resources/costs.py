@@ -25,9 +25,9 @@ from lightning_woodfisher.fisher.inverse import (
     mini_batches_in_group,
     rows_in_chunk,
 )
+from lightning_woodfisher.resources.workload import Work
 from lightning_woodfisher.weights.partition import Unit
 from lightning_woodfisher.weights.patterns import numbers_in_work
-from lightning_woodfisher.resources.workload import Work
 
 # ---------------------------------------------------------------- what the engine does
 

@@ -16,6 +16,12 @@ from typing import Any
 
 from torch import nn
 
+from lightning_woodfisher.base.byte_sizes import format_bytes, format_count, parse_bytes
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.pruning.report import format_table
+from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.resources.costs import (
     Memory,
     host_bytes,
@@ -23,15 +29,9 @@ from lightning_woodfisher.resources.costs import (
     rank_memory,
     rank_traffic,
 )
-from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.fisher.inverse import FisherConfig
-from lightning_woodfisher.weights.layers import prunable_parameters
-from lightning_woodfisher.criteria.obs import Update
-from lightning_woodfisher.weights.patterns import parse_pattern
-from lightning_woodfisher.pruning.report import format_table
-from lightning_woodfisher.pruning.selection import SelectionConfig
-from lightning_woodfisher.base.byte_sizes import format_bytes, format_count, parse_bytes
 from lightning_woodfisher.resources.workload import Work
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.patterns import parse_pattern
 
 # More ranks than this are not proposed.
 _MOST_RANKS = 2**16

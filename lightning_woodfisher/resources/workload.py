@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightning_woodfisher.criteria import CRITERIA, make_criterion
+from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.fisher.inverse import (
     FisherConfig,
     first_order_batches,
     mini_batches_in_group,
 )
 from lightning_woodfisher.gradients.collect import micro_batch_size
-from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.pruning.step_search import count_trials
 from lightning_woodfisher.weights.partition import Partition
 from lightning_woodfisher.weights.patterns import UNSTRUCTURED, Pattern
-from lightning_woodfisher.pruning.step_search import count_trials
 
 # Searches measure more losses than the fewest where the first guess is not the best.
 _MORE_TRIALS = 4

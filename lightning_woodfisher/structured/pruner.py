@@ -22,28 +22,39 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_woodfisher.weights.agreement import require_same
+from lightning_woodfisher.base.clock import PhaseClock
+from lightning_woodfisher.base.errors import ConfigurationError, nearest, require_number
 from lightning_woodfisher.data.batchnorm import (
     estimate_statistics,
     require_recalibration_batches,
 )
-from lightning_woodfisher.base.clock import PhaseClock
-from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.base.errors import ConfigurationError, nearest, require_number
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource, mean_loss
-from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.structured.configuration import StructureConfig
 from lightning_woodfisher.structured.graph.channels import (
     channel_masks,
     masked_parameters,
     zero_structures,
 )
-from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.graph.tracing import trace_groups
+from lightning_woodfisher.structured.report import GroupReport, StructureReport
 from lightning_woodfisher.structured.scores.evaluation import (
     Evaluation,
     calibration_batches,
 )
-from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.scores.methods import (
+    StructureScores,
+    score_structures,
+)
+from lightning_woodfisher.structured.scores.vectors import StructureVectors
+from lightning_woodfisher.structured.selection import (
+    Before,
+    additive_scores,
+    select_count,
+    select_for_size,
+)
 from lightning_woodfisher.structured.shrink.implant import (
     ImplantConfig,
     implant_masks,
@@ -51,16 +62,8 @@ from lightning_woodfisher.structured.shrink.implant import (
     split,
 )
 from lightning_woodfisher.structured.shrink.network_size import NetworkSize, Removed
-from lightning_woodfisher.structured.report import GroupReport, StructureReport
-from lightning_woodfisher.structured.scores.methods import StructureScores, score_structures
-from lightning_woodfisher.structured.selection import (
-    Before,
-    additive_scores,
-    select_count,
-    select_for_size,
-)
-from lightning_woodfisher.structured.graph.tracing import trace_groups
-from lightning_woodfisher.structured.scores.vectors import StructureVectors
+from lightning_woodfisher.weights.agreement import require_same
+from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.rollback import whole_or_absent
 
 #: What a target counts: structures, parameters, or multiply-accumulates (half the FLOPs).

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.weights.active import ActiveWeights
+from lightning_woodfisher.base.precision import common_dtype
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.fisher.inverse import FisherConfig, rows_in_chunk
-from lightning_woodfisher.weights.masks import Masks
-from lightning_woodfisher.base.precision import common_dtype
 from lightning_woodfisher.pruning.sampling import Sampling
+from lightning_woodfisher.weights.active import ActiveWeights
+from lightning_woodfisher.weights.masks import Masks
 
 
 @dataclass(frozen=True)

@@ -19,22 +19,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_woodfisher.resources.budget import free_bytes, require_one_device, within_memory
+from lightning_woodfisher.base.byte_sizes import parse_bytes
 from lightning_woodfisher.base.clock import Progress, no_progress
-from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError, nearest
-from lightning_woodfisher.fisher.inverse import FisherConfig
-from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource
-from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.pruning.selector import is_too_sparse
-from lightning_woodfisher.base.byte_sizes import parse_bytes
-from lightning_woodfisher.sweeps.stored_rows import RowStore, StoredSampling, kind_of_rows
+from lightning_woodfisher.resources.budget import (
+    free_bytes,
+    require_one_device,
+    within_memory,
+)
 from lightning_woodfisher.sweeps.report import TARGET, SweepReport, SweepResult
+from lightning_woodfisher.sweeps.stored_rows import (
+    RowStore,
+    StoredSampling,
+    kind_of_rows,
+)
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.masks import Masks
 
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
 

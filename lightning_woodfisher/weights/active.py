@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.weights.agreement import checksum
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.base.precision import common_dtype
+from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.exact_sum import sum_exactly
+from lightning_woodfisher.weights.agreement import checksum
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.partition import Partition
 from lightning_woodfisher.weights.patterns import UNSTRUCTURED, GroupRun, Pattern
-from lightning_woodfisher.base.precision import common_dtype
 
 _ROUNDING = 1e-6
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.weights.masks import Masks
 
 _PIECE = 2**20

@@ -20,9 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
-from lightning_woodfisher.distributed.dtensor import is_sharded, local, part_of, part_sizes
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.distributed.dtensor import (
+    is_sharded,
+    local,
+    part_of,
+    part_sizes,
+)
 
 
 class Masks:

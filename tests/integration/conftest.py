@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-# Tests are not a package: this lets them, and the processes they spawn, share modules.
-sys.path.insert(0, str(Path(__file__).parent))
-
 from rank_pool import RankPool
 
 

@@ -38,7 +38,10 @@ from lightning_woodfisher import (
     PolynomialSchedule,
     WoodFisherPruningCallback,
 )
-from lightning_woodfisher.callbacks.averaging import mask_averages, require_maskable_averages
+from lightning_woodfisher.callbacks.averaging import (
+    mask_averages,
+    require_maskable_averages,
+)
 from lightning_woodfisher.weights.masks import Masks
 
 pytestmark = [

@@ -39,24 +39,24 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
-from lightning_woodfisher.pruning.configuration import PruningConfig
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import PruningError
-from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.weights.masks import Masks
-from lightning_woodfisher.pruning.pruner import Pruner
-from lightning_woodfisher.gradients.sharded import (
-    collect_sharded_gradients,
-    sharded_mean_loss,
-)
+from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import (
     part_of,
     part_sizes,
     reshard,
     undisturbed,
 )
-from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
+from lightning_woodfisher.gradients.sharded import (
+    collect_sharded_gradients,
+    sharded_mean_loss,
+)
+from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.pruning.pruner import Pruner
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.masks import Masks
 
 pytestmark = [
     # The resumed runs do not save; Lightning misses the ModelCheckpoint.

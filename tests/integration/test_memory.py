@@ -12,7 +12,7 @@ from rank_pool import RankPool
 from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import ConfigurationError, FisherConfig, prune
-from lightning_woodfisher import callback as callback_module
+from lightning_woodfisher.callbacks import woodfisher as callback_module
 from lightning_woodfisher.resources.estimate import estimate
 
 

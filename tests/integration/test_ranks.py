@@ -26,17 +26,17 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
-from lightning_woodfisher.weights.active import ActiveWeights
-from lightning_woodfisher.pruning.configuration import PruningConfig
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
+from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.exact_sum import ExactSum, sum_exactly
 from lightning_woodfisher.fisher.inverse import FullInverseFisher
-from lightning_woodfisher.weights.layers import prunable_parameters
-from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.pruning.configuration import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.selection import select_smallest
+from lightning_woodfisher.weights.active import ActiveWeights
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.masks import Masks
 
 WORLD_SIZES = (1, 2, 3)
 

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hand_groups import cross_entropy, images, make_residual, residual_groups
 from rank_pool import RankPool
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_woodfisher import prune_structures
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.configuration import StructureConfig
-from lightning_woodfisher.structured.shrink.network_size import NetworkSize
 from lightning_woodfisher.structured.scores.methods import score_structures
 from lightning_woodfisher.structured.selection import additive_scores, select_for_size
-
-# Tests are not a package, and the processes load this file alone.
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from hand_groups import cross_entropy, images, make_residual, residual_groups
+from lightning_woodfisher.structured.shrink.network_size import NetworkSize
 
 CONFIGS = (
     StructureConfig(method="sosp_i", num_samples=21, batch_size=8),

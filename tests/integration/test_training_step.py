@@ -23,10 +23,10 @@ from torch.utils.data import (
 )
 
 from lightning_woodfisher import FisherConfig, OneShotSchedule, PruningError
+from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
+from lightning_woodfisher.data.losses import mean_loss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients
-from lightning_woodfisher.data.losses import mean_loss
-from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 
 COUNT, SIZE = 5, 3
 

@@ -19,7 +19,11 @@ __all__ = [
     "to_svg",
 ]
 
-from lightning_woodfisher.reporting.figures.canvas import has_matplotlib, to_pixels, to_svg
+from lightning_woodfisher.reporting.figures.canvas import (
+    has_matplotlib,
+    to_pixels,
+    to_svg,
+)
 from lightning_woodfisher.reporting.figures.channels import draw_channels, draw_size
 from lightning_woodfisher.reporting.figures.sweep import draw_sweep
 from lightning_woodfisher.reporting.figures.weights import (

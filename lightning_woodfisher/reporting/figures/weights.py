@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.reporting.figures.canvas import (
     DARK,
     FIRST,
@@ -42,7 +43,6 @@ from lightning_woodfisher.reporting.figures.canvas import (
     scale_y,
     shorten,
 )
-from lightning_woodfisher.pruning.report import PruningReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

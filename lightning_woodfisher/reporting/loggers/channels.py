@@ -9,12 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_woodfisher import figures
 from lightning_woodfisher.pruning.schedule import PruningSchedule
-from lightning_woodfisher.structured.report import (
-    StructureReport,
-    format_structure_steps,
-)
+from lightning_woodfisher.reporting import figures
 from lightning_woodfisher.reporting.loggers.writers import (
     Table,
     plain,
@@ -22,6 +18,10 @@ from lightning_woodfisher.reporting.loggers.writers import (
     write_end,
     write_settings,
     write_step,
+)
+from lightning_woodfisher.structured.report import (
+    StructureReport,
+    format_structure_steps,
 )
 
 _STEP_COLUMNS = [

@@ -12,16 +12,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
-from lightning_woodfisher import figures
-from lightning_woodfisher.pruning.configuration import PruningConfig
 from lightning_woodfisher.base.lightning_names import either_name
-from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.pruning.configuration import PruningConfig
 from lightning_woodfisher.pruning.report import (
     SALIENCY_SHARES,
     PruningReport,
     format_steps,
 )
 from lightning_woodfisher.pruning.schedule import PruningSchedule
+from lightning_woodfisher.reporting import figures
 from lightning_woodfisher.reporting.loggers.writers import (
     Table,
     mask_artifact,
@@ -31,6 +30,7 @@ from lightning_woodfisher.reporting.loggers.writers import (
     write_settings,
     write_step,
 )
+from lightning_woodfisher.weights.masks import Masks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

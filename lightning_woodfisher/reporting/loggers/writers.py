@@ -25,9 +25,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from lightning_woodfisher import figures
 from lightning_woodfisher.base.lightning_names import either_name
 from lightning_woodfisher.pruning.schedule import PruningSchedule
+from lightning_woodfisher.reporting import figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

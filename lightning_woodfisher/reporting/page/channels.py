@@ -6,7 +6,7 @@ __all__ = ["channel_section"]
 
 from collections.abc import Sequence
 
-from lightning_woodfisher import figures
+from lightning_woodfisher.reporting import figures
 from lightning_woodfisher.reporting.page.elements import (
     Drawing,
     cards,

@@ -8,7 +8,7 @@ import html
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-from lightning_woodfisher import figures
+from lightning_woodfisher.reporting import figures
 
 #: What draws a figure, its name within the section, and what stands below it.
 Drawing: TypeAlias = tuple[Callable[[], Any], str, str]

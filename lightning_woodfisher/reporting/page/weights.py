@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from lightning_woodfisher import figures
 from lightning_woodfisher.pruning.report import SALIENCY_SHARES, PruningReport
+from lightning_woodfisher.reporting import figures
 from lightning_woodfisher.reporting.page.elements import (
     Drawing,
     cards,

@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
-from lightning_woodfisher.weights.layers import class_paths
 from lightning_woodfisher.structured.graph.coupling import structures
-from lightning_woodfisher.structured.graph.torch_pruning import trace_coupling
 from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.graph.torch_pruning import trace_coupling
 from lightning_woodfisher.structured.shrink.removal_check import check_removal
+from lightning_woodfisher.weights.layers import class_paths
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from lightning_woodfisher.data.batches import Batches
-from lightning_woodfisher.gradients.hessian_rows import twice_differentiable
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import (
     LossSource,
     differentiable_loss,
     lower_loss_scale,
 )
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.gradients.hessian_rows import twice_differentiable
 from lightning_woodfisher.structured.configuration import StructureConfig
 from lightning_woodfisher.structured.scores.vectors import StructureVectors
 

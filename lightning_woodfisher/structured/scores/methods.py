@@ -24,16 +24,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.labels import UnlabelledBatches
 from lightning_woodfisher.data.losses import LossSource
+from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.scores.contributions import Contributions
 from lightning_woodfisher.structured.scores.evaluation import Evaluation
-from lightning_woodfisher.structured.graph.groups import Group
-from lightning_woodfisher.structured.scores.hessian_products import hessian_traces, sosp_h
+from lightning_woodfisher.structured.scores.hessian_products import (
+    hessian_traces,
+    sosp_h,
+)
 from lightning_woodfisher.structured.scores.pair_scores import PairScores
 from lightning_woodfisher.structured.scores.vectors import StructureVectors
 

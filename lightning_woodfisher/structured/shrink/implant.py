@@ -27,11 +27,15 @@ from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest, require_number
 from lightning_woodfisher.structured.graph.channels import Chosen, resolve
-from lightning_woodfisher.structured.scores.evaluation import Evaluation
-from lightning_woodfisher.structured.shrink.removal import plan_removal
 from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.graph.inputs import (
+    map_tensors,
+    run_model,
+    tensors_in,
+)
+from lightning_woodfisher.structured.scores.evaluation import Evaluation
 from lightning_woodfisher.structured.shrink.implanted_conv import centre, implantable
-from lightning_woodfisher.structured.graph.inputs import map_tensors, run_model, tensors_in
+from lightning_woodfisher.structured.shrink.removal import plan_removal
 
 ImplantInit = Literal["zero", "center", "lstsq"]
 

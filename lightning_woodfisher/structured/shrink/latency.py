@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.data.isolation import isolated
-from lightning_woodfisher.structured.graph.inputs import map_tensors, run_model, tensors_in
+from lightning_woodfisher.structured.graph.inputs import (
+    map_tensors,
+    run_model,
+    tensors_in,
+)
 
 
 @dataclass(frozen=True)

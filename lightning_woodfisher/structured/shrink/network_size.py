@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.data.isolation import derive_seed, isolated, seeded
 from lightning_woodfisher.data.losses import LossSource
+from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.graph.groups import Group, Member
 
 #: Numbers of the removed structures of each group, by the name of the group.

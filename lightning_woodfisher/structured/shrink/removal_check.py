@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.structured.graph.channels import channel_masks
-from lightning_woodfisher.structured.shrink.removal import plan_removal
 from lightning_woodfisher.structured.graph.groups import Group
-from lightning_woodfisher.structured.graph.inputs import map_tensors, run_model, tensors_in
+from lightning_woodfisher.structured.graph.inputs import (
+    map_tensors,
+    run_model,
+    tensors_in,
+)
+from lightning_woodfisher.structured.shrink.removal import plan_removal
 
 # Relative to the largest output; rounding is about 1e-15 and 1e-6 a layer.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}

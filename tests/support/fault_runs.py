@@ -1,0 +1,368 @@
+"""Small fits that are struck in the middle of a pruning step, and started again.
+
+A fault is put into functions of the package, the module or the data from outside, and is
+active only while the callback carries out the second of three planned steps (or the first).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from fits import (
+    Classifier,
+    MemoryLogger,
+    Reseed,
+    differences,
+    final_state,
+    images,
+    pruning,
+    seed_all,
+    trainer,
+)
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from lightning_woodfisher import PolynomialSchedule, WoodFisherPruningCallback
+from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
+from lightning_woodfisher.criteria.woodfisher import WoodFisher
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.pruning.selector import Selector
+from lightning_woodfisher.weights.active import ActiveWeights
+from lightning_woodfisher.weights.masks import Masks
+
+EPOCHS = 3
+_LASTING = {"error", "out of memory"}
+# Zeros after each of the planned steps: a cubic ramp to 0.75 of 64 * 10 + 10 * 4.
+PLANNED = (359, 491, 510)
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.ReLU(), nn.Linear(10, 4))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens, where, and in which step.
+
+    Attributes:
+        place: see ``PLACES``.
+        kind: see :meth:`strike`.
+        rank: on which it happens.
+        epoch: of the pruning step.
+    """
+
+    place: str
+    kind: str
+    rank: int = 0
+    epoch: int = 1
+
+    def strike(self) -> None:
+        """Let it happen."""
+        if self.kind == "error":
+            raise LookupError("a book is missing")
+        if self.kind == "out of memory":
+            raise torch.OutOfMemoryError("no room left")
+        if self.kind == "interrupt":
+            raise KeyboardInterrupt
+        if self.kind == "wait":
+            # For a sign that the other rank has ended; the limit is a safety net.
+            wait_for(Path("the other rank has ended"))
+            raise LookupError("a book is missing")
+        if self.kind == "deviate":
+            return
+        number = {"terminate": signal.SIGTERM, "kill": signal.SIGKILL}[self.kind]
+        os.kill(os.getpid(), number)
+
+
+def wait_for(path: Path, seconds: float = 60.0) -> None:
+    """Wait until a file is there."""
+    import time
+
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+# Function and the number of the call, in a step, in which the fault strikes.
+PLACES: dict[str, tuple[Any, str, int]] = {
+    "training_step": (Classifier, "training_step", 2),
+    "loss": (TrainingStepLoss, "loss", 2),
+    "exchange": (Communicator, "exchange", 1),
+    "send": (dist, "all_to_all_single", 1),
+    "solve": (WoodFisher, "score", 1),
+    "update": (WoodFisher, "compensate", 1),
+    "select": (Selector, "choose", 1),
+    "write": (ActiveWeights, "_put", 1),
+    "masks": (Masks, "grow", 1),
+    "verify": (Masks, "verify", 1),
+    # Not an error, but what must be found out.
+    "one weight": (Masks, "verify", 1),
+    "one mask": (Masks, "verify", 1),
+    "optimizer": (Masks, "apply_to_optimizers", 1),
+    "log": (MemoryLogger, "log_metrics", 1),
+    "report file": (Path, "write_text", 1),
+}
+
+
+class Images(Dataset[Any]):
+    """Three batches; fetching a sample, or putting a batch together, may be struck."""
+
+    def __init__(self) -> None:
+        self.data = images(24)
+        self.strike: Callable[[str], None] = lambda place: None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        self.strike("dataset")
+        return self.data[index]
+
+    def collate(self, samples: Any) -> Any:
+        self.strike("collate")
+        return default_collate(samples)
+
+
+@contextlib.contextmanager
+def struck(fault: Fault | None, data: Images) -> Iterator[None]:
+    """Put the fault where it belongs."""
+    if fault is None or fault.rank != int(os.environ.get("RANK", "0")):
+        yield
+        return
+    inside, calls = [False], [0]
+    prune_if_due = WoodFisherPruningCallback._prune_if_due
+
+    def step(self: Any, trainer: Any, *arguments: Any) -> Any:
+        inside[0] = trainer.current_epoch == fault.epoch
+        try:
+            return prune_if_due(self, trainer, *arguments)
+        finally:
+            inside[0] = False
+
+    def strike(place: str, when: int = 3) -> None:
+        if not inside[0] or place != fault.place:
+            return
+        calls[0] += 1
+        # A signal comes once; what is broken stays broken.
+        if calls[0] == when or (calls[0] > when and fault.kind in _LASTING):
+            fault.strike()
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(
+            setattr, WoodFisherPruningCallback, "_prune_if_due", prune_if_due
+        )
+        WoodFisherPruningCallback._prune_if_due = step  # type: ignore[method-assign]
+        data.strike = strike
+        if fault.place in PLACES:
+            owner, name, when = PLACES[fault.place]
+            original = getattr(owner, name)
+
+            def stand_in(*arguments: Any, **options: Any) -> Any:
+                if fault.place == "write" and inside[0]:
+                    # Half of the weights are written when it strikes.
+                    active, parts = arguments
+                    original(active, dict(list(parts.items())[:1]))
+                if fault.kind == "deviate" and inside[0]:
+                    deviate(arguments[0], fault.place)
+                strike(fault.place, when)
+                return original(*arguments, **options)
+
+            stack.callback(setattr, owner, name, original)
+            setattr(owner, name, stand_in)
+        yield
+
+
+class KeepWhatIsLeft(pl.Callback):
+    """Saves the state that an exception leaves behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+@torch.no_grad()
+def deviate(masks: Masks, place: str) -> None:
+    """Change one bit of a weight, or one element of a mask, that nobody else changes."""
+    weight = masks.local("net.3.weight")
+    kept = masks.kept("net.3.weight")
+    first = tuple(kept.nonzero()[0].tolist())
+    if place == "one weight":
+        weight[first] = torch.nextafter(weight[first], weight.new_tensor(9.0))
+    else:
+        gone = torch.zeros_like(kept)
+        gone[first] = True
+        masks.grow({"net.3.weight": gone})
+        masks.apply()
+
+
+@dataclass
+class Run:
+    """A fit, whatever has become of it."""
+
+    trainer: pl.Trainer
+    module: Classifier
+    pruner: WoodFisherPruningCallback
+    logger: MemoryLogger
+    error: BaseException | None
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """All that counts in the end."""
+        reports = [{**r.to_dict(), "seconds": {}} for r in self.pruner.reports]
+        masks = self.pruner.masks.state_dict()  # type: ignore[union-attr]
+        return {"state": final_state(self.trainer), "masks": masks, "reports": reports}
+
+
+def run(
+    folder: Path,
+    fault: Fault | None = None,
+    resume: str = "last",
+    keep_what_is_left: bool = True,
+    **options: Any,
+) -> Run:
+    """Train; go on with the last checkpoint in the folder if there is one."""
+    seed_all(1)
+    data, module, logger = Images(), Classifier(build=perceptron), MemoryLogger()
+    pruner = pruning(
+        step_search=False,
+        schedule=PolynomialSchedule(0, EPOCHS - 1),
+        report_path=str(folder / "reports" / "pruning.json"),
+    )
+    saving = ModelCheckpoint(
+        folder, "{epoch}", save_top_k=-1, save_last=True, save_on_train_epoch_end=True
+    )
+    fitted = trainer(
+        Reseed(),
+        pruner,
+        saving,
+        *[KeepWhatIsLeft(folder / "left.ckpt")] * keep_what_is_left,
+        max_epochs=EPOCHS,
+        enable_checkpointing=True,
+        logger=[logger],
+        **options,
+    )
+    loader = DataLoader(data, batch_size=8, collate_fn=data.collate)
+    error: BaseException | None = None
+    interrupts = signal.getsignal(signal.SIGINT)
+    with struck(fault, data):
+        try:
+            fitted.fit(module, loader, ckpt_path=resume)
+        except BaseException as caught:
+            if fault is None:
+                raise
+            error = caught
+        finally:
+            # Lightning ignores further interrupts after the first.
+            signal.signal(signal.SIGINT, interrupts)
+    return Run(fitted, module, pruner, logger, error)
+
+
+def faulty_checkpoints(folder: Path) -> list[str]:
+    """Name the checkpoints whose weights and masks are not those of a planned step."""
+    faults = []
+    for path in sorted(folder.rglob("*.ckpt")):
+        checkpoint = torch.load(path, weights_only=True)
+        (state,) = [v for k, v in checkpoint["callbacks"].items() if "WoodFisher" in k]
+        removed = 0
+        for name, kept in state["masks"].items():
+            removed += int((~kept).sum())
+            if bool(checkpoint["state_dict"][name][~kept].any()):
+                faults.append(f"{path}: {name}")
+        if removed != ([0, *PLANNED][len(state["done"])]):
+            faults.append(f"{path}: {removed} zeros after {len(state['done'])} steps")
+        if sum(report_zeros(r) for r in state["reports"][-1:]) != removed:
+            faults.append(f"{path}: the reports do not belong to the masks")
+    return faults
+
+
+def report_zeros(report: dict[str, Any]) -> int:
+    return sum(layer["zeros_after"] for layer in report["layers"])
+
+
+def removed_in(run: Run) -> tuple[int, int]:
+    """Zeros in the masks, and pruned weights in the model that are not zero."""
+    masks: Masks = run.pruner.masks  # type: ignore[assignment]
+    return sum(masks.zeros().values()), sum(masks.violations().values())
+
+
+def weights_of(run: Run) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in run.module.state_dict().items()}
+
+
+def die(folder: str, fault: Fault) -> None:
+    """Body of a process that does not live to see the end of the step."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    run(Path(folder), fault)
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+def several(world_size: int, seconds: float = 30.0) -> dict[str, Any]:
+    """Options of a Trainer on several ranks that wait so long for each other."""
+    strategy = DDPStrategy(timeout=timedelta(seconds=seconds))
+    return {"devices": world_size, "strategy": strategy}
+
+
+def logged_steps(run: Run) -> int:
+    """Pruning steps that have come to the logger."""
+    return sum("pruning/sparsity" in metrics for _, metrics in run.logger.history)
+
+
+def strike_and_go_on(folder: str, world_size: int, faults: list[Fault]) -> list[Any]:
+    """Job: each fault, how it ends on this rank, and whether going on ends as it must."""
+    os.chdir(folder)
+    whole = run(Path(folder, "whole"), **several(world_size))
+    outcomes: list[Any] = [removed_in(whole)]
+    for number, fault in enumerate(faults):
+        place = Path(folder, f"fault {number}")
+        broken = run(place, fault, **several(world_size))
+        left = removed_in(broken), len(broken.pruner.reports), logged_steps(broken)
+        dist.barrier()
+        wrong = faulty_checkpoints(place)
+        again = run(place, **several(world_size))
+        wrong += differences(again.result, whole.result) + faulty_checkpoints(place)
+        outcomes.append((type(broken.error).__name__, str(broken.error), left, wrong))
+    return outcomes
+
+
+def strike_once(folder: str, world_size: int, fault: Fault, seconds: float) -> None:
+    """Job: one fault that the ranks cannot agree about; writes how it ends."""
+    os.chdir(folder)
+    options = several(world_size, seconds)
+    broken = run(Path(folder), fault, keep_what_is_left=False, **options)
+    left = f"{removed_in(broken)}\n{type(broken.error).__name__}: {broken.error}"
+    # Of a job on which a rank has died nothing else comes back.
+    Path(folder, f"rank {dist.get_rank()}.txt").write_text(left)
+    if fault.kind == "wait" and fault.rank != dist.get_rank():
+        Path("the other rank has ended").touch()
+    # A process ends with its error; only then do the others see closed connections.
+    os._exit(1)
+
+
+def train_on(folder: str, world_size: int) -> list[Any]:
+    """Job: go on with the last checkpoint, and compare with a run from the start."""
+    os.chdir(folder)
+    wrong = faulty_checkpoints(Path(folder))
+    again = run(Path(folder), **several(world_size))
+    whole = run(Path(folder, "whole"), **several(world_size))
+    if world_size > 2:
+        # DDP adds gradients of three ranks in an order that a restart changes.
+        same = removed_in(again) == removed_in(whole)
+        return wrong if same else ["other zeros"]
+    return wrong + differences(again.result, whole.result)
