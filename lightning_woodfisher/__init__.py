@@ -8,7 +8,7 @@ from lightning_woodfisher.callbacks.structured import (
     StructuredPruningCallback,
 )
 from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
-from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.one_shot import prune
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.schedule import (
@@ -19,7 +19,7 @@ from lightning_woodfisher.pruning.schedule import (
 )
 from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.resources.estimate import ResourceEstimate, estimate
-from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.pruner import prune_structures
 from lightning_woodfisher.structured.report import StructureReport
 from lightning_woodfisher.sweeps.report import SweepReport

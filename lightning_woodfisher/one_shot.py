@@ -19,9 +19,8 @@ from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import reshard
-from lightning_woodfisher.fisher.inverse import FisherConfig
-from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
-from lightning_woodfisher.pruning.parts import Spacing
+from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.pruning.config import PruningConfig, check_sparsity
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.quotas import (
     require_target_fits,
@@ -31,6 +30,7 @@ from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.pruning.selector import (
     take_zeros,
 )
+from lightning_woodfisher.pruning.stages import Spacing
 from lightning_woodfisher.resources.budget import require_one_device, within_memory
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks

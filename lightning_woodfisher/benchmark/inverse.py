@@ -46,15 +46,17 @@ from lightning_woodfisher.benchmark.timing import (
     wait_for,
 )
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.inverse import (
+from lightning_woodfisher.fisher.config import (
     Engine,
     FisherConfig,
+    choose_engine,
+    rows_in_chunk,
+)
+from lightning_woodfisher.fisher.inverse import (
     InverseFisher,
     block_cost,
-    choose_engine,
     full_column_chunk,
     make_inverse_fisher,
-    rows_in_chunk,
 )
 from lightning_woodfisher.weights.partition import Partition, make_partition
 

@@ -30,8 +30,8 @@ from lightning_woodfisher.distributed.communicator import (
     Pending,
     destroy_group,
 )
-from lightning_woodfisher.fisher.inverse import FisherConfig
-from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks

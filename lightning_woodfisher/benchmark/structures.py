@@ -16,7 +16,7 @@ from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.benchmark.networks import RandomImages, cross_entropy
 from lightning_woodfisher.benchmark.timing import Tick, measure_alternately
 from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.scores.methods import (
     StructureScores,

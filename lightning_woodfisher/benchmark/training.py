@@ -40,7 +40,7 @@ from lightning_woodfisher.criteria.obs import Update, saliency
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.gradients.collect import collect_gradients
 from lightning_woodfisher.one_shot import prune
 from lightning_woodfisher.pruning.selection import select_smallest

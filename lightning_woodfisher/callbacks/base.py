@@ -6,7 +6,7 @@ optimizer steps), so that validation and checkpoints of the epoch see the pruned
 
 from __future__ import annotations
 
-__all__ = ["MaskedTraining"]
+__all__ = ["PruningCallback"]
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.state import STATE_VERSION, require_readable
 
 
-class MaskedTraining(MaskGuard, ABC):
+class PruningCallback(MaskGuard, ABC):
     """Prune at planned steps and keep what is pruned at zero.
 
     The base of the pruning callbacks. A subclass says what may be pruned, when a step is
@@ -398,13 +398,13 @@ class MaskedTraining(MaskGuard, ABC):
     def _all_trainable(self) -> bool:
         return all(p.requires_grad for p in self._get_masks().parameters.values())
 
-    def _others(self, trainer: pl.Trainer) -> list[MaskedTraining]:
+    def _others(self, trainer: pl.Trainer) -> list[PruningCallback]:
         """The other pruning callbacks of the Trainer that have masks."""
         return [
             callback
             for callback in callbacks_of(trainer)
             if callback is not self
-            and isinstance(callback, MaskedTraining)
+            and isinstance(callback, PruningCallback)
             and callback.masks is not None
         ]
 
@@ -422,7 +422,7 @@ class MaskedTraining(MaskGuard, ABC):
                     f"{', '.join(shared[:8])}; separate them with include and exclude."
                 )
 
-    def _is_alike(self, other: MaskedTraining) -> bool:
+    def _is_alike(self, other: PruningCallback) -> bool:
         """Whether two callbacks must not select the same weights."""
         return isinstance(other, type(self))
 

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
-from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.pruning.schedule import OneShotSchedule, PolynomialSchedule
 from lightning_woodfisher.pruning.selection import SelectionConfig
 

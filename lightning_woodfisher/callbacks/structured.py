@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError, require_integer
 from lightning_woodfisher.base.lightning_names import either_name
-from lightning_woodfisher.callbacks.base import MaskedTraining
+from lightning_woodfisher.callbacks.base import PruningCallback
 from lightning_woodfisher.callbacks.checks import training_horizon
 from lightning_woodfisher.callbacks.progress import announce
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
@@ -40,7 +40,7 @@ from lightning_woodfisher.reporting.loggers import (
     track_channel_settings,
     track_channel_step,
 )
-from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.captured_inputs import capture_inputs, within
 from lightning_woodfisher.structured.graph.channels import masked_parameters
 from lightning_woodfisher.structured.graph.groups import Group
@@ -66,7 +66,7 @@ from lightning_woodfisher.structured.shrink.removal import (
 )
 
 
-class StructuredPruningCallback(MaskedTraining):
+class StructuredPruningCallback(PruningCallback):
     """Remove whole channels while a network trains, by any of the methods.
 
     Args:
@@ -405,7 +405,7 @@ class StructuredPruningCallback(MaskedTraining):
             network=pl_module.get_submodule(self._prefix),
         )
 
-    def _is_alike(self, other: MaskedTraining) -> bool:
+    def _is_alike(self, other: PruningCallback) -> bool:
         return isinstance(other, StructuredPruningCallback)
 
     def _read_report(self, plain: dict[str, Any]) -> StructureReport:

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.base.lightning_names import either_name, like
+from lightning_woodfisher.base.types import ModelMode
 from lightning_woodfisher.data.batches import Batches, Streams, loader_batches
-from lightning_woodfisher.data.isolation import ModelMode
-from lightning_woodfisher.data.labels import UnlabelledBatch, labelled
 from lightning_woodfisher.data.losses import LossSource, scalar_loss
+from lightning_woodfisher.data.sampled_labels import UnlabelledBatch, labelled
 
 
 class TrainingStepLoss(LossSource):

@@ -20,7 +20,7 @@ from lightning_woodfisher.base.errors import (
     PruningError,
     require_flag,
 )
-from lightning_woodfisher.callbacks.base import MaskedTraining
+from lightning_woodfisher.callbacks.base import PruningCallback
 from lightning_woodfisher.callbacks.checks import (
     describe_plan,
     releases_weights,
@@ -32,9 +32,8 @@ from lightning_woodfisher.callbacks.progress import announce, log_report, progre
 from lightning_woodfisher.criteria import CriterionName
 from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.inverse import FisherConfig
-from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
-from lightning_woodfisher.pruning.parts import Spacing
+from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.pruning.config import PruningConfig, check_sparsity
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.quotas import require_target_fits
 from lightning_woodfisher.pruning.report import PruningReport
@@ -50,13 +49,14 @@ from lightning_woodfisher.pruning.selector import (
     take_zeros,
     weights_to_remove,
 )
+from lightning_woodfisher.pruning.stages import Spacing
 from lightning_woodfisher.reporting.loggers import track_end, track_settings, track_step
 from lightning_woodfisher.resources.budget import require_one_device, within_memory
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.patterns import require_pattern_fits
 
 
-class WoodFisherPruningCallback(MaskedTraining):
+class WoodFisherPruningCallback(PruningCallback):
     """Prune a network with second-order information while it trains.
 
     At the scheduled epochs (or optimizer steps) gradients of the training loss are

@@ -19,7 +19,7 @@ from torch import nn
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
-from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.pruning.schedule import Horizon
 from lightning_woodfisher.resources.estimate import ResourceEstimate, estimate
 from lightning_woodfisher.resources.network_shapes import SHAPES

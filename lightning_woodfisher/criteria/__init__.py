@@ -6,7 +6,7 @@ __all__ = [
     "CRITERIA",
     "Criterion",
     "CriterionName",
-    "Uncoupled",
+    "DiagonalCriterion",
     "make_criterion",
     "register_criterion",
 ]
@@ -16,15 +16,15 @@ from typing import Literal
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.criteria.base import Criterion
+from lightning_woodfisher.criteria.diagonal import DiagonalCriterion
 from lightning_woodfisher.criteria.diagonal_fisher import DiagonalFisher
 from lightning_woodfisher.criteria.hessian_diagonal import HessianDiagonal
 from lightning_woodfisher.criteria.kfac import KFAC
 from lightning_woodfisher.criteria.magnitude import Magnitude
 from lightning_woodfisher.criteria.obs import Update
-from lightning_woodfisher.criteria.uncoupled import Uncoupled
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.criteria.woodtaylor import WoodTaylor
-from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.fisher.config import FisherConfig
 
 CriterionName = Literal[
     "woodfisher",
@@ -87,7 +87,7 @@ def register_criterion(name: str, criterion: type[Criterion]) -> None:
         missing = ", ".join(sorted(criterion.__abstractmethods__))
         raise ConfigurationError(
             f"{criterion.__name__} lacks {missing}; write them, or derive it from "
-            "lightning_woodfisher.criteria.Uncoupled."
+            "lightning_woodfisher.criteria.DiagonalCriterion."
         )
     taken = CRITERIA.get(name, criterion)
     same = (taken.__module__, taken.__qualname__) == (

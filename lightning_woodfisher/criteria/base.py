@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_woodfisher.criteria.kronecker_factors import KroneckerFactors
 from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.weights.partition import Partition
 from lightning_woodfisher.weights.patterns import GroupRun, Pattern
 

@@ -8,14 +8,14 @@ __all__ = ["DiagonalFisher"]
 import torch
 from torch import Tensor
 
+from lightning_woodfisher.criteria.diagonal import DiagonalCriterion
 from lightning_woodfisher.criteria.obs import Update
-from lightning_woodfisher.criteria.uncoupled import Uncoupled
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.weights.partition import Partition
 
 
-class DiagonalFisher(Uncoupled):
+class DiagonalFisher(DiagonalCriterion):
     """Saliency ½w²F_jj with F_jj = λ + mean of g_j², no change of the kept weights.
 
     Without coupling between weights all three updates are the same: nothing can make up

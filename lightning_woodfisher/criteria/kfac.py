@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.criteria.base import Needs
-from lightning_woodfisher.criteria.coupled import Coupled
+from lightning_woodfisher.criteria.compensating import CompensatingCriterion
 from lightning_woodfisher.criteria.kronecker_factors import KroneckerFactors
 from lightning_woodfisher.criteria.obs import Update, saliency
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.weights.partition import Partition, Unit, make_partition
 from lightning_woodfisher.weights.patterns import GroupRun, Pattern
 
@@ -27,7 +27,7 @@ _RESIDUAL = 1e-9
 _MOST_STEPS = 500
 
 
-class KFAC(Coupled):
+class KFAC(CompensatingCriterion):
     """OBS with F ≈ Ĝ ⊗ Â layer by layer (Martens & Grosse 2015; Grosse & Martens 2016).
 
     ``Â = A + π√λ I``, ``Ĝ = G + √λ/π I``, π² = mean of diag(A) over mean of diag(G).

@@ -9,12 +9,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_woodfisher.criteria.base import Needs
-from lightning_woodfisher.criteria.uncoupled import Uncoupled
+from lightning_woodfisher.criteria.diagonal import DiagonalCriterion
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.weights.partition import Partition
 
 
-class Magnitude(Uncoupled):
+class Magnitude(DiagonalCriterion):
     """Saliency ``|w|``, no update."""
 
     needs: ClassVar[Needs] = "nothing"

@@ -10,14 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.criteria.coupled import Coupled
+from lightning_woodfisher.criteria.compensating import CompensatingCriterion
 from lightning_woodfisher.criteria.obs import Update, saliency, weight_update
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.config import FisherConfig, choose_engine
 from lightning_woodfisher.fisher.inverse import (
-    FisherConfig,
     InverseFisher,
     block_cost,
-    choose_engine,
     full_column_chunk,
     make_inverse_fisher,
 )
@@ -34,7 +33,7 @@ from lightning_woodfisher.weights.patterns import (
 )
 
 
-class WoodFisher(Coupled):
+class WoodFisher(CompensatingCriterion):
     """Saliency w²/(2[F⁻¹]_qq) and the OBS update (Singh & Alistarh, NeurIPS 2020)."""
 
     can_restrict: ClassVar[bool] = True

@@ -8,7 +8,6 @@ training goes on bit-identically to a run in which nothing happened.
 from __future__ import annotations
 
 __all__ = [
-    "ModelMode",
     "RandomStates",
     "derive_seed",
     "isolated",
@@ -24,13 +23,13 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-ModelMode = Literal["train", "eval"]
+from lightning_woodfisher.base.types import ModelMode
 
 # Attributes that make a torchmetrics.Metric exchange its state with other ranks.
 _METRIC_SYNCHRONISES = ("dist_sync_on_step", "sync_on_compute", "_to_sync")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.base.types import ModelMode
 from lightning_woodfisher.data.batches import (
     Batches,
     DatasetBatches,
@@ -32,14 +33,13 @@ from lightning_woodfisher.data.batches import (
     loader_batches,
 )
 from lightning_woodfisher.data.isolation import (
-    ModelMode,
     derive_seed,
     isolated,
     random_states_kept,
     seeded,
 )
-from lightning_woodfisher.data.labels import UnlabelledBatch, labelled
 from lightning_woodfisher.data.nonfinite import leave_out
+from lightning_woodfisher.data.sampled_labels import UnlabelledBatch, labelled
 from lightning_woodfisher.distributed.communicator import Communicator
 
 # A loss scale that is lowered below this cannot be what makes gradients overflow.

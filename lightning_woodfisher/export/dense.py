@@ -39,7 +39,7 @@ def strip_prefix(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Ten
         known = list(dict.fromkeys(n.partition(".")[0] for n in state_dict if "." in n))
         raise ConfigurationError(
             f"no weight has a name that begins with {start!r}.{nearest(prefix, known)} "
-            f"Parts: {', '.join(known) or 'none'}."
+            f"Stages: {', '.join(known) or 'none'}."
         )
     return part
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.data.isolation import isolated
-from lightning_woodfisher.export.extra import import_extra
+from lightning_woodfisher.export.optional_imports import import_optional
 from lightning_woodfisher.export.sparse import replacing
 
 Inputs = Tensor | Sequence[Any]
@@ -59,9 +59,9 @@ def export_onnx(
             line where that is known; when outputs differ by more than ``tolerance``; or
             without onnx, onnxscript and onnxruntime.
     """
-    checker = import_extra("onnx.checker")
-    import_extra("onnxscript")
-    runtime = import_extra("onnxruntime")
+    checker = import_optional("onnx.checker")
+    import_optional("onnxscript")
+    runtime = import_optional("onnxruntime")
     inputs = _as_tuple(example_inputs)
     expected = _evaluate(model, inputs)
     program = _trace(model, inputs, dynamic_batch)

@@ -30,9 +30,9 @@ from torch import Tensor
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.distributed.dtensor import is_sharded
 from lightning_woodfisher.export.bitmask import count_zeros, pack, packed_bytes, unpack
-from lightning_woodfisher.export.extra import import_extra
+from lightning_woodfisher.export.optional_imports import import_optional
+from lightning_woodfisher.export.shared_memory import View, find_views, view_of
 from lightning_woodfisher.export.summary import ExportSummary, summarise
-from lightning_woodfisher.export.views import View, find_views, view_of
 
 _FORMAT, _VERSION = "lightning-woodfisher-sparse", 1
 _OURS = "woodfisher."
@@ -72,7 +72,7 @@ def save_sparse(
     Returns:
         What was written.
     """
-    library = import_extra("safetensors.torch")
+    library = import_optional("safetensors.torch")
     header = _check_metadata(metadata or {})
     for name, tensor in state_dict.items():
         _check_tensor(name, tensor)
@@ -189,7 +189,7 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Open a safetensors file, and say what is wrong with it."""
-    library = import_extra("safetensors")
+    library = import_optional("safetensors")
     if not Path(path).is_file():
         raise ConfigurationError(f"{path} is not a file.")
     try:

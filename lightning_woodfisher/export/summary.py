@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_woodfisher.base.byte_sizes import format_bytes
 from lightning_woodfisher.export.bitmask import count_zeros
-from lightning_woodfisher.export.views import find_views
+from lightning_woodfisher.export.shared_memory import find_views
 from lightning_woodfisher.pruning.report import format_table
 
 Storage = Literal["dense", "sparse", "shared"]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.config import Precision
 from lightning_woodfisher.fisher.parallel import run_pieces
-from lightning_woodfisher.fisher.products import Precision
 from lightning_woodfisher.weights.partition import Partition, Unit
 
 # From the smallest λ that is allowed to one that dwarfs any gradient.

@@ -18,10 +18,7 @@ from lightning_woodfisher.fisher.dual import (
     complement_of,
     group_complements,
 )
-from lightning_woodfisher.fisher.products import (
-    half_product,
-    mirror,
-)
+from lightning_woodfisher.fisher.products import half_product, mirror
 
 
 class FullInverseFisher(RowsInverseFisher):

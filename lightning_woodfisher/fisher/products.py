@@ -12,7 +12,6 @@ are at hand, the Cholesky factor tells less pessimistically (:func:`is_well_scal
 from __future__ import annotations
 
 __all__ = [
-    "Precision",
     "add_half_product",
     "cholesky",
     "float32_is_enough",
@@ -26,12 +25,11 @@ __all__ = [
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Precision = Literal["auto", "float32", "float64"]
+from lightning_woodfisher.fisher.config import Precision
 
 # Rows in a strip: below, products are too thin to be fast.
 _STRIP = 96

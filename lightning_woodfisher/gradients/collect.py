@@ -31,7 +31,7 @@ from lightning_woodfisher.data.nonfinite import (
     leave_out,
 )
 from lightning_woodfisher.distributed.communicator import Communicator, Pending
-from lightning_woodfisher.fisher.inverse import Collection, RowDtype
+from lightning_woodfisher.fisher.config import Collection, RowDtype
 from lightning_woodfisher.gradients.per_sample import per_sample_rows, why_not
 
 # A micro-batch holds at most so many gradients, samples, and bytes of rows.

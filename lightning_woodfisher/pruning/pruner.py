@@ -26,10 +26,9 @@ from lightning_woodfisher.data.batchnorm import BatchNormStatistics, estimate_st
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
+from lightning_woodfisher.pruning.config import PruningConfig, check_sparsity
 from lightning_woodfisher.pruning.flops import LayerFlops, count_flops
 from lightning_woodfisher.pruning.local_model import LocalModel
-from lightning_woodfisher.pruning.parts import Parts
 from lightning_woodfisher.pruning.quotas import (
     Quotas,
     flops_share_of_step,
@@ -47,12 +46,13 @@ from lightning_woodfisher.pruning.selector import (
     is_too_sparse,
     layers_of,
 )
+from lightning_woodfisher.pruning.stages import Stages
 from lightning_woodfisher.pruning.step_length import StepLength
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.agreement import require_same
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import parse_pattern
-from lightning_woodfisher.weights.rollback import whole_or_absent
+from lightning_woodfisher.weights.rollback import rollback_on_error
 
 
 @dataclass
@@ -67,7 +67,7 @@ class _Observed:
 
 
 @dataclass(frozen=True)
-class _PartResult:
+class _StageResult:
     """What one part of a step leaves behind for the report; layers in order."""
 
     thresholds: list[float | None]
@@ -157,7 +157,7 @@ class Pruner:
         )
         # Outermost: what the ranks find out together at the very end undoes it, too.
         with (
-            whole_or_absent(self.masks, source.model),
+            rollback_on_error(self.masks, source.model),
             self.comm.failing_together(lambda: clock.phase),
         ):
             with clock("check"):
@@ -179,7 +179,7 @@ class Pruner:
                     share,
                     self.config.recompute_spacing,
                 )
-                parts, halvings = self._parts(sampling, clock, selector, position)
+                parts, stage_halvings = self._parts(sampling, clock, selector, position)
                 self.masks.verify()
                 statistics = self._recalibrate(source, clock, position)
             # The session has put back what was there before.
@@ -194,7 +194,7 @@ class Pruner:
                 )
             report = dataclasses.replace(
                 report,
-                halvings=halvings,
+                stage_halvings=stage_halvings,
                 nonfinite_gradients=sampling.nonfinite,
                 batchnorm_layers=len(statistics.layers),
             )
@@ -231,11 +231,11 @@ class Pruner:
 
     def _parts(
         self, sampling: Sampling, clock: PhaseClock, selector: Selector, position: int
-    ) -> tuple[list[_PartResult], int]:
+    ) -> tuple[list[_StageResult], int]:
         """Do all parts; give their results and how often parts were halved."""
         config = self.config
-        way = Parts(config.recompute_steps)
-        results: list[_PartResult] = []
+        way = Stages(config.recompute_steps)
+        results: list[_StageResult] = []
         observed: _Observed | None = None
         while not way.is_done:
             fraction = way.advance()
@@ -254,7 +254,7 @@ class Pruner:
                 observed = None
             if config.trust is not None and results[-1].is_beyond(config.trust):
                 way.halve()
-        return results, way.halvings
+        return results, way.stage_halvings
 
     def _recalibrate(
         self, source: LossSource, clock: PhaseClock, position: int
@@ -316,7 +316,7 @@ class Pruner:
         observed: _Observed,
         fraction: float,
         seed: int,
-    ) -> _PartResult:
+    ) -> _StageResult:
         """Inverse, mask and update, once through."""
         config = self.config
         criterion, active = observed.criterion, observed.active
@@ -368,7 +368,7 @@ class Pruner:
         losses_after = chosen.losses if config.measure_loss else []
         if losses_after is None:
             losses_after = sampling.measure(seed)
-        return _PartResult(
+        return _StageResult(
             thresholds=thresholds,
             quantiles=quantiles,
             predicted=predicted,
@@ -387,7 +387,7 @@ class Pruner:
 
     def _report(
         self,
-        parts: list[_PartResult],
+        parts: list[_StageResult],
         target_sparsity: float,
         zeros_before: Mapping[str, int],
         sent: int,
@@ -421,7 +421,7 @@ class Pruner:
             measured_increase=_total(p.measured for p in parts),
             loss_before=_mean(parts[0].losses_before),
             loss_after=_mean(last.losses_after),
-            parts=len(parts),
+            stages=len(parts),
             num_gradients=self.config.fisher.num_gradients,
             seconds=dict(seconds),
             bytes_exchanged=int(sum(row[0] for row in numbers)),

@@ -25,8 +25,8 @@ from lightning_woodfisher.base.errors import (
     nearest,
     require_number,
 )
-from lightning_woodfisher.pruning.parts import Spacing
 from lightning_woodfisher.pruning.selection import SelectionConfig, removal_counts_until
+from lightning_woodfisher.pruning.stages import Spacing
 from lightning_woodfisher.weights.patterns import parse_pattern
 
 _SAME = 1e-9

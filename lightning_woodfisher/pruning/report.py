@@ -86,7 +86,7 @@ class PruningReport:
             over parts like ``predicted_increase``; None when not measured.
         loss_before: mean loss before the first part, on the samples of its gradients.
         loss_after: mean loss after the last part, on the samples of its gradients.
-        parts: number of parts: ``recompute_steps``, or more where ``trust`` was lost.
+        stages: number of stages: ``recompute_steps``, or more where ``trust`` was lost.
         num_gradients: gradients taken in each part.
         seconds: wall-clock seconds by phase.
         bytes_exchanged: bytes that all ranks together have sent.
@@ -108,7 +108,7 @@ class PruningReport:
             ``"independent"``, or ``"none"`` where they stayed. The search may take another
             one than was asked for.
         local_model: for each part, the loss along its update (``local_model_points``).
-        halvings: how often the parts became half as long, because the loss had risen by
+        stage_halvings: how often the parts became half as long, because the loss had risen by
             more than ``trust`` times the prediction.
         batchnorm_layers: layers whose running statistics were estimated anew.
         nonfinite_gradients: gradients that were NaN or infinite and left out.
@@ -124,7 +124,7 @@ class PruningReport:
     measured_increase: float | None
     loss_before: float | None
     loss_after: float | None
-    parts: int
+    stages: int
     num_gradients: int
     seconds: Mapping[str, float]
     bytes_exchanged: int
@@ -140,7 +140,7 @@ class PruningReport:
     first_order_scales: tuple[float, ...] = ()
     updates: tuple[str, ...] = ()
     local_model: tuple[tuple[LocalModelPoint, ...], ...] = ()
-    halvings: int = 0
+    stage_halvings: int = 0
     batchnorm_layers: int = 0
     nonfinite_gradients: int = 0
 

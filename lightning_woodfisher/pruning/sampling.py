@@ -20,12 +20,12 @@ from lightning_woodfisher.criteria.kronecker_factors import (
 )
 from lightning_woodfisher.data.batches import Batches, KeptBatches
 from lightning_woodfisher.data.isolation import derive_seed
-from lightning_woodfisher.data.labels import UnlabelledBatches
 from lightning_woodfisher.data.losses import LossSource, mean_loss
 from lightning_woodfisher.data.nonfinite import SkippedGradients
+from lightning_woodfisher.data.sampled_labels import UnlabelledBatches
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import undisturbed
-from lightning_woodfisher.fisher.inverse import (
+from lightning_woodfisher.fisher.config import (
     FisherConfig,
     first_order_batches,
     mini_batches_in_group,
@@ -120,7 +120,7 @@ class Sampling:
         if criterion.needs == "factors":
             losses: list[float] = []
             criterion.observe_factors(self.factors(active, seed, losses))
-            if self._fisher.labels == "sampled":
+            if self._fisher.sample_labels:
                 losses = self.measure(seed)
             # They are of the same groups as the losses after the step.
             return losses if self._measure_loss else [], "factors of layers"
@@ -143,7 +143,7 @@ class Sampling:
             self._observe_first_order(criterion, active, seed)
         # The loss after the step is measured in groups and on the labels of the data, and
         # so must be the one before.
-        if self._group(seed) > 1 or fisher.labels == "sampled":
+        if self._group(seed) > 1 or fisher.sample_labels:
             losses = self.measure(seed)
         return losses, "; ".join(notes)
 
@@ -418,7 +418,7 @@ class Sampling:
     ) -> Batches:
         choose = self._batches if again else self._fresh_batches
         batches = choose(count, size, seed)
-        if self._fisher.labels == "true":
+        if not self._fisher.sample_labels:
             return batches
         return UnlabelledBatches(batches, seed, self._source.model)
 

@@ -30,7 +30,7 @@ from lightning_woodfisher.base.errors import (
     require_number,
 )
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.pruning.parts import Spacing, removed_share
+from lightning_woodfisher.pruning.stages import Spacing, removed_fraction
 from lightning_woodfisher.weights.patterns import parse_pattern
 
 Scope = Literal["global", "layer"]
@@ -168,7 +168,7 @@ def removal_counts_until(
         weights: as there, at the start of the step.
         zeros: as there, at the start of the step.
         fraction: of the step that is done, in [0, 1]; 1 gives :func:`removal_counts`.
-        spacing: how the kept share falls; see :func:`.removed_share`.
+        spacing: how the kept share falls; see :func:`.removed_fraction`.
 
     Returns:
         A number for each group; it never falls as the fraction grows.
@@ -182,7 +182,7 @@ def removal_counts_until(
     for total, before, count in zip(totals, gone, last, strict=True):
         kept = total - before
         ratio = min(1.0, (1.0 - target_sparsity) * total / kept) if kept else 1.0
-        share = removed_share(ratio, fraction, spacing)
+        share = removed_fraction(ratio, fraction, spacing)
         counts.append(min(count, round(kept * share)))
     return counts
 

@@ -25,10 +25,10 @@ from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.quantiles import quantiles_by_group
 from lightning_woodfisher.pruning.flops import LayerFlops
-from lightning_woodfisher.pruning.parts import Spacing, removed_share
 from lightning_woodfisher.pruning.quotas import Layers, Quotas, make_quotas
 from lightning_woodfisher.pruning.report import SALIENCY_SHARES
 from lightning_woodfisher.pruning.selection import SelectionConfig, select_smallest
+from lightning_woodfisher.pruning.stages import Spacing, removed_fraction
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import parse_pattern
@@ -216,7 +216,7 @@ class Selector:
         # FLOPs fall over the parts as the kept share of weights does.
         start = flops.masked(self._start)
         ratio = min(1.0, target * flops.dense / start)
-        goal = start * (1.0 - removed_share(ratio, fraction, self._spacing))
+        goal = start * (1.0 - removed_fraction(ratio, fraction, self._spacing))
         return max(0, round(flops.masked(zeros) - goal))
 
     def _require_reachable(self, flops: LayerFlops, target: float) -> None:

@@ -15,8 +15,8 @@ from torch import nn
 from lightning_woodfisher.base.byte_sizes import format_bytes
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.inverse import FisherConfig
-from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.resources.estimate import ResourceEstimate, estimate_counts
 from lightning_woodfisher.resources.workload import Work
 from lightning_woodfisher.weights.masks import Masks

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from lightning_woodfisher.criteria import CRITERIA, make_criterion
 from lightning_woodfisher.criteria.obs import Update
-from lightning_woodfisher.fisher.inverse import (
+from lightning_woodfisher.fisher.config import (
     FisherConfig,
     first_order_batches,
     mini_batches_in_group,
@@ -192,7 +192,7 @@ class Work:
             return 0
         if needs == "nothing":
             return 1
-        if self.fisher.labels == "sampled":
+        if self.fisher.sample_labels:
             return 1
         # Factors are taken in the groups in which losses are measured.
         return int(needs != "factors" and mini_batches_in_group(self.fisher) > 1)

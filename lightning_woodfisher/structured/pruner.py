@@ -31,7 +31,7 @@ from lightning_woodfisher.data.batchnorm import (
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource, mean_loss
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.channels import (
     channel_masks,
     masked_parameters,
@@ -64,7 +64,7 @@ from lightning_woodfisher.structured.shrink.implant import (
 from lightning_woodfisher.structured.shrink.network_size import NetworkSize, Removed
 from lightning_woodfisher.weights.agreement import require_same
 from lightning_woodfisher.weights.masks import Masks
-from lightning_woodfisher.weights.rollback import whole_or_absent
+from lightning_woodfisher.weights.rollback import rollback_on_error
 
 #: What a target counts: structures, parameters, or multiply-accumulates (half the FLOPs).
 Measure = Literal["structures", "parameters", "macs"]
@@ -194,7 +194,7 @@ class StructurePruner:
         clock = PhaseClock()
         # Outermost: what the ranks find out together at the very end undoes it, too.
         with (
-            whole_or_absent(self.masks, source.model),
+            rollback_on_error(self.masks, source.model),
             self.comm.failing_together(lambda: clock.phase),
         ):
             with clock("check"):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
-from lightning_woodfisher.structured.configuration import Search, StructureLimits
+from lightning_woodfisher.structured.config import Search, StructureLimits
 from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.scores.methods import StructureScores
 from lightning_woodfisher.structured.shrink.network_size import NetworkSize, Removed

@@ -14,7 +14,7 @@ from lightning_woodfisher.pruning.report import format_table
 
 #: Name of the target sparsity in a setting.
 TARGET = "target_sparsity"
-# Parts of the names of metrics that are better when smaller.
+# Stages of the names of metrics that are better when smaller.
 _SMALLER_IS_BETTER = ("loss", "err", "perplexity", "ppl", "mse", "mae", "nll")
 
 

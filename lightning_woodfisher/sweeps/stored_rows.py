@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_woodfisher.base.precision import common_dtype
 from lightning_woodfisher.criteria import Criterion
-from lightning_woodfisher.fisher.inverse import FisherConfig, rows_in_chunk
+from lightning_woodfisher.fisher.config import FisherConfig, rows_in_chunk
 from lightning_woodfisher.pruning.sampling import Sampling
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks

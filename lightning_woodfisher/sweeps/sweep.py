@@ -24,8 +24,8 @@ from lightning_woodfisher.base.clock import Progress, no_progress
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError, nearest
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.inverse import FisherConfig
-from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
+from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.pruning.config import PruningConfig, check_sparsity
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.selection import SelectionConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["whole_or_absent"]
+__all__ = ["rollback_on_error"]
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from lightning_woodfisher.weights.masks import Masks
 
 
 @contextlib.contextmanager
-def whole_or_absent(masks: Masks, model: nn.Module) -> Iterator[None]:
+def rollback_on_error(masks: Masks, model: nn.Module) -> Iterator[None]:
     """Put weights, masks and BatchNorm statistics back when the body fails.
 
     Args:

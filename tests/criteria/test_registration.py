@@ -13,14 +13,14 @@ from lightning_woodfisher import ConfigurationError, FisherConfig, prune
 from lightning_woodfisher.criteria import (
     CRITERIA,
     Criterion,
-    Uncoupled,
+    DiagonalCriterion,
     register_criterion,
 )
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.weights.partition import Partition
 
 
-class FirstOrder(Uncoupled):
+class FirstOrder(DiagonalCriterion):
     """|w · mean gradient|."""
 
     needs: ClassVar = "gradients"

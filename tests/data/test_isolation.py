@@ -12,7 +12,8 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 
-from lightning_woodfisher.data.isolation import ModelMode, isolated, seeded
+from lightning_woodfisher.base.types import ModelMode
+from lightning_woodfisher.data.isolation import isolated, seeded
 
 MODES: tuple[ModelMode, ...] = ("train", "eval")
 

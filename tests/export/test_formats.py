@@ -402,7 +402,9 @@ def test_dense_state_of_the_bare_network(tmp_path: Path) -> None:
     assert_same(part, loaded)
     fresh = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     fresh.load_state_dict(loaded)
-    with pytest.raises(ConfigurationError, match=r"Did you mean 'net'\? Parts: net, n"):
+    with pytest.raises(
+        ConfigurationError, match=r"Did you mean 'net'\? Stages: net, n"
+    ):
         strip_prefix(wrapped.state_dict(), "nett")
 
 

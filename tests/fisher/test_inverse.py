@@ -16,18 +16,16 @@ from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.config import FisherConfig, Precision, choose_engine
 from lightning_woodfisher.fisher.inverse import (
     DualInverseFisher,
-    FisherConfig,
     FullInverseFisher,
     InverseFisher,
     PrimalInverseFisher,
     block_cost,
-    choose_engine,
     full_column_chunk,
     make_inverse_fisher,
 )
-from lightning_woodfisher.fisher.products import Precision
 from lightning_woodfisher.weights.partition import Partition, make_partition
 
 Form = Literal["primal", "dual", "full"]

@@ -121,7 +121,7 @@ def test_layer_scope_by_magnitude_in_parts() -> None:
     for layer in pruner.reports[0].layers:
         weight = module.get_parameter(layer.name)
         assert int((weight == 0).sum()) == round(0.75 * weight.numel())
-    assert pruner.reports[0].parts == 2
+    assert pruner.reports[0].stages == 2
 
 
 def test_the_plan_is_printed_before_training(caplog: pytest.LogCaptureFixture) -> None:

@@ -53,7 +53,7 @@ from lightning_woodfisher.gradients.sharded import (
     collect_sharded_gradients,
     sharded_mean_loss,
 )
-from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
@@ -154,10 +154,10 @@ STEPS: dict[str, dict[str, Any]] = {
         "fisher": FisherConfig(8, 3, 16, collection="loop", centered=True),
     },
     "sampled labels": {
-        "fisher": FisherConfig(8, 3, 16, collection="loop", labels="sampled"),
+        "fisher": FisherConfig(8, 3, 16, collection="loop", sample_labels=True),
     },
     "sampled labels, split batches": {
-        "fisher": FisherConfig(8, 2, 16, collection="loop", labels="sampled"),
+        "fisher": FisherConfig(8, 2, 16, collection="loop", sample_labels=True),
     },
     "repeated samples": {
         "fisher": FisherConfig(20, 3, 16, collection="loop", repeat_samples=True),

@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "trust": {"recompute_steps": 2, "trust": 1e-6},
     "batchnorm": {"batchnorm_recalibration_batches": 3},
     "repeated": {"fisher": FisherConfig(40, 2, 16, repeat_samples=True)},
-    "sampled": {"fisher": FisherConfig(6, 2, 16, labels="sampled")},
+    "sampled": {"fisher": FisherConfig(6, 2, 16, sample_labels=True)},
     "centred": {"fisher": FisherConfig(6, 2, 16, centered=True)},
 }
 
@@ -86,13 +86,13 @@ def test_the_callback_does_what_prune_does(name: str) -> None:
     (found,) = pruner.reports
     state = snapshot.before.state_dict()
     assert differences(snapshot.after, state) == []
-    assert found.parts == report.parts
+    assert found.stages == report.stages
     assert found.batchnorm_layers == report.batchnorm_layers == (name == "batchnorm")
 
 
 def test_a_module_without_logits_is_told_before_the_first_batch() -> None:
     module = Classifier()
-    fisher = FisherConfig(6, 2, 16, labels="sampled")
+    fisher = FisherConfig(6, 2, 16, sample_labels=True)
     pruner = pruning(schedule=PolynomialSchedule(1, 2), fisher=fisher)
     fitted = trainer(pruner, max_epochs=3)
     with pytest.raises(PruningError, match="give the model a method sample_labels"):

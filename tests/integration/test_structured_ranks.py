@@ -17,7 +17,7 @@ from lightning_woodfisher import prune_structures
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.scores.methods import score_structures
 from lightning_woodfisher.structured.selection import additive_scores, select_for_size
 from lightning_woodfisher.structured.shrink.network_size import NetworkSize

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import FisherConfig, prune, sweep
 from lightning_woodfisher.cli.main import main
-from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.pruning.config import PruningConfig
 
 FISHER = FisherConfig(num_gradients=20, gradient_batch_size=4, block_size=16)
 

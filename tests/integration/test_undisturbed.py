@@ -29,8 +29,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from rank_pool import RankPool
 from torch import Tensor
 
+from lightning_woodfisher.base.types import ModelMode
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
-from lightning_woodfisher.data.isolation import ModelMode
 from lightning_woodfisher.data.losses import mean_loss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients

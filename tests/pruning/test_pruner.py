@@ -31,11 +31,11 @@ from lightning_woodfisher import (
     SelectionConfig,
     prune,
 )
+from lightning_woodfisher.base.types import ModelMode
 from lightning_woodfisher.criteria.obs import Update
-from lightning_woodfisher.data.isolation import ModelMode
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.pruning.configuration import PruningConfig, check_sparsity
+from lightning_woodfisher.pruning.config import PruningConfig, check_sparsity
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.report import SALIENCY_SHARES
 from lightning_woodfisher.weights.layers import prunable_parameters
@@ -292,7 +292,7 @@ def test_parts_go_geometrically_and_land_exactly(criterion: str) -> None:
     assert sorted(set(seen)) == [*inner, round(0.9 * 192)]
     assert seen == sorted(seen)
     assert sum(zeros_of(model).values()) == round(0.9 * 192)
-    assert report.parts == 4
+    assert report.stages == 4
 
 
 def test_parts_start_from_the_zeros_that_are_there() -> None:
@@ -536,7 +536,7 @@ def test_report_of_a_step() -> None:
     assert report.damping == FISHER.damping
     assert report.raised_damping == {}
     assert report.target_sparsity == 0.7
-    assert (report.num_gradients, report.parts, report.world_size) == (24, 1, 1)
+    assert (report.num_gradients, report.stages, report.world_size) == (24, 1, 1)
     assert report.bytes_exchanged == 0
     # 128 = 6 · 20 + 8 and 64 = 3 · 20 + 4 weights; B <= N: matrices in float64.
     assert report.fisher_bytes == ((9 * 20**2 + 8**2 + 4**2) * 8,)

@@ -34,7 +34,7 @@ def report(**changes: object) -> PruningReport:
             measured_increase=8e-4,
             loss_before=0.1,
             loss_after=0.1008,
-            parts=2,
+            stages=2,
             num_gradients=256,
             seconds={"collect": 0.25, "factorize": 0.5},
             bytes_exchanged=123_456,

@@ -25,7 +25,7 @@ from lightning_woodfisher.base.allocations import AllocationMeter, measure_step_
 from lightning_woodfisher.base.byte_sizes import parse_bytes
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.resources import budget as budget_module
 from lightning_woodfisher.resources.budget import free_bytes, require_one_device

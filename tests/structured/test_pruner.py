@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_woodfisher import ConfigurationError, StructureConfig, prune_structures
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.structured.configuration import StructureLimits
+from lightning_woodfisher.structured.config import StructureLimits
 from lightning_woodfisher.structured.graph.channels import zero_structures
 from lightning_woodfisher.structured.selection import select_count, select_for_size
 from lightning_woodfisher.structured.shrink.removal import shrink

@@ -27,7 +27,7 @@ from torch.func import functional_call, hessian, jvp
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group, Member
 from lightning_woodfisher.structured.scores.correlation import (
     rank_correlation,

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.structured.configuration import StructureLimits
+from lightning_woodfisher.structured.config import StructureLimits
 from lightning_woodfisher.structured.graph.groups import Group, Member
 from lightning_woodfisher.structured.scores.methods import StructureScores
 from lightning_woodfisher.structured.scores.pair_scores import PairScores

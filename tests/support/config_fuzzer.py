@@ -30,7 +30,7 @@ FISHER: dict[str, tuple[Any, ...]] = {
     "collection": ("auto", "loop", "vmap"),
     "row_dtype": ("float32", "bfloat16", "float16"),
     "first_order_samples": (None, 1, 4, 30, 10**6),
-    "labels": ("true", "sampled", "drawn"),
+    "sample_labels": (False, True, "drawn"),
     "centered": (False, True),
     "repeat_samples": (False, True),
     "max_nonfinite": (0, 1, 5, 10**6),

@@ -38,7 +38,7 @@ def step(epoch: int, **changes: Any) -> PruningReport:
         measured_increase=(-1) ** epoch * 3e-5,
         loss_before=0.2,
         loss_after=0.25,
-        parts=1,
+        stages=1,
         num_gradients=16,
         seconds={"collect": 1.0, "factorize": 0.5},
         bytes_exchanged=0,

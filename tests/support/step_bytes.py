@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from lightning_woodfisher import FisherConfig
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.weights.masks import Masks
 

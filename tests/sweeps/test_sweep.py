@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import ConfigurationError, FisherConfig, prune, sweep
 from lightning_woodfisher.cli.main import main
-from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.reporting.figures import draw_sweep
 from lightning_woodfisher.sweeps.report import SweepReport, SweepResult
 

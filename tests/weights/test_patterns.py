@@ -25,7 +25,7 @@ from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.inverse import make_inverse_fisher
-from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.selector import take_zeros
 from lightning_woodfisher.weights.active import ActiveWeights

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from lightning_woodfisher.base.lightning_names import either_name
-from lightning_woodfisher.pruning.configuration import PruningConfig
+from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.report import (
     SALIENCY_SHARES,
     PruningReport,

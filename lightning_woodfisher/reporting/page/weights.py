@@ -139,7 +139,7 @@ def _steps(reports: Sequence[PruningReport]) -> str:
             number(report.measured_increase),
             number(report.loss_before),
             number(report.loss_after),
-            f"{report.parts}",
+            f"{report.stages}",
             f"{sum(report.seconds.values()):.1f}",
         ]
         for index, report in enumerate(reports, start=1)

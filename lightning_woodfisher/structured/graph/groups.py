@@ -1,4 +1,4 @@
-"""Coupled channels: which slices of which tensors go together.
+"""CompensatingCriterion channels: which slices of which tensors go together.
 
 A *structure* is one output channel of a layer with everything that has to go with it: in a
 residual network the same channel of every layer that is added to it, the channel's entries

@@ -27,7 +27,7 @@ from lightning_woodfisher.data.losses import (
 )
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.hessian_rows import twice_differentiable
-from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.scores.vectors import StructureVectors
 
 # Given the function that makes the loss, and its scale: rows [r, width].

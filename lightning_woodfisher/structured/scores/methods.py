@@ -26,10 +26,10 @@ from torch import Tensor
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.isolation import derive_seed
-from lightning_woodfisher.data.labels import UnlabelledBatches
 from lightning_woodfisher.data.losses import LossSource
+from lightning_woodfisher.data.sampled_labels import UnlabelledBatches
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.structured.configuration import StructureConfig
+from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.scores.contributions import Contributions
 from lightning_woodfisher.structured.scores.evaluation import Evaluation

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.structured.configuration import StructureLimits
+from lightning_woodfisher.structured.config import StructureLimits
 
 _ROWS_AT_ONCE = 256
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.structured.configuration import StructureKind
+from lightning_woodfisher.structured.config import StructureKind
 from lightning_woodfisher.structured.graph.groups import Group, Role
 
 _ROLES: dict[StructureKind, tuple[Role, ...]] = {

@@ -18,16 +18,16 @@ from lightning_woodfisher import (
     prune,
 )
 from lightning_woodfisher.data.batches import DatasetBatches, StreamBatches
-from lightning_woodfisher.data.labels import (
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.data.sampled_labels import (
     UnlabelledBatch,
     UnlabelledBatches,
     labelled,
 )
-from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients
 
-SAMPLED = FisherConfig(num_gradients=24, gradient_batch_size=2, labels="sampled")
+SAMPLED = FisherConfig(num_gradients=24, gradient_batch_size=2, sample_labels=True)
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
@@ -138,9 +138,9 @@ def test_the_measured_rise_is_that_of_the_labels_of_the_data() -> None:
             cross_entropy,
             target_sparsity=0.3,
             update="none",
-            fisher=FisherConfig(num_gradients=24, labels=labels),
+            fisher=FisherConfig(num_gradients=24, sample_labels=sampled),
         )
-        for labels in ("sampled", "true")
+        for sampled in (True, False)
     ]
     assert reports[0].loss_before == reports[1].loss_before
     assert reports[0].predicted_increase != reports[1].predicted_increase

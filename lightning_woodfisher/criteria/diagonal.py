@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Uncoupled"]
+__all__ = ["DiagonalCriterion"]
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from lightning_woodfisher.weights.partition import Partition, make_partition
 from lightning_woodfisher.weights.patterns import GroupRun, Pattern, cheapest_in_groups
 
 
-class Uncoupled(Criterion):
+class DiagonalCriterion(Criterion):
     """Weights have no blocks, groups cost what their weights cost, and none makes up."""
 
     compensates: ClassVar[bool] = False

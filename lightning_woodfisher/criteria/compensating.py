@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Coupled"]
+__all__ = ["CompensatingCriterion"]
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from lightning_woodfisher.criteria.base import Criterion
 from lightning_woodfisher.criteria.obs import Update
 
 
-class Coupled(Criterion):
+class CompensatingCriterion(Criterion):
     """Kept weights make up for the removed ones, in one of two ways."""
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Parts", "Spacing", "removed_share"]
+__all__ = ["Spacing", "Stages", "removed_fraction"]
 
 from fractions import Fraction
 from typing import Literal
@@ -13,7 +13,7 @@ Spacing = Literal["geometric", "linear", "polynomial"]
 _MOST_HALVINGS = 3
 
 
-def removed_share(kept_ratio: float, fraction: float, spacing: Spacing) -> float:
+def removed_fraction(kept_ratio: float, fraction: float, spacing: Spacing) -> float:
     """Tell how much of what is there at the start has gone after a fraction of a step.
 
     Args:
@@ -34,20 +34,20 @@ def removed_share(kept_ratio: float, fraction: float, spacing: Spacing) -> float
     return 1.0 - kept
 
 
-class Parts:
+class Stages:
     """Goes through a step in equal parts that may become finer on the way.
 
     Args:
         number: of parts when none is cut.
 
     Attributes:
-        halvings: how often the parts became half as long.
+        stage_halvings: how often the parts became half as long.
     """
 
     def __init__(self, number: int) -> None:
         self._at = Fraction(0)
         self._stride = Fraction(1, number)
-        self.halvings = 0
+        self.stage_halvings = 0
 
     @property
     def is_done(self) -> bool:
@@ -65,6 +65,6 @@ class Parts:
 
     def halve(self) -> None:
         """Make the parts that follow half as long; in vain once they are an eighth."""
-        if self.halvings < _MOST_HALVINGS and not self.is_done:
+        if self.stage_halvings < _MOST_HALVINGS and not self.is_done:
             self._stride /= 2
-            self.halvings += 1
+            self.stage_halvings += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["import_extra"]
+__all__ = ["import_optional"]
 
 import importlib
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from lightning_woodfisher.base.errors import ConfigurationError
 
 
-def import_extra(module: str) -> Any:
+def import_optional(module: str) -> Any:
     """Import a module of the optional extra ``export``.
 
     Args:

@@ -19,13 +19,13 @@ from lightning_woodfisher.base.errors import (
 from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.data.batchnorm import require_recalibration_batches
-from lightning_woodfisher.fisher.inverse import FisherConfig
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.pruning.local_model import require_points
-from lightning_woodfisher.pruning.parts import Spacing
 from lightning_woodfisher.pruning.quotas import (
     require_flops_target_fits,
 )
 from lightning_woodfisher.pruning.selection import SelectionConfig
+from lightning_woodfisher.pruning.stages import Spacing
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class PruningConfig:
         if self.flops_target is not None:
             require_flops_target_fits(self.selection, self.flops_target)
         require_points(self.local_model_points, self.measure_loss)
-        self._check_parts()
+        self._check_stages()
         self._check_nonfinite()
         require_recalibration_batches(self.batchnorm_recalibration_batches)
 
@@ -126,7 +126,7 @@ class PruningConfig:
                 f"num_gradients={self.fisher.num_gradients} be left out; lower it."
             )
 
-    def _check_parts(self) -> None:
+    def _check_stages(self) -> None:
         """Refuse what cannot work about the parts of a step."""
         spacing = self.recompute_spacing
         if spacing not in get_args(Spacing):

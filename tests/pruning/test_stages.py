@@ -22,9 +22,9 @@ from lightning_woodfisher import (
 )
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.pruning.configuration import PruningConfig
-from lightning_woodfisher.pruning.parts import Parts
+from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
+from lightning_woodfisher.pruning.stages import Stages
 
 
 def samples(number: int = 160) -> TensorDataset:
@@ -114,7 +114,7 @@ def test_parts_with_the_same_gradients_end_at_the_minimum_of_one_quadratic(
         reuse_gradients=True,
         step_search=False,
     )
-    assert report.parts == 4
+    assert report.stages == 4
     assert loss.calls == 24
     after = torch.cat([p.detach().flatten() for p in model.parameters() if p.dim() > 1])
     removed = after == 0
@@ -178,21 +178,21 @@ def test_one_part_with_reused_gradients_is_the_plain_step() -> None:
 
 
 def test_parts_are_halved_from_where_they_are() -> None:
-    way = Parts(4)
+    way = Stages(4)
     assert way.advance() == 0.25
     way.halve()
     assert way.advance() == 0.375
     for _ in range(9):
         way.halve()
-    assert way.halvings == 3
+    assert way.stage_halvings == 3
     fractions = []
     while not way.is_done:
         fractions.append(way.advance())
     # An eighth of a quarter, down to the very end.
     assert fractions == [part / 32 for part in range(13, 33)]
     way.halve()
-    assert way.halvings == 3
-    thirds = Parts(3)
+    assert way.stage_halvings == 3
+    thirds = Stages(3)
     assert [thirds.advance() for _ in range(3)] == [1 / 3, 2 / 3, 1.0]
     assert thirds.is_done
 
@@ -213,8 +213,8 @@ def test_lost_trust_makes_parts_smaller_and_the_sparsity_is_reached(
         assert sum(layer.zeros_after for layer in report.layers) == round(target * 192)
         if target:
             # The first part of two; what follows is cut finer and finer.
-            assert report.halvings >= 1
-            assert report.parts > 2
+            assert report.stage_halvings >= 1
+            assert report.stages > 2
 
 
 def test_kept_trust_changes_nothing() -> None:
@@ -222,8 +222,8 @@ def test_kept_trust_changes_nothing() -> None:
     for model, trust in zip(models, (None, 1e9), strict=True):
         reports.append(pruned(model, recompute_steps=3, trust=trust))
     assert all(map(torch.equal, *(m.parameters() for m in models)))
-    assert reports[1].halvings == 0
-    assert reports[1].parts == 3
+    assert reports[1].stage_halvings == 0
+    assert reports[1].stages == 3
 
 
 def test_trust_is_judged_by_measured_over_predicted() -> None:
@@ -232,7 +232,7 @@ def test_trust_is_judged_by_measured_over_predicted() -> None:
     # The rises of the first part alone: the same seed, weights and number of zeros.
     share = 1 - 0.2**0.5
     part = pruned(mlp(), target_sparsity=round(192 * share) / 192, **plain)
-    assert first.parts == 2
+    assert first.stages == 2
     assert part.measured_increase is not None
     assert part.predicted_increase is not None
     ratio = part.measured_increase / part.predicted_increase
@@ -245,8 +245,8 @@ def test_trust_is_judged_by_measured_over_predicted() -> None:
             trust=factor * ratio,
             **plain,
         )
-        assert (report.parts >= 3) == (parts == 3)
-        assert (report.halvings > 0) == (parts == 3)
+        assert (report.stages >= 3) == (parts == 3)
+        assert (report.stage_halvings > 0) == (parts == 3)
 
 
 # --- BatchNorm --------------------------------------------------------------------------

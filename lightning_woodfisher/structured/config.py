@@ -22,7 +22,7 @@ from lightning_woodfisher.base.errors import (
     require_integer,
     require_number,
 )
-from lightning_woodfisher.data.isolation import ModelMode
+from lightning_woodfisher.base.types import ModelMode
 
 ScoringMethod = Literal["sosp_i", "sosp_h", "hap", "magnitude", "random"]
 #: Which entries make the vector θ_s of a structure: ``conv`` filter and bias, ``bn`` weight
