@@ -471,7 +471,7 @@ def test_a_report_survives_json(report: PruningReport) -> None:
         block_size=st.none() | st.integers(1, 10**7),
         damping=st.floats(1e-100, 1e100),
         engine=st.sampled_from(["auto", "dual"]),
-        labels=st.sampled_from(["true", "sampled"]),
+        sample_labels=st.booleans(),
         centered=st.booleans(),
         max_nonfinite=st.integers(0, 10**7),
     ),

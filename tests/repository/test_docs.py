@@ -84,7 +84,7 @@ class MyData(pl.LightningDataModule):
         return DataLoader(samples(64), 64)
 """
 # Run with checkpoints of their own, in the test of that command.
-RUN_ELSEWHERE = {"export.md": "test_export_command.py"}
+RUN_ELSEWHERE = {"export.md": "cli/test_export.py"}
 QUIET = [
     "--seed_everything=0",
     *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.logger=false"),

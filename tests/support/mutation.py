@@ -1,8 +1,8 @@
 """Breaks lines of the core one at a time, and asks whether the tests notice.
 
 Run it as ``make mutants``, or ``python tests/support/mutation.py [word ...]``
-for those whose file or line contains a word. Everything happens in a temporary copy of the repository. The exit
-status is 0 when every mutant was killed.
+for those whose file or line contains a word. Everything happens in a temporary copy of the
+repository. The exit status is 0 when every mutant was killed.
 """
 
 from __future__ import annotations
