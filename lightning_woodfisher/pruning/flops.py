@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import LossSource, run_loss
 from lightning_woodfisher.distributed.communicator import Communicator
@@ -48,24 +49,6 @@ class LayerFlops:
             for flops, weights in zip(self.by_layer, self.weights, strict=True)
         ]
 
-    def describe(
-        self, before: Mapping[str, int], after: Mapping[str, int]
-    ) -> dict[str, Any]:
-        """Give the fields of a report.
-
-        Args:
-            before: pruned weights of each selected tensor before a step.
-            after: the same after it.
-
-        Returns:
-            Values by name of the field.
-        """
-        return {
-            "flops_dense": self.dense,
-            "flops_before": self.masked(list(before.values())),
-            "flops_after": self.masked(list(after.values())),
-        }
-
     def masked(self, zeros: Sequence[int]) -> float:
         """Count the FLOPs of the masked network.
 
@@ -85,38 +68,29 @@ class LayerFlops:
 
 
 def count_flops(
-    source: LossSource,
-    masks: Masks,
-    comm: Communicator,
-    num_gradients: int,
-    batch_size: int,
-    seed: int,
-    repeat: bool = False,
+    source: LossSource, batches: Batches, masks: Masks, comm: Communicator, seed: int
 ) -> LayerFlops:
     """Count the FLOPs of one mini-batch.
 
     Args:
-        source: where losses come from, with its session entered.
-        masks: with the parameters.
+        source: computes losses, with its session entered.
+        batches: mini-batches, of which the first is used.
+        masks: masks with the parameters.
         comm: the ranks; the counts of rank 0 hold for all.
-        num_gradients: N, of the mini-batches of which the first is used.
-        batch_size: m.
-        seed: of the samples.
-        repeat: whether samples may come again.
+        seed: seed of random operations.
 
     Returns:
         The counts.
 
     Raises:
-        ConfigurationError: for sharded parameters, or tensors with which nothing is
-            multiplied.
+        ConfigurationError: for sharded parameters, or selected parameters that no
+            operation multiplies by.
     """
     if masks.sharded:
         raise ConfigurationError(
             "flops_target and selection.flops_power need whole parameters, and those of "
             "this model are sharded; leave them out."
         )
-    batches = source.batches(num_gradients, batch_size, seed, repeat)
     with seeded(derive_seed(seed, "flops")):
         batch = batches.fetch(0)
         with _Counter({name: masks.local(name) for name in masks.parameters}) as mode:

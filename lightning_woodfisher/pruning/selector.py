@@ -16,6 +16,7 @@ __all__ = [
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,6 +151,16 @@ class Selector:
         if candidates.leaving is None:
             return chosen, thresholds
         return active.members(chosen) & candidates.leaving, thresholds
+
+    def flops_before_and_after(self) -> dict[str, Any]:
+        """Return FLOPs before the step and now, as fields of a report; none if not counted."""
+        if self._flops is None:
+            return {}
+        return {
+            "flops_dense": self._flops.dense,
+            "flops_before": self._flops.masked(self._start),
+            "flops_after": self._flops.masked(list(self._masks.zeros().values())),
+        }
 
     def quantiles(self, candidates: Candidates) -> list[tuple[float, ...]]:
         """Find quantiles of what competes in each layer.

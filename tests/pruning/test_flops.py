@@ -73,7 +73,8 @@ def counted(comm: Communicator, model: nn.Module, function: Any = loss) -> Layer
     masks = Masks(prunable_parameters(model))
     source = FunctionLoss(model, data(), function)
     with source.session("eval"):
-        return count_flops(source, masks, comm, 4, BATCH, 0)
+        batches = source.batches(4, BATCH, 0)
+        return count_flops(source, batches, masks, comm, 0)
 
 
 def test_every_tensor_gets_the_flops_of_its_products(comm: Communicator) -> None:

@@ -184,14 +184,14 @@ def test_parts_are_halved_from_where_they_are() -> None:
     assert way.advance() == 0.375
     for _ in range(9):
         way.halve()
-    assert way.stage_halvings == 3
+    assert way.halvings == 3
     fractions = []
     while not way.is_done:
         fractions.append(way.advance())
     # An eighth of a quarter, down to the very end.
     assert fractions == [part / 32 for part in range(13, 33)]
     way.halve()
-    assert way.stage_halvings == 3
+    assert way.halvings == 3
     thirds = Stages(3)
     assert [thirds.advance() for _ in range(3)] == [1 / 3, 2 / 3, 1.0]
     assert thirds.is_done
