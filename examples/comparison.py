@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_woodfisher import FisherConfig, SelectionConfig, prune
+from lightning_woodfisher import FisherConfig, SelectionConfig, StepConfig, prune
 from lightning_woodfisher.pruning.report import format_table
 
 
@@ -97,8 +97,7 @@ def compare(
                     target_sparsity=sparsity,
                     fisher=fisher,
                     selection=selection,
-                    measure_loss=False,
-                    seed=seed,
+                    step=StepConfig(measure_loss=False, seed=seed),
                     **options,
                 )
                 found.append(accuracy(model))

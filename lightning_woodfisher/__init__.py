@@ -10,6 +10,7 @@ from lightning_woodfisher.callbacks.structured import (
 from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.one_shot import prune
+from lightning_woodfisher.pruning.config import StepConfig
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.schedule import (
     ConstantSchedule,
@@ -40,6 +41,7 @@ __all__ = [
     "ResourceEstimate",
     "SOSPPruningCallback",
     "SelectionConfig",
+    "StepConfig",
     "StructureConfig",
     "StructureReport",
     "StructuredPruningCallback",

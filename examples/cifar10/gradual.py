@@ -22,6 +22,7 @@ from examples.cifar10.model import CIFAR10
 from lightning_woodfisher import (
     FisherConfig,
     PolynomialSchedule,
+    StepConfig,
     WoodFisherPruningCallback,
 )
 from lightning_woodfisher.pruning.report import format_table
@@ -37,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
             damping=1e-4,
         ),
         "update": "independent",
-        "step_search": False,
+        "line_search": False,
         "measure_loss": False,
     },
 }
@@ -66,7 +67,10 @@ def fit(
         start_step=0, end_step=(STEPS - 1) * every, every_n_steps=every
     )
     callback = WoodFisherPruningCallback(
-        sparsity, schedule, seed=seed, **METHODS[method]
+        sparsity,
+        schedule,
+        step=StepConfig(seed=seed),
+        **METHODS[method],
     )
     return fit_and_test(
         module,

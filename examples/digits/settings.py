@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.digits.model import Digits
-from lightning_woodfisher import FisherConfig, prune
+from lightning_woodfisher import FisherConfig, StepConfig, prune
 from lightning_woodfisher.pruning.report import format_table
 
 GRADIENTS = ((1000, 1), (256, 4))
@@ -95,10 +95,7 @@ def main() -> None:
                     loss_fn,
                     target_sparsity=sparsity,
                     fisher=fisher,
-                    measure_loss=False,
-                    # The quadratic model alone is compared.
-                    step_search=False,
-                    seed=seed,
+                    step=StepConfig(measure_loss=False, line_search=False, seed=seed),
                     **options,
                 )
             found.append(accuracy(model, data.held_out))

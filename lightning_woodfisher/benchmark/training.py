@@ -43,6 +43,7 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.gradients.collect import collect_gradients
 from lightning_woodfisher.one_shot import prune
+from lightning_woodfisher.pruning.config import StepConfig
 from lightning_woodfisher.pruning.selection import select_smallest
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
@@ -227,8 +228,7 @@ def measure_step(
             cross_entropy,
             target_sparsity=_SPARSITY,
             fisher=fisher,
-            update=update,
-            measure_loss=False,
+            step=StepConfig(update=update, measure_loss=False),
         )
         remember(f"ours, {update}", pruned)
 

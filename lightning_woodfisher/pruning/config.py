@@ -4,14 +4,12 @@ from __future__ import annotations
 
 __all__ = ["PruningConfig", "StepConfig", "check_sparsity"]
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import get_args
 
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
-    nearest,
+    require_choice,
     require_count,
     require_flag,
     require_integer,
@@ -76,43 +74,31 @@ class StepConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_known("step.update", self.update, get_args(Update))
-        _require_known(
+        require_choice("step.update", self.update, get_args(Update))
+        require_choice(
             "step.recompute_spacing", self.recompute_spacing, get_args(Spacing)
         )
-        for name in ("measure_loss", "line_search", "reuse_gradients"):
+        for name in ("line_search", "reuse_gradients", "measure_loss"):
             require_flag(f"step.{name}", getattr(self, name))
-        require_number("step.update_scale", self.update_scale)
-        if not 0.0 <= self.update_scale <= 1.0:
+        require_number(
+            "step.update_scale", self.update_scale, "[0, 1]", "1 is the whole update"
+        )
+        require_count("step.recompute_steps", self.recompute_steps, least=1)
+        require_integer("step.seed", self.seed, -(2**63), 2**63 - 1)
+        require_points("step.local_model_points", self.local_model_points)
+        if self.local_model_points and not self.measure_loss:
             raise ConfigurationError(
-                f"step.update_scale={self.update_scale} is outside [0, 1]; 1 applies the "
-                "whole update, 0 none."
+                f"step.local_model_points={self.local_model_points} needs measured losses; "
+                "set step.measure_loss=True."
             )
-        require_count("step.recompute_steps", self.recompute_steps)
-        if self.recompute_steps < 1:
-            raise ConfigurationError(
-                f"step.recompute_steps={self.recompute_steps} must be at least 1."
-            )
-        require_integer("step.seed", self.seed)
-        if not -(2**63) <= self.seed < 2**63:
-            raise ConfigurationError(f"step.seed={self.seed} is not a 64-bit number.")
-        require_points(self.local_model_points, self.measure_loss)
         require_recalibration_batches(self.batchnorm_recalibration_batches)
         if self.trust_ratio is not None:
-            self._check_trust_ratio(self.trust_ratio)
-
-    def _check_trust_ratio(self, ratio: float) -> None:
-        require_number("step.trust_ratio", ratio)
-        if not (ratio > 0 and math.isfinite(ratio)):
-            raise ConfigurationError(
-                f"step.trust_ratio={ratio} must be positive and finite: the measured rise of "
-                "the loss that is tolerated, as a multiple of the predicted one."
-            )
-        if self.recompute_steps == 1:
-            raise ConfigurationError(
-                f"step.trust_ratio={ratio} shortens the stages that follow, but "
-                "step.recompute_steps=1 has none; set recompute_steps to 2 or more."
-            )
+            require_number("step.trust_ratio", self.trust_ratio, "(0, inf)")
+            if self.recompute_steps == 1:
+                raise ConfigurationError(
+                    f"step.trust_ratio={self.trust_ratio} shortens the stages that follow, "
+                    "but step.recompute_steps=1 has none; set recompute_steps to 2 or more."
+                )
 
 
 @dataclass(frozen=True)
@@ -170,7 +156,7 @@ class PruningConfig:
                     f"{name}={getattr(self, name)!r} is not a {kind.__name__}; give "
                     f"{kind.__name__}(...)."
                 )
-        _require_known("criterion", self.criterion, CRITERIA)
+        require_choice("criterion", self.criterion, CRITERIA)
         if self.flops_target is not None:
             require_flops_target_fits(self.selection, self.flops_target)
         self._check_reuse()
@@ -221,22 +207,10 @@ def check_sparsity(target_sparsity: float) -> None:
 
     Args:
         target_sparsity: share of zeros.
-
-    Raises:
-        ConfigurationError: outside [0, 1), or not a number.
     """
-    require_number("target_sparsity", target_sparsity)
-    if not 0.0 <= target_sparsity < 1.0:
-        raise ConfigurationError(
-            f"target_sparsity={target_sparsity} is outside [0, 1); it is the share of zeros, "
-            "so 90 % is 0.9."
-        )
-
-
-def _require_known(name: str, value: Any, known: Iterable[str]) -> None:
-    # A list, because a value that cannot be hashed is not a key either.
-    if value not in list(known):
-        raise ConfigurationError(
-            f"{name}={value!r} is unknown; use one of {', '.join(known)}."
-            f"{nearest(value, known)}"
-        )
+    require_number(
+        "target_sparsity",
+        target_sparsity,
+        "[0, 1)",
+        "it is the share of zeros, so 90 % is 0.9",
+    )

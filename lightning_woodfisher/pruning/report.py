@@ -86,7 +86,7 @@ class PruningReport:
             over parts like ``predicted_increase``; None when not measured.
         loss_before: mean loss before the first part, on the samples of its gradients.
         loss_after: mean loss after the last part, on the samples of its gradients.
-        stages: number of stages: ``recompute_steps``, or more where ``trust`` was lost.
+        stages: number of stages: ``recompute_steps``, or more where ``trust_ratio`` was lost.
         num_gradients: gradients taken in each part.
         seconds: wall-clock seconds by phase.
         bytes_exchanged: bytes that all ranks together have sent.
@@ -109,7 +109,7 @@ class PruningReport:
             one than was asked for.
         local_model: for each part, the loss along its update (``local_model_points``).
         stage_halvings: how often the parts became half as long, because the loss had risen by
-            more than ``trust`` times the prediction.
+            more than ``trust_ratio`` times the prediction.
         batchnorm_layers: layers whose running statistics were estimated anew.
         nonfinite_gradients: gradients that were NaN or infinite and left out.
     """

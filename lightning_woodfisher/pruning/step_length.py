@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.pruning.line_search import search_first_order, search_scales
 from lightning_woodfisher.pruning.sampling import Sampling
-from lightning_woodfisher.pruning.step_search import search_first_order, search_scales
 from lightning_woodfisher.weights.active import ActiveWeights
 
 

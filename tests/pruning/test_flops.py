@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -14,6 +15,7 @@ from lightning_woodfisher import (
     ConfigurationError,
     FisherConfig,
     SelectionConfig,
+    StepConfig,
     prune,
 )
 from lightning_woodfisher.data.losses import FunctionLoss
@@ -137,10 +139,11 @@ def test_the_target_is_met_within_half_a_per_cent(
         loss,
         flops_target=target,
         criterion=criterion,
-        recompute_steps=options.get("recompute_steps", 1),
         selection=SelectionConfig(flops_power=power),
         fisher=FisherConfig(num_gradients=12, gradient_batch_size=BATCH, block_size=16),
-        measure_loss=False,
+        step=StepConfig(
+            recompute_steps=options.get("recompute_steps", 1), measure_loss=False
+        ),
     )
     dense = sum(BY_HAND.values()) + OTHERS
     assert report.flops_dense == report.flops_before == dense
@@ -220,7 +223,9 @@ FEW = FisherConfig(num_gradients=4, gradient_batch_size=BATCH)
 
 
 def step(**options: Any) -> None:
-    prune(Network(), data(), loss, criterion="magnitude", fisher=FEW, **options)
+    prune(
+        Network(), data(), loss, criterion="magnitude", fisher=FEW, **in_step(**options)
+    )
 
 
 def test_a_share_below_what_is_always_left_is_refused() -> None:

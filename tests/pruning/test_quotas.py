@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_woodfisher import ConfigurationError, SelectionConfig, prune
+from lightning_woodfisher import ConfigurationError, SelectionConfig, StepConfig, prune
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.pruning.quotas import Layers, make_quotas
 from lightning_woodfisher.pruning.selection import select_smallest
@@ -38,8 +38,8 @@ def zeros(model: nn.Module, target: float, **selection: Any) -> list[int]:
         no_loss,
         target_sparsity=target,
         criterion="magnitude",
-        measure_loss=False,
         selection=SelectionConfig(**selection),
+        step=StepConfig(measure_loss=False),
     )
     return [int((layer.weight == 0).sum()) for layer in model]
 
@@ -116,9 +116,8 @@ def test_layers_with_a_target_reach_it_and_the_rest_shares_what_is_left(
         no_loss,
         target_sparsity=0.6,
         criterion="magnitude",
-        measure_loss=False,
-        recompute_steps=parts,
         selection=SelectionConfig(layer_targets={"^1": 0.25}),
+        step=StepConfig(measure_loss=False, recompute_steps=parts),
     )
     found = [int((layer.weight == 0).sum()) for layer in model]
     assert found[1] == 15
