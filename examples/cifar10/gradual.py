@@ -13,6 +13,7 @@ instead, to choose settings by.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import warnings
 from typing import Any
@@ -28,7 +29,10 @@ from lightning_woodfisher import (
 from lightning_woodfisher.pruning.report import format_table
 
 METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {"criterion": "magnitude", "measure_loss": False},
+    "magnitude": {
+        "criterion": "magnitude",
+        "step": StepConfig(measure_loss=False),
+    },
     "WoodFisher": {
         "fisher": FisherConfig(
             num_gradients=400,
@@ -37,9 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
             block_size=2000,
             damping=1e-4,
         ),
-        "update": "independent",
-        "line_search": False,
-        "measure_loss": False,
+        "step": StepConfig(update="independent", line_search=False, measure_loss=False),
     },
 }
 STEPS = 6
@@ -66,11 +68,11 @@ def fit(
     schedule = PolynomialSchedule(
         start_step=0, end_step=(STEPS - 1) * every, every_n_steps=every
     )
+    settings = METHODS[method]
     callback = WoodFisherPruningCallback(
         sparsity,
         schedule,
-        step=StepConfig(seed=seed),
-        **METHODS[method],
+        **{**settings, "step": dataclasses.replace(settings["step"], seed=seed)},
     )
     return fit_and_test(
         module,
