@@ -19,13 +19,13 @@ from lightning_woodfisher.distributed.dtensor import reshard
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.pruning.config import (
     PruningConfig,
+    SelectionConfig,
     StepConfig,
     check_sparsity,
+    require_target_fits,
 )
 from lightning_woodfisher.pruning.pruner import Pruner
-from lightning_woodfisher.pruning.quotas import require_target_fits
 from lightning_woodfisher.pruning.report import PruningReport
-from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.pruning.selector import take_zeros
 from lightning_woodfisher.resources.budget import require_one_device, within_memory
 from lightning_woodfisher.weights.layers import prunable_parameters

@@ -17,9 +17,11 @@ import yaml
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.fisher.config import FisherConfig
-from lightning_woodfisher.pruning.config import StepConfig
+from lightning_woodfisher.pruning.config import (
+    SelectionConfig,
+    StepConfig,
+)
 from lightning_woodfisher.pruning.schedule import OneShotSchedule, PolynomialSchedule
-from lightning_woodfisher.pruning.selection import SelectionConfig
 
 _SCHEDULES = {
     "OneShotSchedule": OneShotSchedule,

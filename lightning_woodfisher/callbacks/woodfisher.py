@@ -34,11 +34,12 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.pruning.config import (
     PruningConfig,
+    SelectionConfig,
     StepConfig,
     check_sparsity,
+    require_target_fits,
 )
 from lightning_woodfisher.pruning.pruner import Pruner
-from lightning_woodfisher.pruning.quotas import require_target_fits
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.schedule import (
     ConstantSchedule,
@@ -46,7 +47,6 @@ from lightning_woodfisher.pruning.schedule import (
     PolynomialSchedule,
     PruningSchedule,
 )
-from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.pruning.selector import (
     is_too_sparse,
     take_zeros,

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["PruningConfig", "StepConfig", "check_sparsity"]
+__all__ = [
+    "PruningConfig",
+    "Scope",
+    "SelectionConfig",
+    "StepConfig",
+    "check_sparsity",
+    "require_target_fits",
+]
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
@@ -20,9 +29,93 @@ from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.data.batchnorm import require_recalibration_batches
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.pruning.local_model import require_points
-from lightning_woodfisher.pruning.quotas import require_flops_target_fits
-from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.pruning.stages import Spacing
+from lightning_woodfisher.weights.patterns import parse_pattern
+
+Scope = Literal["global", "layer"]
+
+# Tolerance for sparsities that users compute, such as 1 - 1/3.
+_SAME = 1e-9
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Which weights may be pruned, and what they compete for.
+
+    Args:
+        scope: ``"global"``: one threshold over all layers (the paper's joint
+            sparsification); ``"layer"``: every layer reaches the sparsity by itself.
+        include: patterns of what to prune (:func:`~.layers.prunable_parameters`); empty
+            for Linear and convolution weights.
+        exclude: patterns of what to leave dense.
+        pattern: weights that are pruned together: ``"unstructured"`` single weights;
+            ``"2:4"`` and the like, N kept of M consecutive inputs; ``"block4"`` and the
+            like, consecutive inputs; ``"rows"``, all weights of an output.
+        layer_targets: sparsity by regular expression on the parameter name, for layers
+            that do not compete with the others; the others share the rest of the target.
+        max_layer_sparsity: largest sparsity of a single layer; the others compensate.
+        flops_power: saliencies are divided by the FLOPs per weight of their layer to this
+            power, so that expensive weights are pruned first; 0 ignores FLOPs.
+
+    Raises:
+        ConfigurationError: for a value that cannot work.
+    """
+
+    scope: Scope = "global"
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    pattern: str = "unstructured"
+    layer_targets: dict[str, float] = field(default_factory=dict)
+    max_layer_sparsity: float | None = None
+    flops_power: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("selection.scope", self.scope, get_args(Scope))
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str):
+                raise ConfigurationError(
+                    f"selection.{name}={patterns!r} is a single text; give a list of "
+                    f"patterns: {name}=[{patterns!r}]."
+                )
+            if not isinstance(patterns, Sequence) or not all(
+                isinstance(pattern, str) for pattern in patterns
+            ):
+                raise ConfigurationError(
+                    f"selection.{name}={patterns!r} is not a list of patterns (texts)."
+                )
+        self._check_layer_targets()
+        if self.max_layer_sparsity is not None:
+            require_number(
+                "selection.max_layer_sparsity", self.max_layer_sparsity, "(0, 1]"
+            )
+        require_number("selection.flops_power", self.flops_power, "[0, inf)")
+        if self.flops_power and self.scope == "layer":
+            raise ConfigurationError(
+                f"selection.flops_power={self.flops_power} has no effect with "
+                "scope='layer', where layers do not compete; use scope='global'."
+            )
+
+    def _check_layer_targets(self) -> None:
+        if not isinstance(self.layer_targets, Mapping):
+            raise ConfigurationError(
+                f"selection.layer_targets={self.layer_targets!r} is not a mapping from "
+                "patterns to sparsities."
+            )
+        for pattern, target in self.layer_targets.items():
+            require_number(f"selection.layer_targets[{pattern!r}]", target, "[0, 1)")
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ConfigurationError(
+                    f"The pattern {pattern!r} of selection.layer_targets is not a regular "
+                    f"expression: {error}."
+                ) from error
+        if parse_pattern(self.pattern).sparsity is not None and self.layer_targets:
+            raise ConfigurationError(
+                f"selection.layer_targets cannot go with pattern={self.pattern!r}, which "
+                "gives every layer the same sparsity; leave one of them out."
+            )
 
 
 @dataclass(frozen=True)
@@ -158,10 +251,32 @@ class PruningConfig:
                 )
         require_choice("criterion", self.criterion, CRITERIA)
         if self.flops_target is not None:
-            require_flops_target_fits(self.selection, self.flops_target)
+            self._check_flops_target(self.flops_target)
         self._check_reuse()
         self._check_trust_ratio()
         self._check_nonfinite()
+
+    def _check_flops_target(self, flops_target: float) -> None:
+        require_number(
+            "flops_target",
+            flops_target,
+            "(0, 1)",
+            "it is the share of the dense network's FLOPs that is left",
+        )
+        selection = self.selection
+        conflicts = {
+            "scope='layer'": selection.scope == "layer",
+            f"pattern={selection.pattern!r}": (
+                parse_pattern(selection.pattern).sparsity is not None
+            ),
+            "layer_targets": bool(selection.layer_targets),
+        }
+        for setting, is_set in conflicts.items():
+            if is_set:
+                raise ConfigurationError(
+                    f"flops_target cannot go with selection.{setting}, which already "
+                    "decides how many weights of a layer are pruned; leave one of them out."
+                )
 
     def _check_reuse(self) -> None:
         if not self.step.reuse_gradients:
@@ -214,3 +329,33 @@ def check_sparsity(target_sparsity: float) -> None:
         "[0, 1)",
         "it is the share of zeros, so 90 % is 0.9",
     )
+
+
+def require_target_fits(
+    selection: SelectionConfig, target_sparsity: float, is_final: bool = True
+) -> None:
+    """Check that the pattern and the limits of a selection allow a sparsity.
+
+    Args:
+        selection: which weights may be pruned.
+        target_sparsity: sparsity of a network, or at the end of a schedule.
+        is_final: False for a step before the last.
+
+    Raises:
+        ConfigurationError: with the sparsity to ask for.
+    """
+    pattern = parse_pattern(selection.pattern)
+    if pattern.sparsity is not None:
+        above = target_sparsity > pattern.sparsity + _SAME
+        if above or (is_final and target_sparsity < pattern.sparsity - _SAME):
+            raise ConfigurationError(
+                f"selection.pattern={selection.pattern!r} has sparsity "
+                f"{pattern.sparsity:g} exactly, not {target_sparsity:g}; set "
+                f"target_sparsity={pattern.sparsity:g}, or choose another pattern."
+            )
+    most = selection.max_layer_sparsity
+    if most is not None and is_final and target_sparsity > most:
+        raise ConfigurationError(
+            f"target_sparsity={target_sparsity:g} is out of reach when no layer may have "
+            f"more than selection.max_layer_sparsity={most:g}; raise the limit."
+        )

@@ -23,13 +23,16 @@ from lightning_woodfisher.criteria import Criterion, make_criterion
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.pruning.config import PruningConfig, check_sparsity
+from lightning_woodfisher.pruning.config import (
+    PruningConfig,
+    check_sparsity,
+    require_target_fits,
+)
 from lightning_woodfisher.pruning.local_model import LocalModel
 from lightning_woodfisher.pruning.quotas import (
     Quotas,
     flops_share_of_step,
     make_quotas,
-    require_target_fits,
 )
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.sampling import Sampling

@@ -12,8 +12,8 @@ __all__ = [
     "Quotas",
     "flops_share_of_step",
     "make_quotas",
-    "require_flops_target_fits",
-    "require_target_fits",
+    "removal_counts",
+    "removal_counts_until",
 ]
 
 import re
@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
     nearest,
-    require_number,
 )
-from lightning_woodfisher.pruning.selection import SelectionConfig, removal_counts_until
-from lightning_woodfisher.pruning.stages import Spacing
+from lightning_woodfisher.pruning.config import Scope, SelectionConfig
+from lightning_woodfisher.pruning.stages import Spacing, removed_fraction
 from lightning_woodfisher.weights.patterns import parse_pattern
 
 _SAME = 1e-9
@@ -146,64 +145,60 @@ def make_quotas(
     return quotas
 
 
-def require_target_fits(
-    selection: SelectionConfig, target_sparsity: float, is_final: bool = True
-) -> None:
-    """Refuse a sparsity that the pattern or a limit does not allow, in any network.
+def removal_counts(
+    scope: Scope, target_sparsity: float, weights: Sequence[int], zeros: Sequence[int]
+) -> list[int]:
+    """Count the weights that each group of competing layers must lose.
 
     Args:
-        selection: the settings.
-        target_sparsity: of a network, or at the end of a schedule.
-        is_final: False for a step on the way there.
+        scope: all layers form one group (``"global"``), or each its own (``"layer"``).
+        target_sparsity: share of weights that is zero afterwards.
+        weights: number of weights of each layer.
+        zeros: number of pruned weights of each layer.
 
-    Raises:
-        ConfigurationError: with the sparsity to ask for.
+    Returns:
+        For each group round(target · weights) − zeros, at least 0. One number, or one for
+        each layer.
     """
-    pattern = parse_pattern(selection.pattern)
-    if pattern.sparsity is not None:
-        above = target_sparsity > pattern.sparsity + _SAME
-        if above or (is_final and target_sparsity < pattern.sparsity - _SAME):
-            raise ConfigurationError(
-                f"selection.pattern={selection.pattern!r} has sparsity "
-                f"{pattern.sparsity:g} exactly, not {target_sparsity:g}; set "
-                f"target_sparsity={pattern.sparsity:g}, or choose another pattern."
-            )
-    most = selection.max_layer_sparsity
-    if most is not None and is_final and target_sparsity > most:
-        raise ConfigurationError(
-            f"target_sparsity={target_sparsity:g} is out of reach when no layer may have "
-            f"more than selection.max_layer_sparsity={most:g}; raise the limit."
-        )
+    groups = [(sum(weights), sum(zeros))]
+    if scope == "layer":
+        groups = list(zip(weights, zeros, strict=True))
+    return [max(0, round(target_sparsity * total) - gone) for total, gone in groups]
 
 
-def require_flops_target_fits(selection: SelectionConfig, flops_target: float) -> None:
-    """Refuse a share of FLOPs that is none, or settings that say already how many go.
+def removal_counts_until(
+    scope: Scope,
+    target_sparsity: float,
+    weights: Sequence[int],
+    zeros: Sequence[int],
+    fraction: float,
+    spacing: Spacing = "geometric",
+) -> list[int]:
+    """Count the weights that each group must lose in the first fraction of a step.
 
     Args:
-        selection: the settings.
-        flops_target: share of the dense network's FLOPs that is left.
+        scope: as of :func:`removal_counts`.
+        target_sparsity: share of weights that is zero after the step.
+        weights: number of weights of each layer.
+        zeros: number of pruned weights of each layer at the start of the step.
+        fraction: fraction of the step, in [0, 1]; 1 gives :func:`removal_counts`.
+        spacing: how the kept share falls; see :func:`~.stages.removed_fraction`.
 
-    Raises:
-        ConfigurationError: naming the setting.
+    Returns:
+        A number for each group, which never falls as the fraction grows.
     """
-    require_number("flops_target", flops_target)
-    if not 0.0 < flops_target < 1.0:
-        raise ConfigurationError(
-            f"flops_target={flops_target} is outside (0, 1); it is the share of the dense "
-            "network's FLOPs that is left."
-        )
-    fixed = parse_pattern(selection.pattern).sparsity is not None
-    other = {
-        "scope='layer'": selection.scope == "layer",
-        f"pattern={selection.pattern!r}": fixed,
-        "layer_targets": bool(selection.layer_targets),
-    }
-    for setting, given in other.items():
-        if given:
-            raise ConfigurationError(
-                f"flops_target cannot go with selection.{setting}, which says already how "
-                "many weights of a layer go; leave one of them out."
-            )
+    totals = [sum(weights)] if scope == "global" else weights
+    gone = [sum(zeros)] if scope == "global" else zeros
+    last = removal_counts(scope, target_sparsity, weights, zeros)
+    if fraction >= 1.0:
+        return last
+    counts = []
+    for total, before, count in zip(totals, gone, last, strict=True):
+        kept = total - before
+        ratio = min(1.0, (1.0 - target_sparsity) * total / kept) if kept else 1.0
+        share = removed_fraction(ratio, fraction, spacing)
+        counts.append(min(count, round(kept * share)))
+    return counts
 
 
 def flops_share_of_step(

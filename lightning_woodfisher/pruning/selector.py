@@ -25,10 +25,19 @@ from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.quantiles import quantiles_by_group
+from lightning_woodfisher.distributed.smallest import (
+    select_smallest,
+)
+from lightning_woodfisher.pruning.config import (
+    SelectionConfig,
+)
 from lightning_woodfisher.pruning.flops import LayerFlops
-from lightning_woodfisher.pruning.quotas import Layers, Quotas, make_quotas
+from lightning_woodfisher.pruning.quotas import (
+    Layers,
+    Quotas,
+    make_quotas,
+)
 from lightning_woodfisher.pruning.report import SALIENCY_SHARES
-from lightning_woodfisher.pruning.selection import SelectionConfig, select_smallest
 from lightning_woodfisher.pruning.stages import Spacing, removed_fraction
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks

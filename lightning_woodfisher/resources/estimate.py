@@ -20,8 +20,10 @@ from lightning_woodfisher.base.byte_sizes import format_bytes, format_count, par
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.pruning.config import (
+    SelectionConfig,
+)
 from lightning_woodfisher.pruning.report import format_table
-from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.resources.costs import (
     Memory,
     host_bytes,

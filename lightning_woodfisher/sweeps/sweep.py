@@ -27,12 +27,12 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.pruning.config import (
     PruningConfig,
+    SelectionConfig,
     StepConfig,
     check_sparsity,
 )
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.report import PruningReport
-from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.pruning.selector import is_too_sparse
 from lightning_woodfisher.resources.budget import (
     free_bytes,

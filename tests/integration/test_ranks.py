@@ -32,10 +32,12 @@ from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.exact_sum import ExactSum, sum_exactly
+from lightning_woodfisher.distributed.smallest import (
+    select_smallest,
+)
 from lightning_woodfisher.fisher.inverse import FullInverseFisher
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
-from lightning_woodfisher.pruning.selection import select_smallest
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
