@@ -1,8 +1,8 @@
-"""Floating-point operations of a network, by the tensor that is multiplied.
+"""Floating-point operations of a network, by the parameter that is multiplied.
 
-Counted by torch's FLOP counter while one mini-batch goes forward, so at the shapes that
-really occur. A masked network needs Σ FLOPs of a layer × its density, plus what does not
-depend on any selected weight.
+torch's FLOP counter observes one forward pass, so FLOPs are those of the real input shapes.
+A masked network needs Σ FLOPs of a layer × its density, plus the FLOPs that depend on no
+selected weight.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class LayerFlops:
     """FLOPs of the forward pass of one mini-batch.
 
     Attributes:
-        dense: of the whole network.
-        by_layer: of the products with each selected tensor.
-        weights: of each selected tensor.
+        dense: FLOPs of the whole network.
+        by_layer: FLOPs of the products with each selected parameter.
+        weights: number of weights of each selected parameter.
     """
 
     dense: int
@@ -43,7 +43,7 @@ class LayerFlops:
 
     @property
     def per_weight(self) -> list[int]:
-        """FLOPs that go with one weight, at least 1."""
+        """FLOPs per weight of each layer, at least 1."""
         return [
             max(1, round(flops / weights))
             for flops, weights in zip(self.by_layer, self.weights, strict=True)
@@ -53,10 +53,10 @@ class LayerFlops:
         """Count the FLOPs of the masked network.
 
         Args:
-            zeros: pruned weights of each selected tensor.
+            zeros: number of pruned weights of each selected parameter.
 
         Returns:
-            Their number.
+            Number of FLOPs.
         """
         saved = [
             flops * gone / weights
@@ -102,8 +102,8 @@ def count_flops(
     if unused:
         raise ConfigurationError(
             f"no FLOPs were counted for {', '.join(unused[:8])}: the loss does not multiply "
-            "by them, or in an operation that torch's FLOP counter does not know; leave "
-            "them out with selection.exclude."
+            "by them, or it does so in an operation that torch's FLOP counter does not know; "
+            "leave them out with selection.exclude."
         )
     return LayerFlops(
         int(numbers[0]),
@@ -113,9 +113,10 @@ def count_flops(
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives the FLOPs of each operation to the selected tensor among its arguments.
+    """Assign the FLOPs of each operation to the selected parameter among its arguments.
 
-    By memory and not by module: a layer may use a weight without calling its owner.
+    Parameters are recognized by their memory, because a layer may use a weight without
+    calling the module that owns it.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -124,7 +125,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops = dict.fromkeys(weights, 0)
         self._owners = {_address(tensor): name for name, tensor in weights.items()}
         self._sizes = {name: tensor.numel() for name, tensor in weights.items()}
-        # Memory of a copy must not be reused while its address means a weight.
+        # Keeps the memory of a copy from being reused while its address means a weight.
         self._copies: list[Tensor] = []
 
     def __torch_dispatch__(
@@ -144,7 +145,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops[used[0]] += flops
         elif used and isinstance(result, Tensor):
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            # Autocast multiplies by a copy in another dtype.
+            # Autocast multiplies by a copy of the weight in another dtype.
             if len(tensors) == 1 and result.numel() == self._sizes[used[0]]:
                 self._copies.append(result)
                 self._owners.setdefault(_address(result), used[0])
@@ -152,7 +153,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _address(value: Any) -> int:
-    """Where the memory of a tensor begins; -1 of anything else."""
+    """Return the address of the memory of a tensor; -1 for anything else."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return -1
     return value.untyped_storage().data_ptr() or -1

@@ -1,8 +1,8 @@
-"""How many weights each layer, or all layers together, must give up in a step.
+"""How many weights each group of layers must lose in a pruning step.
 
-Layers compete for what stays: all of them, or each for itself, or those without a target
-of their own among themselves. Limits that protect a layer bind exactly; what it may not
-give the others must.
+All layers compete with each other, or every layer is a group of its own, or layers with a
+target of their own are taken out of the competition. A limit on the sparsity of a layer is
+exact; the other layers compensate for it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _SAME = 1e-9
 
 @dataclass(frozen=True)
 class Layers:
-    """The selected tensors.
+    """Names, shapes and counts of the selected parameters.
 
     Attributes:
-        names: of the parameters.
-        shapes: of the parameters.
-        weights: their number in each.
-        zeros: those of them that are pruned already.
+        names: name of each parameter.
+        shapes: shape of each parameter.
+        weights: number of weights of each parameter.
+        zeros: number of pruned weights of each parameter.
     """
 
     names: tuple[str, ...]
@@ -50,14 +50,15 @@ class Layers:
 
 @dataclass(frozen=True)
 class Quotas:
-    """What must go.
+    """Number of weights to remove, by group of competing layers.
 
     Attributes:
-        competitors: number of the group in which each layer competes.
-        groups: for each group of layers its target, weights and zeros.
-        spacing: where the parts of the step end.
-        caps: how many weights each layer may give up at most, None without limits.
-        granularity: weights that go together in each group of layers; fewer may stay.
+        competitors: index of the group of each layer.
+        groups: target sparsity, weights and zeros of each group.
+        spacing: how sparsity grows over the stages of the step.
+        caps: largest number of weights that each layer may lose; None without limits.
+        granularity: number of weights that are removed together, by group; a remainder
+            smaller than this may stay.
     """
 
     competitors: tuple[int, ...]
@@ -68,20 +69,20 @@ class Quotas:
 
     @property
     def totals(self) -> list[int]:
-        """Weights that must go in all parts by group of layers, in whole groups."""
+        """Weights to remove in the whole step, by group; 0 below the granularity."""
         return [
             count if count >= grain else 0
             for count, grain in zip(self.until(1.0), self.granularity, strict=True)
         ]
 
     def until(self, fraction: float) -> list[int]:
-        """Count the weights that must go in the first part of the step.
+        """Count the weights to remove in the first fraction of the step.
 
         Args:
-            fraction: of the step that is done then, in [0, 1].
+            fraction: fraction of the step, in [0, 1].
 
         Returns:
-            Their number by group of layers.
+            Number of weights by group of layers.
         """
         return [
             removal_counts_until(
@@ -98,19 +99,18 @@ def make_quotas(
     final_sparsity: float | None = None,
     spacing: Spacing = "geometric",
 ) -> Quotas:
-    """Share what a step must remove out.
+    """Distribute the weights that a step must remove over groups of layers.
 
     Args:
-        selection: scope, targets of layers, limits and pattern.
-        layers: the selected tensors.
+        selection: scope, layer targets, limits and pattern.
+        layers: the selected parameters.
         target_sparsity: share of the weights that is zero after the step.
-        final_sparsity: the same after the last step, by which targets of layers are
+        final_sparsity: share of zeros after the last step, by which layer targets are
             scaled; None when this step is the last.
-        spacing: where the parts of the step end.
+        spacing: how sparsity grows over the stages of the step.
 
     Returns:
-        The quotas. Targets and limits that contradict one another are a
-        :class:`ConfigurationError`.
+        The quotas. Contradictory targets and limits raise :class:`ConfigurationError`.
     """
     own = _own_targets(selection, layers.names)
     if final_sparsity:
@@ -204,15 +204,15 @@ def removal_counts_until(
 def flops_share_of_step(
     flops_target: float | None, target_sparsity: float, final_sparsity: float | None
 ) -> float | None:
-    """Say how many FLOPs are left after a step on the way to the target.
+    """Return the share of FLOPs that is left after one step of a schedule.
 
     Args:
-        flops_target: share of the dense FLOPs after the last step.
-        target_sparsity: of this step.
-        final_sparsity: of the last step; None for a single step.
+        flops_target: share of the dense FLOPs after the last step, or None.
+        target_sparsity: sparsity after this step.
+        final_sparsity: sparsity after the last step; None for a single step.
 
     Returns:
-        The share: as far on its way as the sparsity. None without a target.
+        The share, in proportion to the progress of the sparsity; None without a target.
     """
     if flops_target is None or not final_sparsity:
         return flops_target
@@ -220,7 +220,7 @@ def flops_share_of_step(
 
 
 def _own_targets(selection: SelectionConfig, names: Sequence[str]) -> dict[int, float]:
-    """Targets by number of the layer."""
+    """Return the layers that have a target of their own, by index."""
     found: dict[int, tuple[float, str]] = {}
     for pattern, target in selection.layer_targets.items():
         matching = [i for i, name in enumerate(names) if re.search(pattern, name)]
@@ -241,14 +241,14 @@ def _own_targets(selection: SelectionConfig, names: Sequence[str]) -> dict[int, 
     for layer, (target, _) in found.items():
         if most is not None and target > most:
             raise ConfigurationError(
-                f"selection.layer_targets wants {target} of {names[layer]}, but "
-                f"selection.max_layer_sparsity={most} forbids more than that."
+                f"selection.layer_targets asks for {target} of {names[layer]}, which is "
+                f"above selection.max_layer_sparsity={most}; change one of them."
             )
     return {layer: target for layer, (target, _) in sorted(found.items())}
 
 
 def _rest(layers: Layers, own: dict[int, float], target_sparsity: float) -> float:
-    """Sparsity that the layers without a target must have for the whole to reach its."""
+    """Return the sparsity that the layers without a target need to reach the total."""
     total, free = sum(layers.weights), sum(layers.weights)
     missing = round(target_sparsity * total)
     for layer, target in own.items():
@@ -262,7 +262,7 @@ def _rest(layers: Layers, own: dict[int, float], target_sparsity: float) -> floa
             f"selection.layer_targets contradict the sparsity {target_sparsity:g} of all "
             f"{total} weights: {len(own)} layers have targets of their own, and the other "
             f"{free} weights would need {missing} zeros. Change target_sparsity or the "
-            "targets."
+            "layer targets."
         )
     return missing / free if free else 0.0
 
@@ -293,7 +293,7 @@ def _require_feasible(
         if wanted - room >= quotas.granularity[group]:
             names = ", ".join(layers.names[i] for i in members[:8])
             raise ConfigurationError(
-                f"{wanted} more weights must go from {names}, but "
-                f"selection.max_layer_sparsity={selection.max_layer_sparsity} lets only "
-                f"{room} go; raise it or lower the target."
+                f"{wanted} more weights must be removed from {names}, but "
+                f"selection.max_layer_sparsity={selection.max_layer_sparsity} allows only "
+                f"{room}; raise it or lower the target."
             )

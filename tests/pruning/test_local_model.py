@@ -177,7 +177,7 @@ def test_reports_keep_it_and_loggers_get_it() -> None:
     metrics = report.metrics()
     for number, part in enumerate(report.local_model):
         for point, where in zip(part, ("0", "0.5", "1"), strict=True):
-            key = f"part_{number}/at_{where}"
+            key = f"stage_{number}/at_{where}"
             assert metrics[f"pruning/local_model/measured/{key}"] == point.measured
             assert metrics[f"pruning/local_model/predicted/{key}"] == point.predicted
 
