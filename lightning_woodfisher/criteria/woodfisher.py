@@ -72,7 +72,7 @@ class WoodFisher(CompensatingCriterion):
             segments,
             sizes,
             world_size,
-            block_cost(fisher.num_gradients, fisher.block_size, fisher.engine),
+            block_cost(fisher),
             group_sizes,
         )
 
@@ -87,18 +87,7 @@ class WoodFisher(CompensatingCriterion):
             partition: what :meth:`layout` gave.
             communicator: the ranks.
         """
-        self._inverse = make_inverse_fisher(
-            partition,
-            self.fisher.num_gradients,
-            self.fisher.damping,
-            communicator,
-            block_size=self.fisher.block_size,
-            engine=self.fisher.engine,
-            precision=self.fisher.precision,
-            offload_rows=self.fisher.offload_rows,
-            centered=self.fisher.centered,
-            max_nonfinite=self.fisher.max_nonfinite,
-        )
+        self._inverse = make_inverse_fisher(partition, self.fisher, communicator)
 
     @property
     def inverse_fisher(self) -> InverseFisher:
@@ -212,15 +201,12 @@ class WoodFisher(CompensatingCriterion):
         Returns:
             λ by first active weight (global number).
         """
-        return self.inverse_fisher.raised()
+        return self.inverse_fisher.raised_damping()
 
     @property
     def engine(self) -> str:
         """``"primal"``, ``"dual"`` or ``"full"``."""
-        fisher = self.fisher
-        if fisher.block_size is None:
-            return "full"
-        return choose_engine(fisher.engine, fisher.num_gradients, fisher.block_size)
+        return choose_engine(self.fisher)
 
     @property
     def state_bytes(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_woodfisher.criteria.obs import Update, saliency, weight_update
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.fisher.inverse import InverseFisher, make_inverse_fisher
 from lightning_woodfisher.weights.partition import make_partition
 
@@ -38,11 +39,13 @@ def inverse_of(
     engine: Literal["primal", "dual"] = "primal" if form == "primal" else "dual"
     inverse = make_inverse_fisher(
         make_partition([SIZE], block_size, 1),
-        len(rows),
-        damping,
+        FisherConfig(
+            len(rows),
+            damping=damping,
+            block_size=None if form == "full" else block_size,
+            engine=engine,
+        ),
         Communicator(),
-        block_size=None if form == "full" else block_size,
-        engine=engine,
     )
     inverse.observe(rows)
     inverse.factorize()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.fisher.inverse import InverseFisher, make_inverse_fisher
 from lightning_woodfisher.weights.partition import make_partition
 
@@ -29,12 +30,14 @@ def blocks(form: Form) -> list[slice]:
 def make(form: Form, number: int, damping: float, **options: Any) -> InverseFisher:
     return make_inverse_fisher(
         make_partition(SEGMENTS, BLOCK, 1),
-        number,
-        damping,
+        FisherConfig(
+            number,
+            damping=damping,
+            block_size=None if form == "full" else BLOCK,
+            engine="auto" if form == "full" else form,
+            **options,
+        ),
         Communicator(),
-        block_size=None if form == "full" else BLOCK,
-        engine="auto" if form == "full" else form,
-        **options,
     )
 
 
@@ -97,7 +100,7 @@ def test_centred_fisher_equals_the_dense_one(
     rows = gradients(number, mean)
     weights, vector, removed = vectors()
     inverse = fed(make(form, number, damping, centered=True), rows)
-    assert inverse.raised() == {}
+    assert inverse.raised_damping() == {}
     matrix = dense(rows, form, damping, centered=True)
     inverted = torch.linalg.inv(matrix)
     assert_close(inverse.diagonal(), inverted.diagonal())
@@ -178,12 +181,14 @@ def test_restricting_equals_a_fresh_inverse_of_the_columns_that_are_left(
         columns = torch.arange(SIZE)[block][~dropped[block]]
         fresh = make_inverse_fisher(
             make_partition([len(columns)], BLOCK, 1),
-            25,
-            1e-3,
+            FisherConfig(
+                25,
+                damping=1e-3,
+                block_size=BLOCK,
+                engine=form,  # type: ignore[arg-type]
+                centered=centered,
+            ),
             Communicator(),
-            block_size=BLOCK,
-            engine=form,  # type: ignore[arg-type]
-            centered=centered,
         )
         assert_close(
             inverse.diagonal()[columns], fed(fresh, rows[:, columns]).diagonal()
@@ -197,12 +202,12 @@ def test_restricting_gives_back_the_damping_that_was_raised(form: Form) -> None:
     rows[:, 0] = 1e8
     rows[:, 1] = 1e8
     inverse = fed(make(form, 12, 1e-7), rows)
-    assert inverse.raised()
+    assert inverse.raised_damping()
     kept = torch.ones(SIZE, dtype=torch.bool)
     kept[:2] = False
     inverse.restrict(kept)
     inverse.factorize()
-    assert inverse.raised() == {}
+    assert inverse.raised_damping() == {}
     matrix = dense(rows, form, 1e-7, centered=False)[2:, 2:]
     assert_close(inverse.diagonal()[2:], torch.linalg.inv(matrix).diagonal(), 1e-4)
 

@@ -449,12 +449,11 @@ def test_of_a_unit_only_the_failing_block_is_damped_more(comm: Communicator) -> 
     rows[:, first] *= 1e6
     rows[:, first + 1] = rows[:, first]
     for engine in ("primal", "dual"):
-        inverse = make_inverse_fisher(
-            partition, 6, 1e-6, comm, block_size=2, engine=engine
-        )
+        fisher = FisherConfig(6, damping=1e-6, block_size=2, engine=engine)
+        inverse = make_inverse_fisher(partition, fisher, comm)
         inverse.observe(rows)
         inverse.factorize()
-        assert list(inverse.raised()) == [first], engine
+        assert list(inverse.raised_damping()) == [first], engine
         assert int((inverse.damping != 1e-6).sum()) == 1
 
 
