@@ -133,10 +133,10 @@ class FisherConfig:
         require_number("fisher.damping", self.damping)
         if not _SMALLEST_DAMPING <= self.damping <= _LARGEST_DAMPING:
             raise ConfigurationError(
-                f"fisher.damping={self.damping} must be positive and between "
-                f"{_SMALLEST_DAMPING:g} and {_LARGEST_DAMPING:g}: without damping the Fisher "
-                "of fewer gradients than weights has no inverse, and beyond these limits its "
-                "products leave the range of float64."
+                f"fisher.damping={self.damping} must be positive and not outside "
+                f"[{_SMALLEST_DAMPING:g}, {_LARGEST_DAMPING:g}]: without damping the Fisher "
+                "of fewer gradients than weights has no inverse, and its products with a "
+                "smaller or larger one overflow."
             )
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget, "fisher.memory_budget")

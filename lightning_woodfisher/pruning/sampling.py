@@ -14,10 +14,6 @@ from torch import Tensor
 from lightning_woodfisher.base.clock import PhaseClock, Progress, no_progress
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.criteria import Criterion
-from lightning_woodfisher.criteria.kronecker_factors import (
-    KroneckerFactors,
-    collect_factors,
-)
 from lightning_woodfisher.data.batches import Batches, KeptBatches
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import LossSource, mean_loss
@@ -33,6 +29,10 @@ from lightning_woodfisher.fisher.config import (
 )
 from lightning_woodfisher.gradients.collect import collect_gradients, iterate_chunks
 from lightning_woodfisher.gradients.hessian_rows import hutchinson, twice_differentiable
+from lightning_woodfisher.gradients.kronecker_factors import (
+    KroneckerFactors,
+    collect_factors,
+)
 from lightning_woodfisher.gradients.sharded import (
     collect_sharded_gradients,
     sharded_mean_loss,
@@ -124,7 +124,7 @@ class Sampling:
                 losses = self.measure(seed)
             # They are of the same groups as the losses after the step.
             return losses if self._measure_loss else [], "factors of layers"
-        fisher, curved = self._fisher, criterion.needs == "curvature rows"
+        fisher, curved = self._fisher, criterion.needs == "hessian rows"
         losses = []
         notes: list[str] = []
         what = "Hessian products" if curved else "gradients"
@@ -274,7 +274,7 @@ class Sampling:
         if criterion.needs == "factors":
             self.factors(active, seed)
             return
-        for _ in self.rows(active, seed, curved=criterion.needs == "curvature rows"):
+        for _ in self.rows(active, seed, curved=criterion.needs == "hessian rows"):
             pass
 
     def _require_whole_parameters(self, criterion: str) -> None:

@@ -25,10 +25,10 @@ from lightning_woodfisher.criteria import (
     CriterionName,
     make_criterion,
 )
-from lightning_woodfisher.criteria.kronecker_factors import KroneckerFactors
 from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.gradients.kronecker_factors import KroneckerFactors
 from lightning_woodfisher.pruning.sampling import Sampling
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.layers import prunable_parameters
