@@ -28,7 +28,10 @@ from lightning_woodfisher.fisher.config import (
     rows_in_chunk,
 )
 from lightning_woodfisher.gradients.collect import collect_gradients, iterate_chunks
-from lightning_woodfisher.gradients.hessian_rows import hutchinson, twice_differentiable
+from lightning_woodfisher.gradients.hessian_rows import (
+    make_hessian_derivative,
+    twice_differentiable,
+)
 from lightning_woodfisher.gradients.kronecker_factors import (
     KroneckerFactors,
     collect_factors,
@@ -37,6 +40,7 @@ from lightning_woodfisher.gradients.sharded import (
     collect_sharded_gradients,
     sharded_mean_loss,
 )
+from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import Pattern
@@ -166,7 +170,7 @@ class Sampling:
             tick: called with the number of gradients that have been done.
             notes: receives how gradients were computed.
             fisher: how many gradients of how many samples, if not as given at first.
-            curved: rows are z∘Hz (:mod:`.curvature`).
+            curved: rows are z∘Hz (:mod:`.hessian_rows`).
 
         Returns:
             This rank's slice of all gradients, in order: tensors ``[n, D_r]``.
@@ -181,41 +185,35 @@ class Sampling:
         count, size = fisher.num_gradients, fisher.gradient_batch_size
         skipped = SkippedGradients(fisher.max_nonfinite, self._comm)
         self._skipped[seed, count, size] = skipped
+        task = GradientTask(
+            self._source,
+            parameters,
+            active.positions,
+            count,
+            seed,
+            self._comm,
+            losses,
+            tick,
+        )
         if self._masks.sharded:
             self._require_no_limit(fisher.max_nonfinite)
             if curved:
                 self._require_whole_parameters("hessian_diagonal")
             notes.append("loop: the model is sharded")
+            divisible = fisher.model_mode == "eval"
             return collect_sharded_gradients(
-                self._source,
-                count,
-                size,
-                parameters,
-                active.positions,
-                self._comm,
-                seed,
-                losses,
-                tick,
-                divisible=fisher.model_mode == "eval",
-                choose=choose,
+                task, size, divisible=divisible, choose=choose
             )
         rows = collect_gradients(
-            self._source,
+            task,
             choose(count, size, seed),
-            parameters,
-            active.positions,
             active.partition.shard_sizes(),
-            count,
-            self._comm,
-            seed,
-            losses,
-            tick,
             collection="loop" if curved else fisher.collection,
             row_dtype=fisher.row_dtype,
             note=(lambda _: notes.append("loop: Hessian products"))
             if curved
             else notes.append,
-            derivative=hutchinson(parameters, active.positions, seed)
+            derivative=make_hessian_derivative(parameters, active.positions, seed)
             if curved
             else None,
             skipped=skipped,
@@ -244,18 +242,18 @@ class Sampling:
             self._clock("collect"),
             self._progress("Collecting factors", count) as tick,
         ):
-            return collect_factors(
+            task = GradientTask(
                 self._source,
-                self._batches_of_gradients(count, size, seed),
                 self._masks.parameters,
                 active.positions,
-                active.partition,
                 count,
-                self._comm,
                 seed,
+                self._comm,
                 [] if losses is None else losses,
                 tick,
             )
+            batches = self._batches_of_gradients(count, size, seed)
+            return collect_factors(task, batches, active.partition)
 
     def rehearse(self, criterion: Criterion, seed: int, pattern: Pattern) -> None:
         """Compute what a criterion needs, and drop it.

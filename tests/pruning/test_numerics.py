@@ -26,6 +26,7 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.base import raise_until_definite
 from lightning_woodfisher.fisher.inverse import make_inverse_fisher
 from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.partition import make_partition
 
@@ -493,10 +494,8 @@ def test_overflow_in_float16_is_tried_again_with_a_smaller_scale(
         source.loss_scale = scale
         batches = source.batches(16, 1, 0)
         with source.session("eval"):
-            pieces = collect_gradients(
-                source, batches, parameters, every, sizes, 16, comm, 0, [],
-                collection=collection,
-            )  # fmt: skip
+            task = GradientTask(source, parameters, every, 16, 0, comm)
+            pieces = collect_gradients(task, batches, sizes, collection=collection)
             return torch.cat([piece.clone() for piece in pieces]).double()
 
     exact = rows(wide, torch.float64, 1.0)
