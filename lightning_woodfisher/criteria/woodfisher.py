@@ -62,16 +62,14 @@ class WoodFisher(CompensatingCriterion):
         size = self.fisher.block_size or full_column_chunk(segments)
         sizes: int | list[int] = size
         if group_sizes:
+            # The cost of a group is a sum over the blocks of a block-diagonal F.
+            may_cut = self.fisher.block_size is not None
             sizes = [
-                align_block_size(size, group, self._may_cut(group))
+                align_block_size(size, group, may_cut and group > SMALL_GROUP)
                 for group in group_sizes
             ]
         cost = block_cost(self.fisher)
         return make_partition(segments, sizes, world_size, cost, group_sizes)
-
-    def _may_cut(self, group_size: int) -> bool:
-        # The cost of a group is a sum over the blocks of a block-diagonal F.
-        return self.fisher.block_size is not None and group_size > SMALL_GROUP
 
     @override
     def begin(self, partition: Partition, communicator: Communicator) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.batches import Batches
-from lightning_woodfisher.data.losses import LossSource, differentiable_loss
+from lightning_woodfisher.data.losses import differentiable_loss
 from lightning_woodfisher.data.nonfinite import (
     NonFiniteError,
     SkippedGradients,
@@ -149,22 +149,6 @@ def iterate_chunks(rows: Iterable[Tensor], size: int) -> Iterator[Tensor]:
         yield chunk[:count]
 
 
-def _reason_for_loop(
-    source: LossSource,
-    batches: Batches,
-    parameters: Mapping[str, nn.Parameter],
-    collection: Collection,
-) -> str:
-    """Return a reason to compute gradients one by one that is known before, or ``""``."""
-    if collection == "loop":
-        return "asked for"
-    if any(module.training for module in source.model.modules()):
-        return "in training mode samples of a batch may influence each other"
-    if not batches.regroupable or batches.size is None:
-        return batches.why_whole
-    return find_obstacle(source.model, parameters) or ""
-
-
 def micro_batch_size(count: int, size: int, weights: int) -> int:
     """Choose how many gradients are computed in one pass.
 
@@ -212,15 +196,23 @@ class _RowComputer:
 
     def choose_micro_batch_size(self, collection: Collection, width: int) -> int:
         """Return how many gradients of D = ``width`` weights form a micro-batch."""
-        task, batches = self._task, self._batches
-        self.reason = _reason_for_loop(
-            task.source, batches, task.parameters, collection
-        )
+        self.reason = self._reason_for_loop(collection)
         if self.reason:
             return 1
-        at_once = micro_batch_size(task.count, batches.size or 1, width)
+        at_once = micro_batch_size(self._task.count, self._batches.size or 1, width)
         self.reason = "" if at_once > 1 else "one gradient fills a micro-batch"
         return at_once
+
+    def _reason_for_loop(self, collection: Collection) -> str:
+        """Return a reason to compute gradients one by one that is known before, or ``""``."""
+        model, batches = self._task.source.model, self._batches
+        if collection == "loop":
+            return "asked for"
+        if any(module.training for module in model.modules()):
+            return "in training mode samples of a batch may influence each other"
+        if not batches.regroupable or batches.size is None:
+            return batches.why_whole
+        return find_obstacle(model, self._task.parameters) or ""
 
     def agree_on_method(self, first: int, rows: Tensor | None) -> None:
         """Use the method of the first micro-batch, which rank 0 has, on all ranks."""

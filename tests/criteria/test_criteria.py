@@ -531,7 +531,7 @@ def damped(a: Tensor, g: Tensor, damping: float) -> Tensor:
     )
 
 
-def test_the_kronecker_product_is_the_fisher_where_it_factorises() -> None:
+def test_the_kronecker_product_is_the_fisher_where_it_factorizes() -> None:
     layer, data, loss = product_of_samples()
     (found,) = factors(layer, data, loss, FisherConfig(63, 1))
     rows = [

@@ -568,7 +568,7 @@ def test_large_gradients_and_tiny_damping_keep_their_digits(
         assert error(ratio, torch.ones(1)) <= TOLERANCE
         # The full form solves for fewer kept columns than gradients less exactly.
         assert error(change[block], expected) <= (1e-2 if form == "full" else TOLERANCE)
-    # Damping is raised only as far as that needs, and not in silence.
+    # Damping is raised only as far as necessary, and this is reported.
     ceiling = 1e-9 * scale**2 * 100
     assert all(1e-7 < value < ceiling for value in inverse.raised_damping().values())
     assert len(inverse.raised_damping()) == int((inverse.damping > 1e-7).sum())
@@ -600,7 +600,7 @@ def test_raised_blocks_have_global_numbers_on_every_rank() -> None:
 def test_what_is_given_belongs_to_the_damping_that_is_reported(
     form: Form, num_gradients: int, scale: float
 ) -> None:
-    """A factorisation may succeed by luck where all digits of λ are lost."""
+    """A factorization may succeed by luck where all digits of λ are lost."""
     rows = problem(50, num_gradients).rows * scale
     inverse = filled(form, rows, [50], 50, 1e-7)
     expected = Oracle(rows, float(inverse.damping[0])).diagonal()

@@ -1,4 +1,4 @@
-"""Centred gradients and restricted inverses against dense float64 matrices."""
+"""Centered gradients and restricted inverses against dense float64 matrices."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def dense(rows: Tensor, form: Form, damping: float, centered: bool) -> Tensor:
 
 
 def solved(matrix: Tensor, weights: Tensor, removed: Tensor, kept: Tensor) -> Tensor:
-    """The minimiser of ½δᵀFδ under δ_S = −w_S, over the weights that are kept."""
+    """The minimizer of ½δᵀFδ under δ_S = −w_S, over the weights that are kept."""
     change = torch.where(removed, -weights, 0.0)
     left = (kept & ~removed).nonzero().squeeze(1)
     gone = removed.nonzero().squeeze(1)
@@ -94,7 +94,7 @@ def fed(inverse: InverseFisher, rows: Tensor, chunk: int = 7) -> InverseFisher:
 @pytest.mark.parametrize("damping", [1e-5, 1e-3, 1e-1])
 @pytest.mark.parametrize("number", [1, 12, 150])
 @pytest.mark.parametrize("mean", [0.0, 1.0, 100.0])
-def test_centred_fisher_equals_the_dense_one(
+def test_centered_fisher_equals_the_dense_one(
     form: Form, damping: float, number: int, mean: float
 ) -> None:
     rows = gradients(number, mean)
@@ -112,7 +112,7 @@ def test_centred_fisher_equals_the_dense_one(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_centring_ignores_what_all_gradients_share(form: Form) -> None:
+def test_centering_ignores_what_all_gradients_share(form: Form) -> None:
     rows = gradients(30).double()
     plain = fed(make(form, 30, 1e-3, centered=True), rows)
     moved = fed(make(form, 30, 1e-3, centered=True), rows + 5.0)
