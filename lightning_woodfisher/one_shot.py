@@ -28,7 +28,7 @@ from lightning_woodfisher.pruning.quotas import (
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.pruning.selector import (
-    take_zeros,
+    prune_zeros,
 )
 from lightning_woodfisher.pruning.stages import Spacing
 from lightning_woodfisher.resources.budget import require_one_device, within_memory
@@ -136,7 +136,7 @@ def prune(
     require_one_device(parameters)
     require_pattern_fits(model, parameters, config.selection.pattern)
     masks = Masks(parameters)
-    take_zeros(masks, config.selection)
+    prune_zeros(masks, config.selection)
     comm = Communicator(next(iter(parameters.values())).device)
     config, _ = within_memory(masks, config, comm)
     pruner = Pruner(masks, config, comm, progress)

@@ -46,7 +46,7 @@ from lightning_woodfisher.pruning.schedule import (
 from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.pruning.selector import (
     is_too_sparse,
-    take_zeros,
+    prune_zeros,
     weights_to_remove,
 )
 from lightning_woodfisher.pruning.stages import Spacing
@@ -264,7 +264,7 @@ class WoodFisherPruningCallback(PruningCallback):
         if not self._done and (
             starts_sparse or isinstance(self.schedule, ConstantSchedule)
         ):
-            take_zeros(masks, self.config.selection)
+            prune_zeros(masks, self.config.selection)
         ahead = [step for step in plan if (step.unit, step.position) not in self._done]
         if self.config.flops_target is not None:
             return plan

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
-from lightning_woodfisher.base.precision import common_dtype
+from lightning_woodfisher.base.types import common_dtype
 from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import LossSource, lower_loss_scale, run_loss
@@ -156,7 +156,7 @@ def collect_factors(
         for part in comm.exchange(row, sizes, counts, dtype).wait():
             total += part
         tick(sum(counts))
-    comm.agree(failure)
+    comm.raise_together(failure)
     losses.extend(comm.gather_in_order(own, count))
     mine = owned[comm.rank]
     pieces = torch.split(total, [_length(*sides[name]) for name in mine])

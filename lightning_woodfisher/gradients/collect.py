@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import PruningError
-from lightning_woodfisher.base.precision import common_dtype
+from lightning_woodfisher.base.types import common_dtype
 from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import (
@@ -25,13 +25,12 @@ from lightning_woodfisher.data.losses import (
     differentiable_loss,
     lower_loss_scale,
 )
-from lightning_woodfisher.data.nonfinite import (
-    NonFiniteError,
-    SkippedGradients,
-    leave_out,
-)
 from lightning_woodfisher.distributed.communicator import Communicator, Pending
 from lightning_woodfisher.fisher.config import Collection, RowDtype
+from lightning_woodfisher.gradients.nonfinite import (
+    NonFiniteError,
+    SkippedGradients,
+)
 from lightning_woodfisher.gradients.per_sample import per_sample_rows, why_not
 
 # A micro-batch holds at most so many gradients, samples, and bytes of rows.
@@ -121,7 +120,7 @@ def collect_gradients(
         rows: Tensor | None = None
         if number:
             # Memory that runs out here leaves nothing to send to the others.
-            with comm.no_return():
+            with comm.failing_alone():
                 rows = torch.empty(
                     number, sum(shard_sizes), dtype=dtype, device=comm.device
                 )
@@ -129,14 +128,14 @@ def collect_gradients(
         if start == 0 and at_once > 1:
             # The first micro-batch decides for all, and rank 0 has it.
             undecided = not maker.reason
-            maker.reason = comm.share_text(maker.reason)
+            maker.reason = comm.broadcast_text(maker.reason)
             if rows is not None and maker.reason and undecided:
                 maker.fill(first, rows)
-        kept = skipped.agree(start, sum(counts))
+        kept = skipped.find_kept(start, sum(counts))
         maker.failure = maker.failure or skipped.failure
         if comm.world_size == 1 and maker.failure is not None:
             raise maker.failure
-        with comm.no_return():
+        with comm.failing_alone():
             sent = None if rows is None else rows.to(sent_dtype)
         started = comm.exchange(sent, shard_sizes, counts, sent_dtype)
         if pending is not None:
@@ -145,9 +144,9 @@ def collect_gradients(
         tick(sum(counts))
     if pending is not None:
         yield _chosen(pending.wait(), kept_before)
-    comm.agree(maker.failure)
+    comm.raise_together(maker.failure)
     everyone = comm.gather_in_order(maker.losses, count, at_once)
-    losses.extend(leave_out(everyone, skipped.indices))
+    losses.extend(loss for i, loss in enumerate(everyone) if i not in skipped.indices)
     note(maker.describe(comm))
 
 
@@ -191,7 +190,7 @@ def _why_loop(
     if any(module.training for module in source.model.modules()):
         return "in training mode samples of a batch may influence each other"
     if not batches.regroupable or batches.size is None:
-        return batches.why_whole
+        return batches.why_not_regroupable
     return why_not(source.model, parameters) or ""
 
 

@@ -11,13 +11,13 @@ __all__ = ["collect_sharded_gradients", "sharded_mean_loss"]
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import PruningError
-from lightning_woodfisher.base.precision import common_dtype
+from lightning_woodfisher.base.types import common_dtype
 from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import (
@@ -27,9 +27,7 @@ from lightning_woodfisher.data.losses import (
     run_loss,
 )
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.distributed.dtensor import local, reshard
-
-_T = TypeVar("_T")
+from lightning_woodfisher.distributed.dtensor import reshard, to_local
 
 
 def collect_sharded_gradients(
@@ -113,10 +111,10 @@ def sharded_mean_loss(
         index = min(first + comm.rank, count - 1)
         with seeded(derive_seed(seed, index)):
             if first == 0 or first + comm.rank < count:
-                batch = _together(comm, functools.partial(batches.fetch, index))
+                batch = comm.run_together(functools.partial(batches.fetch, index))
             else:
-                comm.agree(None)
-            value = _together(comm, functools.partial(run_loss, source, batch, index))
+                comm.raise_together()
+            value = comm.run_together(functools.partial(run_loss, source, batch, index))
             values.append(float(value))
     reshard(source.model)
     columns = comm.gather_numbers(values)
@@ -135,10 +133,10 @@ def _gradient(
     """Give this rank's slice of the mean over ranks, and this rank's loss."""
     scale = source.loss_scale
     with seeded(derive_seed(seed, index)):
-        batch = _together(comm, lambda: batches.fetch(index))
+        batch = comm.run_together(lambda: batches.fetch(index))
         while True:
-            loss = _together(
-                comm, lambda: differentiable_loss(source, batches, index, batch)
+            loss = comm.run_together(
+                lambda: differentiable_loss(source, batches, index, batch)
             )
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             row = _take_row(source.model, parameters, active).div_(scale)
@@ -174,21 +172,7 @@ def _take_row(
         if parameter.grad is None:
             pieces.append(torch.zeros(len(where), dtype=dtype, device=where.device))
         else:
-            pieces.append(local(parameter.grad).reshape(-1)[where].to(dtype))
+            pieces.append(to_local(parameter.grad).reshape(-1)[where].to(dtype))
     for parameter in model.parameters():
         parameter.grad = None
     return torch.cat(pieces)
-
-
-def _together(comm: Communicator, compute: Callable[[], _T]) -> _T:
-    """Compute on every rank, or fail on every rank."""
-    # A rank that fails alone in the middle of a forward pass cannot be helped: the others
-    # wait for it in a collective of the model, as they would in training.
-    result: _T | None = None
-    error: Exception | None = None
-    try:
-        result = compute()
-    except Exception as caught:
-        error = caught
-    comm.agree(error)
-    return cast("_T", result)

@@ -10,7 +10,7 @@ __all__ = [
     "Selector",
     "is_too_sparse",
     "layers_of",
-    "take_zeros",
+    "prune_zeros",
     "weights_to_remove",
 ]
 
@@ -114,12 +114,12 @@ class Selector:
         leaving: Tensor | None = None
         if self.pattern.is_grouped:
             costs, leaving = criterion.score_groups(weights, active.runs, self.pattern)
-            layers = active.layers_of_groups()
+            layers = active.group_layers()
             each = [self.pattern.leaving(s) for s in self._shapes()]
             sizes = self._by_layer(each, layers)
             scores = costs / sizes
         else:
-            scores, layers = criterion.score(weights), active.layers()
+            scores, layers = criterion.score(weights), active.weight_layers()
             if gone is not None:
                 scores = scores.masked_fill(gone, math.inf)
         power = self._selection.flops_power
@@ -149,7 +149,7 @@ class Selector:
         )
         if candidates.leaving is None:
             return chosen, thresholds
-        return active.members(chosen) & candidates.leaving, thresholds
+        return active.weights_in_groups(chosen) & candidates.leaving, thresholds
 
     def quantiles(self, candidates: Candidates) -> list[tuple[float, ...]]:
         """Find quantiles of what competes in each layer.
@@ -263,7 +263,7 @@ def layers_of(masks: Masks) -> Layers:
     )
 
 
-def take_zeros(masks: Masks, selection: SelectionConfig) -> None:
+def prune_zeros(masks: Masks, selection: SelectionConfig) -> None:
     """Take the weights that are exactly zero now for pruned. Call on all ranks.
 
     With a pattern only zeros that make up what a group gives up count; others are
@@ -275,9 +275,9 @@ def take_zeros(masks: Masks, selection: SelectionConfig) -> None:
     """
     pattern = parse_pattern(selection.pattern)
     if not pattern.is_grouped:
-        masks.take_zeros()
+        masks.prune_zeros()
         return
-    masks.grow(
+    masks.prune(
         {name: pattern.complete(masks.local(name) == 0) for name in masks.parameters}
     )
 

@@ -14,7 +14,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
-from lightning_woodfisher.distributed.dtensor import local, require_supported
+from lightning_woodfisher.distributed.dtensor import (
+    require_supported_sharding,
+    to_local,
+)
 
 # What is pruned when `include` says nothing.
 _DEFAULT_LAYERS = (nn.Linear, _ConvNd)
@@ -88,7 +91,7 @@ def prunable_parameters(
             f"exclude={list(exclude)} leave no weight. Without include, layers whose "
             f"weight is reparametrised are left out. Names: {_shorten(names)}"
         )
-    require_supported(model, chosen)
+    require_supported_sharding(model, chosen)
     return chosen
 
 
@@ -126,7 +129,7 @@ def _tensors(
 
 def _storage(parameter: nn.Parameter) -> object:
     # Two Parameter objects may be views of one storage; a meta tensor has none.
-    part = local(parameter)
+    part = to_local(parameter)
     if part.is_meta or part.numel() == 0:
         return id(parameter)
     return part.device, part.data_ptr(), parameter.shape

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_woodfisher import FisherConfig, PruningReport, prune
-from lightning_woodfisher.data.batches import DatasetBatches, KeptBatches
+from lightning_woodfisher.data.batches import CachedBatches, DatasetBatches
 from lightning_woodfisher.data.isolation import seeded
 
 
@@ -50,7 +50,7 @@ def batches(data: Dataset[Any]) -> DatasetBatches:
 
 def test_what_is_drawn_after_a_batch_does_not_tell_whether_it_was_kept() -> None:
     data = Augmented()
-    kept, plain = KeptBatches(batches(data), 10**6), batches(data)
+    kept, plain = CachedBatches(batches(data), 10**6), batches(data)
     for _ in range(3):
         with seeded(7):
             batch, drawn = kept.fetch(2), draw_all()
@@ -72,7 +72,7 @@ def test_batches_are_read_again_where_they_cannot_be_kept(
 ) -> None:
     data = Augmented()
     plain = DatasetBatches(data, 4, 8, seed=1, collate=collate or default_collate)
-    kept = KeptBatches(plain, room)
+    kept = CachedBatches(plain, room)
     for _ in range(3):
         for index in range(4):
             kept.fetch(index)

@@ -600,7 +600,7 @@ def fail_everywhere() -> dict[str, Any]:
         with torch.no_grad():
             model[1].weight[0] = 0.0
         masks = Masks(prunable_parameters(model))
-        masks.take_zeros()
+        masks.prune_zeros()
         before, kept = (
             {n: p.clone() for n, p in model.named_parameters()},
             masks.state_dict(),
@@ -736,7 +736,7 @@ def collectives() -> None:
             sent = counts[rank] * (5 - sizes[rank]) * dtype.itemsize
             assert comm.bytes_sent - before == sent
 
-    assert comm.share_text(f"rank {rank}") == "rank 0"
+    assert comm.broadcast_text(f"rank {rank}") == "rank 0"
 
     # Two exchanges on their way at once keep apart.
     row = numbers_of(rank, 3).view(1, 3)
@@ -770,7 +770,7 @@ def collectives() -> None:
                     torch.tensor(other if rank == odd else usual), "the number"
                 )
 
-    comm.agree(None)
+    comm.raise_together()
     for failing in ([0], [2], [1, 2]):
         own = KeyError(f"of {rank}") if rank in failing else None
         expected_error = KeyError if rank in failing else PruningError
@@ -778,7 +778,7 @@ def collectives() -> None:
             f"of {rank}" if rank in failing else f"rank {failing[0]} failed: KeyError"
         )
         with pytest.raises(expected_error, match=text):
-            comm.agree(own)
+            comm.raise_together(own)
 
 
 def test_collectives(ranks: RankPool) -> None:

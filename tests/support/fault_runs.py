@@ -205,7 +205,7 @@ def deviate(masks: Masks, place: str) -> None:
     else:
         gone = torch.zeros_like(kept)
         gone[first] = True
-        masks.grow({"net.3.weight": gone})
+        masks.prune({"net.3.weight": gone})
         masks.apply()
 
 

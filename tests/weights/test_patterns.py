@@ -27,7 +27,7 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.inverse import make_inverse_fisher
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
-from lightning_woodfisher.pruning.selector import take_zeros
+from lightning_woodfisher.pruning.selector import prune_zeros
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
@@ -468,13 +468,13 @@ def test_zeros_count_where_they_make_up_a_group(comm: Communicator) -> None:
             torch.tensor([[0.0, 1, 0, 0, 1, 1, 1, 0], [1.0, 0, 0, 1, 0, 0, 0, 0]])
         )
     masks = Masks({"weight": layer.weight})
-    take_zeros(masks, SelectionConfig(pattern="2:4"))
+    prune_zeros(masks, SelectionConfig(pattern="2:4"))
     assert (~masks.kept("weight")).int().tolist() == [
         [1, 0, 1, 0, 0, 0, 0, 0],
         [0, 1, 1, 0, 1, 1, 0, 0],
     ]
     blocks = Masks({"weight": layer.weight})
-    take_zeros(blocks, SelectionConfig(pattern="block4"))
+    prune_zeros(blocks, SelectionConfig(pattern="block4"))
     assert blocks.zeros() == {"weight": 4}
     assert not blocks.kept("weight")[1, 4:].any()
 
@@ -536,7 +536,7 @@ def test_another_target_than_that_of_the_pattern_is_refused(target: float) -> No
 def test_masks_of_another_pattern_are_refused(comm: Communicator) -> None:
     model = convolution()
     masks = Masks(prunable_parameters(model))
-    masks.grow({"3.weight": torch.arange(64).view(4, 16) % 4 == 0})
+    masks.prune({"3.weight": torch.arange(64).view(4, 16) % 4 == 0})
     config = PruningConfig(
         criterion="magnitude", selection=SelectionConfig(pattern="2:4")
     )
