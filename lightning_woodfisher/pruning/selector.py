@@ -115,7 +115,7 @@ class Selector:
         if self.pattern.is_grouped:
             costs, leaving = criterion.score_groups(weights, active.runs, self.pattern)
             layers = active.group_layers()
-            each = [self.pattern.leaving(s) for s in self._shapes()]
+            each = [self.pattern.removed_per_group(s) for s in self._shapes()]
             sizes = self._by_layer(each, layers)
             scores = costs / sizes
         else:
@@ -278,7 +278,10 @@ def prune_zeros(masks: Masks, selection: SelectionConfig) -> None:
         masks.prune_zeros()
         return
     masks.prune(
-        {name: pattern.complete(masks.local(name) == 0) for name in masks.parameters}
+        {
+            name: pattern.complete_groups(masks.local(name) == 0)
+            for name in masks.parameters
+        }
     )
 
 

@@ -165,7 +165,7 @@ def test_tensors_that_a_weight_is_computed_from_are_no_weights() -> None:
     ):
         names(model, ["own"])
     alone = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
-    with pytest.raises(ConfigurationError, match="reparametrised are left out"):
+    with pytest.raises(ConfigurationError, match="reparametrized are left out"):
         names(alone)
 
 
