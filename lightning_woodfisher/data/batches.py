@@ -301,7 +301,7 @@ def _bytes_to_cache(batch: Any) -> int | None:
     size = _BYTES_OF_GENERATORS
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
-            size += leaf.numel() * leaf.element_size()
+            size += leaf.nbytes
         elif not isinstance(leaf, _IMMUTABLE):
             # A loss may change it in place, or it needs memory of an accelerator.
             return None

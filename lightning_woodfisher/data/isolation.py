@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_woodfisher.base.types import ModelMode
+from lightning_woodfisher.distributed.dtensor import reshard
 
 # Attributes that make a torchmetrics.Metric exchange its state with other ranks.
 _METRIC_SYNC_FLAGS = ("dist_sync_on_step", "sync_on_compute", "_to_sync")
@@ -40,7 +41,8 @@ def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
     """Restore random states, buffers, flags, metric states and ``.grad`` on leaving.
 
     Inside, every ``.grad`` is None, and neither metrics nor SyncBatchNorm communicate,
-    because other ranks may compute another batch or none.
+    because other ranks may compute another batch or none. The parameters of an FSDP2 model
+    are its shards before and after.
 
     Args:
         model: the network.
@@ -50,6 +52,7 @@ def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
     Yields:
         Nothing; gradients are enabled inside.
     """
+    reshard(model)
     flags = [(module, module.training) for module in model.modules()]
     buffers = [_SavedBuffers(module) for module in model.modules()]
     metrics = [(m, _metric_state(m)) for m in model.modules() if _is_metric(m)]
@@ -66,6 +69,7 @@ def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
                 model.train()
             yield
     finally:
+        reshard(model)
         for module, training in flags:
             module.training = training
         for saved in buffers:

@@ -148,10 +148,7 @@ def _inputs_and_labels(batch: Any) -> tuple[Any, Tensor]:
         labels = batch[1]
         if labels.dim() and labels.dtype in {torch.int64, torch.int32, torch.uint8}:
             return batch[0], labels
-    kinds = [
-        f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        for x in (batch if isinstance(batch, list | tuple) else [batch])
-    ]
+    kinds = map(_describe, batch if isinstance(batch, list | tuple) else [batch])
     raise PruningError(
         "drawing labels needs batches (inputs, integer class labels), but found "
         f"({', '.join(kinds)}){_REMEDY}"
@@ -167,12 +164,14 @@ def _require_logits(model: nn.Module, logits: Any, labels: Tensor) -> None:
         and (logits.shape[0], *logits.shape[2:]) == tuple(labels.shape)
     ):
         return
-    found = (
-        f"{logits.dtype} {tuple(logits.shape)}"
-        if isinstance(logits, Tensor)
-        else type(logits).__name__
-    )
     raise PruningError(
         f"drawing labels needs logits [n, C, ...] for labels of shape "
-        f"{tuple(labels.shape)}, but {type(model).__name__} returned {found}{_REMEDY}"
+        f"{tuple(labels.shape)}, but {type(model).__name__} returned "
+        f"{_describe(logits)}{_REMEDY}"
     )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return type(value).__name__

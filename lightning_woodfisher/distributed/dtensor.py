@@ -10,15 +10,13 @@ from __future__ import annotations
 __all__ = [
     "is_sharded",
     "local_sizes",
-    "preserve_gradients",
     "require_supported_sharding",
     "reshard",
     "take_local",
     "to_local",
 ]
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -137,25 +135,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-@contextlib.contextmanager
-def preserve_gradients(model: nn.Module) -> Iterator[None]:
-    """Set ``.grad`` of all parameters to None, and restore it on leaving.
-
-    Args:
-        model: a network whose gradients come from ``.backward()``.
-
-    Yields:
-        Nothing; the parameters are resharded before and after.
-    """
-    reshard(model)
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in gradients:
-            parameter.grad = None
-        yield
-    finally:
-        reshard(model)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient

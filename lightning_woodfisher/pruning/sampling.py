@@ -23,7 +23,6 @@ from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import LossSource, compute_losses
 from lightning_woodfisher.data.sampled_labels import UnlabeledBatches
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.distributed.dtensor import preserve_gradients
 from lightning_woodfisher.fisher.config import (
     FisherConfig,
     first_order_batches,
@@ -94,13 +93,7 @@ class Sampling:
         Yields:
             Nothing.
         """
-        sharded = self._masks.sharded
-        with (
-            preserve_gradients(self._source.model)
-            if sharded
-            else contextlib.nullcontext(),
-            self._source.session(self._fisher.model_mode),
-        ):
+        with self._source.session(self._fisher.model_mode):
             yield
 
     def observe(

@@ -45,7 +45,6 @@ from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import (
     local_sizes,
-    preserve_gradients,
     reshard,
     take_local,
 )
@@ -322,7 +321,7 @@ def scaled_rows() -> list[Tensor]:
         source.loss_scale = scale
         parameters = {"1.weight": net[1].weight}
         active = {"1.weight": torch.arange(16 * 64)}
-        with preserve_gradients(net), source.session("eval"):
+        with source.session("eval"):
             found = collect_sharded_gradients(
                 source, 4, 2, parameters, active, comm, 1, []
             )
@@ -588,7 +587,7 @@ class Collect(pl.Callback):
         self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int
     ) -> None:
         source, comm = TrainingStepLoss(trainer, module), Communicator("cpu")
-        with preserve_gradients(module), source.session("train"):
+        with source.session("train"):
             parameters = prunable_parameters(module)
             active = {
                 n: torch.arange(local_sizes(p)[comm.rank])
