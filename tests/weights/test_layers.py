@@ -17,7 +17,7 @@ class Scaled(nn.Linear):
 
 
 class Network(nn.Module):
-    """One of everything that has weights."""
+    """One layer of each kind that has weights."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Masks only grow, zeros are exact, and nothing else changes."""
+"""Pruned weights stay pruned and exactly zero, and nothing else changes."""
 
 from __future__ import annotations
 

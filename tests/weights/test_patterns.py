@@ -1,4 +1,4 @@
-"""Groups of weights: costs against brute force in float64, and what a step leaves."""
+"""Groups of weights: costs against brute force in float64, and masks after a step."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def dense_fisher(rows: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def cost_by_elimination(fisher: Tensor, weights: Tensor, gone: list[int]) -> float:
-    """Rise of ½δᵀFδ with w_S + δ_S = 0 and all else free, by solving for the rest."""
+    """Increase of ½δᵀFδ if w_S + δ_S = 0 and the rest is free, by solving for the rest."""
     size = len(weights)
     kept = [i for i in range(size) if i not in set(gone)]
     change = torch.zeros_like(weights)
@@ -275,7 +275,7 @@ def matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def in_groups(weight: Tensor, size: int) -> list[list[tuple[int, ...]]]:
-    """Indices of groups along the inputs, by loops: output, place of the kernel, input."""
+    """Indices of groups along the inputs, by loops: output, position in the kernel, input."""
     shape = weight.shape
     places = itertools.product(*(range(n) for n in shape[2:]))
     return [
