@@ -1,8 +1,8 @@
 """Exact quantiles of each layer over all ranks, without gathering the values.
 
-As in :mod:`lightning_woodfisher.pruning.selection`: a float64 that is not negative sorts
-like its bit pattern, so the value of a rank is found digit by digit, from counts that are
-added over ranks as integers. Neither the number of ranks nor the order of the values
+As in :mod:`.smallest`: a float64 that is not negative sorts like its bit pattern, so the
+value of a rank is found digit by digit, from counts that are added over ranks as integers.
+Neither the number of ranks nor the order of the values
 changes a bit of the result.
 """
 
