@@ -49,7 +49,7 @@ from lightning_woodfisher.pruning.schedule import (
 )
 from lightning_woodfisher.pruning.selector import (
     is_too_sparse,
-    take_zeros,
+    prune_zeros,
     weights_to_remove,
 )
 from lightning_woodfisher.reporting.loggers import track_end, track_settings, track_step
@@ -214,7 +214,7 @@ class WoodFisherPruningCallback(PruningCallback):
         if not self._done and (
             starts_sparse or isinstance(self.schedule, ConstantSchedule)
         ):
-            take_zeros(masks, self.config.selection)
+            prune_zeros(masks, self.config.selection)
         ahead = [step for step in plan if (step.unit, step.position) not in self._done]
         if self.config.flops_target is not None:
             return plan

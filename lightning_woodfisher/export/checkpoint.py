@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.weights.state import STATE_KEYS, require_readable
+from lightning_woodfisher.weights.checkpoint_state import STATE_KEYS, require_readable
 
 _MOST_NAMES = 3
 

@@ -29,7 +29,7 @@ from lightning_woodfisher.data.batchnorm import (
     require_recalibration_batches,
 )
 from lightning_woodfisher.data.isolation import derive_seed
-from lightning_woodfisher.data.losses import FunctionLoss, LossSource, mean_loss
+from lightning_woodfisher.data.losses import FunctionLoss, LossSource, compute_losses
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.channels import (
@@ -62,7 +62,6 @@ from lightning_woodfisher.structured.shrink.implant import (
     split,
 )
 from lightning_woodfisher.structured.shrink.network_size import NetworkSize, Removed
-from lightning_woodfisher.weights.agreement import require_same
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.rollback import rollback_on_error
 
@@ -198,7 +197,7 @@ class StructurePruner:
             self.comm.failing_together(lambda: clock.phase),
         ):
             with clock("check"):
-                require_same(self.masks, self.comm, "before the step")
+                self.masks.require_equal_on_ranks(self.comm, "before the step")
             with clock("size"):
                 size = self._size(source, seed)
             with clock("score"):
@@ -209,13 +208,13 @@ class StructurePruner:
             if self.implants.ratio:
                 with clock("implant"):
                     self._implant(source, config, chosen, new, early)
-            self.masks.grow(channel_masks(source.model, self.groups, chosen))
+            self.masks.prune(channel_masks(source.model, self.groups, chosen))
             self.masks.apply()
             self.masks.verify()
             batchnorm_layers = self._recalibrate(source, position, clock)
             loss_after = self._loss(source, seed, clock)
             with clock("check"):
-                require_same(self.masks, self.comm, "after the step")
+                self.masks.require_equal_on_ranks(self.comm, "after the step")
         return StructureReport(
             method=self.config.method,
             structure=self.config.structure,
@@ -337,7 +336,7 @@ class StructurePruner:
         vectors = StructureVectors(source.model, self.groups, config.structure)
         evaluation = Evaluation(source, vectors, config, self.comm)
         initialise(evaluation, self.groups, fresh, removed, self.implants.init)
-        self.masks.grow(implant_masks(source.model, self.groups, implanted))
+        self.masks.prune(implant_masks(source.model, self.groups, implanted))
 
     def _recalibrate(self, source: LossSource, position: int, clock: PhaseClock) -> int:
         """Give BatchNorm the statistics of what is left; count the layers."""
@@ -356,7 +355,7 @@ class StructurePruner:
         count, _ = self.config.batches
         with clock("measure"), source.session("eval"):
             batches = calibration_batches(source, self.config, seed)
-            losses = mean_loss(source, batches, count, self.comm, seed)
+            losses = compute_losses(source, batches, count, self.comm, seed)
         return sum(losses) / len(losses)
 
 

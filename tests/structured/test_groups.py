@@ -49,7 +49,7 @@ def masked_copy(
 ) -> nn.Module:
     model = copy.deepcopy(model)
     masks = Masks(masked_parameters(model, groups))
-    masks.grow(channel_masks(model, groups, chosen))
+    masks.prune(channel_masks(model, groups, chosen))
     masks.apply()
     return model
 

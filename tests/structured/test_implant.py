@@ -305,8 +305,8 @@ def test_optimizers_go_on_with_implants() -> None:
     model = residual()
     groups, report = step(model, 0.5, ratio=0.6, init="center")
     masks = Masks(masked_parameters(model, groups))
-    masks.grow(channel_masks(model, groups, report.removed))
-    masks.grow(implant_masks(model, groups, report.implanted))
+    masks.prune(channel_masks(model, groups, report.removed))
+    masks.prune(implant_masks(model, groups, report.implanted))
 
     def train(net: nn.Module, optimizer: Any, masked: bool) -> None:
         for _ in range(3):

@@ -105,7 +105,7 @@ class Evaluation:
                 own[index] = self._rows(batches, index, compute)
         except Exception as error:
             failure = error
-        self._comm.agree(failure)
+        self._comm.raise_together(failure)
         return self._gather(own, width)
 
     def _rows(self, batches: Batches, index: int, compute: Rows) -> Tensor:

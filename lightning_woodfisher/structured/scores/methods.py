@@ -27,7 +27,7 @@ from torch import Tensor
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import LossSource
-from lightning_woodfisher.data.sampled_labels import UnlabelledBatches
+from lightning_woodfisher.data.sampled_labels import UnlabeledBatches
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group
@@ -102,9 +102,7 @@ def score_structures(
                 notes["probe_agreement"] = estimate.agreement
     if not bool(values.isfinite().all()):
         raise PruningError(f"method={config.method!r} gave scores that are not finite")
-    comm.require_equal(
-        values.view(torch.int64).sum().to(comm.device), "the scores of structures"
-    )
+    comm.require_equal(values, "the scores of structures")
     notes["share_negative"] = float((values < 0).double().mean())
     return StructureScores(vectors.split(values), pairs, notes)
 
@@ -155,6 +153,6 @@ def _sosp_i(evaluation: Evaluation, config: StructureConfig) -> PairScores:
         if config.labels == "logits":
             found = evaluation.rows(evaluation.batches(), of_logits, size)
         elif config.labels == "sampled":
-            drawn = UnlabelledBatches(evaluation.batches(), evaluation.seed, model)
+            drawn = UnlabeledBatches(evaluation.batches(), evaluation.seed, model)
             found = evaluation.rows(drawn, of_loss, size)
     return PairScores(found, len(first_order), first_order.mean(dim=0))
