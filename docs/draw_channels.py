@@ -25,7 +25,7 @@ from lightning_woodfisher import (
     PolynomialSchedule,
     StructureConfig,
 )
-from lightning_woodfisher.reporting.figures import draw_channels, draw_size
+from lightning_woodfisher.reporting.figures import draw_channels, draw_network_size
 
 
 def digits() -> TensorDataset:
@@ -58,7 +58,7 @@ def main() -> None:
     reports = callback.reports
     for name, figure in (
         ("channels", draw_channels(reports[-1])),
-        ("channels-size", draw_size(reports)),
+        ("channels-size", draw_network_size(reports)),
     ):
         figure.savefig(ROOT / "docs" / "images" / f"{name}.png", dpi=100)
 

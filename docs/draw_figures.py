@@ -24,9 +24,9 @@ from lightning_woodfisher import (
     FisherConfig,
     PolynomialSchedule,
     WoodFisherPruningCallback,
-    figures,
     sweep,
 )
+from lightning_woodfisher.reporting import figures
 
 EPOCHS = 14
 IMAGES = ROOT / "docs" / "images"
@@ -90,8 +90,8 @@ def draw() -> dict[str, Figure]:
         },
     )
     return {
-        "course": figures.draw_course(reports),
-        "increase": figures.draw_increase(reports),
+        "course": figures.draw_progress(reports),
+        "increase": figures.draw_loss_increase(reports),
         "layers": figures.draw_layers(reports[1]),
         "schedule": figures.draw_schedule(reports),
         "saliencies": figures.draw_saliencies(reports[-1]),

@@ -18,8 +18,8 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.data.isolation import isolated
-from lightning_woodfisher.export.optional_imports import import_optional
 from lightning_woodfisher.export.sparse import replacing
 
 Inputs = Tensor | Sequence[Any]
@@ -59,9 +59,9 @@ def export_onnx(
             line where that is known; when outputs differ by more than ``tolerance``; or
             without onnx, onnxscript and onnxruntime.
     """
-    checker = import_optional("onnx.checker")
-    import_optional("onnxscript")
-    runtime = import_optional("onnxruntime")
+    checker = import_optional("onnx.checker", "this file")
+    import_optional("onnxscript", "this file")
+    runtime = import_optional("onnxruntime", "this file")
     inputs = _as_tuple(example_inputs)
     expected = _evaluate(model, inputs)
     program = _trace(model, inputs, dynamic_batch)

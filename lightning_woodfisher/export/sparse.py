@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.distributed.dtensor import is_sharded
 from lightning_woodfisher.export.bitmask import count_zeros, pack, packed_bytes, unpack
-from lightning_woodfisher.export.optional_imports import import_optional
 from lightning_woodfisher.export.shared_memory import View, find_views, view_of
 from lightning_woodfisher.export.summary import ExportSummary, summarise
 
@@ -72,7 +72,7 @@ def save_sparse(
     Returns:
         What was written.
     """
-    library = import_optional("safetensors.torch")
+    library = import_optional("safetensors.torch", "this file")
     header = _check_metadata(metadata or {})
     for name, tensor in state_dict.items():
         _check_tensor(name, tensor)
@@ -189,7 +189,7 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Open a safetensors file, and say what is wrong with it."""
-    library = import_optional("safetensors")
+    library = import_optional("safetensors", "this file")
     if not Path(path).is_file():
         raise ConfigurationError(f"{path} is not a file.")
     try:
