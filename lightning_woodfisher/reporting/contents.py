@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Contents", "Drawing", "Reports", "Rows", "Table", "collect_contents"]
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
@@ -27,71 +27,41 @@ if TYPE_CHECKING:
 #: Reports of the steps of one callback, in order.
 Reports: TypeAlias = Sequence[PruningReport] | Sequence[StructureReport]
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
-#: Title of a column for readers, and the function that formats its values.
-Column: TypeAlias = tuple[str, Callable[[Any], str]]
 
-_COUNT, _NUMBER = "{:,}".format, "{:.3g}".format
-_TENTHS, _PERCENT, _FINE_PERCENT = "{:.1f}".format, "{:.1%}".format, "{:.2%}".format
-
-
-def _milliseconds(seconds: float) -> str:
-    return _NUMBER(1e3 * seconds)
-
-
-_WEIGHT_STEP_COLUMNS: dict[str, Column] = {
-    "epoch": ("epoch", _COUNT),
-    "step": ("optimizer steps", _COUNT),
-    "target_sparsity": ("target", _FINE_PERCENT),
-    "sparsity": ("zeros", _FINE_PERCENT),
-    "predicted_increase": ("predicted rise", _NUMBER),
-    "measured_increase": ("measured rise", _NUMBER),
-    "loss_before": ("loss before", _NUMBER),
-    "loss_after": ("loss after", _NUMBER),
-    "threshold": ("largest saliency removed", _NUMBER),
-    "damping": ("λ", _NUMBER),
-    "flops_share": ("FLOPs left", _PERCENT),
-    "stages": ("stages", _COUNT),
-    "seconds": ("seconds", _TENTHS),
-}
-_LAYER_COLUMNS: dict[str, Column] = {
-    "layer": ("layer", str),
-    "shape": ("shape", str),
-    "weights": ("weights", _COUNT),
-    "zeros": ("zeros", _COUNT),
-    "sparsity": ("share", _FINE_PERCENT),
-    "threshold": ("largest saliency removed", _NUMBER),
-    "damping": ("λ", _NUMBER),
-    "predicted_increase": ("predicted rise", _NUMBER),
-    **{f"saliency_{q:.0%}": (f"saliency {q:.0%}", _NUMBER) for q in SALIENCY_SHARES},
-}
-_CHANNEL_STEP_COLUMNS: dict[str, Column] = {
-    "epoch": ("epoch", _COUNT),
-    "step": ("optimizer steps", _COUNT),
-    "method": ("method", str),
-    "target": ("to remove", _PERCENT),
-    "measure": ("of", str),
-    "structures": ("channels, dense", _COUNT),
-    "kept": ("channels left", _COUNT),
-    "macs_dense": ("MACs, dense", _COUNT),
-    "macs": ("MACs left", _COUNT),
-    "macs_left": ("share", _PERCENT),
-    "parameters_dense": ("parameters, dense", _COUNT),
-    "parameters": ("parameters left", _COUNT),
-    "parameters_left": ("share", _PERCENT),
-    "latency_dense": ("forward pass, dense (ms)", _milliseconds),
-    "latency": ("forward pass (ms)", _milliseconds),
-    "loss_before": ("loss before", _NUMBER),
-    "loss_after": ("loss after", _NUMBER),
-    "seconds": ("seconds", _TENTHS),
-}
-_GROUP_COLUMNS: dict[str, Column] = {
-    "group": ("group", str),
-    "layers": ("layers", str),
-    "size": ("dense", _COUNT),
-    "kept": ("kept", _COUNT),
-    "implanted": ("with 1×1 filters", _COUNT),
-    "kept_share": ("share", _PERCENT),
-}
+_WEIGHT_STEP_COLUMNS = (
+    "epoch",
+    "step",
+    "target_sparsity",
+    "sparsity",
+    "predicted_increase",
+    "measured_increase",
+    "loss_before",
+    "loss_after",
+    "threshold",
+    "damping",
+    "flops_share",
+    "stages",
+)
+_CHANNEL_STEP_COLUMNS = (
+    "epoch",
+    "step",
+    "method",
+    "measure",
+    "target",
+    "structures",
+    "kept",
+    "macs_dense",
+    "macs",
+    "macs_left",
+    "parameters_dense",
+    "parameters",
+    "parameters_left",
+    "latency_dense",
+    "latency",
+    "loss_before",
+    "loss_after",
+)
+_QUANTILE_COLUMNS = [f"saliency_{share:.0%}" for share in SALIENCY_SHARES]
 
 
 @dataclass(frozen=True)
@@ -100,9 +70,7 @@ class Table:
 
     Attributes:
         name: key in loggers, below ``pruning/``.
-        rows: values by column name; None where a value is not known.
-        title: heading on the page.
-        columns: title and format of each column on the page, by name.
+        rows: values by column name, at least one row; None where a value is not known.
         text: the table as TensorBoard shows it.
         bar_chart: chart in W&B: its key below ``pruning/``, the columns of labels and of
             values, and its title.
@@ -110,8 +78,6 @@ class Table:
 
     name: str
     rows: Rows
-    title: str = ""
-    columns: Mapping[str, Column] = field(default_factory=dict)
     text: str = ""
     bar_chart: tuple[str, str, str, str] | None = None
 
@@ -202,15 +168,11 @@ def _collect_weights(
         steps=Table(
             "steps",
             _step_rows(reports, _WEIGHT_STEP_COLUMNS),
-            "Steps",
-            _WEIGHT_STEP_COLUMNS,
             format_steps(reports),
         ),
         layers=Table(
             "layers",
             _layer_rows(last),
-            "Layers after the last step",
-            _LAYER_COLUMNS,
             last.to_table(),
             ("sparsity_per_layer", "layer", "sparsity", "Sparsity per layer"),
         ),
@@ -235,9 +197,8 @@ def _collect_channels(reports: Sequence[StructureReport]) -> Contents:
         key_numbers["of them with 1×1 filters"] = f"{implants:,}"
     key_numbers |= {"method": last.method, **_common_key_numbers(reports)}
     if last.latency is not None and last.latency_dense is not None:
-        key_numbers["forward pass of one sample"] = (
-            f"{_milliseconds(last.latency_dense)} → {_milliseconds(last.latency)} ms"
-        )
+        times = f"{1e3 * last.latency_dense:.3g} → {1e3 * last.latency:.3g} ms"
+        key_numbers["forward pass of one sample"] = times
     return Contents(
         key_numbers=key_numbers,
         figures=[
@@ -257,15 +218,11 @@ def _collect_channels(reports: Sequence[StructureReport]) -> Contents:
         steps=Table(
             "channel_steps",
             _step_rows(reports, _CHANNEL_STEP_COLUMNS),
-            "Steps",
-            _CHANNEL_STEP_COLUMNS,
             format_structure_steps(reports),
         ),
         layers=Table(
             "channels",
             _group_rows(last),
-            "Channels after the last step",
-            _GROUP_COLUMNS,
             last.to_table(),
             ("channels_per_group", "group", "kept_share", "Share of channels kept"),
         ),
@@ -336,22 +293,22 @@ def _weight_figures(
 
 
 def _layer_rows(report: PruningReport) -> list[dict[str, Any]]:
-    unknown = (None,) * len(SALIENCY_SHARES)
-    rows = []
-    for layer in report.layers:
-        values = (
-            layer.name,
-            "x".join(map(str, layer.shape)),
-            layer.weights,
-            layer.zeros_after,
-            layer.sparsity,
-            layer.threshold,
-            report.damping_of(layer),
-            layer.predicted_increase,
-            *(layer.saliency_quantiles or unknown),
-        )
-        rows.append(dict(zip(_LAYER_COLUMNS, values, strict=True)))
-    return rows
+    return [
+        {
+            "layer": layer.name,
+            "shape": "x".join(map(str, layer.shape)),
+            "weights": layer.weights,
+            "zeros": layer.zeros_after,
+            "sparsity": layer.sparsity,
+            "threshold": layer.threshold,
+            "damping": report.damping_of(layer),
+            "predicted_increase": layer.predicted_increase,
+            # No quantiles if the layer had nothing to compare.
+            **dict.fromkeys(_QUANTILE_COLUMNS),
+            **dict(zip(_QUANTILE_COLUMNS, layer.saliency_quantiles, strict=False)),
+        }
+        for layer in report.layers
+    ]
 
 
 def _group_rows(report: StructureReport) -> list[dict[str, Any]]:
@@ -368,10 +325,12 @@ def _group_rows(report: StructureReport) -> list[dict[str, Any]]:
     ]
 
 
-def _step_rows(reports: Reports, columns: Mapping[str, Column]) -> Rows:
+def _step_rows(reports: Reports, columns: Sequence[str]) -> Rows:
     return [
-        {name: getattr(report, name) for name in columns}
-        | {"seconds": sum(report.seconds.values())}
+        {
+            **{name: getattr(report, name) for name in columns},
+            "seconds": sum(report.seconds.values()),
+        }
         for report in reports
     ]
 

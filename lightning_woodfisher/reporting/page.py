@@ -43,6 +43,28 @@ th { background: var(--card); white-space: normal; vertical-align: bottom; }
 tr + tr td { border-top: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
 """
+# Formats of columns; by default integers have commas and floats three digits.
+_FORMATS = {
+    "sparsity": ".2%",
+    "target_sparsity": ".2%",
+    "flops_share": ".1%",
+    "target": ".1%",
+    "kept_share": ".1%",
+    "macs_left": ".1%",
+    "parameters_left": ".1%",
+    "seconds": ".1f",
+}
+# Headings of columns; by default the name of the column.
+_HEADINGS = {
+    "step": "optimizer steps",
+    "threshold": "largest saliency removed",
+    "damping": "damping λ",
+    "flops_share": "FLOPs left",
+    "target": "to remove",
+    "implanted": "with 1×1 filters",
+    "latency": "forward pass (s)",
+    "latency_dense": "dense forward pass (s)",
+}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -95,24 +117,28 @@ def _write_section(name: str, contents: Contents) -> str:
     return (
         f'<div class="cards">{cards}</div>\n'
         f'<h2>Figures</h2>\n<div class="figures">{drawn}</div>\n'
-        f"{_write_table(contents.steps)}{_write_table(contents.layers)}{raised}"
+        f"<h2>Steps</h2>\n{_write_table(contents.steps)}"
+        f"<h2>{contents.layers.name.capitalize()} after the last step</h2>\n"
+        f"{_write_table(contents.layers)}{raised}"
     )
 
 
 def _write_table(table: Table) -> str:
-    """Write a heading and a table that scrolls where it is wider than the page."""
-    head = "".join(
-        f"<th>{html.escape(title)}</th>" for title, _ in table.columns.values()
-    )
+    """Write a table that scrolls if it is wider than the page."""
+    columns = list(table.rows[0])
+    titles = [_HEADINGS.get(name, name.replace("_", " ")) for name in columns]
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
     body = ""
     for row in table.rows:
-        shown = (
-            "–" if row[name] is None else write(row[name])
-            for name, (_, write) in table.columns.items()
-        )
+        shown = [_format_cell(name, row[name]) for name in columns]
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in shown)
         body += f"<tr>{cells}</tr>\n"
-    return (
-        f"<h2>{html.escape(table.title)}</h2>\n"
-        f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>\n'
-    )
+    return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>\n'
+
+
+def _format_cell(column: str, value: str | float | None) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    return format(value, _FORMATS.get(column, "," if isinstance(value, int) else ".3g"))

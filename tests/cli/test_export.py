@@ -305,8 +305,8 @@ def test_what_is_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
         "folder.ckpt": "consolidate_checkpoint folder.ckpt",
         "text.ckpt": "text.ckpt is no checkpoint",
         "cut.ckpt": "cut.ckpt is no checkpoint, or it is cut off",
-        "list.ckpt": "neither a state_dict nor is one",
-        "numbers.ckpt": "neither a state_dict nor is one",
+        "list.ckpt": "it is no state_dict and contains none",
+        "numbers.ckpt": "it is no state_dict and contains none",
     }.items():
         assert export("dense", "a.pt", checkpoint=name) == 2
         assert part in short_message(capsys)
