@@ -29,7 +29,7 @@ from lightning_woodfisher.reporting.figures import draw_channels, draw_network_s
 
 
 def digits() -> TensorDataset:
-    """Give the images in three colours, 16 by 16."""
+    """Return the images with three channels, 16 by 16 pixels."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     images = torch.nn.functional.interpolate(images, scale_factor=2.0)

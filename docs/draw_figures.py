@@ -59,7 +59,7 @@ def accuracy(model: nn.Module, data: Digits) -> dict[str, float]:
 
 
 def draw() -> dict[str, Figure]:
-    """Run, and draw each figure of lightning_woodfisher.reporting.figures."""
+    """Train, prune, and draw each figure of lightning_woodfisher.reporting.figures."""
     pl.seed_everything(0)
     data = Digits()
     data.setup("fit")
@@ -102,7 +102,7 @@ def draw() -> dict[str, Figure]:
 
 
 def main() -> None:
-    """Write them."""
+    """Write the figures to docs/images."""
     warnings.filterwarnings("ignore", module="lightning")
     for name, figure in draw().items():
         path = IMAGES / f"figure-{name}.png"

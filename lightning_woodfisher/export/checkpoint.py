@@ -120,7 +120,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     # Arbitrary bytes can make the reader fail in any way.
     except Exception as error:
         raise ConfigurationError(
-            f"{path} is no checkpoint, or it is cut off ({first_line(error)})."
+            f"{path} is not a checkpoint, or it is cut off ({first_line(error)})."
         ) from error
     content = content if isinstance(content, dict) else {}
     state = content.get("state_dict", content)
@@ -129,7 +129,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     # Some modules save other things beside tensors; a bare state_dict has none.
     if not weights or (content is state and len(weights) < len(content)):
         raise ConfigurationError(
-            f"{path} is no checkpoint: it is no state_dict and contains none."
+            f"{path} is not a checkpoint: it neither is nor contains a state_dict."
         )
     return Checkpoint(path, weights, _combine_masks(path, content), content)
 
@@ -177,7 +177,7 @@ def _combine_masks(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
 def _explain(path: Path, error: Exception) -> str:
     message = str(error)
     if "GLOBAL" not in message:
-        return f"{path} is no checkpoint ({first_line(error)})."
+        return f"{path} is not a checkpoint ({first_line(error)})."
     culprit = message.partition("GLOBAL ")[2].split()[0]
     return (
         f"{path} holds an object of {culprit}. Only tensors and plain values are read, so "

@@ -144,7 +144,7 @@ def compare_speed(
     """
     if not torch.cuda.is_available():
         raise ConfigurationError(
-            "compare_speed measures on a GPU, and there is none here."
+            "compare_speed measures on a GPU, and no GPU is available."
         )
     for model in (dense, sparse):
         for _ in range(_WARMUP):

@@ -222,7 +222,7 @@ def _open_sparse(
             yield file, header
     except library.SafetensorError as error:
         raise ConfigurationError(
-            f"{path} is no safetensors file, or it is cut off ({error})."
+            f"{path} is not a safetensors file, or it is cut off ({error})."
         ) from error
     except ConfigurationError:
         raise
@@ -265,7 +265,7 @@ def _check_metadata(name: object, text: object) -> None:
 def _check_tensor(name: str, tensor: object) -> None:
     reason = ""
     if not isinstance(tensor, Tensor):
-        reason = f"is of type {type(tensor).__name__} and no tensor; leave it out"
+        reason = f"is of type {type(tensor).__name__}, not a tensor; leave it out"
     elif is_sharded(tensor):
         reason = "is sharded; gather it first with full_tensor()"
     elif tensor.is_meta:
