@@ -35,11 +35,7 @@ from lightning_woodfisher.pruning.schedule import (
     PlannedStep,
     PruningSchedule,
 )
-from lightning_woodfisher.reporting.loggers import (
-    track_channel_end,
-    track_channel_settings,
-    track_channel_step,
-)
+from lightning_woodfisher.reporting.loggers import log_end, log_settings, log_step
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.captured_inputs import capture_inputs, within
 from lightning_woodfisher.structured.graph.channels import masked_parameters
@@ -239,7 +235,7 @@ class StructuredPruningCallback(PruningCallback):
         if self.masks is None:
             return  # Nothing was left to train.
         self.masks.verify()
-        track_channel_end(trainer, self.reports)
+        log_end(trainer, self.reports)
         if self.export_path and self.reports and trainer.is_global_zero:
             smaller = self.shrunk_model(pl_module)
             save_shrunk(self.export_path, smaller, self.removal_plan(pl_module))
@@ -304,7 +300,7 @@ class StructuredPruningCallback(PruningCallback):
             "batchnorm_recalibration_batches": self.batchnorm_recalibration_batches,
             **dataclasses.asdict(self.config),
         }
-        track_channel_settings(trainer, settings, self.schedule)
+        log_settings(trainer, settings, self.schedule, prefix="channel_")
 
     # ------------------------------------------------------------------ the step
 
@@ -353,7 +349,7 @@ class StructuredPruningCallback(PruningCallback):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(report.metrics(), step=trainer.global_step)
-        track_channel_step(trainer, self.reports)
+        log_step(trainer, self.reports)
 
     def _publish(self, trainer: pl.Trainer, report: StructureReport) -> None:
         if self.latency_runs:

@@ -16,15 +16,21 @@ from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.cli.estimate import command_line
-from lightning_woodfisher.export.checkpoint import Checkpoint, read_checkpoint
-from lightning_woodfisher.export.dense import save_dense, strip_prefix
-from lightning_woodfisher.export.graph import export_onnx, export_program
+from lightning_woodfisher.export.checkpoint import (
+    Checkpoint,
+    read_checkpoint,
+    strip_prefix,
+)
+from lightning_woodfisher.export.onnx_and_torch_export import (
+    export_onnx,
+    export_program,
+)
 from lightning_woodfisher.export.semi_structured import (
     find_semi_structured,
     to_semi_structured,
 )
-from lightning_woodfisher.export.sparse import save_sparse
-from lightning_woodfisher.export.summary import ExportSummary, summarise
+from lightning_woodfisher.export.state_dict_files import save_dense, save_sparse
+from lightning_woodfisher.export.summary import ExportSummary, summarize
 
 _EXAMPLE = """\
 formats:
@@ -220,7 +226,7 @@ def _write_onnx(
         tolerance=options.tolerance,
     )
     side = out.with_name(f"{out.name}.data")
-    summary = summarise(
+    summary = summarize(
         network.state_dict(), out, side_files=(side,) if side.exists() else ()
     )
     return summary, f"\nLargest difference to PyTorch's outputs: {difference:.3g}."
@@ -234,7 +240,7 @@ def _write_program(
         network, inputs, out, dynamic_batch=options.dynamic_batch
     )
     return (
-        summarise(network.state_dict(), out),
+        summarize(network.state_dict(), out),
         f"\nLargest difference of the reloaded program: {difference:.3g}.",
     )
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.pruning.report import PruningReport, format_steps
-from lightning_woodfisher.reporting.figures import has_matplotlib
-from lightning_woodfisher.reporting.page import Reports, build_page
+from lightning_woodfisher.reporting.contents import Reports
+from lightning_woodfisher.reporting.page import build_page
 from lightning_woodfisher.structured.report import (
     StructureReport,
     format_structure_steps,
@@ -54,16 +55,10 @@ def run_report_command(arguments: Sequence[str]) -> int:
 
     Returns:
         Exit status 0.
-
-    Raises:
-        ConfigurationError: for a path without reports, or a page without matplotlib.
     """
     options = make_parser().parse_args(arguments)
-    if options.html is not None and not has_matplotlib():
-        raise ConfigurationError(
-            "--html needs matplotlib for the figures; "
-            "pip install 'lightning-woodfisher[figures]', or leave --html out."
-        )
+    if options.html is not None:
+        import_optional("matplotlib", "--html")
     record = _read(Path(options.path))
     sys.stdout.write(f"{record.path}\n")
     for title, reports in record.runs.items():

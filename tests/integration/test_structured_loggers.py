@@ -95,7 +95,7 @@ def test_wandb_has_tables_figures_and_settings(run: Run) -> None:
         names = ["group", "layers", "size", "kept", "implanted", "kept_share"]
         assert columns == names
         assert data == rows_of(report)
-        for name in ("channels", "size"):
+        for name in ("channels", "network_size"):
             path = entry[f"pruning/figures/{name}"]["path"]
             picture = run.wandb.folder / "files" / path
             assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -133,7 +133,7 @@ def test_the_settings_of_both_callbacks_are_there(run: Run) -> None:
 
 
 def test_tensorboard_has_images_tables_and_numbers(run: Run) -> None:
-    for name in ("channels", "size"):
+    for name in ("channels", "network_size"):
         images = run.board.Images(f"pruning/figures/{name}")
         assert [image.step for image in images] == AT
         for image in images:
