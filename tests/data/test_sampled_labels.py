@@ -277,7 +277,8 @@ def test_few_samples_do_when_they_may_repeat(repeat: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("sample_labels", "drawn"), ("centered", 1), ("repeat_samples", "no")]
+    ("field", "value"),
+    [("sample_labels", "drawn"), ("centered", 1), ("repeat_samples", "no")],
 )
 def test_bad_values_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ConfigurationError, match=rf"fisher\.{field}="):
