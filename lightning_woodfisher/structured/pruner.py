@@ -17,6 +17,7 @@ __all__ = [
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -97,37 +98,25 @@ def require_rereadable(data: Any) -> None:
         )
 
 
+@dataclass
 class StructurePruner:
     """Removes whole channels with masks, step by step.
 
-    Args:
+    Attributes:
         groups: groups of structures of the model.
         masks: masks of the parameters that belong to structures; changed by every step.
         config: how structures are scored and chosen.
         comm: the ranks.
         implants: how many of the chosen structures become 1×1 filters.
         implantable: names of the layers that can have 1×1 filters, by group.
-
-    Raises:
-        ConfigurationError: if implants are combined with ``round_to``.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        masks: Masks,
-        config: StructureConfig,
-        comm: Communicator,
-        implants: ImplantConfig,
-        implantable: Mapping[str, Sequence[str]],
-    ) -> None:
-        implants.require_multiples(config.round_to)
-        self.groups = tuple(groups)
-        self.masks = masks
-        self.config = config
-        self.comm = comm
-        self.implants = implants
-        self.implantable = implantable
+    groups: Sequence[Group]
+    masks: Masks
+    config: StructureConfig
+    comm: Communicator
+    implants: ImplantConfig = field(default_factory=ImplantConfig)
+    implantable: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def step(
         self,
@@ -360,7 +349,7 @@ def prune_structures(
         ).groups
     masks = Masks(masked_parameters(model, groups))
     comm = Communicator(next(iter(masks.parameters.values())).device)
-    pruner = StructurePruner(groups, masks, config, comm, ImplantConfig(), {})
+    pruner = StructurePruner(groups, masks, config, comm)
     removed = {n: s.tolist() for n, s in zero_structures(model, groups).items()}
     source = FunctionLoss(model, data, loss_fn)
     return pruner.step(source, target, removed=removed), tuple(groups)
