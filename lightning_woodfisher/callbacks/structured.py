@@ -141,8 +141,8 @@ class StructuredPruningCallback(PruningCallback):
     def state_key(self) -> str:
         """Key of the state in a checkpoint; two callbacks differ by what they select."""
         return self._generate_state_key(
-            include=self.config.include,
-            exclude=self.config.exclude,
+            include=list(self.config.include),
+            exclude=list(self.config.exclude),
             network=self.network,
         )
 
