@@ -244,11 +244,11 @@ CASES = {
     "centred, primal": Case(num_gradients=40, block_size=8, fisher={"centered": True}),
     "centred, dual": Case(num_gradients=9, block_size=50, fisher={"centered": True}),
     "centred, full": Case(block_size=None, fisher={"centered": True}),
-    "sampled labels": Case(num_gradients=30, fisher={"labels": "sampled"}),
+    "sampled labels": Case(num_gradients=30, fisher={"sample_labels": True}),
     "sampled labels in training mode": Case(
-        build=convolutional, model_mode="train", fisher={"labels": "sampled"}
+        build=convolutional, model_mode="train", fisher={"sample_labels": True}
     ),
-    "sampled labels of a stream": Case(stream="list", fisher={"labels": "sampled"}),
+    "sampled labels of a stream": Case(stream="list", fisher={"sample_labels": True}),
     "repeated samples": Case(num_gradients=90, fisher={"repeat_samples": True}),
     "repeated stream": Case(
         num_gradients=50, stream="list", fisher={"repeat_samples": True}
@@ -391,7 +391,7 @@ def test_the_cases_prune_what_they_were_asked_for(
         anew = "recalibrated" in case and "running" in name
         assert torch.equal(state[name], buffer) != anew, name
     if case == "linear spacing without trust":
-        assert reports[-1]["parts"] > 4
+        assert reports[-1]["stages"] > 4
 
 
 def test_bytes_exchanged_are_counted(
