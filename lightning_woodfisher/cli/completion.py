@@ -27,7 +27,9 @@ from lightning_woodfisher.cli.completion_script import (
 )
 from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.criteria.obs import Update
-from lightning_woodfisher.pruning.selection import Scope
+from lightning_woodfisher.pruning.config import (
+    Scope,
+)
 from lightning_woodfisher.resources.network_shapes import SHAPES
 
 _DESCRIPTION = """\

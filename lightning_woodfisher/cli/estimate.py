@@ -91,10 +91,10 @@ def run_estimate(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
             fisher=settings.fisher,
             selection=settings.selection,
             criterion=settings.criterion,
-            update=settings.update,
-            step_search=settings.step_search,
-            measure_loss=settings.measure_loss,
-            local_model_points=settings.local_model_points,
+            update=settings.step.update,
+            line_search=settings.step.line_search,
+            measure_loss=settings.step.measure_loss,
+            local_model_points=settings.step.local_model_points,
             sparsity=level,
             world_size=run.world_size,
             memory=options.memory or settings.fisher.memory_budget,
@@ -105,7 +105,7 @@ def run_estimate(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
         )
         for level in levels
     ]
-    sys.stdout.write(_write(costs, settings.recompute_steps, rate, options.json))
+    sys.stdout.write(_write(costs, settings.step.recompute_steps, rate, options.json))
     return int(any(cost.fits is False for cost in costs))
 
 

@@ -35,12 +35,14 @@ from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
 from lightning_woodfisher.cli import estimate, export, report, sweep
 from lightning_woodfisher.cli.completion import run_completion
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.pruning.config import (
+    SelectionConfig,
+)
 from lightning_woodfisher.pruning.schedule import (
     ConstantSchedule,
     OneShotSchedule,
     PolynomialSchedule,
 )
-from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.structured.config import StructureConfig
 
 # Classes whose short name works in YAML, and whose arguments a typo may have meant.
