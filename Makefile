@@ -15,8 +15,8 @@ export OMP_NUM_THREADS ?= 2
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-ddp examples test test-oldest test-slurm coverage soak mutants bench check format \
-	docs clean
+.PHONY: help demo demo-ddp examples test test-all test-fast test-oldest test-slurm coverage soak \
+	mutants bench check format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -40,35 +40,50 @@ examples: $(VENV)/.demo  ## run the quick examples
 	test -f $(TRAINED) || $(FIT) --config examples/digits/woodfisher.yaml
 	$(FIT) --config examples/finetune/constant.yaml
 
+PYTEST := $(BIN)/python -m pytest
+ON_WORKERS := -n $(TEST_WORKERS) --dist worksteal
+# For the inner loop: what a pruning step consists of.
+FAST_TESTS := lightning_woodfisher $(addprefix tests/,base callbacks criteria data distributed \
+	fisher gradients pruning structured weights)
+
 test: export OMP_NUM_THREADS = 1
-test: $(VENV)/.dev  ## run the tests, files side by side on two cores
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+test: $(VENV)/.dev  ## run the tests on two cores, except those marked slow (4 minutes)
+	$(PYTEST) $(ON_WORKERS) $(PYTEST_ARGS)
+
+test-all: export OMP_NUM_THREADS = 1
+test-all: $(VENV)/.dev  ## run all tests, also the slow ones (6 minutes)
+	$(PYTEST) $(ON_WORKERS) -m 'not soak' $(PYTEST_ARGS)
+
+test-fast: export OMP_NUM_THREADS = 1
+test-fast: $(VENV)/.dev  ## run the tests of a step in one process, for the inner loop (1 minute)
+	$(PYTEST) $(ON_WORKERS) -m 'not soak and not slow and not spawns' \
+		$(FAST_TESTS) $(PYTEST_ARGS)
 
 # Its environment, with the versions of tests/oldest.txt, takes several GB.
 test-oldest: export OMP_NUM_THREADS = 1
 # Lightning 2.5 calls what jsonargparse has deprecated, when it is imported.
 test-oldest: export JSONARGPARSE_DEPRECATION_WARNINGS = off
 test-oldest: $(OLDEST)/.dev  ## run the core tests with the oldest supported versions
-	$(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) $(PYTEST_ARGS)
+	$(OLDEST)/bin/python -m pytest -m 'not soak' $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 coverage: export OMP_NUM_THREADS = 1
 coverage: export WOODFISHER_COVERAGE = $(CURDIR)/pyproject.toml
-coverage: $(VENV)/.dev  ## run the tests and list the branches that none of them takes
+coverage: $(VENV)/.dev  ## run all tests and list the branches that none of them takes
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage run -m pytest -m 'not soak' $(PYTEST_ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
 # It installs no SLURM; on Debian, as root:
 #   apt-get install --no-install-recommends slurm-wlm munge
-# `make test` runs these tests, too, and skips them where there is no SLURM.
+# `make test-all` runs these tests, too, and skips them where there is no SLURM.
 test-slurm: export OMP_NUM_THREADS = 1
 test-slurm: $(VENV)/.dev  ## run the tests on a SLURM of two nodes, started for them
-	$(BIN)/python -m pytest tests/clusters/test_slurm.py $(PYTEST_ARGS)
+	$(PYTEST) -m slow tests/clusters/test_slurm.py $(PYTEST_ARGS)
 
 soak: export OMP_NUM_THREADS = 1
 soak: $(VENV)/.dev  ## long tests: random configurations (SOAK_SEED chooses others), flat memory
-	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+	$(PYTEST) -m soak $(PYTEST_ARGS)
 
 mutants: export OMP_NUM_THREADS = 1
 mutants: $(VENV)/.dev  ## break lines of the core one by one; the tests must notice

@@ -369,6 +369,7 @@ class TestTraining:
 
 
 class TestScaling:
+    @pytest.mark.slow
     def test_two_processes(self) -> None:
         done: list[str] = []
         rows = scaling.measure_scaling(

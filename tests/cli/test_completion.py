@@ -15,6 +15,8 @@ import pytest
 
 from lightning_woodfisher.cli.main import main
 
+pytestmark = pytest.mark.spawns
+
 LIGHTNING = ("fit", "validate", "test", "predict")
 OTHERS = (
     *("estimate", "sweep", "report", "export", "preset", "benchmark", "completion"),

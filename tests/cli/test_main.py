@@ -245,7 +245,10 @@ def test_every_alternative_of_a_union_is_tried() -> None:
     assert report["layers"][0]["shape"] == [12, 4]
 
 
-@pytest.mark.parametrize("misspelt", [False, True])
+@pytest.mark.spawns
+@pytest.mark.parametrize(
+    "misspelt", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_the_status_of_a_real_process(misspelt: bool) -> None:
     path = write(
         lambda c: misspelt and rename(pruning(c), "target_sparsity", "target_sparsty")

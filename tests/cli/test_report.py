@@ -170,6 +170,7 @@ def _chromium() -> str | None:
     return next((path for path in found if path), None)
 
 
+@pytest.mark.spawns
 @pytest.mark.skipif(_chromium() is None, reason="needs a Chromium browser")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_lays_it_out(page: str, scheme: str, tmp_path: Path) -> None:
@@ -317,6 +318,7 @@ except wandb.errors.UsageError as error:
 """
 
 
+@pytest.mark.slow
 def test_errors_of_wandb_offer_the_way_without_an_account(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     # In a process of its own: wandb keeps the settings of its first start.

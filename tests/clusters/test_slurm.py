@@ -21,16 +21,19 @@ INSTALL = "apt-get install --no-install-recommends slurm-wlm munge"
 # A safety net: no job takes so long unless it hangs.
 SECONDS = 150
 
+_SEARCH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
+_MISSING = [name for name in PROGRAMS if shutil.which(name, path=_SEARCH) is None]
+# Marks, not skips in the fixture: the run to compare with is not made in vain.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(_MISSING), reason=f"no {', '.join(_MISSING)}: {INSTALL}"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can start this SLURM"),
+]
+
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[dict[str, str]]:
     """The environment in which SLURM's commands reach a cluster of two nodes."""
-    search = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
-    missing = [name for name in PROGRAMS if shutil.which(name, path=search) is None]
-    if missing:
-        pytest.skip(f"no {', '.join(missing)}: {INSTALL}")
-    if os.geteuid() != 0:
-        pytest.skip("the SLURM of the tests is started by root")
     # Not pytest's folder: the path of a socket must be short.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     try:

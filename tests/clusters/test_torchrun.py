@@ -21,6 +21,8 @@ from launches import (
 
 NETWORK = "10.77.0"
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_processes_do_the_step_of_one(two_processes: Path, tmp_path: Path) -> None:
     run_together([([str(TORCHRUN)], environment(tmp_path, NPROC=1))], tmp_path)

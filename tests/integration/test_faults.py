@@ -121,6 +121,7 @@ def test_training_goes_on_from_what_an_exception_leaves(
     assert [report.epoch for report in again.pruner.reports] == [0, 1, 2]
 
 
+@pytest.mark.spawns
 def test_a_fit_that_was_killed_ends_as_if_it_had_not_been(
     undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:

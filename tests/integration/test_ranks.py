@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -43,6 +44,11 @@ from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
 
 WORLD_SIZES = (1, 2, 3)
+# Three ranks have uneven shares, which two do not.
+SEVERAL = [pytest.param(2, marks=pytest.mark.slow), 3]
+
+# Results of a case on every rank of a job with a given number of ranks.
+Pruned = Callable[[int], list[dict[str, Any]]]
 
 
 # ---------------------------------------------------------------- models and data
@@ -314,17 +320,18 @@ def comparable(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def pruned(ranks: RankPool) -> dict[int, list[dict[str, Any]]]:
-    return {size: ranks.run(size, prune_all) for size in WORLD_SIZES}
+def pruned(ranks: RankPool) -> Pruned:
+    """Prune all cases on a number of ranks, once for each number."""
+    return functools.cache(lambda world_size: ranks.run(world_size, prune_all))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", SEVERAL)
 @pytest.mark.parametrize("case", list(CASES))
 def test_world_size_does_not_change_the_result(
-    pruned: dict[int, list[dict[str, Any]]], case: str, world_size: int
+    pruned: Pruned, case: str, world_size: int
 ) -> None:
-    expected, expected_reports = pruned[1][0][case]
-    for result in pruned[world_size]:
+    expected, expected_reports = pruned(1)[0][case]
+    for result in pruned(world_size):
         state, reports = result[case]
         assert state.keys() == expected.keys()
         for name, value in state.items():
@@ -333,29 +340,23 @@ def test_world_size_does_not_change_the_result(
         assert all(report["world_size"] == world_size for report in reports)
 
 
-def test_the_search_has_taken_one_update_and_the_other(
-    pruned: dict[int, list[dict[str, Any]]],
-) -> None:
-    (report,) = pruned[3][0]["searched, two updates"][1]
+def test_the_search_has_taken_one_update_and_the_other(pruned: Pruned) -> None:
+    (report,) = pruned(3)[0]["searched, two updates"][1]
     assert report["updates"] == ["joint", "independent"]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_every_rank_gives_the_same_report(
-    pruned: dict[int, list[dict[str, Any]]], world_size: int
-) -> None:
+@pytest.mark.parametrize("world_size", SEVERAL)
+def test_every_rank_gives_the_same_report(pruned: Pruned, world_size: int) -> None:
     for case in CASES:
-        first, *others = [result[case][1] for result in pruned[world_size]]
+        first, *others = [result[case][1] for result in pruned(world_size)]
         for other in others:
             for mine, theirs in zip(first, other, strict=True):
                 assert {**mine, "seconds": {}} == {**theirs, "seconds": {}}
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_the_cases_prune_what_they_were_asked_for(
-    pruned: dict[int, list[dict[str, Any]]], case: str
-) -> None:
-    state, reports = pruned[1][0][case]
+def test_the_cases_prune_what_they_were_asked_for(pruned: Pruned, case: str) -> None:
+    state, reports = pruned(1)[0][case]
     names = [layer["name"] for layer in reports[-1]["layers"]]
     weights = sum(state[name].numel() for name in names)
     zeros = {name: int((state[name] == 0).sum()) for name in names}
@@ -400,21 +401,18 @@ def test_the_cases_prune_what_they_were_asked_for(
         assert reports[-1]["stages"] > 4
 
 
-def test_bytes_exchanged_are_counted(
-    pruned: dict[int, list[dict[str, Any]]],
-) -> None:
+@pytest.mark.parametrize("world_size", [1, *SEVERAL])
+def test_bytes_exchanged_are_counted(pruned: Pruned, world_size: int) -> None:
     weights = 64 * 23 + 23 * 4
-    for size in WORLD_SIZES:
-        (report,) = pruned[size][0]["primal"][1]
-        # A float32 for the share (R-1)/R of every row, and the gathered weights, padded.
-        rows = 24 * weights * 4 * (size - 1) / size
-        gathered = weights * (4 + 1) * (size - 1)
-        sent = report["bytes_exchanged"]
-        assert (
-            (sent == 0)
-            if size == 1
-            else (sent == pytest.approx(rows + gathered, rel=0.1))
-        )
+    (report,) = pruned(world_size)[0]["primal"][1]
+    # A float32 for the share (R-1)/R of every row, and the gathered weights, padded.
+    rows = 24 * weights * 4 * (world_size - 1) / world_size
+    gathered = weights * (4 + 1) * (world_size - 1)
+    sent = report["bytes_exchanged"]
+    if world_size == 1:
+        assert sent == 0
+    else:
+        assert sent == pytest.approx(rows + gathered, rel=0.1)
 
 
 # ---------------------------------------------------------------- memory is shared

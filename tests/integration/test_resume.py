@@ -187,6 +187,7 @@ print(removed)
 """
 
 
+@pytest.mark.spawns
 def test_a_checkpoint_loads_where_the_package_is_missing(tmp_path: Path) -> None:
     whole = fit(epochs(), {"save_on_train_epoch_end": True})
     path = whole.checkpoints[-1]

@@ -121,12 +121,22 @@ def every_step() -> dict[str, Any]:
     return results
 
 
-def test_world_size_does_not_change_the_result(ranks: RankPool) -> None:
-    (expected,) = ranks.run(1, every_step)
-    for world_size in (2, 3):
-        for found in ranks.run(world_size, every_step):
-            assert differences(found, expected) == []
-    for name, (report, state) in expected.items():
+@pytest.fixture(scope="module")
+def on_one_rank(ranks: RankPool) -> dict[str, Any]:
+    (results,) = ranks.run(1, every_step)
+    return results  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_world_size_does_not_change_the_result(
+    on_one_rank: dict[str, Any], ranks: RankPool, world_size: int
+) -> None:
+    for found in ranks.run(world_size, every_step):
+        assert differences(found, on_one_rank) == []
+
+
+def test_the_steps_prune_what_they_were_asked_for(on_one_rank: dict[str, Any]) -> None:
+    for name, (report, state) in on_one_rank.items():
         options = CASES[name]
         zeros = sum(layer["zeros_after"] for layer in report["layers"])
         weights = {k: v for k, v in state.items() if v.dim() > 1}

@@ -105,6 +105,7 @@ def surroundings() -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.slow
 def test_twenty_steps_leave_nothing_behind() -> None:
     before = surroundings()
     require_flat(soak(20))
@@ -113,6 +114,7 @@ def test_twenty_steps_leave_nothing_behind() -> None:
     assert after == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fresh", [True, False], ids=["fresh callbacks", "one callback"]
 )

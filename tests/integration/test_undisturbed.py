@@ -256,7 +256,13 @@ def require_a_real_pass(outcome: Outcome, mode: ModelMode) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(name, marks=pytest.mark.slow if case.compiled else ())
+        for name, case in CASES.items()
+    ],
+)
 def test_a_collection_pass_leaves_no_trace(case: str, mode: ModelMode) -> None:
     expected = without(case)
     outcome = fit(CASES[case], mode)

@@ -324,6 +324,7 @@ class TestFuzz:
     def test_fits(self, tmp_path: Path) -> None:
         fuzz_fits(60, 0, tmp_path)
 
+    @pytest.mark.slow
     def test_yaml(self) -> None:
         fuzz_yaml(40, seed=0)
 

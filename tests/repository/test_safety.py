@@ -182,6 +182,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
+@pytest.mark.spawns
 def test_the_package_imports_without_warnings_and_without_extras() -> None:
     # Lightning imports some of them itself, where they are installed.
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""README.md and docs/*.md as data: blocks of code, commands, links and anchors."""
+"""Read Markdown pages: blocks of code, commands, links and anchors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     ROOT / "examples" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 )
@@ -26,7 +27,7 @@ _LINK = re.compile(r"\[[^]]*\]\(([^()\s]+)\)")
 class Block:
     """A fenced block of a page.
 
-    ``reason`` is why it is not run, from a comment ``<!-- not run: reason -->`` before it.
+    ``reason`` says why it is not run; it comes from a comment ``<!-- not run: reason -->`` before it.
     """
 
     page: Path
@@ -40,7 +41,7 @@ class Block:
 
 
 def read_blocks(page: Path) -> list[Block]:
-    """All fenced blocks of a page, in order."""
+    """Return all fenced blocks of a page, in order."""
     content = page.read_text()
     return [
         Block(
@@ -55,18 +56,18 @@ def read_blocks(page: Path) -> list[Block]:
 
 
 def read_prose(page: Path) -> str:
-    """What stands outside of the blocks."""
+    """Return the text outside of the blocks."""
     return _BLOCK.sub("", page.read_text())
 
 
 def split_commands(text: str) -> list[list[str]]:
-    """Words of each command of a shell block, without comments."""
+    """Split a shell block into the words of each command, without comments."""
     lines = text.replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def read_commands(page: Path) -> list[list[str]]:
-    """Commands of a page: in shell blocks, after ``$`` in output, and within the prose."""
+    """Return the commands of a page: in shell blocks, after ``$`` and in the text."""
     commands = []
     for block in read_blocks(page):
         if block.language in {"bash", "shell"} and block.reason is None:
@@ -81,12 +82,12 @@ def read_commands(page: Path) -> list[list[str]]:
 
 
 def read_links(page: Path) -> list[str]:
-    """Targets of the links and figures of a page."""
+    """Return the targets of the links and figures of a page."""
     return _LINK.findall(_INLINE.sub("", read_prose(page)))
 
 
 def anchors(page: Path) -> set[str]:
-    """What a link may name after ``#``: headings, and labels of MyST."""
+    """Return what a link may name after ``#``: headings, and labels of MyST."""
     prose = read_prose(page)
     headings = re.findall(r"^#{1,6} +(.*?) *$", prose, re.M)
     slugs = {

@@ -198,7 +198,13 @@ MUTANTS = (
 
 def copy_repository(target: Path) -> None:
     """Copy what tests need; nothing is ever changed in place."""
-    for name in ("pyproject.toml", "README.md", "Makefile", "CHANGELOG.md"):
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "Makefile",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+    ):
         shutil.copy(ROOT / name, target)
     ignored = shutil.ignore_patterns("__pycache__", ".*", "runs", "_build")
     for name in (PACKAGE, "tests", "examples", "docs"):
