@@ -51,7 +51,7 @@ from lightning_woodfisher.pruning.selector import (
 )
 from lightning_woodfisher.pruning.stages import Spacing
 from lightning_woodfisher.reporting.loggers import track_end, track_settings, track_step
-from lightning_woodfisher.resources.budget import require_one_device, within_memory
+from lightning_woodfisher.resources.budget import fit_into_memory, require_one_device
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.patterns import require_pattern_fits
 
@@ -232,7 +232,7 @@ class WoodFisherPruningCallback(PruningCallback):
         if self._plan:
             # Nothing is allocated yet; the first step is the one that needs most.
             masks = self._get_masks()
-            self._step_config, cost = within_memory(
+            self._step_config, cost = fit_into_memory(
                 masks, self.config, comm, trainer.num_devices
             )
             kind = self.config.criterion

@@ -31,9 +31,9 @@ from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.pruning.selector import is_too_sparse
 from lightning_woodfisher.resources.budget import (
+    fit_into_memory,
     free_bytes,
     require_one_device,
-    within_memory,
 )
 from lightning_woodfisher.sweeps.report import TARGET, SweepReport, SweepResult
 from lightning_woodfisher.sweeps.stored_rows import (
@@ -251,7 +251,7 @@ def _prepare(setting: Setting, source: LossSource, comm: Communicator) -> Settin
     if config.reads_data:
         fisher = config.fisher
         source.batches(fisher.num_gradients, fisher.gradient_batch_size, config.seed)
-    config, _ = within_memory(masks, config, comm, comm.world_size)
+    config, _ = fit_into_memory(masks, config, comm, comm.world_size)
     return dataclasses.replace(setting, config=config)
 
 
