@@ -1,10 +1,10 @@
-"""How N, m, λ and the block size change one-shot pruning: the table of the documentation.
+"""Effect of N, m, λ and the block size on one-shot pruning: a table of the documentation.
 
     python examples/digits/settings.py
 
 A perceptron (64-100-50-10, 11,900 weights) is trained on scikit-learn's digits, pruned in one
-step, and not trained again. Printed is the accuracy on the 360 held-out images, in per cent,
-as the mean over several trained networks.
+step, and not trained again. Prints the accuracy on the 360 held-out images in per cent, mean
+over several trained networks.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from examples.comparison import accuracy, loss_fn
 from examples.digits.model import Digits
 from lightning_woodfisher import FisherConfig, prune
 from lightning_woodfisher.pruning.report import format_table
@@ -30,7 +30,7 @@ from lightning_woodfisher.pruning.report import format_table
 GRADIENTS = ((1000, 1), (256, 4))
 DAMPINGS = (1e-2, 1e-3, 1e-4, 1e-5)
 BLOCK_SIZES = (64, 256, None)
-# What is compared with the joint update in blocks of 256 gradients of 4 samples.
+# Compared with 256 gradients of 4 samples, in blocks of 256.
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
     "independent": {"update": "independent"},
@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(data: TensorDataset, seed: int, epochs: int) -> nn.Sequential:
+def train_dense(data: TensorDataset, seed: int, epochs: int) -> nn.Sequential:
     """Train a dense network."""
     torch.manual_seed(seed)
     model = nn.Sequential(
@@ -59,18 +59,6 @@ def train(data: TensorDataset, seed: int, epochs: int) -> nn.Sequential:
     return model
 
 
-def loss_fn(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    """Mean cross-entropy of a batch."""
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: TensorDataset) -> float:
-    """Share of right answers in per cent."""
-    images, labels = data.tensors
-    return 100 * float((model(images).argmax(1) == labels).float().mean())
-
-
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -81,12 +69,14 @@ def main() -> None:
     data = Digits()
     data.setup("fit")
     seeds = range(arguments.networks)
-    states = [train(data.train, seed, arguments.epochs).state_dict() for seed in seeds]
+    states = [
+        train_dense(data.train, seed, arguments.epochs).state_dict() for seed in seeds
+    ]
 
     def measure(fisher: FisherConfig, sparsity: float, **options: Any) -> float:
         found = []
         for seed, state in enumerate(states):
-            model = train(data.train, seed, epochs=0)
+            model = train_dense(data.train, seed, epochs=0)
             model.load_state_dict(state)
             if sparsity:
                 prune(
@@ -96,7 +86,7 @@ def main() -> None:
                     target_sparsity=sparsity,
                     fisher=fisher,
                     measure_loss=False,
-                    # The quadratic model alone is compared.
+                    # Compare the quadratic model alone.
                     step_search=False,
                     seed=seed,
                     **options,
