@@ -1,20 +1,18 @@
-"""Channels of ResNet-20 on CIFAR-10 removed by several methods, at the same budget.
+"""Structured pruning of ResNet-20 on CIFAR-10 by several methods, at the same budget.
 
     python -m examples.cifar10.structured --data FOLDER --weights runs/cifar10/dense.pt
 
-Each method removes a share of the FLOPs at once, and training goes on with the same images,
-order and learning rates for all. Prints the accuracy on the test images, the parameters that
-are left, and the time of a forward pass of the smaller network against the dense one.
-``--one-shot`` prints the accuracy without any training, with the BatchNorm statistics of
-the dense network and with new ones, without implants. ``--rank-correlation`` prints how well
-the scores rank 64 random channels by the loss that their removal really costs.
+Each method removes a share of the FLOPs at once; training continues with the same images,
+order and learning rates for all. Prints the accuracy on the test images, the remaining
+parameters, and the time of a forward pass relative to the dense network. ``--one-shot``
+prints the accuracy without training, with the old and with recalibrated BatchNorm
+statistics, without implants. ``--rank-correlation`` prints the rank correlation between the
+scores of 64 random channels and the measured loss after their removal.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,12 +21,13 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from examples.cifar10.fitting import (
-    accuracy,
     fit_and_test,
-    loss_fn,
-    trained_module,
+    load_data,
+    load_module,
+    make_parser,
 )
 from examples.cifar10.model import CIFAR10, CIFAR10Classifier, resnet20
+from examples.comparison import accuracy, format_accuracies, loss_fn
 from lightning_woodfisher import (
     HAPPruningCallback,
     StructureConfig,
@@ -45,9 +44,8 @@ from lightning_woodfisher.structured.scores.hessian_products import spearman
 from lightning_woodfisher.structured.scores.methods import score_structures
 from lightning_woodfisher.structured.shrink.latency import measure_latency
 
-# structure="bn" left most right on held-out images, once BatchNorm had new statistics; HAP
-# is the one of the paper, with about as many images as its authors took: its probes cost
-# most.
+# structure="bn" had the best accuracy on held-out images after BatchNorm recalibration. HAP
+# has the settings of the paper, with about as many images; its probes are expensive.
 SCORES: dict[str, dict[str, Any]] = {
     "SOSP-H": {"method": "sosp_h", "structure": "bn"},
     "SOSP-I": {"method": "sosp_i", "structure": "bn"},
@@ -71,15 +69,15 @@ def make_config(name: str, seed: int, batches: int = 0) -> StructureConfig:
 
 
 def make_callback(name: str, target: float, seed: int) -> StructuredPruningCallback:
-    """Make the callback that prunes at the start of training.
+    """Return the callback that prunes at the start of training.
 
     Args:
-        name: in ``METHODS``.
-        target: share of the FLOPs that goes.
-        seed: of samples and probes.
+        name: name in ``METHODS``.
+        target: share of the FLOPs to remove.
+        seed: seed of samples and probes.
 
     Returns:
-        It.
+        The callback.
     """
     config = make_config(name, seed)
     if name.endswith(" + implant"):
@@ -96,7 +94,7 @@ def compare(options: argparse.Namespace, data: CIFAR10) -> None:
         for name in (name for name in METHODS if options.only in name):
             found = []
             for seed in options.seeds:
-                module = trained_module(options.weights, options.learning_rate, seed)
+                module = load_module(options.weights, options.learning_rate, seed)
                 callback = make_callback(name, removed, seed)
                 found.append(
                     fit_and_test(
@@ -122,8 +120,7 @@ def compare(options: argparse.Namespace, data: CIFAR10) -> None:
                     name,
                     f"{1 - report.macs / report.macs_dense:.1%}",
                     f"{report.parameters / report.parameters_dense:.1%}",
-                    f"{statistics.mean(found):.2f}",
-                    "  ".join(f"{value:.2f}" for value in found),
+                    *format_accuracies(found),
                     f"{latency.ratio:.0%}",
                 )
             )
@@ -152,7 +149,7 @@ def compare_untrained(options: argparse.Namespace, data: CIFAR10) -> None:
                         example_inputs=IMAGE,
                     )
                     found.append(accuracy(model, test))
-                each = "  ".join(f"{value:.2f}" for value in found)
+                _, each = format_accuracies(found)
                 rows.append((name, f"{removed:g}", str(batches), each))
                 print(*rows[-1], flush=True)
     print(format_table(("method", "FLOPs removed", "batches", "accuracy"), rows))
@@ -196,7 +193,7 @@ def removal_losses(
 
 
 def correlate(options: argparse.Namespace, data: CIFAR10) -> None:
-    """Print rank correlations of scores and removal losses."""
+    """Print rank correlations of scores and measured losses."""
     module = CIFAR10Classifier(weights=options.weights)
     model = module.net.eval()
     groups = trace_groups(model, IMAGE).groups
@@ -228,23 +225,12 @@ def correlate(options: argparse.Namespace, data: CIFAR10) -> None:
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="data", help="folder of the images")
-    parser.add_argument("--weights", default="runs/cifar10/dense.pt")
+    parser = make_parser(__doc__.split("\n")[0])
     parser.add_argument("--rank-correlation", action="store_true")
     parser.add_argument("--one-shot", action="store_true")
-    parser.add_argument("--only", default="", metavar="TEXT")
     parser.add_argument("--removed", type=float, nargs="+", default=[0.5, 0.7])
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--images-per-epoch", type=int)
-    parser.add_argument("--learning-rate", type=float, default=0.03)
-    parser.add_argument("--held-out", action="store_true", help="not the test images")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--accelerator", default="auto")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    data = CIFAR10(options.data, images_per_epoch=options.images_per_epoch)
-    data.setup("fit")
+    data = load_data(options.data, options.images_per_epoch)
     if options.rank_correlation:
         correlate(options, data)
     elif options.one_shot:

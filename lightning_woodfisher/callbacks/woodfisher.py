@@ -53,8 +53,12 @@ from lightning_woodfisher.pruning.selector import (
     prune_zeros,
     weights_to_remove,
 )
-from lightning_woodfisher.reporting.loggers import log_end, log_settings, log_step
-from lightning_woodfisher.resources.budget import require_one_device, within_memory
+from lightning_woodfisher.reporting.loggers import (
+    log_end,
+    log_settings,
+    log_step,
+)
+from lightning_woodfisher.resources.budget import fit_into_memory, require_one_device
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.patterns import require_pattern_fits
 
@@ -183,7 +187,7 @@ class WoodFisherPruningCallback(PruningCallback):
         if self._plan:
             # Nothing is allocated yet, and the first step needs most memory.
             masks = self._get_masks()
-            self._step_config, cost = within_memory(
+            self._step_config, cost = fit_into_memory(
                 masks, self.config, comm, trainer.num_devices
             )
             kind = self.config.criterion

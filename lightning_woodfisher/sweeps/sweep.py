@@ -35,9 +35,9 @@ from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.selector import is_too_sparse
 from lightning_woodfisher.resources.budget import (
+    fit_into_memory,
     free_bytes,
     require_one_device,
-    within_memory,
 )
 from lightning_woodfisher.sweeps.report import TARGET, SweepReport, SweepResult
 from lightning_woodfisher.sweeps.stored_rows import (
@@ -264,7 +264,7 @@ def _prepare(setting: Setting, source: LossSource, comm: Communicator) -> Settin
         source.batches(
             fisher.num_gradients, fisher.gradient_batch_size, config.step.seed
         )
-    config, _ = within_memory(masks, config, comm, comm.world_size)
+    config, _ = fit_into_memory(masks, config, comm, comm.world_size)
     return dataclasses.replace(setting, config=config)
 
 
