@@ -37,6 +37,7 @@ from lightning_woodfisher.distributed.smallest import (
     select_smallest,
 )
 from lightning_woodfisher.fisher.inverse import FullInverseFisher
+from lightning_woodfisher.pruning import pruner as pruner_module
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.weights.active import ActiveWeights
@@ -555,7 +556,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "projection": (FullInverseFisher, "_project", 1),
     "combination": (FullInverseFisher, "_combine", 1),
     "description": (ActiveWeights, "name_blocks", 1),
-    "report": (Pruner, "_report", 1),
+    "report": (pruner_module, "summarize", 1),
     "masks": (Masks, "prune", 1),
     **{f"rows of unit {n}": (FullInverseFisher, "_unit_rows", n) for n in (1, 9, 40)},
     "largest norm": (torch.linalg, "vector_norm", 1),
