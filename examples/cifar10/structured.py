@@ -37,12 +37,12 @@ from lightning_woodfisher import (
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.pruning.report import format_table
 from lightning_woodfisher.structured.graph.tracing import trace_groups
+from lightning_woodfisher.structured.network_cost import measure_latency
 from lightning_woodfisher.structured.scores.correlation import (
     rank_correlation,
     removal_losses,
 )
 from lightning_woodfisher.structured.scores.methods import score_structures
-from lightning_woodfisher.structured.shrink.latency import measure_latency
 
 # structure="bn" left most right on held-out images, once BatchNorm had new statistics; HAP
 # is the one of the paper, with about as many images as its authors took: its probes cost

@@ -41,10 +41,14 @@ from lightning_woodfisher.reporting.loggers import (
     track_channel_step,
 )
 from lightning_woodfisher.structured.config import StructureConfig
-from lightning_woodfisher.structured.graph.captured_inputs import capture_inputs, within
-from lightning_woodfisher.structured.graph.channels import masked_parameters
-from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.graph.groups import (
+    Group,
+    add_prefix,
+    masked_parameters,
+)
+from lightning_woodfisher.structured.graph.inputs import capture_inputs
 from lightning_woodfisher.structured.graph.tracing import trace_groups
+from lightning_woodfisher.structured.network_cost import Latency, measure_latency
 from lightning_woodfisher.structured.pruner import (
     Measure,
     StructurePruner,
@@ -53,17 +57,13 @@ from lightning_woodfisher.structured.pruner import (
     require_target,
 )
 from lightning_woodfisher.structured.report import StructureReport
-from lightning_woodfisher.structured.shrink.implant import (
-    ImplantConfig,
-    ImplantInit,
-    check_implants,
-)
-from lightning_woodfisher.structured.shrink.latency import Latency, measure_latency
+from lightning_woodfisher.structured.shrink.implants import ImplantConfig, ImplantInit
 from lightning_woodfisher.structured.shrink.removal import (
     RemovalPlan,
     plan_removal,
     save_shrunk,
 )
+from lightning_woodfisher.structured.shrink.removal_check import check_implants
 
 
 class StructuredPruningCallback(PruningCallback):
@@ -267,9 +267,9 @@ class StructuredPruningCallback(PruningCallback):
             seed=self.config.seed,
         )
         self._traced = traced.groups
-        self._groups = within(traced.groups, self._prefix)
+        self._groups = add_prefix(traced.groups, self._prefix)
         if self._implants.ratio:
-            found = check_implants(_copy_network(network), traced.groups, self._inputs)
+            found = check_implants(network, traced.groups, self._inputs)
             prefix = f"{self._prefix}." if self._prefix else ""
             self._implantable = {
                 f"{prefix}{group}": tuple(f"{prefix}{layer}" for layer in layers)

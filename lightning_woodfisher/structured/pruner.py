@@ -32,13 +32,14 @@ from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource, mean_loss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureConfig
-from lightning_woodfisher.structured.graph.channels import (
+from lightning_woodfisher.structured.graph.groups import (
+    Group,
     channel_masks,
     masked_parameters,
     zero_structures,
 )
-from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.graph.tracing import trace_groups
+from lightning_woodfisher.structured.network_cost import NetworkSize, Removed
 from lightning_woodfisher.structured.report import GroupReport, StructureReport
 from lightning_woodfisher.structured.scores.evaluation import (
     Evaluation,
@@ -55,13 +56,12 @@ from lightning_woodfisher.structured.selection import (
     select_count,
     select_for_size,
 )
-from lightning_woodfisher.structured.shrink.implant import (
+from lightning_woodfisher.structured.shrink.implanted_conv import implant_masks
+from lightning_woodfisher.structured.shrink.implants import (
     ImplantConfig,
-    implant_masks,
-    initialise,
-    split,
+    divide_structures,
+    initialize_implants,
 )
-from lightning_woodfisher.structured.shrink.network_size import NetworkSize, Removed
 from lightning_woodfisher.weights.agreement import require_same
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.rollback import rollback_on_error
@@ -224,7 +224,7 @@ class StructurePruner:
             groups=tuple(
                 GroupReport(
                     name=group.name,
-                    layers=tuple(m.module for m in group.of_role("producer")),
+                    layers=group.layers,
                     size=group.size,
                     removed_before=len(before.get(group.name, ())),
                     removed=tuple(chosen[group.name].tolist()),
@@ -300,7 +300,7 @@ class StructurePruner:
 
         def divide(gone: Removed) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             ratio = self.implants.ratio
-            return split(gone, by_name, ratio, self.implantable, removed)
+            return divide_structures(gone, by_name, ratio, self.implantable, removed)
 
         if count is not None:
             chosen = select_count(
@@ -336,7 +336,7 @@ class StructurePruner:
         }
         vectors = StructureVectors(source.model, self.groups, config.structure)
         evaluation = Evaluation(source, vectors, config, self.comm)
-        initialise(evaluation, self.groups, fresh, removed, self.implants.init)
+        initialize_implants(evaluation, self.groups, fresh, removed, self.implants.init)
         self.masks.grow(implant_masks(source.model, self.groups, implanted))
 
     def _recalibrate(self, source: LossSource, position: int, clock: PhaseClock) -> int:
@@ -378,7 +378,7 @@ def prune_structures(
     rounded to a whole number, and to the nearest one that ``round_to`` allows.
 
     With an initialised ``torch.distributed``, call it on every rank with the same model
-    and data. ``structured.export.shrink(model, groups, report.removed)`` cuts them out.
+    and data. :func:`.shrink` cuts the channels out afterwards.
 
     Args:
         model: the network, changed in place; names and storages stay.

@@ -18,8 +18,8 @@ from torch import Tensor
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.structured.config import Search, StructureLimits
 from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.network_cost import NetworkSize, Removed
 from lightning_woodfisher.structured.scores.methods import StructureScores
-from lightning_woodfisher.structured.shrink.network_size import NetworkSize, Removed
 
 #: Numbers of structures that are gone already, by the name of their group.
 Before = Mapping[str, Sequence[int]]

@@ -18,9 +18,9 @@ from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureConfig
+from lightning_woodfisher.structured.network_cost import NetworkSize
 from lightning_woodfisher.structured.scores.methods import score_structures
 from lightning_woodfisher.structured.selection import additive_scores, select_for_size
-from lightning_woodfisher.structured.shrink.network_size import NetworkSize
 
 CONFIGS = (
     StructureConfig(method="sosp_i", num_samples=21, batch_size=8),

@@ -14,14 +14,15 @@ from coupled_networks import NETWORKS, build, conv_norm, images, pooled, scrambl
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.structured.graph.channels import (
+from lightning_woodfisher.structured.graph.coupling import Coupling, find_groups
+from lightning_woodfisher.structured.graph.groups import (
+    Group,
+    Member,
     channel_masks,
     masked_parameters,
     zero_structures,
 )
-from lightning_woodfisher.structured.graph.coupling import Coupling, structures
-from lightning_woodfisher.structured.graph.groups import Group, Member
-from lightning_woodfisher.structured.graph.tracing import Traced, trace_groups
+from lightning_woodfisher.structured.graph.tracing import TraceResult, trace_groups
 from lightning_woodfisher.structured.shrink.removal import shrink
 from lightning_woodfisher.structured.shrink.removal_check import check_removal
 from lightning_woodfisher.weights.masks import Masks
@@ -29,7 +30,7 @@ from lightning_woodfisher.weights.masks import Masks
 pytest.importorskip("torch_pruning")
 
 
-def producers(traced: Traced) -> dict[str, tuple[int, set[str]]]:
+def producers(traced: TraceResult) -> dict[str, tuple[int, set[str]]]:
     return {
         g.name: (g.size, {m.module for m in g.of_role("producer")})
         for g in traced.groups
@@ -340,7 +341,7 @@ def test_reasons_stay_when_channels_unite() -> None:
     coupling.unite(a, b)
     assert coupling.reason(a) == coupling.reason(b) == "why"
     assert coupling.reason(coupling.channel("a", "out", 0)) is None
-    (rest,) = (g for g in structures(coupling) if g.name == "a")
+    (rest,) = (g for g in find_groups(coupling) if g.name == "a")
     assert rest.members[0].structure_of.tolist() == [0, -1, 1]
 
 

@@ -14,7 +14,7 @@ from lightning_woodfisher import ConfigurationError, StructureConfig, prune_stru
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.structured.config import StructureLimits
-from lightning_woodfisher.structured.graph.channels import zero_structures
+from lightning_woodfisher.structured.graph.groups import zero_structures
 from lightning_woodfisher.structured.selection import select_count, select_for_size
 from lightning_woodfisher.structured.shrink.removal import shrink
 
@@ -289,7 +289,7 @@ def test_only_recalibration_changes_the_statistics() -> None:
 def test_sizes_keep_what_is_gone() -> None:
     """Of the size target the choice contains the earlier one, whatever its scores."""
     from lightning_woodfisher.data.losses import FunctionLoss
-    from lightning_woodfisher.structured.shrink.network_size import NetworkSize
+    from lightning_woodfisher.structured.network_cost import NetworkSize
 
     model, groups = make_residual(), residual_groups()
     data = torch.utils.data.DataLoader(images(), 8)

@@ -28,6 +28,7 @@ from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureLimits
 from lightning_woodfisher.structured.graph.groups import Group, Member
+from lightning_woodfisher.structured.network_cost import NetworkSize
 from lightning_woodfisher.structured.scores.methods import StructureScores
 from lightning_woodfisher.structured.scores.pair_scores import PairScores
 from lightning_woodfisher.structured.selection import (
@@ -35,7 +36,6 @@ from lightning_woodfisher.structured.selection import (
     select_count,
     select_for_size,
 )
-from lightning_woodfisher.structured.shrink.network_size import NetworkSize
 
 NO_FLOOR = StructureLimits(min_kept=1, min_kept_share=0.0)
 
