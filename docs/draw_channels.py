@@ -41,7 +41,6 @@ def main() -> None:
     pl.seed_everything(0, verbose=False)
     callback = HAPPruningCallback(
         target=0.5,
-        measure="macs",
         implant_ratio=0.3,
         schedule=PolynomialSchedule(2, 4),
         config=StructureConfig(num_samples=256, probes=20),

@@ -38,10 +38,7 @@ from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.pruning.report import format_table
 from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.network_cost import measure_latency
-from lightning_woodfisher.structured.scores.correlation import (
-    rank_correlation,
-    removal_losses,
-)
+from lightning_woodfisher.structured.scores.correlation import removal_losses, spearman
 from lightning_woodfisher.structured.scores.methods import score_structures
 
 # structure="bn" left most right on held-out images, once BatchNorm had new statistics; HAP
@@ -58,11 +55,15 @@ METHODS = (*SCORES, "HAP + implant", "SOSP-I per cost", "magnitude per cost")
 IMAGE = torch.zeros(1, 3, 32, 32)
 
 
-def make_config(name: str, seed: int) -> StructureConfig:
+def make_config(name: str, seed: int, batches: int = 0) -> StructureConfig:
     """Make the settings of a method: its name without what the callback does."""
     scores = name.removesuffix(" + implant").removesuffix(" per cost")
-    per_cost = name.endswith(" per cost")
-    return StructureConfig(seed=seed, per_cost=per_cost, **SCORES[scores])
+    return StructureConfig(
+        seed=seed,
+        per_cost=name.endswith(" per cost"),
+        batchnorm_recalibration_batches=batches,
+        **SCORES[scores],
+    )
 
 
 def make_callback(name: str, target: float, seed: int) -> StructuredPruningCallback:
@@ -79,9 +80,9 @@ def make_callback(name: str, target: float, seed: int) -> StructuredPruningCallb
     config = make_config(name, seed)
     if name.endswith(" + implant"):
         return HAPPruningCallback(
-            target, config, implant_ratio=0.1, implant_init="center", measure="macs"
+            target, config, implant_ratio=0.1, implant_init="center"
         )
-    return StructuredPruningCallback(target, measure="macs", config=config)
+    return StructuredPruningCallback(target, config)
 
 
 def compare(options: argparse.Namespace, data: CIFAR10) -> None:
@@ -143,9 +144,7 @@ def compare_untrained(options: argparse.Namespace, data: CIFAR10) -> None:
                         data.train,
                         loss_fn,
                         target=removed,
-                        measure="macs",
-                        config=make_config(name, seed),
-                        batchnorm_recalibration_batches=batches,
+                        config=make_config(name, seed, batches),
                         example_inputs=IMAGE,
                     )
                     found.append(accuracy(model, test))
@@ -179,8 +178,9 @@ def correlate(options: argparse.Namespace, data: CIFAR10) -> None:
         cells = []
         for structure in ("conv", "bn", "conv+bn"):
             config = StructureConfig(**{**settings, "structure": structure})
-            scores = score_structures(source, groups, config)
-            cells.append(f"{rank_correlation(scores.values, chosen, truth):.2f}")
+            scores = score_structures(source, groups, config).values
+            found = torch.stack([scores[group][number] for group, number in chosen])
+            cells.append(f"{spearman(found, truth):.2f}")
         rows.append((name, *cells))
     print(format_table(("rank correlation", "conv", "bn", "conv+bn"), rows))
 
