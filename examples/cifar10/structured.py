@@ -104,12 +104,12 @@ def compare(options: argparse.Namespace, data: CIFAR10) -> None:
                         options.held_out,
                     )
                 )
-                latency = measure_latency(
+                dense, shrunk = measure_latency(
                     resnet20(), callback.shrunk_model(module).net, IMAGE, 100, 64
                 )
                 print(
                     f"{name} {removed:g} {seed}: {found[-1]:.2f}, "
-                    f"time {latency.ratio:.0%}",
+                    f"time {shrunk / dense:.0%}",
                     flush=True,
                 )
             report = callback.reports[-1]
@@ -120,7 +120,7 @@ def compare(options: argparse.Namespace, data: CIFAR10) -> None:
                     f"{report.parameters / report.parameters_dense:.1%}",
                     f"{statistics.mean(found):.2f}",
                     "  ".join(f"{value:.2f}" for value in found),
-                    f"{latency.ratio:.0%}",
+                    f"{shrunk / dense:.0%}",
                 )
             )
     head = ("method", "FLOPs removed", "parameters left", "accuracy", "each", "time")

@@ -48,7 +48,7 @@ from lightning_woodfisher.structured.graph.groups import (
 )
 from lightning_woodfisher.structured.graph.inputs import capture_inputs
 from lightning_woodfisher.structured.graph.tracing import trace_groups
-from lightning_woodfisher.structured.network_cost import Latency, measure_latency
+from lightning_woodfisher.structured.network_cost import measure_latency
 from lightning_woodfisher.structured.pruner import (
     StructurePruner,
     require_rereadable,
@@ -326,10 +326,9 @@ class StructuredPruningCallback(PruningCallback):
         if self.latency_runs:
             module = trainer.lightning_module
             comm = Communicator(module.device)
-            seconds = [0.0, 0.0]
+            seconds = 0.0, 0.0
             if comm.rank == 0:
-                latency = self._measure_latency(module, self.latency_runs)
-                seconds = [latency.dense, latency.shrunk]
+                seconds = self._measure_latency(module, self.latency_runs)
             # The times of rank 0 for all ranks, so that their reports are the same.
             dense, shrunk = comm.gather_numbers(seconds)[0]
             report = self.reports[-1] = dataclasses.replace(
@@ -340,7 +339,9 @@ class StructuredPruningCallback(PruningCallback):
             )
         super()._publish(trainer, report)
 
-    def _measure_latency(self, module: pl.LightningModule, runs: int) -> Latency:
+    def _measure_latency(
+        self, module: pl.LightningModule, runs: int
+    ) -> tuple[float, float]:
         network = module.get_submodule(self._prefix)
         return measure_latency(network, self.shrunk_model(module), self._inputs, runs)
 

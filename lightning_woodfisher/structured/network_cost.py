@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["Latency", "NetworkSize", "Removed", "measure_latency"]
+__all__ = ["NetworkSize", "Removed", "measure_latency"]
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._pytree import tree_map_only
 
 from lightning_woodfisher.data.isolation import derive_seed, isolated
 from lightning_woodfisher.data.losses import LossSource
@@ -21,7 +21,6 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.graph.inputs import (
     compute_one_loss,
-    map_tensors,
     run_model,
     tensors_in,
 )
@@ -39,9 +38,10 @@ class NetworkSize:
     two activations (attention) are not counted.
 
     Args:
-        model: the dense network.
-        groups: its groups.
-        forward: runs the model once on a batch. It is called in evaluation mode.
+        source: where losses of the dense network come from. Its session is entered here.
+        groups: the groups of its model.
+        comm: the ranks, which all use the shapes that rank 0 observes.
+        seed: of the sample that is observed.
         implants: convolutions in which implanted structures have 1×1 filters, by group.
 
     Attributes:
@@ -51,11 +51,13 @@ class NetworkSize:
 
     def __init__(
         self,
-        model: nn.Module,
+        source: LossSource,
         groups: Sequence[Group],
-        forward: Callable[[], Any],
+        comm: Communicator,
+        seed: int = 0,
         implants: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        model = source.model
         self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         # A parameter with two names counts once.
         names = {id(p): name for name, p in model.named_parameters()}
@@ -71,40 +73,11 @@ class NetworkSize:
             for group, layers in (implants or {}).items()
             for layer in layers
         }
-        with isolated(model, "eval"), torch.no_grad():
-            self._positions = _count_positions(model, names, forward)
+        positions = _count_positions(source, names, derive_seed(seed, "size"))
+        numbers = comm.gather_numbers(list(positions.values()))[0]
+        self._positions = dict(zip(positions, numbers, strict=True))
         self.dense_parameters = self.parameters({})
         self.dense_macs = self.macs({})
-
-    @classmethod
-    def of_source(
-        cls,
-        source: LossSource,
-        groups: Sequence[Group],
-        comm: Communicator,
-        seed: int = 0,
-        implants: Mapping[str, Sequence[str]] | None = None,
-    ) -> NetworkSize:
-        """Measure on a sample of the training data.
-
-        Args:
-            source: where losses come from. Its session is entered here.
-            groups: the groups of its model.
-            comm: the ranks, which all use the shapes that rank 0 observes.
-            seed: of the sample.
-            implants: see the class.
-
-        Returns:
-            The sizes.
-        """
-        seed = derive_seed(seed, "size")
-        size = cls(
-            source.model, groups, lambda: compute_one_loss(source, seed), implants
-        )
-        numbers = comm.gather_numbers(list(size._positions.values()))[0]
-        size._positions = dict(zip(size._positions, numbers, strict=True))
-        size.dense_macs = size.macs({})
-        return size
 
     def parameters(self, removed: Removed, implanted: Removed | None = None) -> int:
         """Count the remaining parameters of the network.
@@ -135,7 +108,9 @@ class NetworkSize:
             )
         )
 
-    def of_one(self, group: Group, measure: Literal["parameters", "macs"]) -> int:
+    def structure_cost(
+        self, group: Group, measure: Literal["parameters", "macs"]
+    ) -> int:
         """Count what the first structure of a group costs in the dense network.
 
         Args:
@@ -165,7 +140,7 @@ class NetworkSize:
 
 
 def _count_positions(
-    model: nn.Module, names: Mapping[int, str], forward: Callable[[], Any]
+    source: LossSource, names: Mapping[int, str], seed: int
 ) -> dict[str, float]:
     """Count the positions of a sample at which each weight is used, by its name."""
     positions: dict[str, float] = {}
@@ -178,42 +153,23 @@ def _count_positions(
         number = used.numel() / channels / len(used)
         positions[name] = positions.get(name, 0.0) + number
 
-    layers = [m for m in model.modules() if isinstance(m, _ConvNd | nn.Linear)]
-    handles = [layer.register_forward_hook(hook) for layer in layers]
+    handles = [
+        module.register_forward_hook(hook)
+        for module in source.model.modules()
+        if isinstance(module, _ConvNd | nn.Linear)
+    ]
     try:
-        forward()
+        compute_one_loss(source, seed)
     finally:
         for handle in handles:
             handle.remove()
     return positions
 
 
-@dataclass(frozen=True)
-class Latency:
-    """Medians of the time of forward passes.
-
-    Attributes:
-        dense: seconds of the dense network.
-        shrunk: seconds of the smaller network.
-        batch_size: samples in a pass.
-        runs: number of timed passes of each network.
-    """
-
-    dense: float
-    shrunk: float
-    batch_size: int
-    runs: int
-
-    @property
-    def ratio(self) -> float:
-        """Time of the smaller network as a share of that of the dense one."""
-        return self.shrunk / self.dense
-
-
 @torch.no_grad()
 def measure_latency(
     dense: nn.Module, shrunk: nn.Module, inputs: Any, runs: int, batch_size: int = 1
-) -> Latency:
+) -> tuple[float, float]:
     """Time two networks in turns, so that other load slows both.
 
     Args:
@@ -224,21 +180,21 @@ def measure_latency(
         batch_size: samples in a pass.
 
     Returns:
-        The medians, without three warm-up passes.
+        Median seconds of a forward pass of the dense and of the smaller network, after
+        three passes to warm up.
     """
 
     def repeat(value: Tensor) -> Tensor:
         return value.repeat(batch_size, *(1,) * (value.dim() - 1))
 
-    inputs = map_tensors(repeat, inputs)
+    inputs = tree_map_only(Tensor, repeat, inputs)
     device = next(tensors_in(inputs)).device
     seconds: tuple[list[float], list[float]] = ([], [])
     with isolated(dense, "eval"), isolated(shrunk, "eval"):
         for _ in range(runs + 3):
             seconds[0].append(_time_forward(dense, inputs, device))
             seconds[1].append(_time_forward(shrunk, inputs, device))
-    medians = [statistics.median(measured[3:]) for measured in seconds]
-    return Latency(medians[0], medians[1], batch_size, runs)
+    return statistics.median(seconds[0][3:]), statistics.median(seconds[1][3:])
 
 
 def _time_forward(model: nn.Module, inputs: Any, device: torch.device) -> float:

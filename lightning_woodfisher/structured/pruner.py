@@ -243,9 +243,7 @@ class StructurePruner:
                 calibration_batches(source, self.config, self.config.seed)
 
     def _size(self, source: LossSource, seed: int) -> NetworkSize:
-        return NetworkSize.of_source(
-            source, self.groups, self.comm, seed, self.implantable
-        )
+        return NetworkSize(source, self.groups, self.comm, seed, self.implantable)
 
     def _choose(
         self,

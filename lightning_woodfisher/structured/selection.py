@@ -122,7 +122,7 @@ def select_for_size(
     if config.per_cost:
         scores = [
             score.double()
-            / size.of_one(group, "parameters" if is_parameters else "macs")
+            / size.structure_cost(group, "parameters" if is_parameters else "macs")
             for group, score in zip(groups, scores, strict=True)
         ]
     choices = _Choices(groups, scores, config, earlier or {})

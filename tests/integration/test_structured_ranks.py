@@ -69,7 +69,7 @@ def run() -> list[Tensor]:
     for config in CONFIGS:
         source = FunctionLoss(make(), Augmented(), cross_entropy)
         scores = score_structures(source, groups, config, comm)
-        size = NetworkSize.of_source(source, groups, comm)
+        size = NetworkSize(source, groups, comm)
         additive = additive_scores(scores, groups, config)
         removed = select_for_size(groups, additive, size, 0.3, config)
         found += [*scores.values, *additive, *removed.values()]

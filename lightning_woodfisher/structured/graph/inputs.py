@@ -5,17 +5,17 @@ from __future__ import annotations
 __all__ = [
     "capture_inputs",
     "compute_one_loss",
-    "map_tensors",
     "run_model",
     "tensors_in",
 ]
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map_only
 
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.data.isolation import derive_seed, seeded
@@ -67,7 +67,7 @@ def capture_inputs(
                     f"{name or type(model).__name__} is called with positional and "
                     "keyword arguments together, which cannot be traced; use one kind."
                 )
-            return name, map_tensors(Tensor.detach, kwargs or args)
+            return name, tree_map_only(Tensor, Tensor.detach, kwargs or args)
     known = ", ".join(sorted({name for name, _, _ in calls if name})[:8])
     raise ConfigurationError(
         f"network={network!r} is not called when the loss is computed; use one of {known}."
@@ -107,26 +107,6 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
     return model(inputs)
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to the tensors in nested tuples, lists and dicts.
-
-    Args:
-        function: returns the new tensor.
-        value: a tensor or a container.
-
-    Returns:
-        The same structure with new tensors. Other leaves are unchanged.
-    """
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(function, item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [map_tensors(function, item) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -47,7 +47,7 @@ class _Index(NamedTuple):
 
 def trace_coupling(
     model: nn.Module, example_inputs: Any
-) -> tuple[Coupling, dict[str, nn.Module], dict[str, str]]:
+) -> tuple[Coupling, dict[str, str]]:
     """Trace a model in evaluation mode and find which channels are coupled.
 
     Args:
@@ -55,8 +55,8 @@ def trace_coupling(
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
 
     Returns:
-        The coupling; the Conv and Linear layers that the trace reaches, by name;
-        operations with f(0) ≠ 0 that a layer's channels pass, by its name.
+        The coupling of the layers that the trace reaches, and the operations with
+        f(0) ≠ 0 that the outputs of a Conv or Linear layer pass, by its name.
     """
     graph = _build_graph(model, example_inputs)
     names: dict[nn.Module, str] = {m: name for name, m in model.named_modules()}
@@ -67,18 +67,13 @@ def trace_coupling(
         and isinstance(module, (_ConvNd, nn.Linear, _NormBase, nn.PReLU))
         and not (isinstance(module, nn.PReLU) and module.num_parameters == 1)
     }
-    producers: dict[str, nn.Module] = {
-        name: layer
-        for name, layer in layers.items()
-        if isinstance(layer, (_ConvNd, nn.Linear))
-    }
     coupling = Coupling(layers)
     suspects = {
         name: _unite_dependents(graph, coupling, name, layer, names)
-        for name, layer in producers.items()
-        if name not in coupling.reasons
+        for name, layer in layers.items()
+        if isinstance(layer, (_ConvNd, nn.Linear)) and name not in coupling.reasons
     }
-    return coupling, producers, suspects
+    return coupling, suspects
 
 
 def _build_graph(model: nn.Module, example_inputs: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["TraceResult", "trace_groups"]
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,14 +72,12 @@ def trace_groups(
             pattern is not a regular expression or matches nothing that can be pruned,
             include and exclude disagree about coupled layers, or no group is left.
     """
-    coupling, producers, suspects = trace_coupling(model, example_inputs)
+    coupling, suspects = trace_coupling(model, example_inputs)
     groups = find_groups(coupling)
     pruned = {layer for group in groups for layer in group.layers}
     left_out = {
         name: _reason(name, coupling)
-        if name in producers
-        else "example_inputs do not reach it in evaluation mode"
-        for name, _ in _layers_of(model)
+        for name in _conv_and_linear(model)
         if name not in pruned
     }
     if check:
@@ -101,17 +99,22 @@ def trace_groups(
     return TraceResult(chosen, left_out)
 
 
-def _layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, (_ConvNd, nn.Linear)):
-            yield name, module
+def _conv_and_linear(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (_ConvNd, nn.Linear))
+    }
 
 
 def _reason(layer: str, coupling: Coupling) -> str:
     """Return why no channel of a layer is in a group."""
-    reasons = map(coupling.reason, coupling.channels.get((layer, "out"), ()))
-    alone = "it has a single structure"
-    return coupling.reasons.get(layer) or next(filter(None, reasons), alone)
+    if layer in coupling.reasons:
+        return coupling.reasons[layer]
+    if (layer, "out") not in coupling.channels:
+        return "example_inputs do not reach it in evaluation mode"
+    reasons = map(coupling.reason, coupling.channels[layer, "out"])
+    return next(filter(None, reasons), "it has a single structure")
 
 
 def _join(reasons: Mapping[str, str]) -> str:
@@ -153,7 +156,7 @@ def _choose(
 
 
 def _matching_layers(pattern: str, model: nn.Module) -> set[str]:
-    layers = dict(_layers_of(model))
+    layers = _conv_and_linear(model)
     found = {
         name
         for name, module in layers.items()

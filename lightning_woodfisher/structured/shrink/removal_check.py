@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.structured.graph.groups import Group, channel_masks
 from lightning_woodfisher.structured.graph.inputs import (
-    map_tensors,
     run_model,
     tensors_in,
 )
@@ -169,7 +169,7 @@ def _randomize(
 
         try:
             _replace_tensors(model, dtype, generator)
-            inputs = map_tensors(cast, example_inputs)
+            inputs = tree_map_only(Tensor, cast, example_inputs)
             run_model(model, inputs)
         except Exception as error:
             failure = error
