@@ -41,7 +41,7 @@ def find_bottlenecks(
     """
     require_number("quantile", quantile, "(0, 1]")
     require_number("share", share, "(0, 1]")
-    require_number("factor", factor, "(1, inf]")
+    require_number("factor", factor, "(1, inf)")
     ratios = {group.name: len(group.removed) / group.size for group in report.groups}
     overall = sum(len(group.removed) for group in report.groups) / report.structures
     limit = sorted(ratios.values())[math.ceil(quantile * len(ratios)) - 1]

@@ -34,8 +34,9 @@ class NetworkSize:
 
     The smaller network is not built. A tensor shrinks along every axis that is a member of
     a group. MACs are those of Conv and Linear layers: their weights times the positions at
-    which they are used, observed in one forward pass. Norms, activations and products of
-    two activations (attention) are not counted.
+    which they are used, observed in one forward pass. Not counted are norms, activations,
+    products of two activations (attention), and layers whose weight is computed from other
+    tensors (``torch.nn.utils.parametrize``).
 
     Args:
         source: where losses of the dense network come from. Its session is entered here.
@@ -156,7 +157,7 @@ def _count_positions(
     handles = [
         module.register_forward_hook(hook)
         for module in source.model.modules()
-        if isinstance(module, _ConvNd | nn.Linear)
+        if isinstance(module, _ConvNd | nn.Linear) and "weight" in module._parameters
     ]
     try:
         compute_one_loss(source, seed)

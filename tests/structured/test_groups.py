@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from coupled_networks import NETWORKS, build, conv_norm, images, pooled, scramble
+from hand_groups import network_size
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
@@ -405,6 +406,23 @@ def test_errors_say_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 class Detached(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.detach()
+
+
+def test_layers_with_computed_weights_stay() -> None:
+    torch.manual_seed(0)
+    middle = nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 8, 3))
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), middle, nn.Conv2d(8, 6, 3), *pooled(6))
+    pixels = images(torch.float32)
+    traced = trace_groups(model, pixels)
+    assert producers(traced) == {"2": (6, {"2"})}
+    assert "computed from other tensors" in traced.left_out["0"]
+    assert "computed from other tensors" in traced.left_out["1"]
+    size = network_size(model, traced.groups, lambda: model(pixels))
+    removed = {"2": torch.tensor([0, 3])}
+    # 6 · 6 positions of 3 · 9 weights and 2 · 2 of 8 · 9, and one of the last layer's.
+    assert size.dense_macs == 36 * 6 * 27 + 4 * 6 * 72 + 6 * 4
+    assert size.macs(removed) == 36 * 6 * 27 + 4 * 4 * 72 + 4 * 4
+    assert size.parameters(removed) == size.dense_parameters - 2 * (72 + 1 + 4)
 
 
 def test_what_training_mode_alone_uses_is_reported() -> None:

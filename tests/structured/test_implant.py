@@ -200,6 +200,20 @@ def test_masks_are_the_exported_network(name: str) -> None:
         assert module.kept.weight.shape[2:].numel() == 9
 
 
+def test_implants_of_a_wrong_group_are_found() -> None:
+    model, pixels = coupled_networks.build("vgg_bn"), coupled_networks.images()
+    groups = trace_groups(model, pixels).groups
+    assert [*implantable_layers(model, groups)] == ["0", "4"]
+    assert [*check_implants(model, groups, pixels)] == ["0", "4"]
+    members = tuple(m for m in groups[0].members if m.role != "norm")
+    wrong = (dataclasses.replace(groups[0], members=members), *groups[1:])
+    state = copy.deepcopy(model.state_dict())
+    assert [*check_implants(model, wrong, pixels)] == ["4"]
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+    assert not any(isinstance(m, ImplantedConv) for m in model.modules())
+
+
 def test_files_give_the_same_bits(tmp_path: Path) -> None:
     model = residual()
     groups, report = step(model, 0.5, ratio=0.6, init="center")

@@ -14,7 +14,6 @@ with the structure cut out. The input slices of the reading layers keep their va
 from __future__ import annotations
 
 __all__ = [
-    "MASKED_ROLES",
     "Group",
     "Member",
     "Role",
@@ -43,7 +42,7 @@ from lightning_woodfisher.base.errors import ConfigurationError, nearest
 Role = Literal["producer", "bias", "norm", "statistics", "consumer"]
 
 #: The roles that a mask sets to zero.
-MASKED_ROLES: tuple[Role, ...] = ("producer", "bias", "norm")
+_MASKED_ROLES: tuple[Role, ...] = ("producer", "bias", "norm")
 
 #: Structure indices by group name.
 StructureIndices = Mapping[str, Sequence[int] | Tensor]
@@ -180,7 +179,7 @@ def masked_parameters(
     masked = {
         id(member.find_in(model))
         for group in groups
-        for member in group.of_role(*MASKED_ROLES)
+        for member in group.of_role(*_MASKED_ROLES)
     }
     return {n: p for n, p in model.named_parameters() if id(p) in masked}
 
@@ -206,7 +205,7 @@ def channel_masks(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     masks: dict[str, Tensor] = {}
     for group, indices in resolve_structures(groups, structures):
-        for member in group.of_role(*MASKED_ROLES):
+        for member in group.of_role(*_MASKED_ROLES):
             parameter = member.find_in(model)
             name = names.get(id(parameter))
             if name is None:
@@ -235,7 +234,7 @@ def zero_structures(model: nn.Module, groups: Iterable[Group]) -> dict[str, Tens
     found: dict[str, Tensor] = {}
     for group in groups:
         is_masked = torch.ones(group.size, dtype=torch.bool)
-        for member in group.of_role(*MASKED_ROLES):
+        for member in group.of_role(*_MASKED_ROLES):
             slices = (member.find_in(model) != 0).movedim(member.axis, 0)
             is_nonzero = slices.reshape(len(slices), -1).any(1).cpu()
             owner = member.structure_of
