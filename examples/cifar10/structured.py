@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from examples.cifar10.fitting import (
@@ -34,11 +35,13 @@ from lightning_woodfisher import (
     StructuredPruningCallback,
     prune_structures,
 )
+from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.pruning.report import format_table
+from lightning_woodfisher.structured.graph.groups import Group, channel_masks
 from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.network_cost import measure_latency
-from lightning_woodfisher.structured.scores.correlation import removal_losses, spearman
+from lightning_woodfisher.structured.scores.hessian_products import spearman
 from lightning_woodfisher.structured.scores.methods import score_structures
 
 # structure="bn" left most right on held-out images, once BatchNorm had new statistics; HAP
@@ -152,6 +155,43 @@ def compare_untrained(options: argparse.Namespace, data: CIFAR10) -> None:
                 rows.append((name, f"{removed:g}", str(batches), each))
                 print(*rows[-1], flush=True)
     print(format_table(("method", "FLOPs removed", "batches", "accuracy"), rows))
+
+
+def removal_losses(
+    model: nn.Module,
+    groups: Sequence[Group],
+    structures: Sequence[tuple[int, int]],
+    loss: Callable[[nn.Module], float | Tensor],
+) -> Tensor:
+    """Measure how much the loss rises when one structure at a time is masked.
+
+    Masking is the same as removal if the activation of zero is zero. The model is left
+    unchanged.
+
+    Args:
+        model: the network; evaluated with running statistics.
+        groups: its groups.
+        structures: (index of the group, index in the group) of each structure.
+        loss: computes the loss of a model, on the same samples in every call.
+
+    Returns:
+        float64 ``[n]``: the loss without the structure minus the loss of the whole
+        network.
+    """
+    rises = []
+    with isolated(model, "eval"), torch.no_grad():
+        whole = float(loss(model))
+        for place, number in structures:
+            group = groups[place]
+            masks = channel_masks(model, [group], {group.name: [number]})
+            weights = {name: model.get_parameter(name) for name in masks}
+            before = {name: weight.clone() for name, weight in weights.items()}
+            for name, weight in weights.items():
+                weight.masked_fill_(masks[name], 0.0)
+            rises.append(float(loss(model)) - whole)
+            for name, weight in weights.items():
+                weight.copy_(before[name])
+    return torch.tensor(rises, dtype=torch.float64)
 
 
 def correlate(options: argparse.Namespace, data: CIFAR10) -> None:

@@ -124,10 +124,9 @@ class StructuredPruningCallback(PruningCallback):
         self.export_path = export_path
         self.latency_runs = latency_runs
         # Found when fit starts: the network within the LightningModule, an example of its
-        # inputs, and its groups, under the names of the network and of the module.
+        # inputs, and its groups.
         self._prefix = ""
         self._inputs: Any = None
-        self._network_groups: tuple[Group, ...] = ()
         self._groups: tuple[Group, ...] = ()
         self._implants = ImplantConfig()
         self._implantable: dict[str, tuple[str, ...]] = {}
@@ -142,25 +141,27 @@ class StructuredPruningCallback(PruningCallback):
     def state_key(self) -> str:
         """Key of the state in a checkpoint; two callbacks differ by what they select."""
         return self._generate_state_key(
-            include=self.config.include,
-            exclude=self.config.exclude,
+            include=list(self.config.include),
+            exclude=list(self.config.exclude),
             network=self.network,
         )
 
     @property
     def removed(self) -> dict[str, tuple[int, ...]]:
         """The removed channels, by group of the network."""
-        return self._of_network("removed")
+        return self._names_of_network(self._last_report("removed"))
 
     @property
     def implanted(self) -> dict[str, tuple[int, ...]]:
         """The channels with 1×1 filters, by group of the network."""
-        return self._of_network("implanted")
+        return self._names_of_network(self._last_report("implanted"))
 
-    def _of_network(self, kind: str) -> dict[str, tuple[int, ...]]:
-        found = getattr(self.reports[-1], kind) if self.reports else {}
+    def _last_report(self, field: str) -> dict[str, Any]:
+        return getattr(self.reports[-1], field) if self.reports else {}
+
+    def _names_of_network(self, groups: dict[str, Any]) -> dict[str, Any]:
         prefix = self._module_name("")
-        return {n.removeprefix(prefix): structures for n, structures in found.items()}
+        return {name.removeprefix(prefix): found for name, found in groups.items()}
 
     def _module_name(self, name: str) -> str:
         """Return the name within the module of a group or layer of the network."""
@@ -180,13 +181,13 @@ class StructuredPruningCallback(PruningCallback):
         Raises:
             ConfigurationError: before fit has traced the network.
         """
-        if not self._network_groups:
+        if not self._groups:
             raise ConfigurationError(
                 "the groups of channels are not known before fit has started; call fit "
                 "first."
             )
         network = module.get_submodule(self._prefix)
-        return plan_removal(network, self._network_groups, self.removed, self.implanted)
+        return plan_removal(network, self._groups, self.removed, self.implanted)
 
     def shrunk_model(self, module: nn.Module) -> nn.Module:
         """Build the smaller network, which computes the same as the masked one.
@@ -231,21 +232,20 @@ class StructuredPruningCallback(PruningCallback):
                 "channels cannot be removed from parameters that are sharded over the "
                 "ranks; use a single device or 'ddp'."
             )
-        self._network_groups = trace_groups(
+        self._groups = trace_groups(
             network,
             self._inputs,
             include=config.include,
             exclude=config.exclude,
             seed=config.seed,
         ).groups
-        self._groups = add_prefix(self._network_groups, self._prefix)
         if self._implants.ratio:
-            found = check_implants(network, self._network_groups, self._inputs)
+            found = check_implants(network, self._groups, self._inputs)
             self._implantable = {
                 self._module_name(group): tuple(map(self._module_name, layers))
                 for group, layers in found.items()
             }
-        return masked_parameters(module, self._groups)
+        return masked_parameters(module, add_prefix(self._groups, self._prefix))
 
     def _make_plan(self, trainer: pl.Trainer) -> tuple[PlannedStep, ...]:
         if getattr(trainer, "fast_dev_run", False):
@@ -281,32 +281,18 @@ class StructuredPruningCallback(PruningCallback):
     def _step(
         self, trainer: pl.Trainer, module: pl.LightningModule, target: PlannedStep
     ) -> StructureReport:
-        removed, implanted = self._removed_and_implanted()
-        report = self._pruner(module).step(
-            self._source(trainer, module),
-            target.sparsity,
-            target.position,
-            removed,
-            implanted,
-        )
+        source = self._source(trainer, module)
+        report = self._pruner(module).step(source, target.sparsity, target.position)
         if self._implants.init != "center":
-            self._reset_optimizers(trainer, module, report.implanted, implanted)
+            self._reset_optimizers(trainer, module, report)
         return report
 
-    def _removed_and_implanted(self) -> tuple[Any, Any]:
-        if not self.reports:
-            return {}, {}
-        return self.reports[-1].removed, self.reports[-1].implanted
-
     def _reset_optimizers(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        implanted: dict[str, Any],
-        earlier: dict[str, Any],
+        self, trainer: pl.Trainer, module: pl.LightningModule, report: StructureReport
     ) -> None:
         """Set the optimizer state of new 1×1 filters to zero."""
-        for group, structures in implanted.items():
+        earlier = self._last_report("implanted")
+        for group, structures in report.implanted.items():
             new = sorted({*structures} - {*earlier.get(group, ())})
             for layer in self._implantable[group]:
                 weight = module.get_parameter(f"{layer}.weight")
@@ -350,9 +336,7 @@ class StructuredPruningCallback(PruningCallback):
 
     def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         target = max(step.sparsity for step in self._ahead())
-        self._pruner(module).rehearse(
-            self._source(trainer, module), target, *self._removed_and_implanted()
-        )
+        self._pruner(module).rehearse(self._source(trainer, module), target)
         if self.latency_runs:
             # A network that cannot be copied or called is reported early.
             with Communicator(module.device).failing_together():
@@ -376,12 +360,14 @@ class StructuredPruningCallback(PruningCallback):
 
     def _pruner(self, module: pl.LightningModule) -> StructurePruner:
         return StructurePruner(
-            self._groups,
+            add_prefix(self._groups, self._prefix),
             self._get_masks(),
             self.config,
             Communicator(module.device),
             self._implants,
             self._implantable,
+            self._last_report("removed"),
+            self._last_report("implanted"),
         )
 
 

@@ -17,6 +17,7 @@ __all__ = [
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -97,45 +98,32 @@ def require_rereadable(data: Any) -> None:
         )
 
 
+@dataclass
 class StructurePruner:
     """Removes whole channels with masks, step by step.
 
-    Args:
+    Attributes:
         groups: groups of structures of the model.
         masks: masks of the parameters that belong to structures; changed by every step.
         config: how structures are scored and chosen.
         comm: the ranks.
         implants: how many of the chosen structures become 1×1 filters.
         implantable: names of the layers that can have 1×1 filters, by group.
-
-    Raises:
-        ConfigurationError: if implants are combined with ``round_to``.
+        removed: structures that are removed, before the first step and after each one.
+        implanted: structures with 1×1 filters, likewise.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        masks: Masks,
-        config: StructureConfig,
-        comm: Communicator,
-        implants: ImplantConfig,
-        implantable: Mapping[str, Sequence[str]],
-    ) -> None:
-        implants.require_multiples(config.round_to)
-        self.groups = tuple(groups)
-        self.masks = masks
-        self.config = config
-        self.comm = comm
-        self.implants = implants
-        self.implantable = implantable
+    groups: Sequence[Group]
+    masks: Masks
+    config: StructureConfig
+    comm: Communicator
+    implants: ImplantConfig = field(default_factory=ImplantConfig)
+    implantable: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    removed: GroupIndices = field(default_factory=dict)
+    implanted: GroupIndices = field(default_factory=dict)
 
     def step(
-        self,
-        source: LossSource,
-        target: float,
-        position: int = 0,
-        removed: GroupIndices | None = None,
-        implanted: GroupIndices | None = None,
+        self, source: LossSource, target: float, position: int = 0
     ) -> StructureReport:
         """Remove structures until a share of the measure is gone.
 
@@ -146,13 +134,10 @@ class StructurePruner:
             source: where losses come from.
             target: share of the measure that is removed after the step, in [0, 1).
             position: position of the step in training; part of the seed.
-            removed: structures that earlier steps have removed.
-            implanted: structures that earlier steps have implanted.
 
         Returns:
             The report; equal on all ranks except for the seconds.
         """
-        removed, implanted = removed or {}, implanted or {}
         seed = derive_seed(self.config.seed, position)
         # Seeds of torch's generators have up to 63 bits.
         config = dataclasses.replace(self.config, seed=seed % 2**62)
@@ -169,13 +154,13 @@ class StructurePruner:
             with clock("score"):
                 scores = score_structures(source, self.groups, config, self.comm)
             with clock("select"):
-                chosen, new = self._choose(scores, size, target, removed, implanted)
+                removed, implanted = self._choose(scores, size, target)
             with clock("measure"):
                 loss_before = self._measure_loss(source, seed)
             if self.implants.ratio:
                 with clock("implant"):
-                    self._implant(source, config, chosen, new, implanted)
-            self.masks.grow(channel_masks(source.model, self.groups, chosen))
+                    self._implant(source, config, removed, implanted)
+            self.masks.grow(channel_masks(source.model, self.groups, removed))
             self.masks.apply()
             self.masks.verify()
             batchnorm_layers = 0
@@ -186,7 +171,7 @@ class StructurePruner:
                 loss_after = self._measure_loss(source, seed)
             with clock("check"):
                 require_same(self.masks, self.comm, "after the step")
-        return StructureReport(
+        report = StructureReport(
             method=config.method,
             structure=config.structure,
             measure=config.measure,
@@ -196,16 +181,16 @@ class StructurePruner:
                     name=group.name,
                     layers=group.layers,
                     size=group.size,
-                    removed_before=len(removed.get(group.name, ())),
-                    removed=tuple(chosen[group.name].tolist()),
-                    implanted=tuple(new[group.name].tolist()),
+                    removed_before=len(self.removed.get(group.name, ())),
+                    removed=tuple(removed[group.name].tolist()),
+                    implanted=tuple(implanted[group.name].tolist()),
                 )
                 for group in self.groups
             ),
             parameters_dense=size.dense_parameters,
-            parameters=size.parameters(chosen, new),
+            parameters=size.parameters(removed, implanted),
             macs_dense=size.dense_macs,
-            macs=size.macs(chosen, new),
+            macs=size.macs(removed, implanted),
             loss_before=loss_before,
             loss_after=loss_after,
             notes=scores.notes,
@@ -213,14 +198,10 @@ class StructurePruner:
             world_size=self.comm.world_size,
             batchnorm_layers=batchnorm_layers,
         )
+        self.removed, self.implanted = report.removed, report.implanted
+        return report
 
-    def rehearse(
-        self,
-        source: LossSource,
-        target: float,
-        removed: GroupIndices,
-        implanted: GroupIndices,
-    ) -> None:
+    def rehearse(self, source: LossSource, target: float) -> None:
         """Check early that targets, model and data provide what a step needs.
 
         A few samples are scored and the scores discarded. Nothing changes.
@@ -228,8 +209,6 @@ class StructurePruner:
         Args:
             source: where losses come from.
             target: the highest target that is planned.
-            removed: structures that earlier steps have removed.
-            implanted: structures that earlier steps have implanted.
         """
         few = min(self.config.num_samples, 2 * self.comm.world_size)
         config = dataclasses.replace(
@@ -238,7 +217,7 @@ class StructurePruner:
         with self.comm.failing_together():
             size = self._size(source, 0)
             scores = score_structures(source, self.groups, config, self.comm)
-            self._choose(scores, size, target, removed, implanted)
+            self._choose(scores, size, target)
             with source.session("eval"):
                 calibration_batches(source, self.config, self.config.seed)
 
@@ -246,18 +225,13 @@ class StructurePruner:
         return NetworkSize(source, self.groups, self.comm, seed, self.implantable)
 
     def _choose(
-        self,
-        scores: StructureScores,
-        size: NetworkSize,
-        target: float,
-        removed: GroupIndices,
-        implanted: GroupIndices,
+        self, scores: StructureScores, size: NetworkSize, target: float
     ) -> tuple[Removed, Removed]:
         """Choose what is removed and implanted after the step, earlier ones included."""
-        config, groups = self.config, self.groups
+        config, groups, removed = self.config, self.groups, self.removed
         names = [group.name for group in groups]
         # An implant may be removed later, but is never whole again.
-        earlier = {n: [*removed.get(n, ()), *implanted.get(n, ())] for n in names}
+        earlier = {n: [*removed.get(n, ()), *self.implanted.get(n, ())] for n in names}
         by_name = dict(zip(names, scores.values, strict=True))
 
         def divide(chosen: Removed) -> tuple[Removed, Removed]:
@@ -279,11 +253,10 @@ class StructurePruner:
         config: StructureConfig,
         removed: Removed,
         implanted: Removed,
-        earlier: GroupIndices,
     ) -> None:
         """Set the filters of new implants, and mask the filters of all implants."""
         new = {
-            name: [s for s in structures.tolist() if s not in earlier.get(name, ())]
+            name: sorted({*structures.tolist()} - {*self.implanted.get(name, ())})
             for name, structures in implanted.items()
         }
         evaluation = Evaluation(source, self.groups, config, self.comm)
@@ -358,7 +331,6 @@ def prune_structures(
         ).groups
     masks = Masks(masked_parameters(model, groups))
     comm = Communicator(next(iter(masks.parameters.values())).device)
-    pruner = StructurePruner(groups, masks, config, comm, ImplantConfig(), {})
     removed = {n: s.tolist() for n, s in zero_structures(model, groups).items()}
-    source = FunctionLoss(model, data, loss_fn)
-    return pruner.step(source, target, removed=removed), tuple(groups)
+    pruner = StructurePruner(groups, masks, config, comm, removed=removed)
+    return pruner.step(FunctionLoss(model, data, loss_fn), target), tuple(groups)

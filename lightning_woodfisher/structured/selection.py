@@ -183,9 +183,13 @@ class _Choices:
             self._allowed.append([len(gone), *more])
         self.is_nested = config.round_to == 1
         if self.is_nested:
-            self._sequence = self._sort()
+            # The group of each structure that may be removed, lowest score first.
+            most = [allowed[-1] for allowed in self._allowed]
+            places = torch.arange(len(most)).repeat_interleave(torch.tensor(most))
+            lowest = [v[:number] for v, number in zip(self._values, most, strict=True)]
+            self._sequence = places[torch.cat(lowest).sort(stable=True).indices]
             fewest = sum(allowed[0] for allowed in self._allowed)
-            self.counts = list(range(fewest, len(self._sequence) + 1))
+            self.counts = list(range(fewest, len(places) + 1))
         else:
             self._taken, self.counts = self._solve_knapsack()
 
@@ -203,13 +207,6 @@ class _Choices:
             name: order[:number].sort().values
             for name, order, number in zip(self._names, self._order, taken, strict=True)
         }
-
-    def _sort(self) -> Tensor:
-        """Return the group of each structure that may be removed, lowest score first."""
-        most = [allowed[-1] for allowed in self._allowed]
-        places = torch.arange(len(most)).repeat_interleave(torch.tensor(most))
-        values = [v[:number] for v, number in zip(self._values, most, strict=True)]
-        return places[torch.cat(values).sort(stable=True).indices]
 
     def _solve_knapsack(self) -> tuple[list[Tensor], list[int]]:
         """Return how many each group loses for every total, and the possible totals."""

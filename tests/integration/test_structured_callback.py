@@ -324,7 +324,8 @@ def test_channels_then_weights_in_one_run(channels_first: bool) -> None:
     weights = sum(p.numel() for p in masks.parameters.values())
     zeros = sum(int((p == 0).sum()) for p in masks.parameters.values())
     assert zeros == round(0.8 * weights) == sum(masks.zeros().values())
-    gone = channel_masks(module, first._groups, first.reports[-1].removed)
+    gone = channel_masks(module.net, first._groups, first.removed)
+    gone = {f"net.{name}": mask for name, mask in gone.items()}
     for name in masks.parameters:
         if name in gone:
             assert not bool((masks.kept(name) & gone[name]).any())

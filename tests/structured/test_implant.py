@@ -305,7 +305,7 @@ def test_implants_may_go_later_but_are_never_whole_again() -> None:
     source = FunctionLoss(model, images(), cross_entropy)
     work = pruner(model, groups, "structures", ratio=0.5, init="center")
     first = work.step(source, 0.3)
-    second = work.step(source, 0.6, 1, first.removed, first.implanted)
+    second = work.step(source, 0.6, 1)
     before = {(n, s) for n, those in first.implanted.items() for s in those}
     after = {(n, s) for n, those in second.implanted.items() for s in those}
     gone = {(n, s) for n, those in second.removed.items() for s in those}

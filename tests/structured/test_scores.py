@@ -29,9 +29,8 @@ from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group, Member
-from lightning_woodfisher.structured.scores.correlation import removal_losses, spearman
 from lightning_woodfisher.structured.scores.evaluation import Evaluation
-from lightning_woodfisher.structured.scores.hessian_products import score_hap
+from lightning_woodfisher.structured.scores.hessian_products import score_hap, spearman
 from lightning_woodfisher.structured.scores.methods import (
     StructureScores,
     score_structures,
@@ -521,6 +520,8 @@ def test_bad_settings_are_named() -> None:
 
 
 def test_removal_losses_are_those_of_smaller_networks() -> None:
+    from examples.cifar10.structured import removal_losses
+
     model = make_residual()
     pixels, labels = images().tensors
 

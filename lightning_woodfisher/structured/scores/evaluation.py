@@ -10,7 +10,6 @@ __all__ = ["Evaluation", "calibration_batches"]
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +120,8 @@ class Evaluation:
 
         def loss() -> Tensor:
             # A loss may change its batch in place.
-            value = differentiable_loss(self.source, batches, index, _clone(batch))
+            copy = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, batch)
+            value = differentiable_loss(self.source, batches, index, copy)
             _require_evaluation_mode(self.source.model)
             return value
 
@@ -181,12 +181,6 @@ def calibration_batches(
             f"num_samples={config.num_samples} ({count} batches of {size}) is more than "
             f"the data provides; lower num_samples. {error}"
         ) from error
-
-
-def _clone(batch: Any) -> Any:
-    return tree_map(
-        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch
-    )
 
 
 def _require_evaluation_mode(model: torch.nn.Module) -> None:

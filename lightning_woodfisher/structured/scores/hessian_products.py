@@ -7,7 +7,7 @@ Shapes: S structures, L layers, P probes.
 
 from __future__ import annotations
 
-__all__ = ["score_hap", "score_sosp_h"]
+__all__ = ["score_hap", "score_sosp_h", "spearman"]
 
 import dataclasses
 import math
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.isolation import derive_seed
-from lightning_woodfisher.structured.scores.correlation import spearman
 from lightning_woodfisher.structured.scores.evaluation import Evaluation
 from lightning_woodfisher.structured.scores.vectors import (
     StructureVectors,
@@ -40,7 +39,7 @@ def score_sosp_h(evaluation: Evaluation) -> Tensor:
         float64 ``[S]``.
     """
     vectors = evaluation.vectors
-    weights = zip(vectors.parameters, vectors.masks(), strict=True)
+    weights = zip(vectors.parameters, vectors.masks(vectors.slices), strict=True)
     direction = [parameter.detach() * mask for parameter, mask in weights]
 
     def compute(loss: Callable[[], Tensor], scale: float) -> Tensor:
@@ -76,13 +75,13 @@ def score_hap(
     vectors = evaluation.vectors
     # HAP neither probes nor counts the bias of a filter.
     slices = [s for s in vectors.slices if s.role in {"producer", "norm"}]
+    masks = vectors.masks(slices)
     layers = list(dict.fromkeys(s.module for s in slices))
     # One block of the Hessian for each structure in each layer: [L, S] in one row.
     count = len(layers) * vectors.size
     for place, one in enumerate(slices):
-        first = layers.index(one.module) * vectors.size
-        owners = one.structure_of
-        shifted = torch.where(owners >= 0, owners + first, owners)
+        shifted = one.structure_of + layers.index(one.module) * vectors.size
+        shifted = torch.where(one.structure_of >= 0, shifted, -1)
         slices[place] = dataclasses.replace(one, structure_of=shifted)
     ones = [torch.ones_like(p) for p in vectors.parameters]
     sizes = sum_products(slices, ones, ones, count).clamp(min=1)
@@ -91,7 +90,6 @@ def score_hap(
     def scores(traces: Tensor) -> Tensor:
         return (traces / sizes * norms).view(-1, vectors.size).sum(dim=0)
 
-    masks = vectors.masks("producer", "norm")
     halves = torch.zeros(2, count, dtype=torch.float64)
     done, agreement, probes = 0, math.nan, probes - probes % 2
     while done < probes:
@@ -118,6 +116,32 @@ def score_hap(
             break
     notes = {"probes": float(done), "probe_agreement": agreement}
     return scores(halves.sum(dim=0) / done), notes
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Compute Spearman's rank correlation; equal numbers share their mean rank.
+
+    Args:
+        first: ``[n]``.
+        second: ``[n]``.
+
+    Returns:
+        A number in [-1, 1]; NaN if one list is constant.
+    """
+    ranks = torch.stack([_ranks(first), _ranks(second)])
+    ranks = ranks - ranks.mean(dim=1, keepdim=True)
+    norms = ranks.norm(dim=1)
+    return float(ranks[0] @ ranks[1] / norms.prod())
+
+
+def _ranks(values: Tensor) -> Tensor:
+    ordered, order = values.double().sort()
+    # Equal numbers are neighbors: their run begins and ends at the same places.
+    starts = torch.searchsorted(ordered, ordered)
+    ends = torch.searchsorted(ordered, ordered, right=True)
+    ranks = torch.empty_like(ordered)
+    ranks[order] = (starts + ends).double() / 2
+    return ranks
 
 
 def _signs(

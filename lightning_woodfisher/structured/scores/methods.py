@@ -36,7 +36,7 @@ from lightning_woodfisher.structured.scores.hessian_products import (
     score_sosp_h,
 )
 from lightning_woodfisher.structured.scores.sosp_i import PairScores, score_pairs
-from lightning_woodfisher.structured.scores.vectors import StructureVectors
+from lightning_woodfisher.structured.scores.vectors import ROLES
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ def score_structures(
     """
     comm = comm or Communicator()
     evaluation = Evaluation(source, groups, config, comm)
-    vectors = evaluation.vectors
+    vectors, sizes = evaluation.vectors, [group.size for group in groups]
     pairs: PairScores | None = None
     notes: dict[str, float] = {}
     if config.method == "random":
@@ -86,7 +86,12 @@ def score_structures(
         generator = torch.Generator().manual_seed(seed)
         values = torch.rand(vectors.size, generator=generator, dtype=torch.float64)
     elif config.method == "magnitude":
-        values = _magnitudes(vectors)
+        roles = ROLES[config.structure]
+        layers = [len({m.module for m in g.of_role(*roles)}) for g in groups]
+        squares = vectors.inner_products(vectors.parameters)
+        values = (
+            squares / torch.tensor(layers).repeat_interleave(torch.tensor(sizes))
+        ).sqrt()
     else:
         with evaluation.session():
             if config.method == "sosp_i":
@@ -105,14 +110,4 @@ def score_structures(
         values.view(torch.int64).sum().to(comm.device), "the scores of structures"
     )
     notes["share_negative"] = float((values < 0).double().mean())
-    by_group = torch.split(values, [group.size for group in groups])
-    return StructureScores(by_group, pairs, notes)
-
-
-def _magnitudes(vectors: StructureVectors) -> Tensor:
-    squares = vectors.inner_products(vectors.parameters)
-    layers = []
-    for place, group in enumerate(vectors.groups):
-        names = {one.module for one in vectors.slices if one.group == place}
-        layers.append(torch.full((group.size,), len(names), dtype=torch.float64))
-    return (squares / torch.cat(layers)).sqrt()
+    return StructureScores(torch.split(values, sizes), pairs, notes)

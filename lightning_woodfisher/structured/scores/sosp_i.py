@@ -158,7 +158,12 @@ def score_pairs(evaluation: Evaluation) -> PairScores:
     def differentiate_logits(loss: Callable[[], Tensor], scale: float) -> Tensor:
         loss()
         taken, logits = outputs.take()
-        _require_logits(logits)
+        shapes = [tuple(one.shape) for one in logits]
+        if len(shapes) != 1 or len(shapes[0]) != 2:
+            raise PruningError(
+                "labels='logits' needs a loss that calls the model once and gets logits "
+                f"[n, D], but the outputs had the shapes {shapes}; use labels='sampled'"
+            )
         share = logits[0].detach().double().softmax(dim=1)
         classes = share.shape[1]
         rows = []
@@ -298,15 +303,6 @@ class _LayerOutputs:
             values = by_bias if one.tensor == "bias" else by_weight
             belongs = one.structure_of >= 0
             result.index_add_(1, one.structure_of[belongs], values[:, belongs])
-
-
-def _require_logits(logits: Sequence[Tensor]) -> None:
-    shapes = [tuple(one.shape) for one in logits]
-    if len(shapes) != 1 or len(shapes[0]) != 2:
-        raise PruningError(
-            "labels='logits' needs a loss that calls the model once and gets logits "
-            f"[n, D], but the outputs had the shapes {shapes}; use labels='sampled'"
-        )
 
 
 def _require_linear(

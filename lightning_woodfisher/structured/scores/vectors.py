@@ -7,7 +7,7 @@ Shapes: S structures of all groups, in order of the groups; P parameters.
 
 from __future__ import annotations
 
-__all__ = ["ParameterSlices", "StructureVectors", "sum_products"]
+__all__ = ["ROLES", "ParameterSlices", "StructureVectors", "sum_products"]
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.structured.config import StructureKind
-from lightning_woodfisher.structured.graph.groups import Group, Role
+from lightning_woodfisher.structured.graph.groups import Group, Member, Role
 
-_ROLES: dict[StructureKind, tuple[Role, ...]] = {
+#: The roles of the entries that make up a structure.
+ROLES: dict[StructureKind, tuple[Role, ...]] = {
     "conv": ("producer", "bias"),
     "bn": ("norm",),
     "conv+bn": ("producer", "bias", "norm"),
@@ -27,27 +28,16 @@ _ROLES: dict[StructureKind, tuple[Role, ...]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class ParameterSlices:
+class ParameterSlices(Member):
     """The slices of one parameter that belong to the structures of one group.
 
+    As :class:`.Member`, but ``structure_of`` holds indices among all S structures.
+
     Args:
-        group: index of the group.
-        module: name of the module.
-        tensor: name of the parameter in the module.
-        role: role of the slices in the structure.
         parameter: index of the parameter in :attr:`StructureVectors.parameters`.
-        axis: axis that the slices are taken from.
-        structure_of: int64 ``[size of the axis]`` on the CPU: index among all S
-            structures, or -1.
     """
 
-    group: int
-    module: str
-    tensor: str
-    role: Role
     parameter: int
-    axis: int
-    structure_of: Tensor
 
 
 class StructureVectors:
@@ -59,7 +49,6 @@ class StructureVectors:
         kind: which entries make up a structure.
 
     Attributes:
-        groups: the groups, as given.
         slices: where the entries are.
         parameters: the parameters with such entries, each once.
         size: S.
@@ -77,13 +66,12 @@ class StructureVectors:
                 "structures cannot be scored without groups, or with two groups of the "
                 "same name; pass the groups that trace_groups returns."
             )
-        self.groups = tuple(groups)
         self.slices: list[ParameterSlices] = []
         self.size = 0
         unique: dict[int, nn.Parameter] = {}
         named = dict(model.named_parameters(remove_duplicate=False))
-        for place, group in enumerate(groups):
-            members = group.of_role(*_ROLES[kind])
+        for group in groups:
+            members = group.of_role(*ROLES[kind])
             if not any(member.role in {"producer", "norm"} for member in members):
                 raise ConfigurationError(
                     f"structure={kind!r}: group {group.name!r} has no such layer; use "
@@ -100,35 +88,27 @@ class StructureVectors:
                         "them again."
                     )
                 unique[id(parameter)] = parameter
-                self.slices.append(
-                    ParameterSlices(
-                        place,
-                        member.module,
-                        member.tensor,
-                        member.role,
-                        list(unique).index(id(parameter)),
-                        member.axis,
-                        torch.where(owners >= 0, owners + self.size, owners),
-                    )
-                )
+                shifted = torch.where(owners >= 0, owners + self.size, owners)
+                settings = {**vars(member), "structure_of": shifted}
+                index = list(unique).index(id(parameter))
+                self.slices.append(ParameterSlices(**settings, parameter=index))
             self.size += group.size
         self.parameters = list(unique.values())
 
-    def masks(self, *roles: Role) -> list[Tensor]:
-        """Mark the entries that belong to structures.
+    def masks(self, slices: Iterable[ParameterSlices]) -> list[Tensor]:
+        """Mark the entries of some slices.
 
         Args:
-            roles: roles of the slices to mark; all roles if none is given.
+            slices: some of ``slices``.
 
         Returns:
             One bool tensor for each of ``parameters``, of its shape.
         """
         masks = [torch.zeros_like(p, dtype=torch.bool) for p in self.parameters]
-        for one in self.slices:
-            if not roles or one.role in roles:
-                mask = masks[one.parameter]
-                where = (one.structure_of >= 0).nonzero().flatten()
-                mask.index_fill_(one.axis, where.to(mask.device), True)
+        for one in slices:
+            mask = masks[one.parameter]
+            where = (one.structure_of >= 0).nonzero().flatten()
+            mask.index_fill_(one.axis, where.to(mask.device), True)
         return masks
 
     def inner_products(self, tensors: Sequence[Tensor | None]) -> Tensor:
