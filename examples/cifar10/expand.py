@@ -16,7 +16,7 @@ from examples.cifar10.fitting import fit_and_test, load_data
 from examples.cifar10.model import CIFAR10, CIFAR10Classifier
 from lightning_woodfisher import SOSPPruningCallback, StructureConfig, StructureReport
 from lightning_woodfisher.pruning.report import format_table
-from lightning_woodfisher.structured.expand import find_bottlenecks, shrink_target
+from lightning_woodfisher.structured.expand import find_bottlenecks, target_for_size
 
 
 def train_and_prune(
@@ -44,7 +44,7 @@ def train_and_prune(
     )
     dense = fit_and_test(module, data, options.epochs)
     if target is None:
-        target = shrink_target(size or 0, sum(p.numel() for p in module.parameters()))
+        target = target_for_size(size or 0, sum(p.numel() for p in module.parameters()))
     callback = SOSPPruningCallback(
         target,
         options.variant,

@@ -37,12 +37,11 @@ from lightning_woodfisher import (
 from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.pruning.report import format_table
-from lightning_woodfisher.structured.graph.channels import channel_masks
-from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.graph.groups import Group, channel_masks
 from lightning_woodfisher.structured.graph.tracing import trace_groups
+from lightning_woodfisher.structured.network_cost import measure_latency
 from lightning_woodfisher.structured.scores.hessian_products import spearman
 from lightning_woodfisher.structured.scores.methods import score_structures
-from lightning_woodfisher.structured.shrink.latency import measure_latency
 
 # structure="bn" had the best accuracy on held-out images after BatchNorm recalibration. HAP
 # has the settings of the paper, with about as many images; its probes are expensive.
@@ -106,12 +105,12 @@ def compare(options: argparse.Namespace, data: CIFAR10) -> None:
                         options.held_out,
                     )
                 )
-                latency = measure_latency(
+                dense, shrunk = measure_latency(
                     resnet20(), callback.shrunk_model(module).net, IMAGE, 100, 64
                 )
                 print(
                     f"{name} {removed:g} {seed}: {found[-1]:.2f}, "
-                    f"time {latency.ratio:.0%}",
+                    f"time {shrunk / dense:.0%}",
                     flush=True,
                 )
             report = callback.reports[-1]
@@ -121,7 +120,7 @@ def compare(options: argparse.Namespace, data: CIFAR10) -> None:
                     f"{1 - report.macs / report.macs_dense:.1%}",
                     f"{report.parameters / report.parameters_dense:.1%}",
                     *format_accuracies(found),
-                    f"{latency.ratio:.0%}",
+                    f"{shrunk / dense:.0%}",
                 )
             )
     head = ("method", "FLOPs removed", "parameters left", "accuracy", "each", "time")

@@ -37,27 +37,27 @@ from lightning_woodfisher.pruning.schedule import (
 )
 from lightning_woodfisher.reporting.loggers import log_end, log_settings, log_step
 from lightning_woodfisher.structured.config import StructureConfig
-from lightning_woodfisher.structured.graph.captured_inputs import capture_inputs, within
-from lightning_woodfisher.structured.graph.channels import masked_parameters
-from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.graph.groups import (
+    Group,
+    add_prefix,
+    masked_parameters,
+)
+from lightning_woodfisher.structured.graph.inputs import capture_inputs
 from lightning_woodfisher.structured.graph.tracing import trace_groups
+from lightning_woodfisher.structured.network_cost import measure_latency
 from lightning_woodfisher.structured.pruner import (
     StructurePruner,
     require_rereadable,
     require_target,
 )
 from lightning_woodfisher.structured.report import StructureReport
-from lightning_woodfisher.structured.shrink.implant import (
-    ImplantConfig,
-    ImplantInit,
-    check_implants,
-)
-from lightning_woodfisher.structured.shrink.latency import Latency, measure_latency
+from lightning_woodfisher.structured.shrink.implants import ImplantConfig, ImplantInit
 from lightning_woodfisher.structured.shrink.removal import (
     RemovalPlan,
     plan_removal,
     save_shrunk,
 )
+from lightning_woodfisher.structured.shrink.removal_check import check_implants
 
 
 class StructuredPruningCallback(PruningCallback):
@@ -236,12 +236,12 @@ class StructuredPruningCallback(PruningCallback):
             seed=config.seed,
         ).groups
         if self._implants.ratio:
-            found = check_implants(_copy_network(network), self._groups, self._inputs)
+            found = check_implants(network, self._groups, self._inputs)
             self._implantable = {
                 self._module_name(group): tuple(map(self._module_name, layers))
                 for group, layers in found.items()
             }
-        return masked_parameters(module, within(self._groups, self._prefix))
+        return masked_parameters(module, add_prefix(self._groups, self._prefix))
 
     def _make_plan(self, trainer: pl.Trainer) -> tuple[PlannedStep, ...]:
         if getattr(trainer, "fast_dev_run", False):
@@ -308,10 +308,9 @@ class StructuredPruningCallback(PruningCallback):
         if self.latency_runs:
             module = trainer.lightning_module
             comm = Communicator(module.device)
-            seconds = [0.0, 0.0]
+            seconds = 0.0, 0.0
             if comm.rank == 0:
-                latency = self._measure_latency(module, self.latency_runs)
-                seconds = [latency.dense, latency.shrunk]
+                seconds = self._measure_latency(module, self.latency_runs)
             # The times of rank 0 for all ranks, so that their reports are the same.
             dense, shrunk = comm.gather_numbers(seconds)[0]
             report = self.reports[-1] = dataclasses.replace(
@@ -322,7 +321,9 @@ class StructuredPruningCallback(PruningCallback):
             )
         super()._publish(trainer, report)
 
-    def _measure_latency(self, module: pl.LightningModule, runs: int) -> Latency:
+    def _measure_latency(
+        self, module: pl.LightningModule, runs: int
+    ) -> tuple[float, float]:
         network = module.get_submodule(self._prefix)
         return measure_latency(network, self.shrunk_model(module), self._inputs, runs)
 
@@ -355,7 +356,7 @@ class StructuredPruningCallback(PruningCallback):
 
     def _pruner(self, module: pl.LightningModule) -> StructurePruner:
         return StructurePruner(
-            within(self._groups, self._prefix),
+            add_prefix(self._groups, self._prefix),
             self._get_masks(),
             self.config,
             Communicator(module.device),

@@ -30,13 +30,14 @@ from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource, compute_losses
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureConfig
-from lightning_woodfisher.structured.graph.channels import (
+from lightning_woodfisher.structured.graph.groups import (
+    Group,
     channel_masks,
     masked_parameters,
     zero_structures,
 )
-from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.graph.tracing import trace_groups
+from lightning_woodfisher.structured.network_cost import NetworkSize, Removed
 from lightning_woodfisher.structured.report import GroupReport, StructureReport
 from lightning_woodfisher.structured.scores.evaluation import (
     Evaluation,
@@ -52,13 +53,12 @@ from lightning_woodfisher.structured.selection import (
     select_count,
     select_for_size,
 )
-from lightning_woodfisher.structured.shrink.implant import (
+from lightning_woodfisher.structured.shrink.implanted_conv import implant_masks
+from lightning_woodfisher.structured.shrink.implants import (
     ImplantConfig,
-    implant_masks,
-    initialise,
-    split,
+    divide_structures,
+    initialize_implants,
 )
-from lightning_woodfisher.structured.shrink.network_size import NetworkSize, Removed
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.rollback import rollback_on_error
 
@@ -178,7 +178,7 @@ class StructurePruner:
             groups=tuple(
                 GroupReport(
                     name=group.name,
-                    layers=tuple(m.module for m in group.of_role("producer")),
+                    layers=group.layers,
                     size=group.size,
                     removed_before=len(self.removed.get(group.name, ())),
                     removed=tuple(removed[group.name].tolist()),
@@ -221,9 +221,7 @@ class StructurePruner:
                 calibration_batches(source, self.config, self.config.seed)
 
     def _size(self, source: LossSource, seed: int) -> NetworkSize:
-        return NetworkSize.of_source(
-            source, self.groups, self.comm, seed, self.implantable
-        )
+        return NetworkSize(source, self.groups, self.comm, seed, self.implantable)
 
     def _choose(
         self, scores: StructureScores, size: NetworkSize, target: float
@@ -237,7 +235,7 @@ class StructurePruner:
 
         def divide(chosen: Removed) -> tuple[Removed, Removed]:
             ratio = self.implants.ratio
-            return split(chosen, by_name, ratio, self.implantable, removed)
+            return divide_structures(chosen, by_name, ratio, self.implantable, removed)
 
         if config.measure == "structures":
             count = round(target * sum(group.size for group in groups))
@@ -261,7 +259,7 @@ class StructurePruner:
             for name, structures in implanted.items()
         }
         evaluation = Evaluation(source, self.groups, config, self.comm)
-        initialise(evaluation, self.groups, new, removed, self.implants.init)
+        initialize_implants(evaluation, self.groups, new, removed, self.implants.init)
         self.masks.prune(implant_masks(source.model, self.groups, implanted))
 
     def _recalibrate(self, source: LossSource, position: int) -> int:

@@ -19,8 +19,8 @@ from torch import Tensor
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.network_cost import NetworkSize, Removed
 from lightning_woodfisher.structured.scores.methods import StructureScores
-from lightning_woodfisher.structured.shrink.network_size import NetworkSize, Removed
 
 #: Indices of structures within their group, by the name of the group.
 GroupIndices = Mapping[str, Sequence[int]]
@@ -122,7 +122,7 @@ def select_for_size(
     if config.per_cost:
         scores = [
             score.double()
-            / size.of_one(group, "parameters" if is_parameters else "macs")
+            / size.structure_cost(group, "parameters" if is_parameters else "macs")
             for group, score in zip(groups, scores, strict=True)
         ]
     choices = _Choices(groups, scores, config, earlier or {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["class_paths", "prunable_parameters"]
+__all__ = ["class_paths", "matches_pattern", "prunable_parameters"]
 
 import re
 from collections.abc import Iterator, Sequence
@@ -68,8 +68,8 @@ def prunable_parameters(
     unmatched = {*include, *exclude}
     chosen: dict[str, nn.Parameter] = {}
     for parameter, owners in tensors:
-        included = [p for p in include if _matches(p, owners)]
-        excluded = [p for p in exclude if _matches(p, owners)]
+        included = [p for p in include if matches_pattern(p, owners)]
+        excluded = [p for p in exclude if matches_pattern(p, owners)]
         unmatched -= {*included, *excluded}
         by_default = any(
             isinstance(m, _DEFAULT_LAYERS) and n.split(".")[-1] == "weight"
@@ -134,7 +134,19 @@ def _storage(parameter: nn.Parameter) -> object:
     return part.device, part.data_ptr(), parameter.shape
 
 
-def _matches(pattern: str, owners: list[tuple[str, nn.Module]]) -> bool:
+def matches_pattern(pattern: str, owners: list[tuple[str, nn.Module]]) -> bool:
+    """Check if a pattern matches one of the layers that use a tensor.
+
+    Args:
+        pattern: a class path or a regular expression.
+        owners: names, of the tensor or the layer, and layers.
+
+    Returns:
+        Whether the class path is one of the layer's, or the expression is found in a name.
+
+    Raises:
+        ConfigurationError: if the pattern is not a regular expression.
+    """
     try:
         regex = re.compile(pattern)
     except re.error as error:

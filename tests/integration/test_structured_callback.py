@@ -42,7 +42,7 @@ from lightning_woodfisher import (
     SOSPPruningCallback,
 )
 from lightning_woodfisher.cli.main import main
-from lightning_woodfisher.structured.graph.channels import channel_masks
+from lightning_woodfisher.structured.graph.groups import channel_masks
 from lightning_woodfisher.structured.shrink.removal import load_shrunk
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -19,9 +19,9 @@ from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureConfig
+from lightning_woodfisher.structured.network_cost import NetworkSize
 from lightning_woodfisher.structured.scores.methods import score_structures
 from lightning_woodfisher.structured.selection import additive_scores, select_for_size
-from lightning_woodfisher.structured.shrink.network_size import NetworkSize
 
 CONFIGS = (
     StructureConfig(method="sosp_i", num_samples=21, batch_size=8),
@@ -69,7 +69,7 @@ def run() -> list[Tensor]:
     for config in CONFIGS:
         source = FunctionLoss(make(), Augmented(), cross_entropy)
         scores = score_structures(source, groups, config, comm)
-        size = NetworkSize.of_source(source, groups, comm)
+        size = NetworkSize(source, groups, comm)
         additive = additive_scores(scores, groups, config)
         removed = select_for_size(groups, additive, size, 0.3, config)
         found += [*scores.values, *additive, *removed.values()]

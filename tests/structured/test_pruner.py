@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_woodfisher import ConfigurationError, StructureConfig, prune_structures
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.structured.graph.channels import zero_structures
+from lightning_woodfisher.structured.graph.groups import zero_structures
 from lightning_woodfisher.structured.selection import select_count, select_for_size
 from lightning_woodfisher.structured.shrink.removal import shrink
 
@@ -284,13 +284,13 @@ def test_only_recalibration_changes_the_statistics() -> None:
 def test_sizes_keep_what_is_gone() -> None:
     """Of the size target the choice contains the earlier one, whatever its scores."""
     from lightning_woodfisher.data.losses import FunctionLoss
-    from lightning_woodfisher.structured.shrink.network_size import NetworkSize
+    from lightning_woodfisher.distributed.communicator import Communicator
+    from lightning_woodfisher.structured.network_cost import NetworkSize
 
     model, groups = make_residual(), residual_groups()
     data = torch.utils.data.DataLoader(images(), 8)
     source = FunctionLoss(model, data, cross_entropy)
-    batch = next(iter(data))
-    size = NetworkSize(model, groups, lambda: source.loss(batch, 0))
+    size = NetworkSize(source, groups, Communicator())
     scores = [torch.arange(4.0), torch.arange(5.0) - 10]
     earlier = {"stem": [3]}
     removed = select_for_size(groups, scores, size, 0.5, earlier=earlier)

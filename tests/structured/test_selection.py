@@ -15,6 +15,7 @@ from hand_groups import (
     Residual,
     cross_entropy,
     images,
+    network_size,
     plain_groups,
     residual_groups,
     trained,
@@ -29,6 +30,7 @@ from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group, Member
+from lightning_woodfisher.structured.network_cost import NetworkSize
 from lightning_woodfisher.structured.scores.methods import StructureScores
 from lightning_woodfisher.structured.scores.sosp_i import PairScores
 from lightning_woodfisher.structured.selection import (
@@ -36,7 +38,6 @@ from lightning_woodfisher.structured.selection import (
     select_count,
     select_for_size,
 )
-from lightning_woodfisher.structured.shrink.network_size import NetworkSize
 
 NO_FLOOR = StructureConfig(min_kept=1, min_kept_share=0.0)
 
@@ -302,14 +303,12 @@ def test_sizes_are_those_of_smaller_networks(
 ) -> None:
     trained(model)
     pixels = images(3).tensors[0]
-    size = NetworkSize(model, groups, lambda: model(pixels))
+    size = network_size(model, groups, lambda: model(pixels))
     assert model.training
     assert not any(m._forward_hooks for m in model.modules())
     # By the loss of a source it is the same.
     source = FunctionLoss(model, images(3), cross_entropy)
-    assert NetworkSize.of_source(source, groups, Communicator()).dense_macs == (
-        size.dense_macs
-    )
+    assert NetworkSize(source, groups, Communicator()).dense_macs == (size.dense_macs)
     for removed in (
         {},
         {groups[0].name: torch.tensor([1])},
@@ -338,7 +337,7 @@ def test_concatenated_channels_shrink_apart() -> None:
 
     groups = [half("a", 3, [0, 1, 2, -1, -1]), half("b", 2, [-1, -1, -1, 0, 1])]
     pixels = torch.ones(1, 1, 2, 2)
-    size = NetworkSize(
+    size = network_size(
         model,
         groups,
         lambda: model["c"](torch.cat([model["a"](pixels), model["b"](pixels)], 1)),
@@ -356,7 +355,7 @@ def test_concatenated_channels_shrink_apart() -> None:
 def test_as_few_as_reach_a_size(measure: Any, target: float, multiple: int) -> None:
     model, groups = Residual(6, 8), residual_groups(6, 8)
     pixels = images(1, torch.float32).tensors[0]
-    size = NetworkSize(model, groups, lambda: model(pixels))
+    size = network_size(model, groups, lambda: model(pixels))
     generator = torch.Generator().manual_seed(2)
     scores = [torch.rand(group.size, generator=generator) for group in groups]
     limits = StructureConfig(round_to=multiple, measure=measure)
@@ -389,14 +388,14 @@ def convolutions() -> tuple[nn.Module, list[Group], NetworkSize]:
         read = Member(str(layer + 1), "weight", 1, "consumer", every)
         groups.append(Group(str(layer), count, (produced, read)))
     pixels = torch.ones(1, 1, 6, 6)
-    return model, groups, NetworkSize(model, groups, lambda: model(pixels))
+    return model, groups, network_size(model, groups, lambda: model(pixels))
 
 
 def test_scores_per_cost_take_what_saves_most() -> None:
     _, groups, size = convolutions()
     # 36 positions of 1 · 9 weights and 9 of 6 · 9; 9 of 4 · 9 and 9 of 2 · 9.
-    assert [size.of_one(g, "macs") for g in groups] == [810, 486]
-    assert [size.of_one(g, "parameters") for g in groups] == [63, 54]
+    assert [size.structure_cost(g, "macs") for g in groups] == [810, 486]
+    assert [size.structure_cost(g, "parameters") for g in groups] == [63, 54]
     scores = [torch.full((4,), 1.0), torch.full((6,), 0.8)]
     plain = select_for_size(groups, scores, size, 0.1)
     assert [len(plain[name]) for name in "01"] == [0, 1]
@@ -412,7 +411,7 @@ def test_scores_per_cost_take_what_saves_most() -> None:
 def test_sizes_below_the_floors_are_named() -> None:
     model, groups = Residual(), residual_groups()
     pixels = images(1, torch.float32).tensors[0]
-    size = NetworkSize(model, groups, lambda: model(pixels))
+    size = network_size(model, groups, lambda: model(pixels))
     scores = [torch.rand(group.size) for group in groups]
     with pytest.raises(ConfigurationError, match="target=0.99 of the macs cannot"):
         select_for_size(groups, scores, size, 0.99)
