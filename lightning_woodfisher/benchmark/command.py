@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["main", "make_parser"]
+__all__ = ["make_parser", "run_benchmark"]
 
 import argparse
 import os
@@ -35,16 +35,15 @@ _MASK_STEPS = 40
 _USABLE_MEMORY = 0.6
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run_benchmark(options: argparse.Namespace) -> int:
     """Run the benchmark.
 
     Args:
-        arguments: what follows ``benchmark``; None for ``sys.argv``.
+        options: parsed by :func:`make_parser`.
 
     Returns:
         Exit status.
     """
-    options = make_parser().parse_args(arguments)
     device = torch.device(options.device)
     _check(options, device)
     if options.threads:

@@ -6,15 +6,12 @@ __all__ = ["make_parser", "run_sweep_command"]
 
 import argparse
 import json
-import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -24,7 +21,12 @@ from lightning_woodfisher.base.lightning_names import callbacks_of
 from lightning_woodfisher.callbacks.progress import terminal_bar
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
-from lightning_woodfisher.cli.estimate import command_line
+from lightning_woodfisher.cli.arguments import SubcommandParser, block_size
+from lightning_woodfisher.cli.lightning_cli import load_weights, read_fit
+from lightning_woodfisher.criteria import CRITERIA
+from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.export.checkpoint import read_checkpoint
+from lightning_woodfisher.pruning.selection import Scope
 from lightning_woodfisher.reporting.figures import draw_sweep, has_matplotlib
 from lightning_woodfisher.sweeps.report import TARGET, SweepReport
 from lightning_woodfisher.sweeps.sweep import expand_grid, run_sweep
@@ -55,70 +57,47 @@ _QUIET: Mapping[str, Any] = {
 }
 
 
-def run_sweep_command(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
-    """Sweep, print the table, write JSON and the figure.
+def run_sweep_command(options: argparse.Namespace) -> int:
+    """Run the sweep, print the table, and write the JSON file and the figure.
 
     Args:
-        arguments: of the subcommand; those that are not its own are read as ``fit`` does.
-        cli: reads the configuration.
+        options: parsed by :func:`make_parser`, with arguments of ``fit`` beside them.
 
     Returns:
-        Exit status: 0, or 1 when every setting has failed.
+        Exit status: 0, or 1 if every setting failed.
 
     Raises:
-        ConfigurationError: for settings that cannot be.
+        ConfigurationError: for options or a model with which no sweep is possible.
     """
-    options, rest = make_parser().parse_known_args(arguments)
     output = Path(options.output)
     if output.suffix != ".json":
         raise ConfigurationError(
-            f"--output {options.output} must end in .json; the figure is put beside it."
+            f"--output {options.output} must end in .json; the figure is written beside it."
         )
-    run = _read(rest, cli)
+    run = read_fit(options.fit_arguments)
+    for name, value in _QUIET.items():
+        run.config["fit"]["trainer"][name] = value
+    run.make_all()
     if not is_overridden("validation_step", run.model):
         raise ConfigurationError(
-            f"{type(run.model).__name__} has no validation_step, by whose metrics settings "
-            "could be compared."
+            f"{type(run.model).__name__} has no validation_step, whose metrics are needed "
+            "to compare settings."
         )
     callback = _take_callback(run.trainer)
     checkpoint = options.ckpt_path or run.config["fit"].get("ckpt_path")
-    trying = _TrySettings(options, callback, checkpoint)
-    callbacks_of(run.trainer).append(trying)
+    trial = _TrySettings(options, callback, checkpoint)
+    callbacks_of(run.trainer).append(trial)
     run.trainer.fit(run.model, datamodule=run.datamodule)
-    report = trying.report
+    report = trial.report
     if report is None:
         raise ConfigurationError(
-            "the Trainer left before training, so nothing was tried."
+            "the Trainer stopped before training, so no setting was tried."
         )
     if run.trainer.is_global_zero:
         larger = {"max": True, "min": False}.get(options.mode)
         sys.stdout.write(report.to_table(options.metric, larger) + "\n")
         _save(report, output, options.metric)
     return int(all(result.error is not None for result in report.results))
-
-
-def _read(arguments: Sequence[str], cli: type[LightningCLI]) -> Any:
-    """Read a configuration as ``fit`` does, and make what it names, but silence it."""
-
-    class Reader(cli):  # type: ignore[valid-type, misc]
-        """Makes everything and runs nothing."""
-
-        def before_instantiate_classes(self) -> None:
-            trainer = self.config["fit"]["trainer"]
-            given = trainer.get("callbacks") or []
-            name = WoodFisherPruningCallback.__name__
-            trainer["callbacks"] = [
-                callback
-                for callback in (given if isinstance(given, list) else [given])
-                if callback["class_path"].rpartition(".")[2] == name
-            ]
-            for key, value in _QUIET.items():
-                trainer[key] = value
-
-        def _run_subcommand(self, subcommand: str) -> None: ...
-
-    with command_line(["fit", *arguments]):
-        return Reader(save_config_callback=None)
 
 
 def _take_callback(trainer: pl.Trainer) -> WoodFisherPruningCallback:
@@ -163,7 +142,7 @@ class _TrySettings(pl.Callback):
                 f"{type(strategy).__name__}."
             )
         if self._checkpoint is not None:
-            _load_weights(pl_module, self._checkpoint)
+            load_weights(pl_module, read_checkpoint(self._checkpoint))
 
     def on_train_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -204,33 +183,10 @@ def _validation(
     return evaluate
 
 
-def _load_weights(module: pl.LightningModule, path: str) -> None:
-    """Load the weights of a checkpoint: neither the optimizer nor the position."""
-    if not Path(path).is_file():
-        raise ConfigurationError(f"--ckpt_path {path} is not a file.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigurationError(
-            f"--ckpt_path {path} holds more than tensors and plain values, or is no "
-            f"checkpoint ({str(error).splitlines()[0]}); save it with save_weights_only, or "
-            "torch.save(model.state_dict(), …)."
-        ) from error
-    if "state_dict" in checkpoint:
-        module.on_load_checkpoint(checkpoint)
-        checkpoint = checkpoint["state_dict"]
-    try:
-        module.load_state_dict(checkpoint, strict=module.strict_loading)
-    except RuntimeError as error:
-        raise ConfigurationError(
-            f"--ckpt_path {path} does not fit the model: {error}"
-        ) from error
-
-
 def _grid(
     options: argparse.Namespace, callback: WoodFisherPruningCallback
 ) -> dict[str, Sequence[Any]]:
-    names = [action.dest for action in _swept(argparse.ArgumentParser())]
+    names = _add_swept(argparse.ArgumentParser())
     grid = {name: given for name in names if (given := getattr(options, name))}
     if not set(grid) - {TARGET}:
         grid["damping"] = _DEFAULT_DAMPINGS
@@ -250,62 +206,44 @@ def _save(report: SweepReport, output: Path, metric: str | None) -> None:
     sys.stdout.write(f"Written: {', '.join(written)}.\n")
 
 
-def _swept(parser: Any) -> list[argparse.Action]:
-    add = parser.add_argument
+def _add_swept(parser: Any) -> list[str]:
+    """Add the options of the settings to try; return the names of the settings."""
 
-    def block(text: str) -> int | None:
-        return None if text.lower() in {"none", "null", "full"} else int(text)
+    def add(
+        name: str, kind: Callable[[str], Any], text: str, names: Sequence[str] = ()
+    ) -> str:
+        parser.add_argument(
+            f"--{name}",
+            nargs="+",
+            type=kind,
+            choices=names or None,
+            metavar="NAME" if names else None,
+            help=" ".join([text, *names]),
+        )
+        return name
 
     return [
-        add(
-            "--target_sparsity",
-            nargs="+",
-            type=float,
-            help="shares of zeros, as 0.5 0.9",
-        ),
-        add(
-            "--criterion",
-            nargs="+",
-            help="how weights are ranked, as woodfisher magnitude",
-        ),
-        add(
-            "--update",
-            nargs="+",
-            help="of the weights that stay: joint independent none",
-        ),
-        add("--damping", nargs="+", type=float, help="λ on the diagonal, as 1e-5 1e-4"),
-        add("--num_gradients", nargs="+", type=int, help="N, gradients in the Fisher"),
-        add(
-            "--gradient_batch_size",
-            nargs="+",
-            type=int,
-            help="m, samples in a gradient",
-        ),
-        add("--block_size", nargs="+", type=block, help="B, or none for one block"),
-        add("--recompute_steps", nargs="+", type=int, help="parts of the one shot"),
-        add(
-            "--scope",
-            nargs="+",
-            help="weights compete over all layers or in each: global layer",
-        ),
+        add(TARGET, float, "shares of zeros, as 0.5 0.9"),
+        add("criterion", str, "how weights are ranked:", list(CRITERIA)),
+        add("update", str, "of the weights that remain:", get_args(Update)),
+        add("damping", float, "λ on the diagonal, as 1e-5 1e-4"),
+        add("num_gradients", int, "N, gradients in the Fisher"),
+        add("gradient_batch_size", int, "m, samples in a gradient"),
+        add("block_size", block_size, "B, or none for one block"),
+        add("recompute_steps", int, "parts of the one shot"),
+        add("scope", str, "where weights compete:", get_args(Scope)),
     ]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the subcommand.
-
-    Returns:
-        It.
-    """
-    parser = argparse.ArgumentParser(
-        prog="lightning-woodfisher sweep",
-        description="Find good one-shot pruning settings: every combination of the values "
+    """Return the parser of the subcommand."""
+    parser = SubcommandParser(
+        "sweep",
+        "Find good one-shot pruning settings: every combination of the values "
         "below is tried on a trained network and judged by its validation loop. Without "
         "any, three dampings are tried. Other arguments are those of `fit`, such as "
         "--config run.yaml or --trainer.limit_val_batches 50.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        _EXAMPLE,
     )
     # An option of `fit` too, where Lightning reads more than the weights.
     parser.add_argument(
@@ -313,7 +251,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="file with the weights to prune; it is only read",
     )
-    _swept(parser.add_argument_group("settings to try, each with one or more values"))
+    _add_swept(
+        parser.add_argument_group("settings to try, each with one or more values")
+    )
     add = parser.add_argument_group("results").add_argument
     add("--metric", help="logged in validation, such as val_acc; the first if left out")
     add(
