@@ -23,6 +23,7 @@ from examples.digits.model import Digits, DigitsClassifier
 from lightning_woodfisher import (
     FisherConfig,
     PolynomialSchedule,
+    StepConfig,
     WoodFisherPruningCallback,
     figures,
     sweep,
@@ -67,7 +68,7 @@ def draw() -> dict[str, Figure]:
         target_sparsity=0.9,
         schedule=PolynomialSchedule(start_epoch=5, end_epoch=10),
         fisher=FisherConfig(num_gradients=256, gradient_batch_size=4),
-        local_model_points=6,
+        step=StepConfig(local_model_points=6),
     )
     pruned = DigitsClassifier()
     train(pruned, data, [pruning])

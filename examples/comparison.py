@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_woodfisher import FisherConfig, SelectionConfig, prune
+from lightning_woodfisher import FisherConfig, SelectionConfig, StepConfig, prune
 from lightning_woodfisher.pruning.report import format_table
 
 
@@ -69,7 +69,7 @@ def compare(
     Args:
         title: of the table.
         methods: settings by name: arguments of :func:`prune` and fields of
-            :class:`FisherConfig` and :class:`SelectionConfig`.
+            :class:`FisherConfig`, :class:`SelectionConfig` and :class:`StepConfig`.
         make_model: gives the dense network.
         train: samples of gradients.
         loss_fn: mean loss of a batch.
@@ -84,6 +84,7 @@ def compare(
         options = {**settings, **arguments.changes}
         fisher = FisherConfig(**_take(options, FisherConfig))
         selection = SelectionConfig(**_take(options, SelectionConfig))
+        step = StepConfig(measure_loss=False, **_take(options, StepConfig))
         for sparsity in arguments.sparsities:
             # Magnitude draws nothing: every seed gives the same.
             draws = options.get("criterion") != "magnitude"
@@ -97,8 +98,7 @@ def compare(
                     target_sparsity=sparsity,
                     fisher=fisher,
                     selection=selection,
-                    measure_loss=False,
-                    seed=seed,
+                    step=dataclasses.replace(step, seed=seed),
                     **options,
                 )
                 found.append(accuracy(model))

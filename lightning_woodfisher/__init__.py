@@ -10,6 +10,10 @@ from lightning_woodfisher.callbacks.structured import (
 from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.one_shot import prune
+from lightning_woodfisher.pruning.config import (
+    SelectionConfig,
+    StepConfig,
+)
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.schedule import (
     ConstantSchedule,
@@ -17,7 +21,6 @@ from lightning_woodfisher.pruning.schedule import (
     PolynomialSchedule,
     PruningSchedule,
 )
-from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.resources.estimate import ResourceEstimate, estimate
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.pruner import prune_structures
@@ -40,6 +43,7 @@ __all__ = [
     "ResourceEstimate",
     "SOSPPruningCallback",
     "SelectionConfig",
+    "StepConfig",
     "StructureConfig",
     "StructureReport",
     "StructuredPruningCallback",

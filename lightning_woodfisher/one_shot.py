@@ -12,25 +12,21 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_woodfisher.base.clock import Progress
-from lightning_woodfisher.base.errors import (
-    ConfigurationError,
-)
-from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import reshard
 from lightning_woodfisher.fisher.config import FisherConfig
-from lightning_woodfisher.pruning.config import PruningConfig, check_sparsity
-from lightning_woodfisher.pruning.pruner import Pruner
-from lightning_woodfisher.pruning.quotas import (
+from lightning_woodfisher.pruning.config import (
+    PruningConfig,
+    SelectionConfig,
+    StepConfig,
+    check_sparsity,
     require_target_fits,
 )
+from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.report import PruningReport
-from lightning_woodfisher.pruning.selection import SelectionConfig
-from lightning_woodfisher.pruning.selector import (
-    take_zeros,
-)
-from lightning_woodfisher.pruning.stages import Spacing
+from lightning_woodfisher.pruning.selector import take_zeros
 from lightning_woodfisher.resources.budget import require_one_device, within_memory
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
@@ -43,63 +39,35 @@ def prune(
     loss_fn: Callable[[Any, Any], Tensor],
     *,
     target_sparsity: float | None = None,
-    fisher: FisherConfig | None = None,
-    selection: SelectionConfig | None = None,
     criterion: str = "woodfisher",
-    update: Update = "joint",
-    recompute_steps: int = 1,
-    measure_loss: bool = True,
-    local_model_points: int = 0,
-    seed: int = 0,
-    step_search: bool = True,
-    update_scale: float = 1.0,
-    progress: Progress | None = None,
+    fisher: FisherConfig = FisherConfig(),
+    selection: SelectionConfig = SelectionConfig(),
+    step: StepConfig = StepConfig(),
     flops_target: float | None = None,
-    recompute_spacing: Spacing = "geometric",
-    reuse_gradients: bool = False,
-    trust: float | None = None,
-    batchnorm_recalibration_batches: int = 0,
+    progress: Progress | None = None,
 ) -> PruningReport:
-    """Prune a plain PyTorch model in place; no Trainer needed.
+    """Prune a plain PyTorch model in place, without a Trainer.
 
-    Weights that are exactly zero count as pruned and stay zero. With an initialised
-    ``torch.distributed``, call it on every rank with the same model and data: the work and
-    the memory are shared. Parameters may be sharded by ``fully_shard`` (FSDP2).
+    Weights that are exactly zero count as pruned and stay zero. With an initialized
+    ``torch.distributed``, call it on every rank with the same model and data: work and
+    memory are shared. Parameters may be sharded by ``fully_shard`` (FSDP2).
 
     Args:
-        model: the network, changed in place; names and storages stay.
+        model: the network, changed in place; names and storages stay the same.
         data: a map-style Dataset of samples, or an iterable of batches in the same order
-            on every rank. Of a DataLoader over a map-style Dataset the dataset, the
-            samples its sampler may draw and its ``collate_fn`` are used, but neither its
-            order nor its ``batch_size``: ``fisher.gradient_batch_size`` is the size.
+            on every rank. From a DataLoader over a map-style Dataset, the dataset, the
+            samples that its sampler may draw and its ``collate_fn`` are used, but neither
+            its order nor its ``batch_size``; the batch size is
+            ``fisher.gradient_batch_size``.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
-        target_sparsity: share of the selected weights that is zero afterwards, [0, 1).
+        target_sparsity: share of the selected weights that is zero afterwards, in [0, 1).
+        criterion: saliency of a weight; see :class:`~.WoodFisherPruningCallback`.
         fisher: how the Fisher is estimated.
-        selection: which weights may go.
-        criterion: ``"woodfisher"``; ``"woodtaylor"``, which also follows the gradient of
-            the loss, for networks that are not at a minimum; or as a baseline
-            ``"kfac"``, ``"diagonal_fisher"``, ``"hessian_diagonal"`` or ``"magnitude"``.
-        update: ``"joint"``, ``"independent"`` or ``"none"``.
-        recompute_steps: reach the sparsity in this many parts, each with fresh gradients.
-        measure_loss: also measure the loss after the step on the same samples.
-        local_model_points: compare predicted and measured loss at so many points between
-            the weights before and after each part; 0 for none, 5 is a good number.
-        seed: of the samples and of anything random in the model.
-        step_search: take as much of each update as gives the smallest measured loss, and
-            the independent one in place of the joint one where that is better; False
-            takes the update as it is.
-        update_scale: share of the update that is taken; with the search, at most.
-        progress: see :class:`Pruner`.
+        selection: which weights may be pruned.
+        step: weight update, stages and measurements.
         flops_target: in place of ``target_sparsity``: prune until the masked network needs
             this share of the FLOPs of the dense one, within 0.5 %.
-        recompute_spacing: where the parts end: ``"geometric"`` in the kept share,
-            ``"linear"`` or ``"polynomial"``.
-        reuse_gradients: all parts use the gradients of the first one, with a new inverse
-            on the weights that are left.
-        trust: when the loss has risen in a part by more than this multiple of the
-            prediction, the parts that follow are half as long, down to an eighth.
-        batchnorm_recalibration_batches: re-estimate BatchNorm's running statistics on so
-            many batches after the step; 0 leaves them.
+        progress: called with a title and a total; a context that yields a counter.
 
     Returns:
         What happened.
@@ -109,23 +77,7 @@ def prune(
     """
     if (target_sparsity is None) == (flops_target is None):
         raise ConfigurationError("give either target_sparsity or flops_target.")
-    config = PruningConfig(
-        fisher=fisher or FisherConfig(),
-        selection=selection or SelectionConfig(),
-        criterion=criterion,
-        update=update,
-        recompute_steps=recompute_steps,
-        measure_loss=measure_loss,
-        local_model_points=local_model_points,
-        seed=seed,
-        flops_target=flops_target,
-        step_search=step_search,
-        update_scale=update_scale,
-        recompute_spacing=recompute_spacing,
-        reuse_gradients=reuse_gradients,
-        trust=trust,
-        batchnorm_recalibration_batches=batchnorm_recalibration_batches,
-    )
+    config = PruningConfig(criterion, fisher, selection, step, flops_target)
     if target_sparsity is not None:
         check_sparsity(target_sparsity)
         require_target_fits(config.selection, target_sparsity)

@@ -13,6 +13,7 @@ instead, to choose settings by.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import warnings
 from typing import Any
@@ -22,12 +23,16 @@ from examples.cifar10.model import CIFAR10
 from lightning_woodfisher import (
     FisherConfig,
     PolynomialSchedule,
+    StepConfig,
     WoodFisherPruningCallback,
 )
 from lightning_woodfisher.pruning.report import format_table
 
 METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {"criterion": "magnitude", "measure_loss": False},
+    "magnitude": {
+        "criterion": "magnitude",
+        "step": StepConfig(measure_loss=False),
+    },
     "WoodFisher": {
         "fisher": FisherConfig(
             num_gradients=400,
@@ -36,9 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
             block_size=2000,
             damping=1e-4,
         ),
-        "update": "independent",
-        "step_search": False,
-        "measure_loss": False,
+        "step": StepConfig(update="independent", line_search=False, measure_loss=False),
     },
 }
 STEPS = 6
@@ -65,8 +68,11 @@ def fit(
     schedule = PolynomialSchedule(
         start_step=0, end_step=(STEPS - 1) * every, every_n_steps=every
     )
+    settings = METHODS[method]
     callback = WoodFisherPruningCallback(
-        sparsity, schedule, seed=seed, **METHODS[method]
+        sparsity,
+        schedule,
+        **{**settings, "step": dataclasses.replace(settings["step"], seed=seed)},
     )
     return fit_and_test(
         module,

@@ -28,15 +28,15 @@ COMMON: dict[str, Any] = {
     # All that is published for this network prunes the convolutions only.
     "exclude": [r"^\d+\.weight$"],
 }
-PAPER = {"block_size": 36_864, "update": "independent", "step_search": False}
+PAPER = {"block_size": 36_864, "update": "independent", "line_search": False}
 FULL = {"block_size": None, "update": "joint"}
 MANY = {"damping": 3e-4, "first_order_samples": 4_096, "criterion": "woodtaylor"}
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
-    "diagonal Fisher": {"criterion": "diagonal_fisher", "step_search": False},
-    "K-FAC": {"criterion": "kfac", "step_search": False},
+    "diagonal Fisher": {"criterion": "diagonal_fisher", "line_search": False},
+    "K-FAC": {"criterion": "kfac", "line_search": False},
     "independent, a block a layer (the paper)": PAPER,
-    "joint, full Fisher": {**FULL, "step_search": False},
+    "joint, full Fisher": {**FULL, "line_search": False},
     "joint, full Fisher, step search": FULL,
     "joint, full Fisher, 8 parts": {**FULL, "recompute_steps": 8},
     "WoodTaylor, full Fisher, 8 parts": {**FULL, **MANY, "recompute_steps": 8},

@@ -10,10 +10,13 @@ as the mean over several trained networks.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ from torch.utils.data import TensorDataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.digits.model import Digits
-from lightning_woodfisher import FisherConfig, prune
+from lightning_woodfisher import FisherConfig, StepConfig, prune
 from lightning_woodfisher.pruning.report import format_table
 
 GRADIENTS = ((1000, 1), (256, 4))
@@ -33,9 +36,9 @@ BLOCK_SIZES = (64, 256, None)
 # What is compared with the joint update in blocks of 256 gradients of 4 samples.
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
-    "independent": {"update": "independent"},
-    "joint": {"update": "joint"},
-    "joint, 8 parts": {"update": "joint", "recompute_steps": 8},
+    "independent": {"step": {"update": "independent"}},
+    "joint": {},
+    "joint, 8 stages": {"step": {"recompute_steps": 8}},
 }
 
 
@@ -83,7 +86,13 @@ def main() -> None:
     seeds = range(arguments.networks)
     states = [train(data.train, seed, arguments.epochs).state_dict() for seed in seeds]
 
-    def measure(fisher: FisherConfig, sparsity: float, **options: Any) -> float:
+    def measure(
+        fisher: FisherConfig,
+        sparsity: float,
+        criterion: str = "woodfisher",
+        step: Mapping[str, Any] = MappingProxyType({}),
+    ) -> float:
+        plain = StepConfig(measure_loss=False, line_search=False, **step)
         found = []
         for seed, state in enumerate(states):
             model = train(data.train, seed, epochs=0)
@@ -94,12 +103,9 @@ def main() -> None:
                     data.train,
                     loss_fn,
                     target_sparsity=sparsity,
+                    criterion=criterion,
                     fisher=fisher,
-                    measure_loss=False,
-                    # The quadratic model alone is compared.
-                    step_search=False,
-                    seed=seed,
-                    **options,
+                    step=dataclasses.replace(plain, seed=seed),
                 )
             found.append(accuracy(model, data.held_out))
         return statistics.mean(found)

@@ -33,19 +33,19 @@ COMMON = {"num_gradients": 1000, "gradient_batch_size": 1, "damping": 1e-5}
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude", "block_size": 784},
     "independent, blocks of 784": {
-        "step_search": False,
+        "line_search": False,
         "update": "independent",
         "block_size": 784,
     },
-    "joint, full Fisher": {"step_search": False, "update": "joint", "block_size": None},
+    "joint, full Fisher": {"line_search": False, "update": "joint", "block_size": None},
     "joint, full Fisher, 8 parts": {
-        "step_search": False,
+        "line_search": False,
         "update": "joint",
         "block_size": None,
         "recompute_steps": 8,
     },
     "joint, full Fisher, 16 parts": {
-        "step_search": False,
+        "line_search": False,
         "update": "joint",
         "block_size": None,
         "recompute_steps": 16,
@@ -58,7 +58,7 @@ WOODTAYLOR: dict[str, Any] = {
     "block_size": None,
     "damping": 1e-3,
     "first_order_samples": 17_408,
-    "step_search": True,
+    "line_search": True,
 }
 # Smaller parts are trusted with less damping.
 for _parts, _damping in ((16, 1e-3), (48, 3e-4)):

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_woodfisher import FisherConfig, prune
+from lightning_woodfisher import FisherConfig, StepConfig, prune
 
 
 def read_digits() -> tuple[TensorDataset, TensorDataset]:
@@ -86,7 +86,7 @@ def main() -> None:
         fisher=FisherConfig(
             num_gradients=options.gradients, gradient_batch_size=1, block_size=None
         ),
-        recompute_steps=4,
+        step=StepConfig(recompute_steps=4),
     )
     print(f"pruned      {accuracy(model, held_out):.1%}")
 

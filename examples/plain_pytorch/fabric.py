@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
 from examples.plain_pytorch.digits import accuracy, loss_fn, make_model, read_digits
-from lightning_woodfisher import FisherConfig, prune
+from lightning_woodfisher import FisherConfig, StepConfig, prune
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
         loss_fn,
         target_sparsity=0.8,
         fisher=FisherConfig(num_gradients=options.gradients, gradient_batch_size=1),
-        recompute_steps=4,
+        step=StepConfig(recompute_steps=4),
     )
     fabric.print(f"pruned  {accuracy(bare, held_out):.1%}\n\n{report.to_table()}")
 

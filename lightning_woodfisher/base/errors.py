@@ -1,4 +1,4 @@
-"""The two errors that the package raises on purpose."""
+"""The two errors that the package raises, and checks of single settings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ __all__ = [
     "ConfigurationError",
     "PruningError",
     "nearest",
+    "require_choice",
     "require_count",
     "require_flag",
     "require_integer",
@@ -17,28 +18,30 @@ import difflib
 import os
 from collections.abc import Iterable
 from numbers import Integral, Real
+from typing import cast
 
-# Work in so many pieces takes hours at a millisecond each.
+# At a millisecond each, more than this takes hours.
 _LARGEST_COUNT = 10_000_000
 
 
 class ConfigurationError(ValueError):
-    """A setting that cannot work; the message names the value, the reason and the remedy."""
+    """A setting that cannot work. The message names the value, the reason and the remedy."""
 
 
 class PruningError(RuntimeError):
-    """A pruning step failed; the model and the masks are as they were before the step."""
+    """A failed pruning step. The model and the masks are as they were before the step."""
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
     """Suggest the known name that is spelled most like ``name``.
 
     Args:
-        name: what the user wrote; what is no text resembles nothing.
+        name: what the user wrote.
         known: the valid names.
 
     Returns:
-        ``" Did you mean 'x'?"`` with a leading blank, or an empty string.
+        ``" Did you mean 'x'?"`` with a leading blank, or an empty string if ``name`` is
+        not a string or resembles none of them.
     """
     if not isinstance(name, str):
         return ""
@@ -46,21 +49,38 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def require_count(name: str, value: object) -> None:
-    """Check that a setting is a whole number that can be counted to.
+def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Check that a setting is one of several names.
 
     Args:
         name: of the setting.
         value: what the user gave.
+        choices: the valid values.
 
     Raises:
-        ConfigurationError: for anything else.
+        ConfigurationError: for any other value.
     """
-    require_integer(name, value)
-    if int(value) > _LARGEST_COUNT:  # type: ignore[call-overload]
+    # A list, because a value that cannot be hashed is not a valid key of a mapping.
+    choices = list(choices)
+    if value not in choices:
         raise ConfigurationError(
-            f"{name}={value} would never end; {_LARGEST_COUNT} is the most."
+            f"{name}={value!r} is unknown; use one of {', '.join(choices)}."
+            f"{nearest(value, choices)}"
         )
+
+
+def require_count(
+    name: str, value: object, least: int | None = None, hint: str = ""
+) -> None:
+    """Check that a setting is a number of items that can be worked through.
+
+    Args:
+        name: of the setting.
+        value: what the user gave.
+        least: smallest valid value, if any.
+        hint: what the setting means or what to do, for the error.
+    """
+    require_integer(name, value, least, _LARGEST_COUNT, hint)
 
 
 def require_flag(name: str, value: object) -> None:
@@ -71,38 +91,79 @@ def require_flag(name: str, value: object) -> None:
         value: what the user gave.
 
     Raises:
-        ConfigurationError: for anything else.
+        ConfigurationError: for any other value.
     """
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name}={value!r} is neither true nor false.")
 
 
-def require_integer(name: str, value: object) -> None:
-    """Check that a setting is a whole number; True is none.
+def require_integer(
+    name: str,
+    value: object,
+    least: int | None = None,
+    most: int | None = None,
+    hint: str = "",
+) -> None:
+    """Check that a setting is a whole number, which a bool is not.
 
     Args:
         name: of the setting.
         value: what the user gave.
+        least: smallest valid value, if any.
+        most: largest valid value, if any.
+        hint: what the setting means or what to do, for the error.
 
     Raises:
-        ConfigurationError: for anything else.
+        ConfigurationError: for any other value.
+
+    Examples:
+        >>> require_integer("steps", 0, least=1, hint="1 is the usual value")
+        Traceback (most recent call last):
+        lightning_woodfisher.base.errors.ConfigurationError: steps=0 must be at least 1; ...
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ConfigurationError(f"{name}={value!r} is not a whole number.")
+    number = int(value)
+    if least is not None and number < least:
+        raise ConfigurationError(
+            f"{name}={value} must be at least {least}{_ending(hint)}"
+        )
+    if most is not None and number > most:
+        raise ConfigurationError(
+            f"{name}={value} must be at most {most}{_ending(hint)}"
+        )
 
 
-def require_number(name: str, value: object) -> None:
-    """Check that a setting is a number; True is none.
+def require_number(
+    name: str, value: object, interval: str | None = None, hint: str = ""
+) -> None:
+    """Check that a setting is a number, which a bool is not.
 
     Args:
         name: of the setting.
         value: what the user gave.
+        interval: the valid values, such as ``"[0, 1)"``: brackets include an end,
+            parentheses do not. ``"(0, inf)"`` means positive and finite. NaN is in none.
+        hint: what the setting means or what to do, for the error.
 
     Raises:
-        ConfigurationError: for anything else.
+        ConfigurationError: for any other value.
+
+    Examples:
+        >>> require_number("share", 90.0, "[0, 1)", "90 % is 0.9")
+        Traceback (most recent call last):
+        lightning_woodfisher.base.errors.ConfigurationError: share=90.0 is outside [0, 1); ...
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigurationError(f"{name}={value!r} is not a number.")
+    if interval is None:
+        return
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    number = cast("float", value)
+    is_above = low <= number if interval[0] == "[" else low < number
+    is_below = number <= high if interval[-1] == "]" else number < high
+    if not (is_above and is_below):
+        raise ConfigurationError(f"{name}={value} is outside {interval}{_ending(hint)}")
 
 
 def require_text(name: str, value: object) -> None:
@@ -110,10 +171,14 @@ def require_text(name: str, value: object) -> None:
 
     Args:
         name: of the setting.
-        value: what the user gave; None is no value.
+        value: what the user gave, or None.
 
     Raises:
-        ConfigurationError: for anything else.
+        ConfigurationError: for any other value.
     """
     if value is not None and not isinstance(value, str | os.PathLike):
         raise ConfigurationError(f"{name}={value!r} is not a text.")
+
+
+def _ending(hint: str) -> str:
+    return f"; {hint}." if hint else "."

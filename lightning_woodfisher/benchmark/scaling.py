@@ -31,7 +31,7 @@ from lightning_woodfisher.distributed.communicator import (
     destroy_group,
 )
 from lightning_woodfisher.fisher.config import FisherConfig
-from lightning_woodfisher.pruning.config import PruningConfig
+from lightning_woodfisher.pruning.config import PruningConfig, StepConfig
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
@@ -183,7 +183,8 @@ def _measure_rank(
     """Seconds with and without messages, in turn, and bytes of every rank's state."""
     data = RandomImages(num_gradients, image_size)
     config = PruningConfig(
-        FisherConfig(num_gradients, 1, block_size, damping=1e-5), measure_loss=False
+        fisher=FisherConfig(num_gradients, 1, block_size, damping=1e-5),
+        step=StepConfig(measure_loss=False),
     )
     seconds: dict[bool, list[float]] = {False: [], True: []}
     state: list[int] = []

@@ -40,10 +40,13 @@ from lightning_woodfisher.criteria.obs import Update, saliency
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.distributed.smallest import (
+    select_smallest,
+)
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.gradients.collect import collect_gradients
 from lightning_woodfisher.one_shot import prune
-from lightning_woodfisher.pruning.selection import select_smallest
+from lightning_woodfisher.pruning.config import StepConfig
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.partition import make_partition
@@ -227,8 +230,7 @@ def measure_step(
             cross_entropy,
             target_sparsity=_SPARSITY,
             fisher=fisher,
-            update=update,
-            measure_loss=False,
+            step=StepConfig(update=update, measure_loss=False),
         )
         remember(f"ours, {update}", pruned)
 

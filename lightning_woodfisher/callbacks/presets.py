@@ -2,8 +2,8 @@
 
 Numbers come from the papers and from the files that their authors published with them;
 ``source`` says which, and what is ours. They reproduce the method as published
-(``update="independent"``, ``step_search=False``); ``update="joint"`` and
-``step_search=True`` are worth trying on top.
+(``update="independent"``, ``line_search=False``); ``update="joint"`` and
+``line_search=True`` are worth trying as well.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import yaml
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.pruning.config import (
+    SelectionConfig,
+    StepConfig,
+)
 from lightning_woodfisher.pruning.schedule import OneShotSchedule, PolynomialSchedule
-from lightning_woodfisher.pruning.selection import SelectionConfig
 
 _SCHEDULES = {
     "OneShotSchedule": OneShotSchedule,
@@ -45,8 +48,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
                 "block_size": 2000,
                 "damping": 1e-5,
             },
-            "update": "independent",
-            "step_search": False,
+            "step": {"update": "independent", "line_search": False},
         },
     ),
     "mobilenetv1_75": (
@@ -67,8 +69,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
                 "block_size": 10000,
                 "damping": 1e-5,
             },
-            "update": "independent",
-            "step_search": False,
+            "step": {"update": "independent", "line_search": False},
         },
     ),
     "bert_90": (
@@ -96,8 +97,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
                 "damping": 1e-7,
             },
             "selection": {"include": [r"encoder\.layer\.\d+\..*weight$"]},
-            "update": "independent",
-            "step_search": False,
+            "step": {"update": "independent", "line_search": False},
         },
     ),
     "resnet20_oneshot": (
@@ -116,8 +116,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
                 "damping": 1e-5,
             },
             "selection": {"include": [r"layer\d\.\d+\.conv\d\.weight$"]},
-            "update": "independent",
-            "step_search": False,
+            "step": {"update": "independent", "line_search": False},
         },
     ),
 }
@@ -150,6 +149,7 @@ def preset(name: str) -> dict[str, Any]:
     made: dict[str, Any] = {
         "schedule": _SCHEDULES[schedule["class_path"]](**schedule["init_args"]),
         "fisher": FisherConfig(**arguments["fisher"]),
+        "step": StepConfig(**arguments["step"]),
     }
     if "selection" in arguments:
         made["selection"] = SelectionConfig(**arguments["selection"])

@@ -30,12 +30,16 @@ from lightning_woodfisher.callbacks.checks import (
 from lightning_woodfisher.callbacks.presets import preset
 from lightning_woodfisher.callbacks.progress import announce, log_report, progress_bar
 from lightning_woodfisher.criteria import CriterionName
-from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import FisherConfig
-from lightning_woodfisher.pruning.config import PruningConfig, check_sparsity
+from lightning_woodfisher.pruning.config import (
+    PruningConfig,
+    SelectionConfig,
+    StepConfig,
+    check_sparsity,
+    require_target_fits,
+)
 from lightning_woodfisher.pruning.pruner import Pruner
-from lightning_woodfisher.pruning.quotas import require_target_fits
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.schedule import (
     ConstantSchedule,
@@ -43,13 +47,11 @@ from lightning_woodfisher.pruning.schedule import (
     PolynomialSchedule,
     PruningSchedule,
 )
-from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.pruning.selector import (
     is_too_sparse,
     take_zeros,
     weights_to_remove,
 )
-from lightning_woodfisher.pruning.stages import Spacing
 from lightning_woodfisher.reporting.loggers import track_end, track_settings, track_step
 from lightning_woodfisher.resources.budget import require_one_device, within_memory
 from lightning_woodfisher.weights.layers import prunable_parameters
@@ -68,53 +70,27 @@ class WoodFisherPruningCallback(PruningCallback):
 
     Args:
         target_sparsity: share of the selected weights that is zero at the end, in [0, 1).
-        schedule: when to prune and how far; by default the cubic ramp over the first
-            three quarters of training, with a step at every epoch.
+        schedule: when to prune and how far; by default a cubic ramp over the first three
+            quarters of training, with a step at every epoch.
+        criterion: saliency of a weight: ``"woodfisher"``; ``"woodtaylor"``, which also
+            follows the gradient of the loss, for networks that have not converged; or a
+            baseline: ``"kfac"``, ``"diagonal_fisher"``, ``"hessian_diagonal"`` or
+            ``"magnitude"``.
         fisher: how the Fisher is estimated.
-        selection: which weights may go and what they compete for.
-        criterion: ``"woodfisher"``; ``"woodtaylor"``, which also follows the gradient of
-            the loss, for networks that are not at a minimum; or as a baseline
-            ``"kfac"``, ``"diagonal_fisher"``, ``"hessian_diagonal"`` or ``"magnitude"``.
-        update: how the kept weights make up for the removed ones: ``"joint"`` minimises
-            the quadratic model, ``"independent"`` sums the single-weight updates as
-            published, ``"none"`` leaves them alone.
-        recompute_steps: reach each step's sparsity in this many parts, with fresh
-            gradients and a fresh inverse for each part.
-        loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to take
-            gradients of, for a ``training_step`` that does more than compute a loss.
-        dataloader: where gradient samples come from, in place of the training dataloader;
-            needed for iterable-style data.
-        measure_loss: measure the loss after each step on the same samples, to compare the
-            rise with the predicted one.
-        local_model_points: compare predicted and measured loss at so many points between
-            the weights before and after each part of a step; 0 for none, 5 is a good
-            number. Each but the two ends costs one more pass over the samples.
-        report_path: JSON file that receives the reports of all steps; rewritten after
-            each step.
-        seed: of the choice of samples and of anything random in the module.
+        selection: which weights may be pruned and what they compete for.
+        step: weight update, stages and measurements of a step.
         flops_target: share of the dense network's FLOPs that is left at the end. It then
-            decides how many weights go, and ``target_sparsity`` and the schedule say only
-            how fast: a step at half the target sparsity saves half of the FLOPs.
-        step_search: take as much of each update as gives the smallest loss measured on the
-            samples, nothing if need be, so that no update makes it worse; in place of the
-            joint update the independent one where that is better. Costs a few passes over
-            the samples; False takes the update as it is.
-        update_scale: share of the update of the kept weights that is taken, in [0, 1];
-            with ``step_search`` the most that is. 0 leaves them alone, like
-            ``update="none"`` and Optimal Brain Damage.
-        recompute_spacing: where the parts of a step end: ``"geometric"`` in the kept
-            share, ``"linear"`` or ``"polynomial"``.
-        reuse_gradients: all parts of a step use the gradients of the first one, with a new
-            inverse on the weights that are left.
-        trust: when the loss has risen in a part by more than this multiple of the
-            prediction, the parts that follow are half as long, down to an eighth.
-        batchnorm_recalibration_batches: re-estimate BatchNorm's running statistics on so
-            many batches (of 64 samples or ``gradient_batch_size``, the larger) after each
-            step; 0 leaves them.
+            decides how many weights are pruned; ``target_sparsity`` and the schedule only
+            set the pace: a step at half the target sparsity saves half of the FLOPs.
+        loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to
+            differentiate, for a ``training_step`` that does more than compute a loss.
+        dataloader: source of gradient samples, in place of the training dataloader;
+            needed for iterable-style data.
+        report_path: JSON file for the reports of all steps; rewritten after each step.
         weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
-            zero once the last planned step is done.
-        log_masks: give W&B the masks as an artifact when training ends: ``masks.pt``, bool
-            tensors by parameter name, True where kept.
+            zero after the last planned step.
+        log_masks: log the masks to W&B as an artifact when training ends: ``masks.pt``,
+            bool tensors by parameter name, True where kept.
 
     Raises:
         ConfigurationError: for a value that cannot work.
@@ -124,24 +100,14 @@ class WoodFisherPruningCallback(PruningCallback):
         self,
         target_sparsity: float = 0.9,
         schedule: PruningSchedule | None = None,
+        criterion: CriterionName = "woodfisher",
         fisher: FisherConfig = FisherConfig(),
         selection: SelectionConfig = SelectionConfig(),
-        criterion: CriterionName = "woodfisher",
-        update: Update = "joint",
-        recompute_steps: int = 1,
+        step: StepConfig = StepConfig(),
+        flops_target: float | None = None,
         loss_method: str | None = None,
         dataloader: Iterable[Any] | None = None,
-        measure_loss: bool = True,
         report_path: str | None = None,
-        seed: int = 0,
-        flops_target: float | None = None,
-        step_search: bool = True,
-        update_scale: float = 1.0,
-        local_model_points: int = 0,
-        recompute_spacing: Spacing = "geometric",
-        reuse_gradients: bool = False,
-        trust: float | None = None,
-        batchnorm_recalibration_batches: int = 0,
         weight_decay_off_after_last_step: bool = False,
         log_masks: bool = False,
     ) -> None:
@@ -154,28 +120,12 @@ class WoodFisherPruningCallback(PruningCallback):
             report_path,
             weight_decay_off_after_last_step,
         )
-        self.config = PruningConfig(
-            fisher=fisher,
-            selection=selection,
-            criterion=criterion,
-            update=update,
-            recompute_steps=recompute_steps,
-            measure_loss=measure_loss,
-            local_model_points=local_model_points,
-            seed=seed,
-            flops_target=flops_target,
-            step_search=step_search,
-            update_scale=update_scale,
-            recompute_spacing=recompute_spacing,
-            reuse_gradients=reuse_gradients,
-            trust=trust,
-            batchnorm_recalibration_batches=batchnorm_recalibration_batches,
-        )
+        self.config = PruningConfig(criterion, fisher, selection, step, flops_target)
         if flops_target is None:
             require_target_fits(selection, target_sparsity)
         require_flag("log_masks", log_masks)
         self.log_masks = log_masks
-        # The settings of the steps; those of the user, made to fit into memory.
+        # Settings of the steps: those of the user, adapted to the memory.
         self._step_config = self.config
 
     @classmethod
@@ -196,8 +146,8 @@ class WoodFisherPruningCallback(PruningCallback):
         return (
             f"{type(self).__name__}(target_sparsity={self.target_sparsity}, "
             f"schedule={self.schedule!r}, criterion={self.config.criterion!r}, "
-            f"update={self.config.update!r}, fisher={self.config.fisher!r}, "
-            f"selection={self.config.selection!r})"
+            f"fisher={self.config.fisher!r}, selection={self.config.selection!r}, "
+            f"step={self.config.step!r})"
         )
 
     @property
@@ -246,7 +196,7 @@ class WoodFisherPruningCallback(PruningCallback):
         batches = self._source(trainer, module).batches(
             fisher.num_gradients,
             fisher.gradient_batch_size,
-            self.config.seed,
+            self.config.step.seed,
             fisher.repeat_samples,
         )
         if not fisher.repeat_samples:

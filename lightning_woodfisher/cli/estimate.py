@@ -90,10 +90,10 @@ def run_estimate(options: argparse.Namespace) -> int:
             fisher=settings.fisher,
             selection=settings.selection,
             criterion=settings.criterion,
-            update=settings.update,
-            step_search=settings.step_search,
-            measure_loss=settings.measure_loss,
-            local_model_points=settings.local_model_points,
+            update=settings.step.update,
+            line_search=settings.step.line_search,
+            measure_loss=settings.step.measure_loss,
+            local_model_points=settings.step.local_model_points,
             sparsity=level,
             world_size=run.world_size,
             memory=options.memory or settings.fisher.memory_budget,
@@ -104,7 +104,8 @@ def run_estimate(options: argparse.Namespace) -> int:
         )
         for level in levels
     ]
-    sys.stdout.write(_format(costs, settings.recompute_steps, rate, options.json))
+    text = _format(costs, settings.step.recompute_steps, rate, options.json)
+    sys.stdout.write(text)
     return int(any(cost.fits is False for cost in costs))
 
 

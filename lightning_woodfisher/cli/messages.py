@@ -21,12 +21,12 @@ from lightning_woodfisher.callbacks.structured import (
 )
 from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.pruning.config import SelectionConfig, StepConfig
 from lightning_woodfisher.pruning.schedule import (
     ConstantSchedule,
     OneShotSchedule,
     PolynomialSchedule,
 )
-from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.structured.config import StructureConfig
 
 # Classes whose short name works in YAML, because they are imported here.
@@ -39,7 +39,7 @@ _OUR_CLASSES = (
     OneShotSchedule,
     ConstantSchedule,
 )
-_OUR_CONFIGS = (FisherConfig, SelectionConfig, StructureConfig)
+_OUR_CONFIGS = (FisherConfig, SelectionConfig, StepConfig, StructureConfig)
 
 # Lines of jsonargparse that repeat the question instead of answering it.
 _NOISE = re.compile(

@@ -26,7 +26,7 @@ from lightning_woodfisher.cli.lightning_cli import load_weights, read_fit
 from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.export.checkpoint import read_checkpoint
-from lightning_woodfisher.pruning.selection import Scope
+from lightning_woodfisher.pruning.config import Scope
 from lightning_woodfisher.reporting.figures import draw_sweep, has_matplotlib
 from lightning_woodfisher.sweeps.report import TARGET, SweepReport
 from lightning_woodfisher.sweeps.sweep import expand_grid, run_sweep

@@ -24,11 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_woodfisher.base.errors import (
-    ConfigurationError,
-    PruningError,
-    require_count,
-)
+from lightning_woodfisher.base.errors import PruningError, require_count
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import LossSource, loss_value
 from lightning_woodfisher.distributed.communicator import Communicator
@@ -45,15 +41,8 @@ def require_recalibration_batches(count: int) -> None:
 
     Args:
         count: number of batches; 0 leaves the statistics as they are.
-
-    Raises:
-        ConfigurationError: for what is no number of batches.
     """
-    require_count("batchnorm_recalibration_batches", count)
-    if count < 0:
-        raise ConfigurationError(
-            f"batchnorm_recalibration_batches={count} must be at least 0."
-        )
+    require_count("batchnorm_recalibration_batches", count, least=0)
 
 
 def batchnorm_layers(model: nn.Module) -> dict[str, _BatchNorm]:

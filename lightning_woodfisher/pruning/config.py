@@ -1,16 +1,24 @@
-"""How a step prunes, checked as far as that can be done without a network."""
+"""Settings of a pruning step, checked as far as possible without a network."""
 
 from __future__ import annotations
 
-__all__ = ["PruningConfig", "check_sparsity"]
+__all__ = [
+    "PruningConfig",
+    "Scope",
+    "SelectionConfig",
+    "StepConfig",
+    "check_sparsity",
+    "require_target_fits",
+]
 
-import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
-    nearest,
+    require_choice,
     require_count,
     require_flag,
     require_integer,
@@ -21,32 +29,192 @@ from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.data.batchnorm import require_recalibration_batches
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.pruning.local_model import require_points
-from lightning_woodfisher.pruning.quotas import (
-    require_flops_target_fits,
-)
-from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.pruning.stages import Spacing
+from lightning_woodfisher.weights.patterns import parse_pattern
+
+Scope = Literal["global", "layer"]
+
+# Tolerance for sparsities that users compute, such as 1 - 1/3.
+_SAME = 1e-9
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Which weights may be pruned, and what they compete for.
+
+    Args:
+        scope: ``"global"``: one threshold over all layers (the paper's joint
+            sparsification); ``"layer"``: every layer reaches the sparsity by itself.
+        include: patterns of what to prune (:func:`~.layers.prunable_parameters`); empty
+            for Linear and convolution weights.
+        exclude: patterns of what to leave dense.
+        pattern: weights that are pruned together: ``"unstructured"`` single weights;
+            ``"2:4"`` and the like, N kept of M consecutive inputs; ``"block4"`` and the
+            like, consecutive inputs; ``"rows"``, all weights of an output.
+        layer_targets: sparsity by regular expression on the parameter name, for layers
+            that do not compete with the others; the others share the rest of the target.
+        max_layer_sparsity: largest sparsity of a single layer; the others compensate.
+        flops_power: saliencies are divided by the FLOPs per weight of their layer to this
+            power, so that expensive weights are pruned first; 0 ignores FLOPs.
+
+    Raises:
+        ConfigurationError: for a value that cannot work.
+    """
+
+    scope: Scope = "global"
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    pattern: str = "unstructured"
+    layer_targets: dict[str, float] = field(default_factory=dict)
+    max_layer_sparsity: float | None = None
+    flops_power: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("selection.scope", self.scope, get_args(Scope))
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str):
+                raise ConfigurationError(
+                    f"selection.{name}={patterns!r} is a single text; give a list of "
+                    f"patterns: {name}=[{patterns!r}]."
+                )
+            if not isinstance(patterns, Sequence) or not all(
+                isinstance(pattern, str) for pattern in patterns
+            ):
+                raise ConfigurationError(
+                    f"selection.{name}={patterns!r} is not a list of patterns (texts)."
+                )
+        self._check_layer_targets()
+        if self.max_layer_sparsity is not None:
+            require_number(
+                "selection.max_layer_sparsity", self.max_layer_sparsity, "(0, 1]"
+            )
+        require_number("selection.flops_power", self.flops_power, "[0, inf)")
+        if self.flops_power and self.scope == "layer":
+            raise ConfigurationError(
+                f"selection.flops_power={self.flops_power} has no effect with "
+                "scope='layer', where layers do not compete; use scope='global'."
+            )
+
+    def _check_layer_targets(self) -> None:
+        if not isinstance(self.layer_targets, Mapping):
+            raise ConfigurationError(
+                f"selection.layer_targets={self.layer_targets!r} is not a mapping from "
+                "patterns to sparsities."
+            )
+        for pattern, target in self.layer_targets.items():
+            require_number(f"selection.layer_targets[{pattern!r}]", target, "[0, 1)")
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ConfigurationError(
+                    f"The pattern {pattern!r} of selection.layer_targets is not a regular "
+                    f"expression: {error}."
+                ) from error
+        if parse_pattern(self.pattern).sparsity is not None and self.layer_targets:
+            raise ConfigurationError(
+                f"selection.layer_targets cannot go with pattern={self.pattern!r}, which "
+                "gives every layer the same sparsity; leave one of them out."
+            )
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How one pruning step reaches its sparsity: weight update, stages, measurements.
+
+    Args:
+        update: how the kept weights compensate for the removed ones: ``"joint"`` minimizes
+            the quadratic model, ``"independent"`` sums the single-weight updates as
+            published, ``"none"`` leaves the kept weights unchanged.
+        update_scale: share of the update that is applied, in [0, 1]; with ``line_search``
+            the largest share. 0 is Optimal Brain Damage, like ``update="none"``.
+        line_search: choose the share of each update by the loss measured on the samples, so
+            that no update raises the loss; also replace the joint update by the independent
+            one where that gives a smaller loss. Costs a few passes over the samples.
+        recompute_steps: number of stages that a step is divided into. Each stage has fresh
+            gradients and a fresh inverse.
+        recompute_spacing: how sparsity grows over the stages: ``"geometric"`` in the kept
+            share, ``"linear"`` or ``"polynomial"``.
+        reuse_gradients: all stages use the gradients of the first one, with a new inverse
+            for the weights that are left.
+        trust_ratio: when the loss of a stage rises by more than this multiple of the
+            prediction, the following stages are half as long, down to an eighth. None
+            never shortens them.
+        measure_loss: measure the loss after each stage on the samples of its gradients, to
+            compare it with the prediction.
+        local_model_points: number of points between the weights before and after each
+            stage at which predicted and measured loss are compared; 0 for none, 5 is a
+            good number. Each point but the two ends costs one pass over the samples.
+        batchnorm_recalibration_batches: number of batches (of 64 samples or
+            ``gradient_batch_size``, whichever is larger) from which the running statistics
+            of BatchNorm layers are re-estimated after the step; 0 keeps the statistics.
+        seed: seed of the choice of samples and of random operations in the module.
+
+    Raises:
+        ConfigurationError: for a value that cannot work.
+    """
+
+    update: Update = "joint"
+    update_scale: float = 1.0
+    line_search: bool = True
+    recompute_steps: int = 1
+    recompute_spacing: Spacing = "geometric"
+    reuse_gradients: bool = False
+    trust_ratio: float | None = None
+    measure_loss: bool = True
+    local_model_points: int = 0
+    batchnorm_recalibration_batches: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_choice("step.update", self.update, get_args(Update))
+        require_choice(
+            "step.recompute_spacing", self.recompute_spacing, get_args(Spacing)
+        )
+        for name in ("line_search", "reuse_gradients", "measure_loss"):
+            require_flag(f"step.{name}", getattr(self, name))
+        require_number(
+            "step.update_scale", self.update_scale, "[0, 1]", "1 is the whole update"
+        )
+        require_count("step.recompute_steps", self.recompute_steps, least=1)
+        require_integer("step.seed", self.seed, -(2**63), 2**63 - 1)
+        require_points("step.local_model_points", self.local_model_points)
+        if self.local_model_points and not self.measure_loss:
+            raise ConfigurationError(
+                f"step.local_model_points={self.local_model_points} needs measured losses; "
+                "set step.measure_loss=True."
+            )
+        require_recalibration_batches(self.batchnorm_recalibration_batches)
+        if self.trust_ratio is not None:
+            require_number("step.trust_ratio", self.trust_ratio, "(0, inf)")
+            if self.recompute_steps == 1:
+                raise ConfigurationError(
+                    f"step.trust_ratio={self.trust_ratio} shortens the stages that follow, "
+                    "but step.recompute_steps=1 has none; set recompute_steps to 2 or more."
+                )
 
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """How a step prunes; see :class:`~.WoodFisherPruningCallback` for the meaning."""
+    """All settings of a pruning step, shared by the callback, ``prune()`` and sweeps.
 
+    Args:
+        criterion: name of the saliency: a key of :data:`~.criteria.CRITERIA`.
+        fisher: how the Fisher is estimated.
+        selection: which weights may be pruned and what they compete for.
+        step: how a step reaches its sparsity.
+        flops_target: share of the dense network's FLOPs that is left at the end; None
+            when a sparsity decides.
+
+    Raises:
+        ConfigurationError: for settings that contradict one another.
+    """
+
+    criterion: str = "woodfisher"
     fisher: FisherConfig = field(default_factory=FisherConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
-    criterion: str = "woodfisher"
-    update: Update = "joint"
-    recompute_steps: int = 1
-    measure_loss: bool = True
-    local_model_points: int = 0
-    seed: int = 0
+    step: StepConfig = field(default_factory=StepConfig)
     flops_target: float | None = None
-    step_search: bool = True
-    update_scale: float = 1.0
-    recompute_spacing: Spacing = "geometric"
-    reuse_gradients: bool = False
-    trust: float | None = None
-    batchnorm_recalibration_batches: int = 0
 
     @property
     def counts_flops(self) -> bool:
@@ -55,64 +223,86 @@ class PruningConfig:
 
     @property
     def searches(self) -> bool:
-        """Whether the length of an update is measured: there must be an update."""
-        updates = self.update != "none" and CRITERIA[self.criterion].compensates
-        return self.step_search and updates
+        """Whether a line search chooses the scale of an update."""
+        updates = self.step.update != "none" and CRITERIA[self.criterion].compensates
+        return self.step.line_search and updates
 
     @property
     def reads_data(self) -> bool:
-        """Whether a step looks at any sample."""
+        """Whether a step reads any sample."""
         return (
-            self.measure_loss
+            self.step.measure_loss
             or self.counts_flops
-            or self.batchnorm_recalibration_batches > 0
+            or self.step.batchnorm_recalibration_batches > 0
             or self.searches
             or CRITERIA[self.criterion].needs != "nothing"
         )
 
     def __post_init__(self) -> None:
-        for name, kind in (("fisher", FisherConfig), ("selection", SelectionConfig)):
+        for name, kind in (
+            ("fisher", FisherConfig),
+            ("selection", SelectionConfig),
+            ("step", StepConfig),
+        ):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigurationError(
-                    f"{name}={getattr(self, name)!r} is no {kind.__name__}; give "
+                    f"{name}={getattr(self, name)!r} is not a {kind.__name__}; give "
                     f"{kind.__name__}(...)."
                 )
-        # What cannot be hashed is no key either.
-        if self.criterion not in list(CRITERIA):
-            raise ConfigurationError(
-                f"criterion={self.criterion!r} is unknown; use one of "
-                f"{', '.join(CRITERIA)}.{nearest(self.criterion, CRITERIA)}"
-            )
-        if self.update not in get_args(Update):
-            raise ConfigurationError(
-                f"update={self.update!r} is unknown; use one of "
-                f"{', '.join(get_args(Update))}.{nearest(self.update, get_args(Update))}"
-            )
-        require_count("recompute_steps", self.recompute_steps)
-        require_integer("seed", self.seed)
-        if not -(2**63) <= self.seed < 2**63:
-            raise ConfigurationError(f"seed={self.seed} is no 64-bit number.")
-        for name in ("measure_loss", "step_search"):
-            require_flag(name, getattr(self, name))
-        require_number("update_scale", self.update_scale)
-        if not 0.0 <= self.update_scale <= 1.0:
-            raise ConfigurationError(
-                f"update_scale={self.update_scale} is outside [0, 1]; 1 is the whole "
-                "update, 0 none."
-            )
-        if self.recompute_steps < 1:
-            raise ConfigurationError(
-                f"recompute_steps={self.recompute_steps} must be at least 1."
-            )
+        require_choice("criterion", self.criterion, CRITERIA)
         if self.flops_target is not None:
-            require_flops_target_fits(self.selection, self.flops_target)
-        require_points(self.local_model_points, self.measure_loss)
-        self._check_stages()
+            self._check_flops_target(self.flops_target)
+        self._check_reuse()
+        self._check_trust_ratio()
         self._check_nonfinite()
-        require_recalibration_batches(self.batchnorm_recalibration_batches)
+
+    def _check_flops_target(self, flops_target: float) -> None:
+        require_number(
+            "flops_target",
+            flops_target,
+            "(0, 1)",
+            "it is the share of the dense network's FLOPs that is left",
+        )
+        selection = self.selection
+        conflicts = {
+            "scope='layer'": selection.scope == "layer",
+            f"pattern={selection.pattern!r}": (
+                parse_pattern(selection.pattern).sparsity is not None
+            ),
+            "layer_targets": bool(selection.layer_targets),
+        }
+        for setting, is_set in conflicts.items():
+            if is_set:
+                raise ConfigurationError(
+                    f"flops_target cannot go with selection.{setting}, which already "
+                    "decides how many weights of a layer are pruned; leave one of them out."
+                )
+
+    def _check_reuse(self) -> None:
+        if not self.step.reuse_gradients:
+            return
+        if not CRITERIA[self.criterion].can_restrict:
+            able = [name for name, other in CRITERIA.items() if other.can_restrict]
+            raise ConfigurationError(
+                f"step.reuse_gradients cannot go with criterion={self.criterion!r}; use "
+                f"{' or '.join(able)}, or set it to False."
+            )
+        if self.selection.pattern != "unstructured":
+            raise ConfigurationError(
+                "step.reuse_gradients cannot go with selection.pattern="
+                f"{self.selection.pattern!r}; set it to False."
+            )
+
+    def _check_trust_ratio(self) -> None:
+        ratio, measured = self.step.trust_ratio, self.step.measure_loss
+        predicts = CRITERIA[self.criterion].needs != "nothing"
+        if ratio is not None and not (measured and predicts):
+            raise ConfigurationError(
+                f"step.trust_ratio={ratio} compares the measured with the predicted rise of "
+                "the loss; it needs step.measure_loss=True and a criterion that predicts one."
+            )
 
     def _check_nonfinite(self) -> None:
-        """Refuse to leave gradients out where that cannot be done."""
         most = self.fisher.max_nonfinite
         if most and CRITERIA[self.criterion].needs == "factors":
             raise ConfigurationError(
@@ -126,59 +316,46 @@ class PruningConfig:
                 f"num_gradients={self.fisher.num_gradients} be left out; lower it."
             )
 
-    def _check_stages(self) -> None:
-        """Refuse what cannot work about the parts of a step."""
-        spacing = self.recompute_spacing
-        if spacing not in get_args(Spacing):
-            raise ConfigurationError(
-                f"recompute_spacing={spacing!r} is unknown; use one of "
-                f"{', '.join(get_args(Spacing))}.{nearest(spacing, get_args(Spacing))}"
-            )
-        require_flag("reuse_gradients", self.reuse_gradients)
-        criterion = CRITERIA[self.criterion]
-        if self.reuse_gradients and not criterion.can_restrict:
-            able = [name for name, other in CRITERIA.items() if other.can_restrict]
-            raise ConfigurationError(
-                f"reuse_gradients cannot go with criterion={self.criterion!r}; use "
-                f"{' or '.join(able)}, or new gradients for each part."
-            )
-        if self.reuse_gradients and self.selection.pattern != "unstructured":
-            raise ConfigurationError(
-                "reuse_gradients cannot go with selection.pattern="
-                f"{self.selection.pattern!r}; take new gradients for each part."
-            )
-        if self.trust is None:
-            return
-        require_number("trust", self.trust)
-        if not (self.trust > 0 and math.isfinite(self.trust)):
-            raise ConfigurationError(
-                f"trust={self.trust} must be positive and finite: the measured rise of "
-                "the loss that is tolerated, as a multiple of the predicted one."
-            )
-        if not self.measure_loss or criterion.needs == "nothing":
-            raise ConfigurationError(
-                f"trust={self.trust} compares the measured with the predicted rise of the "
-                "loss; it needs measure_loss and a criterion that predicts one."
-            )
-        if self.recompute_steps == 1:
-            raise ConfigurationError(
-                f"trust={self.trust} makes the parts that follow smaller, but "
-                "recompute_steps=1 has none; set recompute_steps to 2 or more."
-            )
-
 
 def check_sparsity(target_sparsity: float) -> None:
-    """Check a sparsity.
+    """Check a target sparsity.
 
     Args:
         target_sparsity: share of zeros.
+    """
+    require_number(
+        "target_sparsity",
+        target_sparsity,
+        "[0, 1)",
+        "it is the share of zeros, so 90 % is 0.9",
+    )
+
+
+def require_target_fits(
+    selection: SelectionConfig, target_sparsity: float, is_final: bool = True
+) -> None:
+    """Check that the pattern and the limits of a selection allow a sparsity.
+
+    Args:
+        selection: which weights may be pruned.
+        target_sparsity: sparsity of a network, or at the end of a schedule.
+        is_final: False for a step before the last.
 
     Raises:
-        ConfigurationError: outside [0, 1), or not a number.
+        ConfigurationError: with the sparsity to ask for.
     """
-    require_number("target_sparsity", target_sparsity)
-    if not 0.0 <= target_sparsity < 1.0:
+    pattern = parse_pattern(selection.pattern)
+    if pattern.sparsity is not None:
+        above = target_sparsity > pattern.sparsity + _SAME
+        if above or (is_final and target_sparsity < pattern.sparsity - _SAME):
+            raise ConfigurationError(
+                f"selection.pattern={selection.pattern!r} has sparsity "
+                f"{pattern.sparsity:g} exactly, not {target_sparsity:g}; set "
+                f"target_sparsity={pattern.sparsity:g}, or choose another pattern."
+            )
+    most = selection.max_layer_sparsity
+    if most is not None and is_final and target_sparsity > most:
         raise ConfigurationError(
-            f"target_sparsity={target_sparsity} is outside [0, 1); it is the share of zeros, "
-            "so 90 % is 0.9."
+            f"target_sparsity={target_sparsity:g} is out of reach when no layer may have "
+            f"more than selection.max_layer_sparsity={most:g}; raise the limit."
         )

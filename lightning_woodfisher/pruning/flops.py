@@ -1,8 +1,8 @@
-"""Floating-point operations of a network, by the tensor that is multiplied.
+"""Floating-point operations of a network, by the parameter that is multiplied.
 
-Counted by torch's FLOP counter while one mini-batch goes forward, so at the shapes that
-really occur. A masked network needs Σ FLOPs of a layer × its density, plus what does not
-depend on any selected weight.
+torch's FLOP counter observes one forward pass, so FLOPs are those of the real input shapes.
+A masked network needs Σ FLOPs of a layer × its density, plus the FLOPs that depend on no
+selected weight.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import LossSource, run_loss
 from lightning_woodfisher.distributed.communicator import Communicator
@@ -31,9 +32,9 @@ class LayerFlops:
     """FLOPs of the forward pass of one mini-batch.
 
     Attributes:
-        dense: of the whole network.
-        by_layer: of the products with each selected tensor.
-        weights: of each selected tensor.
+        dense: FLOPs of the whole network.
+        by_layer: FLOPs of the products with each selected parameter.
+        weights: number of weights of each selected parameter.
     """
 
     dense: int
@@ -42,38 +43,20 @@ class LayerFlops:
 
     @property
     def per_weight(self) -> list[int]:
-        """FLOPs that go with one weight, at least 1."""
+        """FLOPs per weight of each layer, at least 1."""
         return [
             max(1, round(flops / weights))
             for flops, weights in zip(self.by_layer, self.weights, strict=True)
         ]
 
-    def describe(
-        self, before: Mapping[str, int], after: Mapping[str, int]
-    ) -> dict[str, Any]:
-        """Give the fields of a report.
-
-        Args:
-            before: pruned weights of each selected tensor before a step.
-            after: the same after it.
-
-        Returns:
-            Values by name of the field.
-        """
-        return {
-            "flops_dense": self.dense,
-            "flops_before": self.masked(list(before.values())),
-            "flops_after": self.masked(list(after.values())),
-        }
-
     def masked(self, zeros: Sequence[int]) -> float:
         """Count the FLOPs of the masked network.
 
         Args:
-            zeros: pruned weights of each selected tensor.
+            zeros: number of pruned weights of each selected parameter.
 
         Returns:
-            Their number.
+            Number of FLOPs.
         """
         saved = [
             flops * gone / weights
@@ -85,38 +68,29 @@ class LayerFlops:
 
 
 def count_flops(
-    source: LossSource,
-    masks: Masks,
-    comm: Communicator,
-    num_gradients: int,
-    batch_size: int,
-    seed: int,
-    repeat: bool = False,
+    source: LossSource, batches: Batches, masks: Masks, comm: Communicator, seed: int
 ) -> LayerFlops:
     """Count the FLOPs of one mini-batch.
 
     Args:
-        source: where losses come from, with its session entered.
-        masks: with the parameters.
+        source: computes losses, with its session entered.
+        batches: mini-batches, of which the first is used.
+        masks: masks with the parameters.
         comm: the ranks; the counts of rank 0 hold for all.
-        num_gradients: N, of the mini-batches of which the first is used.
-        batch_size: m.
-        seed: of the samples.
-        repeat: whether samples may come again.
+        seed: seed of random operations.
 
     Returns:
         The counts.
 
     Raises:
-        ConfigurationError: for sharded parameters, or tensors with which nothing is
-            multiplied.
+        ConfigurationError: for sharded parameters, or selected parameters that no
+            operation multiplies by.
     """
     if masks.sharded:
         raise ConfigurationError(
             "flops_target and selection.flops_power need whole parameters, and those of "
             "this model are sharded; leave them out."
         )
-    batches = source.batches(num_gradients, batch_size, seed, repeat)
     with seeded(derive_seed(seed, "flops")):
         batch = batches.fetch(0)
         with _Counter({name: masks.local(name) for name in masks.parameters}) as mode:
@@ -128,8 +102,8 @@ def count_flops(
     if unused:
         raise ConfigurationError(
             f"no FLOPs were counted for {', '.join(unused[:8])}: the loss does not multiply "
-            "by them, or in an operation that torch's FLOP counter does not know; leave "
-            "them out with selection.exclude."
+            "by them, or it does so in an operation that torch's FLOP counter does not know; "
+            "leave them out with selection.exclude."
         )
     return LayerFlops(
         int(numbers[0]),
@@ -139,9 +113,10 @@ def count_flops(
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives the FLOPs of each operation to the selected tensor among its arguments.
+    """Assign the FLOPs of each operation to the selected parameter among its arguments.
 
-    By memory and not by module: a layer may use a weight without calling its owner.
+    Parameters are recognized by their memory, because a layer may use a weight without
+    calling the module that owns it.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -150,7 +125,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops = dict.fromkeys(weights, 0)
         self._owners = {_address(tensor): name for name, tensor in weights.items()}
         self._sizes = {name: tensor.numel() for name, tensor in weights.items()}
-        # Memory of a copy must not be reused while its address means a weight.
+        # Keeps the memory of a copy from being reused while its address means a weight.
         self._copies: list[Tensor] = []
 
     def __torch_dispatch__(
@@ -170,7 +145,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops[used[0]] += flops
         elif used and isinstance(result, Tensor):
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            # Autocast multiplies by a copy in another dtype.
+            # Autocast multiplies by a copy of the weight in another dtype.
             if len(tensors) == 1 and result.numel() == self._sizes[used[0]]:
                 self._copies.append(result)
                 self._owners.setdefault(_address(result), used[0])
@@ -178,7 +153,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _address(value: Any) -> int:
-    """Where the memory of a tensor begins; -1 of anything else."""
+    """Return the address of the memory of a tensor; -1 for anything else."""
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return -1
     return value.untyped_storage().data_ptr() or -1

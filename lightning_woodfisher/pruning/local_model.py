@@ -1,10 +1,10 @@
-"""The quadratic model checked along the pruning direction.
+"""Comparison of the quadratic model with the measured loss along a weight update.
 
-WoodFisher takes the loss for a quadratic around the trained weights. Between the weights
-``w`` before a part of a step and ``w + δ`` after it, the model predicts a rise of the loss of
-``t² · ½ δᵀFδ`` at ``w + t·δ``: without a first-order term, because the gradient at a minimum
-is zero. The same points are measured on the samples of the gradients, as in the local
-quadratic analysis of the paper (Singh & Alistarh 2020, appendix).
+WoodFisher approximates the loss by a quadratic around the trained weights. Between the
+weights ``w`` before a stage and ``w + δ`` after it, this model predicts that the loss rises
+by ``t² · ½ δᵀFδ`` at ``w + t·δ``. There is no first-order term, because the gradient at a
+minimum is zero. The same points are measured on the samples of the gradients, as in the
+local quadratic analysis of the paper (Singh & Alistarh 2020, appendix).
 """
 
 from __future__ import annotations
@@ -23,36 +23,32 @@ from lightning_woodfisher.weights.masks import Masks
 _FEWEST_POINTS = 2
 
 
-def require_points(points: int, measure_loss: bool) -> None:
-    """Check how many points are asked for.
+def require_points(name: str, points: int) -> None:
+    """Check a number of points.
 
     Args:
-        points: 0 for none.
-        measure_loss: whether losses are measured at all.
+        name: name of the setting.
+        points: number of points; 0 for none.
 
     Raises:
         ConfigurationError: for a number that cannot work.
     """
-    require_count("local_model_points", points)
-    if points and points < _FEWEST_POINTS:
+    require_count(name, points, least=0)
+    if 0 < points < _FEWEST_POINTS:
         raise ConfigurationError(
-            f"local_model_points={points} must be 0 (off), or at least {_FEWEST_POINTS}: the "
-            "weights before and after the step are two of them."
-        )
-    if points and not measure_loss:
-        raise ConfigurationError(
-            f"local_model_points={points} needs measured losses; set measure_loss=True."
+            f"{name}={points} must be 0 (off), or at least {_FEWEST_POINTS}: the weights "
+            "before and after the stage are two of them."
         )
 
 
 class LocalModel:
-    """Remembers the weights before they are written, and measures on the way.
+    """Compare predicted and measured loss between the weights before and after a stage.
 
-    Keeps two more copies of the selected weights while it measures, none without points.
+    Keeps two copies of the selected weights while it measures, none without points.
 
     Args:
-        masks: with the parameters; nothing of theirs is changed in the end.
-        points: how many, evenly spaced from the weights before to those after.
+        masks: masks with the parameters.
+        points: number of points, evenly spaced from the weights before to those after.
     """
 
     def __init__(self, masks: Masks, points: int) -> None:
@@ -62,7 +58,7 @@ class LocalModel:
 
     def check(
         self,
-        predict: Callable[[float], float | None],
+        predict: Callable[[float], list[float] | None],
         measure: Callable[[], Sequence[float]],
         losses_before: Sequence[float],
         losses_after: Sequence[float],
@@ -70,13 +66,14 @@ class LocalModel:
         """Compare prediction and measurement. Call on all ranks, after the write.
 
         Args:
-            predict: maps the fraction t to the predicted rise of the mean loss.
-            measure: gives the losses at the present weights.
-            losses_before: those at t = 0.
-            losses_after: those at t = 1.
+            predict: maps the fraction t to the predicted rise of the mean loss, by layer.
+            measure: returns the losses at the present weights.
+            losses_before: losses at t = 0.
+            losses_after: losses at t = 1.
 
         Returns:
-            A point for each fraction; the model has its final weights, bit for bit.
+            One point for each fraction. The model has its final weights afterwards, bit
+            for bit.
         """
         if not self._fractions:
             return ()
@@ -90,18 +87,20 @@ class LocalModel:
                 elif fraction == 1.0:
                     losses = losses_after
                 else:
-                    self._go_to(fraction, after)
+                    self._interpolate(fraction, after)
                     losses = measure()
                 rise = _mean(losses) - start
-                found.append(LocalModelPoint(fraction, predict(fraction), rise))
+                shares = predict(fraction)
+                predicted = None if shares is None else sum(shares)
+                found.append(LocalModelPoint(fraction, predicted, rise))
         finally:
-            self._go_to(1.0, after)
+            self._interpolate(1.0, after)
         return tuple(found)
 
     @torch.no_grad()
-    def _go_to(self, fraction: float, after: Mapping[str, Tensor]) -> None:
+    def _interpolate(self, fraction: float, after: Mapping[str, Tensor]) -> None:
         for name, end in after.items():
-            # The end itself is copied: a formula might miss it by a rounding.
+            # The end itself is copied, because lerp may differ from it by a rounding error.
             between = end
             if fraction < 1.0:
                 start = self._before[name].double()

@@ -3,7 +3,7 @@
     batch → rows [m, D] → exchange → rows [N, D_r] → Fisher blocks → saliency [D_r]
           → exact threshold → mask → weight update [D_r] → gather → written in place
 
-The step is whole or absent: weights and masks are put back when anything fails.
+A failed step is rolled back: weights, masks and BatchNorm statistics are restored.
 """
 
 from __future__ import annotations
@@ -11,41 +11,33 @@ from __future__ import annotations
 __all__ = ["Pruner"]
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.clock import PhaseClock, Progress, no_progress
-from lightning_woodfisher.base.errors import (
-    ConfigurationError,
-)
+from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.criteria import Criterion, make_criterion
-from lightning_woodfisher.data.batchnorm import BatchNormStatistics, estimate_statistics
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.pruning.config import PruningConfig, check_sparsity
-from lightning_woodfisher.pruning.flops import LayerFlops, count_flops
+from lightning_woodfisher.pruning.config import (
+    PruningConfig,
+    check_sparsity,
+    require_target_fits,
+)
 from lightning_woodfisher.pruning.local_model import LocalModel
 from lightning_woodfisher.pruning.quotas import (
     Quotas,
     flops_share_of_step,
     make_quotas,
-    require_target_fits,
 )
-from lightning_woodfisher.pruning.report import (
-    LayerReport,
-    LocalModelPoint,
-    PruningReport,
-)
+from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.sampling import Sampling
-from lightning_woodfisher.pruning.selector import (
-    Selector,
-    is_too_sparse,
-    layers_of,
-)
+from lightning_woodfisher.pruning.selector import Selector, is_too_sparse, layers_of
+from lightning_woodfisher.pruning.stage_results import StageResult, summarize
 from lightning_woodfisher.pruning.stages import Stages
 from lightning_woodfisher.pruning.step_length import StepLength
 from lightning_woodfisher.weights.active import ActiveWeights
@@ -57,54 +49,26 @@ from lightning_woodfisher.weights.rollback import rollback_on_error
 
 @dataclass
 class _Observed:
-    """A criterion that has seen its gradients, and what it has removed since."""
+    """A criterion that has observed its gradients, and what it has removed since."""
 
     criterion: Criterion
     active: ActiveWeights
+    seed: int
     losses: list[float]
     collection: str | None
-    gone: Tensor
-
-
-@dataclass(frozen=True)
-class _StageResult:
-    """What one part of a step leaves behind for the report; layers in order."""
-
-    thresholds: list[float | None]
-    quantiles: list[tuple[float, ...]]
-    predicted: list[float] | None
-    damping: float | None
-    raised_damping: dict[str, float]
-    fisher_bytes: int
-    losses_before: list[float]
-    losses_after: list[float]
-    local_model: tuple[LocalModelPoint, ...]
-    collection: str | None
-    scales: Sequence[float]
-    update: str
-
-    @property
-    def measured(self) -> float | None:
-        """Rise of the mean loss."""
-        before, after = _mean(self.losses_before), _mean(self.losses_after)
-        return None if before is None or after is None else after - before
-
-    def is_beyond(self, trust: float) -> bool:
-        """Whether the loss has risen by more than that multiple of the prediction."""
-        if self.measured is None or self.predicted is None:
-            return False
-        return self.measured > trust * sum(self.predicted)
+    removed: Tensor
 
 
 class Pruner:
-    """Prunes the selected parameters of a model, step by step.
+    """Prune the selected parameters of a model, step by step.
 
     Args:
-        masks: what is selected and what is already pruned; changed by every step.
-        config: how to prune.
+        masks: which weights are selected and which are pruned already; every step
+            changes them.
+        config: settings of the step.
         communicator: the ranks of the job.
-        progress: given a title and a total, a context that yields a counter.
-        make_sampling: the class that asks model and data, or one with its ways.
+        progress: called with a title and a total; a context that yields a counter.
+        make_sampling: class that evaluates the model on the data.
     """
 
     def __init__(
@@ -130,22 +94,21 @@ class Pruner:
     ) -> PruningReport:
         """Prune to a sparsity.
 
-        Fewer zeros than there are is a :class:`ConfigurationError`, a step that fails a
-        :class:`PruningError`; after any exception the model is as it was before.
+        A target below the present sparsity is a :class:`ConfigurationError`, a failed step
+        a :class:`PruningError`. After any exception the model is as it was before.
 
         Args:
-            source: where gradients come from.
+            source: where losses and gradients come from.
             target_sparsity: share of the selected weights that is pruned afterwards.
-            position: of the step in training; enters the seed, so that each step draws
-                other samples and a repeated step the same.
-            final_sparsity: the sparsity after the last step; on the way there targets of
-                layers and of FLOPs are approached in proportion. None for a single step.
+            position: position of the step in training. It enters the seed: every step
+                draws other samples, and a repeated step draws the same.
+            final_sparsity: sparsity after the last step. Before the last step, targets of
+                layers and of FLOPs are scaled in proportion. None for a single step.
 
         Returns:
-            What happened; equal on all ranks but for the seconds.
+            What happened; equal on all ranks except for the seconds.
         """
-        sent_before = self.comm.bytes_sent
-        clock = PhaseClock()
+        clock, sent_before = PhaseClock(), self.comm.bytes_sent
         sampling = self._make_sampling(
             source,
             self.masks,
@@ -153,9 +116,9 @@ class Pruner:
             self.comm,
             clock,
             self._progress,
-            self.config.measure_loss,
+            self.config.step.measure_loss,
         )
-        # Outermost: what the ranks find out together at the very end undoes it, too.
+        # Outermost: an error that the ranks agree on at the very end is rolled back, too.
         with (
             rollback_on_error(self.masks, source.model),
             self.comm.failing_together(lambda: clock.phase),
@@ -165,111 +128,64 @@ class Pruner:
             quotas = self._quotas(target_sparsity, final_sparsity)
             zeros_before = self.masks.zeros()
             with sampling.session():
-                seed = derive_seed(self.config.seed, position, 0)
-                flops = self._count_flops(source, seed)
                 share = flops_share_of_step(
                     self.config.flops_target, target_sparsity, final_sparsity
                 )
-                selector = Selector(
-                    self.masks,
-                    self.config.selection,
-                    self.comm,
-                    quotas,
-                    flops,
-                    share,
-                    self.config.recompute_spacing,
-                )
-                parts, stage_halvings = self._parts(sampling, clock, selector, position)
+                selector = self._selector(sampling, quotas, share, position)
+                stages = Stages(self.config.step.recompute_steps)
+                results = list(self._run(stages, sampling, selector, position))
                 self.masks.verify()
-                statistics = self._recalibrate(source, clock, position)
-            # The session has put back what was there before.
-            statistics.write(source.model)
-            sent = self.comm.bytes_sent - sent_before
-            report = self._report(
-                parts, target_sparsity, zeros_before, sent, clock.seconds
-            )
-            if flops is not None:
-                report = dataclasses.replace(
-                    report, **flops.describe(zeros_before, self.masks.zeros())
+                statistics = sampling.batchnorm_statistics(
+                    self.config.step.batchnorm_recalibration_batches,
+                    derive_seed(self.config.step.seed, position, "batchnorm"),
                 )
-            report = dataclasses.replace(
-                report,
-                stage_halvings=stage_halvings,
+            # After the session, which restores the statistics that it has found.
+            statistics.write(source.model)
+            report = summarize(
+                results,
+                self.config,
+                self.masks,
+                zeros_before,
+                self.comm,
+                target_sparsity=target_sparsity,
+                sent=self.comm.bytes_sent - sent_before,
+                seconds=clock.seconds,
+                stage_halvings=stages.halvings,
                 nonfinite_gradients=sampling.nonfinite,
                 batchnorm_layers=len(statistics.layers),
+                **selector.flops_before_and_after(),
             )
             with clock("check"):
                 require_same(self.masks, self.comm, "after the step")
-            # On leaving the ranks agree: none may keep a step that another takes back.
         return report
 
     def rehearse(self, source: LossSource) -> None:
-        """Find out early whether the model and the data give what a step needs.
+        """Check on little data that model and data give what a step needs.
 
-        One gradient on each rank, or one loss, is computed and dropped. Nothing changes.
+        Computes one gradient, or one loss, on each rank and drops it. Nothing changes.
 
         Args:
-            source: where gradients come from.
+            source: where losses and gradients come from.
         """
         config, comm = self.config, self.comm
-        most = config.fisher.max_nonfinite
-        few = min(config.fisher.num_gradients, comm.world_size + most)
-        fisher = dataclasses.replace(config.fisher, num_gradients=few)
+        few = comm.world_size + config.fisher.max_nonfinite
+        fisher = dataclasses.replace(
+            config.fisher, num_gradients=min(config.fisher.num_gradients, few)
+        )
         sampling = Sampling(
-            source, self.masks, fisher, comm, measure_loss=config.measure_loss
+            source, self.masks, fisher, comm, measure_loss=config.step.measure_loss
         )
         with comm.failing_together(), sampling.session():
-            flops = self._count_flops(source, config.seed)
-            if flops is not None:
+            if config.counts_flops:
                 # Refuses a target that is out of reach.
                 quotas = make_quotas(config.selection, layers_of(self.masks), 0.0)
-                share = config.flops_target
-                Selector(self.masks, config.selection, comm, quotas, flops, share)
-            criterion = make_criterion(config.criterion, fisher, config.update)
+                self._selector(sampling, quotas, config.flops_target, None)
+            criterion = make_criterion(config.criterion, fisher, config.step.update)
             pattern = parse_pattern(config.selection.pattern)
-            sampling.rehearse(criterion, config.seed, pattern)
-
-    def _parts(
-        self, sampling: Sampling, clock: PhaseClock, selector: Selector, position: int
-    ) -> tuple[list[_StageResult], int]:
-        """Do all parts; give their results and how often parts were halved."""
-        config = self.config
-        way = Stages(config.recompute_steps)
-        results: list[_StageResult] = []
-        observed: _Observed | None = None
-        while not way.is_done:
-            fraction = way.advance()
-            seed = derive_seed(config.seed, position, len(results))
-            if observed is None:
-                observed = self._observe(sampling, selector, seed)
-                first_seed = seed
-            else:
-                observed.criterion.restrict(~observed.gone)
-                observed.losses, seed = results[-1].losses_after, first_seed
-            results.append(
-                self._part(sampling, clock, selector, observed, fraction, seed)
-            )
-            if not config.reuse_gradients:
-                # Its Fisher must be gone before there is another one.
-                observed = None
-            if config.trust is not None and results[-1].is_beyond(config.trust):
-                way.halve()
-        return results, way.stage_halvings
-
-    def _recalibrate(
-        self, source: LossSource, clock: PhaseClock, position: int
-    ) -> BatchNormStatistics:
-        """Estimate BatchNorm statistics of the pruned network, where asked for."""
-        count = self.config.batchnorm_recalibration_batches
-        if not count:
-            return BatchNormStatistics({})
-        with clock("recalibrate"):
-            seed = derive_seed(self.config.seed, position, "batchnorm")
-            size = self.config.fisher.gradient_batch_size
-            return estimate_statistics(source, count, size, self.comm, seed)
+            sampling.rehearse(criterion, config.step.seed, pattern)
 
     def _quotas(self, target_sparsity: float, final_sparsity: float | None) -> Quotas:
-        """What must go in each part; nothing by number when FLOPs decide."""
+        """Count what must be removed; nothing when FLOPs decide."""
         check_sparsity(target_sparsity)
         masks, selection = self.masks, self.config.selection
         require_target_fits(selection, target_sparsity, is_final=False)
@@ -280,51 +196,79 @@ class Pruner:
                 f"target sparsity {target_sparsity} is below the {masks.sparsity():.4f} "
                 "that the selected weights have already; pruning can only add zeros."
             )
-        spacing = self.config.recompute_spacing
+        spacing = self.config.step.recompute_spacing
         return make_quotas(
             selection, layers_of(masks), target_sparsity, final_sparsity, spacing
         )
 
-    def _count_flops(self, source: LossSource, seed: int) -> LayerFlops | None:
-        if not self.config.counts_flops:
-            return None
-        fisher = self.config.fisher
-        number, size = fisher.num_gradients, fisher.gradient_batch_size
-        return count_flops(
-            source, self.masks, self.comm, number, size, seed, fisher.repeat_samples
+    def _selector(
+        self,
+        sampling: Sampling,
+        quotas: Quotas,
+        flops_share: float | None,
+        position: int | None,
+    ) -> Selector:
+        """Make the selector of a step, with FLOPs counted where they matter."""
+        seed = self.config.step.seed
+        if position is not None:
+            seed = derive_seed(seed, position, 0)
+        return Selector(
+            self.masks,
+            self.config.selection,
+            self.comm,
+            quotas,
+            sampling.count_flops(seed) if self.config.counts_flops else None,
+            flops_share,
+            self.config.step.recompute_spacing,
         )
 
+    def _run(
+        self, stages: Stages, sampling: Sampling, selector: Selector, position: int
+    ) -> Iterator[StageResult]:
+        """Run all stages of a step, with fresh or reused gradients."""
+        step, number = self.config.step, 0
+        observed: _Observed | None = None
+        losses: list[float] = []
+        while not stages.is_done:
+            fraction = stages.advance()
+            if observed is None:
+                seed = derive_seed(step.seed, position, number)
+                observed = self._observe(sampling, selector, seed)
+            else:
+                observed.criterion.restrict(~observed.removed)
+                observed.losses = losses
+            result = self._stage(sampling, selector, observed, fraction)
+            if not step.reuse_gradients:
+                # Free this Fisher before the next one is made.
+                observed = None
+            if step.trust_ratio is not None and result.is_beyond(step.trust_ratio):
+                stages.halve()
+            losses, number = result.losses_after, number + 1
+            yield result
+
     def _observe(self, sampling: Sampling, selector: Selector, seed: int) -> _Observed:
-        """Show gradients of the active weights to a fresh criterion."""
+        """Collect gradients of the active weights for a fresh criterion."""
         config, comm = self.config, self.comm
-        criterion = make_criterion(config.criterion, config.fisher, config.update)
+        criterion = make_criterion(config.criterion, config.fisher, config.step.update)
         active = ActiveWeights(self.masks, criterion.layout, comm, selector.pattern)
         criterion.begin(active.partition, comm)
         losses, collection = sampling.observe(criterion, active, seed)
-        gone = torch.zeros(
-            active.partition.shard_sizes()[comm.rank],
-            dtype=torch.bool,
-            device=comm.device,
-        )
-        return _Observed(criterion, active, losses, collection, gone)
+        size = active.partition.shard_sizes()[comm.rank]
+        removed = torch.zeros(size, dtype=torch.bool, device=comm.device)
+        return _Observed(criterion, active, seed, losses, collection, removed)
 
-    def _part(
+    def _stage(
         self,
         sampling: Sampling,
-        clock: PhaseClock,
         selector: Selector,
         observed: _Observed,
         fraction: float,
-        seed: int,
-    ) -> _StageResult:
-        """Inverse, mask and update, once through."""
-        config = self.config
-        criterion, active = observed.criterion, observed.active
-        losses_before, collection = observed.losses, observed.collection
-
-        search = config.searches
-        # Trials of the search overwrite the weights.
-        local_model = LocalModel(self.masks, config.local_model_points)
+    ) -> StageResult:
+        """Invert, select, update and write: one stage, once through."""
+        step, search, clock = self.config.step, self.config.searches, sampling.clock
+        criterion, active, seed = observed.criterion, observed.active, observed.seed
+        # Before the line search, whose trials overwrite the weights.
+        local_model = LocalModel(self.masks, step.local_model_points)
         with clock("factorize"):
             weights = active.gather()
             descent = criterion.descent() if search else None
@@ -334,15 +278,17 @@ class Pruner:
             sampling,
             weights,
             seed,
-            largest=config.update_scale,
+            largest=step.update_scale,
             search=search,
         )
         with clock("search"):
             length.prepare(descent)
-        # What is not needed any more makes room for what comes.
+        # Tensors that are not needed any more make room for the next ones.
         del descent
         with clock("factorize"):
-            candidates = selector.candidates(criterion, active, weights, observed.gone)
+            candidates = selector.candidates(
+                criterion, active, weights, observed.removed
+            )
         with clock("select"):
             removed, thresholds = selector.choose(candidates, active, fraction)
             quantiles = selector.quantiles(candidates)
@@ -350,98 +296,35 @@ class Pruner:
         with clock("update"):
             directions = criterion.directions(weights, removed)
             others = criterion.alternatives(weights, removed) if search else {}
-        observed.gone |= removed
+        observed.removed |= removed
         with clock("search"):
-            chosen = length.choose(observed.gone, directions, others)
+            chosen = length.choose(observed.removed, directions, others)
         del directions, others, removed
-        change = chosen.change
+
+        def predict(fraction: float = 1.0) -> list[float] | None:
+            shares = criterion.predicted_increase(fraction * chosen.change)
+            return None if shares is None else active.sum_by_layer(shares)
+
         with clock("update"):
-            shares = criterion.predicted_increase(change)
-            predicted = None if shares is None else active.sum_by_layer(shares)
+            predicted = predict()
         with clock("write"):
-            active.write(weights + change, observed.gone)
-
-        def predict(fraction: float) -> float | None:
-            shares = criterion.predicted_increase(fraction * change)
-            return None if shares is None else sum(active.sum_by_layer(shares))
-
-        losses_after = chosen.losses if config.measure_loss else []
+            active.write(weights + chosen.change, observed.removed)
+        losses_after = chosen.losses if step.measure_loss else []
         if losses_after is None:
             losses_after = sampling.measure(seed)
-        return _StageResult(
+        return StageResult(
             thresholds=thresholds,
             quantiles=quantiles,
             predicted=predicted,
             damping=criterion.damping,
             raised_damping=active.name_blocks(criterion.raised_damping()),
             fisher_bytes=criterion.state_bytes,
-            losses_before=losses_before,
+            losses_before=observed.losses,
             losses_after=losses_after,
             local_model=local_model.check(
-                predict, lambda: sampling.measure(seed), losses_before, losses_after
+                predict, lambda: sampling.measure(seed), observed.losses, losses_after
             ),
-            collection=collection,
+            collection=observed.collection,
             scales=chosen.scales,
             update=chosen.update,
         )
-
-    def _report(
-        self,
-        parts: list[_StageResult],
-        target_sparsity: float,
-        zeros_before: Mapping[str, int],
-        sent: int,
-        seconds: Mapping[str, float],
-    ) -> PruningReport:
-        last, zeros_after = parts[-1], self.masks.zeros()
-        numbers = self.comm.gather_numbers([sent, max(p.fisher_bytes for p in parts)])
-        layers = tuple(
-            LayerReport(
-                name=name,
-                shape=tuple(parameter.shape),
-                weights=parameter.numel(),
-                zeros_before=zeros_before[name],
-                zeros_after=zeros_after[name],
-                threshold=last.thresholds[i],
-                predicted_increase=_total(
-                    p.predicted and p.predicted[i] for p in parts
-                ),
-                saliency_quantiles=last.quantiles[i],
-            )
-            for i, (name, parameter) in enumerate(self.masks.parameters.items())
-        )
-        return PruningReport(
-            criterion=self.config.criterion,
-            layers=layers,
-            target_sparsity=target_sparsity,
-            threshold=max((t for t in last.thresholds if t is not None), default=None),
-            damping=last.damping,
-            raised_damping={k: v for p in parts for k, v in p.raised_damping.items()},
-            predicted_increase=_total(p.predicted and sum(p.predicted) for p in parts),
-            measured_increase=_total(p.measured for p in parts),
-            loss_before=_mean(parts[0].losses_before),
-            loss_after=_mean(last.losses_after),
-            stages=len(parts),
-            num_gradients=self.config.fisher.num_gradients,
-            seconds=dict(seconds),
-            bytes_exchanged=int(sum(row[0] for row in numbers)),
-            fisher_bytes=tuple(int(row[1]) for row in numbers),
-            world_size=self.comm.world_size,
-            collection="; ".join(
-                dict.fromkeys(p.collection for p in parts if p.collection)
-            )
-            or None,
-            update_scales=tuple(p.scales[0] for p in parts if p.scales),
-            first_order_scales=tuple(p.scales[1] for p in parts if len(p.scales) > 1),
-            updates=tuple(p.update for p in parts),
-            local_model=tuple(p.local_model for p in parts if p.local_model),
-        )
-
-
-def _mean(losses: list[float]) -> float | None:
-    return sum(losses) / len(losses) if losses else None
-
-
-def _total(values: Iterable[float | None | list[float]]) -> float | None:
-    present = [v for v in values if isinstance(v, float)]
-    return sum(present) if present else None

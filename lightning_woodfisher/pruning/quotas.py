@@ -1,8 +1,8 @@
-"""How many weights each layer, or all layers together, must give up in a step.
+"""How many weights each group of layers must lose in a pruning step.
 
-Layers compete for what stays: all of them, or each for itself, or those without a target
-of their own among themselves. Limits that protect a layer bind exactly; what it may not
-give the others must.
+All layers compete with each other, or every layer is a group of its own, or layers with a
+target of their own are taken out of the competition. A limit on the sparsity of a layer is
+exact; the other layers compensate for it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ __all__ = [
     "Quotas",
     "flops_share_of_step",
     "make_quotas",
-    "require_flops_target_fits",
-    "require_target_fits",
+    "removal_counts",
+    "removal_counts_until",
 ]
 
 import re
@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
     nearest,
-    require_number,
 )
-from lightning_woodfisher.pruning.selection import SelectionConfig, removal_counts_until
-from lightning_woodfisher.pruning.stages import Spacing
+from lightning_woodfisher.pruning.config import Scope, SelectionConfig
+from lightning_woodfisher.pruning.stages import Spacing, removed_fraction
 from lightning_woodfisher.weights.patterns import parse_pattern
 
 _SAME = 1e-9
@@ -34,13 +33,13 @@ _SAME = 1e-9
 
 @dataclass(frozen=True)
 class Layers:
-    """The selected tensors.
+    """Names, shapes and counts of the selected parameters.
 
     Attributes:
-        names: of the parameters.
-        shapes: of the parameters.
-        weights: their number in each.
-        zeros: those of them that are pruned already.
+        names: name of each parameter.
+        shapes: shape of each parameter.
+        weights: number of weights of each parameter.
+        zeros: number of pruned weights of each parameter.
     """
 
     names: tuple[str, ...]
@@ -51,14 +50,15 @@ class Layers:
 
 @dataclass(frozen=True)
 class Quotas:
-    """What must go.
+    """Number of weights to remove, by group of competing layers.
 
     Attributes:
-        competitors: number of the group in which each layer competes.
-        groups: for each group of layers its target, weights and zeros.
-        spacing: where the parts of the step end.
-        caps: how many weights each layer may give up at most, None without limits.
-        granularity: weights that go together in each group of layers; fewer may stay.
+        competitors: index of the group of each layer.
+        groups: target sparsity, weights and zeros of each group.
+        spacing: how sparsity grows over the stages of the step.
+        caps: largest number of weights that each layer may lose; None without limits.
+        granularity: number of weights that are removed together, by group; a remainder
+            smaller than this may stay.
     """
 
     competitors: tuple[int, ...]
@@ -69,20 +69,20 @@ class Quotas:
 
     @property
     def totals(self) -> list[int]:
-        """Weights that must go in all parts by group of layers, in whole groups."""
+        """Weights to remove in the whole step, by group; 0 below the granularity."""
         return [
             count if count >= grain else 0
             for count, grain in zip(self.until(1.0), self.granularity, strict=True)
         ]
 
     def until(self, fraction: float) -> list[int]:
-        """Count the weights that must go in the first part of the step.
+        """Count the weights to remove in the first fraction of the step.
 
         Args:
-            fraction: of the step that is done then, in [0, 1].
+            fraction: fraction of the step, in [0, 1].
 
         Returns:
-            Their number by group of layers.
+            Number of weights by group of layers.
         """
         return [
             removal_counts_until(
@@ -99,19 +99,18 @@ def make_quotas(
     final_sparsity: float | None = None,
     spacing: Spacing = "geometric",
 ) -> Quotas:
-    """Share what a step must remove out.
+    """Distribute the weights that a step must remove over groups of layers.
 
     Args:
-        selection: scope, targets of layers, limits and pattern.
-        layers: the selected tensors.
+        selection: scope, layer targets, limits and pattern.
+        layers: the selected parameters.
         target_sparsity: share of the weights that is zero after the step.
-        final_sparsity: the same after the last step, by which targets of layers are
+        final_sparsity: share of zeros after the last step, by which layer targets are
             scaled; None when this step is the last.
-        spacing: where the parts of the step end.
+        spacing: how sparsity grows over the stages of the step.
 
     Returns:
-        The quotas. Targets and limits that contradict one another are a
-        :class:`ConfigurationError`.
+        The quotas. Contradictory targets and limits raise :class:`ConfigurationError`.
     """
     own = _own_targets(selection, layers.names)
     if final_sparsity:
@@ -146,78 +145,74 @@ def make_quotas(
     return quotas
 
 
-def require_target_fits(
-    selection: SelectionConfig, target_sparsity: float, is_final: bool = True
-) -> None:
-    """Refuse a sparsity that the pattern or a limit does not allow, in any network.
+def removal_counts(
+    scope: Scope, target_sparsity: float, weights: Sequence[int], zeros: Sequence[int]
+) -> list[int]:
+    """Count the weights that each group of competing layers must lose.
 
     Args:
-        selection: the settings.
-        target_sparsity: of a network, or at the end of a schedule.
-        is_final: False for a step on the way there.
+        scope: all layers form one group (``"global"``), or each its own (``"layer"``).
+        target_sparsity: share of weights that is zero afterwards.
+        weights: number of weights of each layer.
+        zeros: number of pruned weights of each layer.
 
-    Raises:
-        ConfigurationError: with the sparsity to ask for.
+    Returns:
+        For each group round(target · weights) − zeros, at least 0. One number, or one for
+        each layer.
     """
-    pattern = parse_pattern(selection.pattern)
-    if pattern.sparsity is not None:
-        above = target_sparsity > pattern.sparsity + _SAME
-        if above or (is_final and target_sparsity < pattern.sparsity - _SAME):
-            raise ConfigurationError(
-                f"selection.pattern={selection.pattern!r} has sparsity "
-                f"{pattern.sparsity:g} exactly, not {target_sparsity:g}; set "
-                f"target_sparsity={pattern.sparsity:g}, or choose another pattern."
-            )
-    most = selection.max_layer_sparsity
-    if most is not None and is_final and target_sparsity > most:
-        raise ConfigurationError(
-            f"target_sparsity={target_sparsity:g} is out of reach when no layer may have "
-            f"more than selection.max_layer_sparsity={most:g}; raise the limit."
-        )
+    groups = [(sum(weights), sum(zeros))]
+    if scope == "layer":
+        groups = list(zip(weights, zeros, strict=True))
+    return [max(0, round(target_sparsity * total) - gone) for total, gone in groups]
 
 
-def require_flops_target_fits(selection: SelectionConfig, flops_target: float) -> None:
-    """Refuse a share of FLOPs that is none, or settings that say already how many go.
+def removal_counts_until(
+    scope: Scope,
+    target_sparsity: float,
+    weights: Sequence[int],
+    zeros: Sequence[int],
+    fraction: float,
+    spacing: Spacing = "geometric",
+) -> list[int]:
+    """Count the weights that each group must lose in the first fraction of a step.
 
     Args:
-        selection: the settings.
-        flops_target: share of the dense network's FLOPs that is left.
+        scope: as of :func:`removal_counts`.
+        target_sparsity: share of weights that is zero after the step.
+        weights: number of weights of each layer.
+        zeros: number of pruned weights of each layer at the start of the step.
+        fraction: fraction of the step, in [0, 1]; 1 gives :func:`removal_counts`.
+        spacing: how the kept share falls; see :func:`~.stages.removed_fraction`.
 
-    Raises:
-        ConfigurationError: naming the setting.
+    Returns:
+        A number for each group, which never falls as the fraction grows.
     """
-    require_number("flops_target", flops_target)
-    if not 0.0 < flops_target < 1.0:
-        raise ConfigurationError(
-            f"flops_target={flops_target} is outside (0, 1); it is the share of the dense "
-            "network's FLOPs that is left."
-        )
-    fixed = parse_pattern(selection.pattern).sparsity is not None
-    other = {
-        "scope='layer'": selection.scope == "layer",
-        f"pattern={selection.pattern!r}": fixed,
-        "layer_targets": bool(selection.layer_targets),
-    }
-    for setting, given in other.items():
-        if given:
-            raise ConfigurationError(
-                f"flops_target cannot go with selection.{setting}, which says already how "
-                "many weights of a layer go; leave one of them out."
-            )
+    totals = [sum(weights)] if scope == "global" else weights
+    gone = [sum(zeros)] if scope == "global" else zeros
+    last = removal_counts(scope, target_sparsity, weights, zeros)
+    if fraction >= 1.0:
+        return last
+    counts = []
+    for total, before, count in zip(totals, gone, last, strict=True):
+        kept = total - before
+        ratio = min(1.0, (1.0 - target_sparsity) * total / kept) if kept else 1.0
+        share = removed_fraction(ratio, fraction, spacing)
+        counts.append(min(count, round(kept * share)))
+    return counts
 
 
 def flops_share_of_step(
     flops_target: float | None, target_sparsity: float, final_sparsity: float | None
 ) -> float | None:
-    """Say how many FLOPs are left after a step on the way to the target.
+    """Return the share of FLOPs that is left after one step of a schedule.
 
     Args:
-        flops_target: share of the dense FLOPs after the last step.
-        target_sparsity: of this step.
-        final_sparsity: of the last step; None for a single step.
+        flops_target: share of the dense FLOPs after the last step, or None.
+        target_sparsity: sparsity after this step.
+        final_sparsity: sparsity after the last step; None for a single step.
 
     Returns:
-        The share: as far on its way as the sparsity. None without a target.
+        The share, in proportion to the progress of the sparsity; None without a target.
     """
     if flops_target is None or not final_sparsity:
         return flops_target
@@ -225,7 +220,7 @@ def flops_share_of_step(
 
 
 def _own_targets(selection: SelectionConfig, names: Sequence[str]) -> dict[int, float]:
-    """Targets by number of the layer."""
+    """Return the layers that have a target of their own, by index."""
     found: dict[int, tuple[float, str]] = {}
     for pattern, target in selection.layer_targets.items():
         matching = [i for i, name in enumerate(names) if re.search(pattern, name)]
@@ -246,14 +241,14 @@ def _own_targets(selection: SelectionConfig, names: Sequence[str]) -> dict[int, 
     for layer, (target, _) in found.items():
         if most is not None and target > most:
             raise ConfigurationError(
-                f"selection.layer_targets wants {target} of {names[layer]}, but "
-                f"selection.max_layer_sparsity={most} forbids more than that."
+                f"selection.layer_targets asks for {target} of {names[layer]}, which is "
+                f"above selection.max_layer_sparsity={most}; change one of them."
             )
     return {layer: target for layer, (target, _) in sorted(found.items())}
 
 
 def _rest(layers: Layers, own: dict[int, float], target_sparsity: float) -> float:
-    """Sparsity that the layers without a target must have for the whole to reach its."""
+    """Return the sparsity that the layers without a target need to reach the total."""
     total, free = sum(layers.weights), sum(layers.weights)
     missing = round(target_sparsity * total)
     for layer, target in own.items():
@@ -267,7 +262,7 @@ def _rest(layers: Layers, own: dict[int, float], target_sparsity: float) -> floa
             f"selection.layer_targets contradict the sparsity {target_sparsity:g} of all "
             f"{total} weights: {len(own)} layers have targets of their own, and the other "
             f"{free} weights would need {missing} zeros. Change target_sparsity or the "
-            "targets."
+            "layer targets."
         )
     return missing / free if free else 0.0
 
@@ -298,7 +293,7 @@ def _require_feasible(
         if wanted - room >= quotas.granularity[group]:
             names = ", ".join(layers.names[i] for i in members[:8])
             raise ConfigurationError(
-                f"{wanted} more weights must go from {names}, but "
-                f"selection.max_layer_sparsity={selection.max_layer_sparsity} lets only "
-                f"{room} go; raise it or lower the target."
+                f"{wanted} more weights must be removed from {names}, but "
+                f"selection.max_layer_sparsity={selection.max_layer_sparsity} allows only "
+                f"{room}; raise it or lower the target."
             )

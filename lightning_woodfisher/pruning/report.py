@@ -1,4 +1,4 @@
-"""The numbers of one pruning step, frozen, and the names under which they are logged."""
+"""Reports of pruning steps: numbers, tables, and the names under which they are logged."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# Fields of a report that are lists in JSON.
+# Fields of a report that are tuples, and lists in JSON.
 _TUPLES = ("fisher_bytes", "update_scales", "first_order_scales", "updates")
-# Which quantiles of the saliencies a layer reports.
+# Quantiles of the saliencies in the report of a layer.
 SALIENCY_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What a pruning step did to one parameter.
+    """Result of a pruning step for one parameter.
 
     Attributes:
         name: parameter name.
-        shape: its shape.
+        shape: shape of the parameter.
         weights: number of weights.
-        zeros_before: pruned weights before the step.
-        zeros_after: pruned weights after it.
-        threshold: largest saliency that was removed, None when none was.
+        zeros_before: number of pruned weights before the step.
+        zeros_after: number of pruned weights after the step.
+        threshold: largest saliency that was removed; None if no weight was removed.
         predicted_increase: rise of the loss that the quadratic model predicts for this
             layer's share of the update; None for a criterion without a model of the loss.
-        saliency_quantiles: of the layer's saliencies in the last part, before anything
-            went, at ``SALIENCY_SHARES``; with a pattern, of groups per weight. Empty where
-            nothing was left to compare, and in reports of older versions.
+        saliency_quantiles: quantiles of the saliencies in the last stage, before weights
+            were removed, at ``SALIENCY_SHARES``; with a pattern, of groups per weight.
+            Empty if no weight could be removed, and in reports of older versions.
     """
 
     name: str
@@ -56,12 +56,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class LocalModelPoint:
-    """Rise of the mean loss at a fraction of a part's update, predicted and measured.
+    """Rise of the mean loss at a fraction of a stage's update, predicted and measured.
 
     Attributes:
         fraction: t in [0, 1]; the weights are w + t·δ.
         predicted: t²·½δᵀFδ of the quadratic model; None for a criterion without one.
-        measured: on the samples of the part's gradients.
+        measured: rise on the samples of the stage's gradients.
     """
 
     fraction: float
@@ -71,47 +71,47 @@ class LocalModelPoint:
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What one pruning step did.
+    """Result of one pruning step.
 
     Attributes:
         criterion: name of the criterion.
         layers: one report for each selected parameter.
-        target_sparsity: what the step was asked for.
-        threshold: largest saliency removed in the last part.
-        damping: λ as configured; None when the criterion has none.
+        target_sparsity: requested sparsity.
+        threshold: largest saliency removed in the last stage.
+        damping: λ as configured; None for a criterion without damping.
         raised_damping: blocks whose λ had to be raised, as ``"layer[first:last]"`` to λ.
         predicted_increase: rise of the mean loss that the quadratic model predicts, summed
-            over parts; None without a model.
+            over stages; None without a model.
         measured_increase: rise of the mean loss on the samples of the gradients, summed
-            over parts like ``predicted_increase``; None when not measured.
-        loss_before: mean loss before the first part, on the samples of its gradients.
-        loss_after: mean loss after the last part, on the samples of its gradients.
-        stages: number of stages: ``recompute_steps``, or more where ``trust`` was lost.
-        num_gradients: gradients taken in each part.
+            over stages like ``predicted_increase``; None when not measured.
+        loss_before: mean loss before the first stage, on the samples of its gradients.
+        loss_after: mean loss after the last stage, on the samples of its gradients.
+        stages: number of stages: ``recompute_steps``, or more after halving.
+        num_gradients: number of gradients of each stage.
         seconds: wall-clock seconds by phase.
-        bytes_exchanged: bytes that all ranks together have sent.
-        fisher_bytes: bytes of Fisher state on each rank, largest part.
+        bytes_exchanged: number of bytes that all ranks together have sent.
+        fisher_bytes: bytes of Fisher state on each rank, in the largest stage.
         world_size: number of ranks.
-        epoch: epoch at whose start it happened, None outside a Trainer.
-        step: optimizer steps done before it, None outside a Trainer.
+        epoch: epoch at whose start the step happened; None outside a Trainer.
+        step: number of optimizer steps before it; None outside a Trainer.
         collection: how gradients were computed: ``"per-sample"``, many in one pass, or
-            ``"loop: <reason>"``, one by one; ``"factors of layers"`` for K-FAC; None when
-            none was.
-        flops_dense: FLOPs of one forward pass of a mini-batch without masks; None when
-            they were not asked for.
-        flops_before: the same with the masks before the step.
-        flops_after: the same with the masks after it.
-        update_scales: in each part, the share of the compensation that was taken; empty
+            ``"loop: <reason>"``, one by one; ``"factors of layers"`` for K-FAC; None without
+            gradients.
+        flops_dense: FLOPs of one forward pass of a mini-batch without masks; None if they
+            were not counted.
+        flops_before: FLOPs with the masks before the step.
+        flops_after: FLOPs with the masks after the step.
+        update_scales: applied share of the compensation in each stage; empty without one.
+        first_order_scales: applied share of the first-order direction in each stage; empty
             without one.
-        first_order_scales: in each part, the share of the first-order step; empty without.
-        updates: in each part, the update of the kept weights that was taken: ``"joint"``,
-            ``"independent"``, or ``"none"`` where they stayed. The search may take another
-            one than was asked for.
-        local_model: for each part, the loss along its update (``local_model_points``).
-        stage_halvings: how often the parts became half as long, because the loss had risen by
-            more than ``trust`` times the prediction.
-        batchnorm_layers: layers whose running statistics were estimated anew.
-        nonfinite_gradients: gradients that were NaN or infinite and left out.
+        updates: update of the kept weights in each stage: ``"joint"``, ``"independent"``,
+            or ``"none"`` if they did not change. The line search may replace the
+            configured one.
+        local_model: loss along the update of each stage (``local_model_points``).
+        stage_halvings: how often the stages became half as long, because the loss had risen
+            by more than ``trust_ratio`` times the prediction.
+        batchnorm_layers: number of layers whose running statistics were re-estimated.
+        nonfinite_gradients: number of gradients that were NaN or infinite and left out.
     """
 
     criterion: str
@@ -167,13 +167,13 @@ class PruningReport:
         return self.flops_after / self.flops_dense
 
     def damping_of(self, layer: LayerReport) -> float | None:
-        """Give the largest λ among the blocks of a layer.
+        """Return the largest λ among the blocks of a layer.
 
         Args:
             layer: one of ``layers``.
 
         Returns:
-            λ as configured, or as high as it had to be raised; None without damping.
+            λ as configured, or the raised value; None without damping.
         """
         prefix = f"{layer.name} from weight "
         raised = [
@@ -203,7 +203,7 @@ class PruningReport:
         for name in _TUPLES:
             plain[name] = list(plain[name])
         plain["local_model"] = [
-            [asdict(point) for point in part] for part in self.local_model
+            [asdict(point) for point in points] for points in self.local_model
         ]
         return plain
 
@@ -212,7 +212,7 @@ class PruningReport:
         """Rebuild a report.
 
         Args:
-            plain: what :meth:`to_dict` gave.
+            plain: result of :meth:`to_dict`.
 
         Returns:
             An equal report.
@@ -230,17 +230,17 @@ class PruningReport:
         # Reports of older versions have fewer fields.
         numbers = {name: tuple(plain[name]) for name in _TUPLES if name in plain}
         curves = tuple(
-            tuple(LocalModelPoint(**point) for point in part)
-            for part in plain.get("local_model", ())
+            tuple(LocalModelPoint(**point) for point in points)
+            for points in plain.get("local_model", ())
         )
         changed = {"layers": layers, "local_model": curves, **numbers}
         return cls(**{**plain, **changed})
 
     def metrics(self) -> dict[str, float]:
-        """Give the scalars for a logger.
+        """Return the scalars for a logger.
 
         Returns:
-            Numbers by name, all below ``pruning/``.
+            Numbers by name; every name starts with ``pruning/``.
         """
         values: dict[str, float | None] = {
             "sparsity": self.sparsity,
@@ -258,15 +258,15 @@ class PruningReport:
         }
         values |= {f"seconds/{phase}": time for phase, time in self.seconds.items()}
         values |= {f"sparsity/{layer.name}": layer.sparsity for layer in self.layers}
-        for number, part in enumerate(self.local_model):
-            for point in part:
-                where = f"part_{number}/at_{point.fraction:.3g}"
+        for number, points in enumerate(self.local_model):
+            for point in points:
+                where = f"stage_{number}/at_{point.fraction:.3g}"
                 values[f"local_model/predicted/{where}"] = point.predicted
                 values[f"local_model/measured/{where}"] = point.measured
         return {f"pruning/{k}": float(v) for k, v in values.items() if v is not None}
 
     def to_table(self) -> str:
-        """Draw the layers as a text table.
+        """Format the layers as a text table.
 
         Returns:
             Lines of equal width, the totals last.
@@ -295,10 +295,10 @@ class PruningReport:
 
 
 def format_steps(reports: Sequence[PruningReport]) -> str:
-    """Draw the pruning steps of a run as a text table.
+    """Format the pruning steps of a run as a text table.
 
     Args:
-        reports: in order.
+        reports: reports of the steps, in order.
 
     Returns:
         Lines of equal width, one for each step below the head.
@@ -335,7 +335,7 @@ def format_table(
     rows: Sequence[tuple[str, ...]],
     total: tuple[str, ...] | None = None,
 ) -> str:
-    """Lay out a text table, first column to the left, the others to the right.
+    """Format a text table, first column left-aligned, the others right-aligned.
 
     Args:
         head: column titles.

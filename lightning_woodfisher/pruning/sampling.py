@@ -19,6 +19,7 @@ from lightning_woodfisher.criteria.kronecker_factors import (
     collect_factors,
 )
 from lightning_woodfisher.data.batches import Batches, KeptBatches
+from lightning_woodfisher.data.batchnorm import BatchNormStatistics, estimate_statistics
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import LossSource, mean_loss
 from lightning_woodfisher.data.nonfinite import SkippedGradients
@@ -37,6 +38,7 @@ from lightning_woodfisher.gradients.sharded import (
     collect_sharded_gradients,
     sharded_mean_loss,
 )
+from lightning_woodfisher.pruning.flops import LayerFlops, count_flops
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import Pattern
@@ -73,7 +75,7 @@ class Sampling:
         self._masks = masks
         self._fisher = fisher
         self._comm = communicator
-        self._clock = clock or PhaseClock()
+        self.clock = clock or PhaseClock()
         self._progress = progress
         self._measure_loss = measure_loss
         # The samples that were read last, by number, size and seed.
@@ -129,7 +131,7 @@ class Sampling:
         notes: list[str] = []
         what = "Hessian products" if curved else "gradients"
         with (
-            self._clock("collect"),
+            self.clock("collect"),
             self._progress(f"Collecting {what}", fisher.num_gradients) as tick,
         ):
             rows = self.rows(active, seed, losses, tick, notes, curved=curved)
@@ -241,7 +243,7 @@ class Sampling:
         self._require_whole_parameters("kfac")
         count, size = self._groups(seed)
         with (
-            self._clock("collect"),
+            self.clock("collect"),
             self._progress("Collecting factors", count) as tick,
         ):
             return collect_factors(
@@ -292,6 +294,37 @@ class Sampling:
                 "rank, but these are sharded (fully_shard, FSDP2); set it to 0."
             )
 
+    def count_flops(self, seed: int) -> LayerFlops:
+        """Count the FLOPs of the first mini-batch.
+
+        Args:
+            seed: seed of the samples.
+
+        Returns:
+            The counts of rank 0, on all ranks.
+        """
+        fisher = self._fisher
+        batches = self._fresh_batches(
+            fisher.num_gradients, fisher.gradient_batch_size, seed
+        )
+        return count_flops(self._source, batches, self._masks, self._comm, seed)
+
+    def batchnorm_statistics(self, count: int, seed: int) -> BatchNormStatistics:
+        """Estimate the running statistics of BatchNorm layers at the present weights.
+
+        Args:
+            count: number of batches; 0 estimates nothing.
+            seed: seed of the samples.
+
+        Returns:
+            Statistics of the layers that were used, the same on all ranks.
+        """
+        if not count:
+            return BatchNormStatistics({})
+        with self.clock("recalibrate"):
+            size = self._fisher.gradient_batch_size
+            return estimate_statistics(self._source, count, size, self._comm, seed)
+
     def measure(self, seed: int) -> list[float]:
         """Compute the losses of the samples of the gradients, at the present weights.
 
@@ -303,7 +336,7 @@ class Sampling:
         """
         if not self._measure_loss:
             return []
-        with self._clock("measure"):
+        with self.clock("measure"):
             return self._losses(seed, *self._groups(seed))
 
     def measure_trial(self, seed: int) -> list[float]:
@@ -365,7 +398,7 @@ class Sampling:
         """Hand all rows on in groups that do not depend on the number of ranks."""
         try:
             for chunk in iterate_chunks(rows, size):
-                with self._clock("accumulate"):
+                with self.clock("accumulate"):
                     take(chunk)
         except Exception:
             # The others need this rank until the last exchange.

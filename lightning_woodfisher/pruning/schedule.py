@@ -1,8 +1,7 @@
 """When to prune and how far: sparsity as a pure function of the position in training.
 
-A schedule knows no tensors and keeps no state. It answers one question, "which pruning
-steps does this training contain?", with a tuple of :class:`PlannedStep`. Resuming a run
-therefore needs no memory of the schedule, only of the steps already done.
+A schedule has no tensors and no state: :meth:`PruningSchedule.plan` lists all pruning steps
+of a training run. To resume a run, only the steps already done have to be known.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Horizon:
     Attributes:
         max_epochs: number of epochs, or None when training is not limited by epochs.
         max_steps: number of optimizer steps, or None when it is not known.
-        why_unknown: why not, for an error message.
+        why_unknown: why ``max_steps`` is not known, for an error message.
     """
 
     max_epochs: int | None = None
@@ -49,7 +48,7 @@ class Horizon:
     why_unknown: str = ""
 
     def length(self, unit: Unit) -> int | None:
-        """Give the length of training in ``unit``.
+        """Return the length of training in ``unit``.
 
         Args:
             unit: ``"epoch"`` or ``"step"``.
@@ -62,13 +61,13 @@ class Horizon:
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One pruning step that will happen.
+    """A planned pruning step.
 
     Attributes:
         unit: whether ``position`` counts epochs or optimizer steps.
         position: the step happens at the start of this epoch, or before the batch that
             follows this many optimizer steps.
-        sparsity: share of the selected weights that are zero after it, in [0, 1).
+        sparsity: share of the selected weights that is zero after it, in [0, 1).
     """
 
     unit: Unit
@@ -133,12 +132,7 @@ class OneShotSchedule(PruningSchedule):
             )
         self.unit: Unit = "epoch" if step is None else "step"
         self.position = (0 if epoch is None else epoch) if step is None else step
-        require_integer(f"OneShotSchedule: {self.unit}", self.position)
-        if self.position < 0:
-            raise ConfigurationError(
-                f"OneShotSchedule: {self.unit}={self.position} is before the start "
-                "of training; use 0 or more."
-            )
+        require_integer(f"OneShotSchedule: {self.unit}", self.position, least=0)
 
     def plan(self, target_sparsity: float, horizon: Horizon) -> tuple[PlannedStep, ...]:
         """Return the one step.
@@ -204,40 +198,21 @@ class PolynomialSchedule(PruningSchedule):
         self.start = 0 if start is None else start
         self.end = end
         self.every = 1 if every is None else every
-        for name, value in (
-            (f"start_{self.unit}", self.start),
-            (f"end_{self.unit}", end),
-            (f"every_n_{self.unit}s", self.every),
-        ):
-            if value is not None:
-                require_integer(f"PolynomialSchedule: {name}", value)
         self.degree = degree
         self.initial_sparsity = initial_sparsity
-        if self.start < 0:
-            raise ConfigurationError(
-                f"PolynomialSchedule: start_{self.unit}={self.start} is negative; "
-                "the first one is 0."
-            )
+        name = "PolynomialSchedule: "
+        require_integer(f"{name}start_{self.unit}", self.start, least=0)
+        require_integer(f"{name}every_n_{self.unit}s", self.every, least=1)
+        require_number(f"{name}degree", degree, "(0, inf)", "3 is usual")
+        require_number(
+            f"{name}initial_sparsity", initial_sparsity, "[0, 1)", "90 % is 0.9"
+        )
+        if end is not None:
+            require_integer(f"{name}end_{self.unit}", end)
         if end is not None and end < self.start:
             raise ConfigurationError(
                 f"PolynomialSchedule ends before it starts: end_{self.unit}={end} < "
                 f"start_{self.unit}={self.start}; raise the end or lower the start."
-            )
-        if self.every <= 0:
-            raise ConfigurationError(
-                f"PolynomialSchedule: every_n_{self.unit}s={self.every} must be at least 1."
-            )
-        require_number("PolynomialSchedule: degree", degree)
-        require_number("PolynomialSchedule: initial_sparsity", initial_sparsity)
-        if not (degree > 0 and math.isfinite(degree)):
-            raise ConfigurationError(
-                f"PolynomialSchedule: degree={degree} must be positive and finite (3 is "
-                "usual)."
-            )
-        if not 0.0 <= initial_sparsity < 1.0:
-            raise ConfigurationError(
-                f"PolynomialSchedule: initial_sparsity={initial_sparsity} is outside "
-                "[0, 1); give a share, not per cent."
             )
 
     def plan(self, target_sparsity: float, horizon: Horizon) -> tuple[PlannedStep, ...]:

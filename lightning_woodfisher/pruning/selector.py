@@ -1,6 +1,6 @@
-"""Which weights go in one part of a step: pattern, quotas, FLOPs and saliencies together.
+"""Choice of the weights to remove in one stage, from saliencies, pattern, quotas and FLOPs.
 
-No rank sees the saliencies of another: sets are found by counting.
+Ranks exchange counts, never saliencies.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ __all__ = [
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,19 @@ from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.quantiles import quantiles_by_group
+from lightning_woodfisher.distributed.smallest import (
+    select_smallest,
+)
+from lightning_woodfisher.pruning.config import (
+    SelectionConfig,
+)
 from lightning_woodfisher.pruning.flops import LayerFlops
-from lightning_woodfisher.pruning.quotas import Layers, Quotas, make_quotas
+from lightning_woodfisher.pruning.quotas import (
+    Layers,
+    Quotas,
+    make_quotas,
+)
 from lightning_woodfisher.pruning.report import SALIENCY_SHARES
-from lightning_woodfisher.pruning.selection import SelectionConfig, select_smallest
 from lightning_woodfisher.pruning.stages import Spacing, removed_fraction
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks
@@ -39,13 +49,15 @@ _FLOPS_TOLERANCE = 0.005
 
 @dataclass(frozen=True)
 class Candidates:
-    """What competes: single weights, or groups of them; G_r of this rank.
+    """Competing single weights, or groups of weights; G_r of them on this rank.
 
     Attributes:
         scores: saliency per weight, float64 ``[G_r]``.
-        layers: int64 ``[G_r]``.
-        sizes: weights that each gives up, int64 ``[G_r]``; None for single weights.
-        leaving: bool ``[D_r]``, the weights that go if their group does; None for all.
+        layers: index of the layer, int64 ``[G_r]``.
+        sizes: number of weights that each group loses, int64 ``[G_r]``; None for single
+            weights.
+        leaving: bool ``[D_r]``, the weights that are removed if their group is chosen; None
+            for all.
     """
 
     scores: Tensor
@@ -55,16 +67,16 @@ class Candidates:
 
 
 class Selector:
-    """Chooses the weights of one step, part by part.
+    """Choose the weights of one step, stage by stage.
 
     Args:
-        masks: what is selected and what is already pruned, at the start of the step.
+        masks: which weights are selected and pruned at the start of the step.
         selection: the settings.
         communicator: the ranks.
-        quotas: what must go, in weights; None when only ``flops_target`` counts.
-        flops: counted where ``flops_power`` or ``flops_target`` needs them.
+        quotas: number of weights to remove.
+        flops: FLOPs by layer, where ``flops_power`` or ``flops_target`` needs them.
         flops_target: share of the dense FLOPs that is left after the step.
-        spacing: where the parts of the step end.
+        spacing: how sparsity grows over the stages of the step.
 
     Raises:
         ConfigurationError: for a target that cannot be reached.
@@ -97,15 +109,15 @@ class Selector:
         criterion: Criterion,
         active: ActiveWeights,
         weights: Tensor,
-        gone: Tensor | None = None,
+        removed: Tensor | None = None,
     ) -> Candidates:
-        """Score what may go.
+        """Score the weights that can be removed.
 
         Args:
-            criterion: has observed all gradients.
+            criterion: criterion that has observed all gradients.
             active: the active weights.
             weights: float64 ``[D_r]``.
-            gone: bool ``[D_r]``, removed in earlier parts; for single weights only.
+            removed: bool ``[D_r]``, removed in earlier stages; for single weights only.
 
         Returns:
             The candidates of this rank.
@@ -120,8 +132,8 @@ class Selector:
             scores = costs / sizes
         else:
             scores, layers = criterion.score(weights), active.layers()
-            if gone is not None:
-                scores = scores.masked_fill(gone, math.inf)
+            if removed is not None:
+                scores = scores.masked_fill(removed, math.inf)
         power = self._selection.flops_power
         if power and self._flops is not None:
             each = self._flops.per_weight
@@ -133,15 +145,15 @@ class Selector:
     def choose(
         self, candidates: Candidates, active: ActiveWeights, fraction: float
     ) -> tuple[Tensor, list[float | None]]:
-        """Choose what goes in one part.
+        """Choose the weights to remove in one stage.
 
         Args:
-            candidates: what :meth:`candidates` gave.
+            candidates: result of :meth:`candidates`.
             active: the active weights.
-            fraction: of the step that is done at the end of the part, in (0, 1].
+            fraction: fraction of the step at the end of the stage, in (0, 1].
 
         Returns:
-            bool ``[D_r]``, and the largest saliency that goes in each layer.
+            bool ``[D_r]``, and the largest saliency that is removed from each layer.
         """
         chosen = self._choose(candidates, fraction)
         thresholds = active.largest_by_layer(
@@ -151,14 +163,24 @@ class Selector:
             return chosen, thresholds
         return active.members(chosen) & candidates.leaving, thresholds
 
+    def flops_before_and_after(self) -> dict[str, Any]:
+        """Return FLOPs before the step and now, as fields of a report; none if not counted."""
+        if self._flops is None:
+            return {}
+        return {
+            "flops_dense": self._flops.dense,
+            "flops_before": self._flops.masked(self._start),
+            "flops_after": self._flops.masked(list(self._masks.zeros().values())),
+        }
+
     def quantiles(self, candidates: Candidates) -> list[tuple[float, ...]]:
-        """Find quantiles of what competes in each layer.
+        """Return quantiles of the saliencies of each layer.
 
         Args:
-            candidates: what :meth:`candidates` gave.
+            candidates: result of :meth:`candidates`.
 
         Returns:
-            Of each layer, at ``SALIENCY_SHARES``; nothing without candidates.
+            Quantiles at ``SALIENCY_SHARES`` by layer; empty for layers without candidates.
         """
         number = len(self._start)
         return quantiles_by_group(
@@ -171,7 +193,7 @@ class Selector:
         scores, layers, sizes = found.scores, found.layers, found.sizes
         inside: Tensor | None = None
         if quotas.caps is not None:
-            # The least of each layer as far as its limit goes; these compete.
+            # The smallest of each layer, up to its limit, compete.
             left = [
                 max(0, cap - (now - before))
                 for cap, now, before in zip(
@@ -203,7 +225,7 @@ class Selector:
         return everywhere
 
     def _counts(self, fraction: float, zeros: list[int]) -> list[int]:
-        """Weights that each group of layers must give up until the end of a part."""
+        """Count the weights that each group must lose until the end of a stage."""
         quotas = self._quotas
         counts = quotas.until(fraction)
         for layer, group in enumerate(quotas.competitors):
@@ -213,7 +235,7 @@ class Selector:
     def _flops_to_save(
         self, flops: LayerFlops, target: float, fraction: float, zeros: list[int]
     ) -> int:
-        # FLOPs fall over the parts as the kept share of weights does.
+        # FLOPs fall over the stages as the kept share of weights does.
         start = flops.masked(self._start)
         ratio = min(1.0, target * flops.dense / start)
         goal = start * (1.0 - removed_fraction(ratio, fraction, self._spacing))
@@ -234,8 +256,8 @@ class Selector:
         if target * (1 + _FLOPS_TOLERANCE) < least:
             raise ConfigurationError(
                 f"flops_target: a share of {target:.4f} of the dense FLOPs is out of reach: "
-                f"with all selected weights gone that may go, {least:.4f} are left. Select "
-                "more layers, raise selection.max_layer_sparsity, or ask for less."
+                f"with all weights removed that may be removed, {least:.4f} are left. Select "
+                "more layers, raise selection.max_layer_sparsity, or raise flops_target."
             )
 
     def _by_layer(self, values: list[int] | tuple[int, ...], layers: Tensor) -> Tensor:
@@ -246,10 +268,10 @@ class Selector:
 
 
 def layers_of(masks: Masks) -> Layers:
-    """Describe the selected tensors.
+    """Describe the selected parameters.
 
     Args:
-        masks: with the parameters.
+        masks: masks with the parameters.
 
     Returns:
         Names, shapes, weights and zeros.
@@ -264,13 +286,12 @@ def layers_of(masks: Masks) -> Layers:
 
 
 def take_zeros(masks: Masks, selection: SelectionConfig) -> None:
-    """Take the weights that are exactly zero now for pruned. Call on all ranks.
+    """Mark weights that are exactly zero as pruned. Call on all ranks.
 
-    With a pattern only zeros that make up what a group gives up count; others are
-    weights that happen to be zero.
+    With a pattern, only groups with all the zeros that the pattern asks for count.
 
     Args:
-        masks: of a network that may be sparse.
+        masks: masks of a network that may be sparse; changed.
         selection: the settings.
     """
     pattern = parse_pattern(selection.pattern)
@@ -288,16 +309,17 @@ def weights_to_remove(
     target_sparsity: float,
     final_sparsity: float | None = None,
 ) -> list[int]:
-    """Count the weights that have to go.
+    """Count the weights that have to be removed to reach a sparsity.
 
     Args:
-        masks: what is selected and what is already pruned.
+        masks: which weights are selected and pruned.
         selection: the settings.
-        target_sparsity: share of zeros that is wanted.
-        final_sparsity: the same at the end of a schedule; see :func:`.make_quotas`.
+        target_sparsity: share of zeros after the step.
+        final_sparsity: share of zeros at the end of the schedule; see
+            :func:`~.quotas.make_quotas`.
 
     Returns:
-        Their number in each group of layers that compete; less than go together is 0.
+        Number of weights by group of competing layers; 0 below the granularity.
     """
     quotas = make_quotas(selection, layers_of(masks), target_sparsity, final_sparsity)
     return quotas.totals
@@ -309,19 +331,19 @@ def is_too_sparse(
     target_sparsity: float,
     final_sparsity: float | None = None,
 ) -> bool:
-    """Tell whether there are more zeros than wanted, and no layer that lacks some.
+    """Return whether a network has more zeros than a target, and no layer has too few.
 
     Args:
-        masks: what is selected and what is already pruned.
+        masks: which weights are selected and pruned.
         selection: the settings.
-        target_sparsity: share of zeros that is wanted.
-        final_sparsity: the same at the end of a schedule.
+        target_sparsity: share of zeros after the step.
+        final_sparsity: share of zeros at the end of the schedule.
 
     Returns:
         True when the target cannot be met because pruning only adds zeros.
     """
     layers = layers_of(masks)
     above = round(target_sparsity * sum(layers.weights)) < sum(layers.zeros)
-    # Also asked when there is no doubt: it refuses targets that contradict one another.
+    # Always computed, because it refuses contradictory targets.
     missing = weights_to_remove(masks, selection, target_sparsity, final_sparsity)
     return above and not any(missing)

@@ -1,4 +1,4 @@
-"""How a step is cut into parts: where each ends, and finer parts where trust is lost."""
+"""Stages of a pruning step: where each one ends, and shorter ones after a bad one."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Literal
 
 Spacing = Literal["geometric", "linear", "polynomial"]
 
-# A part is at most halved so often.
+# Stages are halved at most this often.
 _MOST_HALVINGS = 3
 
 
 def removed_fraction(kept_ratio: float, fraction: float, spacing: Spacing) -> float:
-    """Tell how much of what is there at the start has gone after a fraction of a step.
+    """Return the share of the initial weights that is removed after a fraction of a step.
 
     Args:
         kept_ratio: share that is left at the end of the step, r.
-        fraction: of the step, f in [0, 1].
-        spacing: ``"geometric"`` 1 − rᶠ: each part removes the same share of what it finds;
+        fraction: fraction of the step, f in [0, 1].
+        spacing: ``"geometric"`` 1 − rᶠ: each stage removes the same share of what it finds;
             ``"linear"`` (1 − r)f: the same number; ``"polynomial"``
             (1 − r)(1 − (1 − f)³): as in Zhu & Gupta's schedule.
 
@@ -35,36 +35,36 @@ def removed_fraction(kept_ratio: float, fraction: float, spacing: Spacing) -> fl
 
 
 class Stages:
-    """Goes through a step in equal parts that may become finer on the way.
+    """Position within a step of equal stages, which may become shorter on the way.
 
     Args:
-        number: of parts when none is cut.
+        number: number of stages when none is halved.
 
     Attributes:
-        stage_halvings: how often the parts became half as long.
+        halvings: how often the stages became half as long.
     """
 
     def __init__(self, number: int) -> None:
-        self._at = Fraction(0)
+        self._position = Fraction(0)
         self._stride = Fraction(1, number)
-        self.stage_halvings = 0
+        self.halvings = 0
 
     @property
     def is_done(self) -> bool:
         """Whether the step has reached its end."""
-        return self._at == 1
+        return self._position == 1
 
     def advance(self) -> float:
-        """Go to the end of the next part.
+        """Move to the end of the next stage.
 
         Returns:
-            The fraction of the step that is done then; exactly 1 in the end.
+            The fraction of the step that is done then; exactly 1 at the end.
         """
-        self._at = min(self._at + self._stride, Fraction(1))
-        return float(self._at)
+        self._position = min(self._position + self._stride, Fraction(1))
+        return float(self._position)
 
     def halve(self) -> None:
-        """Make the parts that follow half as long; in vain once they are an eighth."""
-        if self.stage_halvings < _MOST_HALVINGS and not self.is_done:
+        """Make the following stages half as long, at most three times."""
+        if self.halvings < _MOST_HALVINGS and not self.is_done:
             self._stride /= 2
-            self.stage_halvings += 1
+            self.halvings += 1

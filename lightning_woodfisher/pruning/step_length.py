@@ -1,4 +1,4 @@
-"""The length of a weight update in one part of a step, with or without the search."""
+"""The length of a weight update in one stage, with or without line search."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.pruning.line_search import search_first_order, search_scales
 from lightning_woodfisher.pruning.sampling import Sampling
-from lightning_woodfisher.pruning.step_search import search_first_order, search_scales
 from lightning_woodfisher.weights.active import ActiveWeights
 
 
 @dataclass(frozen=True)
 class ChosenStep:
-    """How the weights change in one part.
+    """Change of the weights in one stage.
 
     Attributes:
         change: δ, float64 ``[D_r]``, exactly −w where removed.
-        scales: of each direction.
-        update: which update of the kept weights it is, ``"none"`` where they stay.
-        losses: at the new weights on the samples of the gradients, where they have been
-            measured.
+        scales: scale of each direction.
+        update: name of the update of the kept weights; ``"none"`` if they do not change.
+        losses: losses at the new weights on the samples of the gradients; None if they
+            were not measured.
     """
 
     change: Tensor
@@ -37,18 +37,18 @@ class ChosenStep:
 
 
 class StepLength:
-    """Scales the directions of a criterion.
+    """Scale the directions of a criterion.
 
-    Trials write weights into the model. The step that is taken at the end overwrites all
-    of them, and one that fails puts the weights back.
+    Trials write weights into the model. The chosen change overwrites them at the end of the
+    stage, and a failed step rolls them back.
 
     Args:
-        criterion: fed with all rows.
-        active: the weights that take part.
+        criterion: criterion that has observed all rows.
+        active: the active weights.
         sampling: measures the losses.
-        weights: as they are, float64 ``[D_r]``.
-        seed: of the samples.
-        largest: no scale exceeds it; without search every scale is this.
+        weights: present weights, float64 ``[D_r]``.
+        seed: seed of the samples.
+        largest: largest scale; without search, the scale of every direction.
         search: whether scales are chosen by the measured loss.
     """
 
@@ -73,10 +73,10 @@ class StepLength:
         self._first_order = 0.0
 
     def prepare(self, descent: Tensor | None) -> None:
-        """Find out how far the first order is trusted; call it before the scores.
+        """Choose the scale of the first-order direction; call before the scores.
 
         Args:
-            descent: what the criterion gives, None where nothing is to be found out.
+            descent: first-order direction of the criterion, None without one.
         """
         criterion, weights = self._criterion, self._weights
         if descent is None:
@@ -95,16 +95,17 @@ class StepLength:
         directions: Sequence[Tensor],
         alternatives: Mapping[Update, Tensor],
     ) -> ChosenStep:
-        """Choose the scales and give the change of the weights.
+        """Choose the scales and return the change of the weights.
 
         Args:
             removed: bool ``[D_r]``.
-            directions: of the kept weights, float64 ``[D_r]`` each, zero where removed.
-            alternatives: what is tried whole in place of the first direction, with the
-                scales of the others as they were found; looked at by the search only.
+            directions: directions of the kept weights, float64 ``[D_r]`` each, zero where
+                removed.
+            alternatives: directions that the search tries at full length in place of the
+                first one, with the scales found for the others.
 
         Returns:
-            The step.
+            The change.
         """
         zeroing = torch.where(removed, -self._weights, 0.0)
 
@@ -142,13 +143,13 @@ class StepLength:
         )
 
     def _losses(self, change: Tensor, removed: Tensor) -> list[float]:
-        """Measure at weights on trial; nothing where they are not finite."""
+        """Return the losses at trial weights; none if the weights are not finite."""
         if not self._active.try_on(self._weights + change, removed):
             return []
         return self._sampling.measure_trial(self._seed)
 
 
 def _mean(losses: Sequence[float]) -> float:
-    """Give the mean; infinity for what is not finite, or not there."""
+    """Return the mean; infinity for no losses, or if it is not finite."""
     value = sum(losses) / len(losses) if losses else math.inf
     return value if math.isfinite(value) else math.inf

@@ -162,14 +162,14 @@ def within_memory(
         config.fisher,
         comm.world_size,
         config.criterion,
-        config.update,
+        config.step.update,
         max(p.element_size() for p in masks.parameters.values()),
         torch.get_num_threads() if comm.device.type == "cpu" else 1,
         masks.sharded,
         [p.shape for p in masks.parameters.values()],
-        config.step_search,
-        config.measure_loss,
-        config.local_model_points,
+        config.step.line_search,
+        config.step.measure_loss,
+        config.step.local_model_points,
         parse_pattern(config.selection.pattern),
     )
     fisher, cost = fit_into_memory(work, comm, ranks_on_host)

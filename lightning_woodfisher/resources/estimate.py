@@ -20,8 +20,10 @@ from lightning_woodfisher.base.byte_sizes import format_bytes, format_count, par
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.pruning.config import (
+    SelectionConfig,
+)
 from lightning_woodfisher.pruning.report import format_table
-from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.resources.costs import (
     Memory,
     host_bytes,
@@ -243,7 +245,7 @@ def estimate(
     selection: SelectionConfig | None = None,
     criterion: str = "woodfisher",
     update: Update = "joint",
-    step_search: bool = True,
+    line_search: bool = True,
     measure_loss: bool = True,
     local_model_points: int = 0,
     sparsity: float = 0.0,
@@ -265,7 +267,7 @@ def estimate(
             taken as they are.
         criterion: name of the criterion.
         update: how the kept weights make up for the removed ones.
-        step_search: the length of the update is measured.
+        line_search: the length of the update is measured.
         measure_loss: so is the loss after the step.
         local_model_points: points at which it is measured on the way.
         sparsity: share of the weights that is pruned before the step, assumed the same in
@@ -316,7 +318,7 @@ def estimate(
         threads,
         sharded,
         shapes,
-        step_search,
+        line_search,
         measure_loss,
         local_model_points,
         parse_pattern((selection or SelectionConfig()).pattern),

@@ -15,7 +15,7 @@ from lightning_woodfisher.fisher.config import (
     mini_batches_in_group,
 )
 from lightning_woodfisher.gradients.collect import micro_batch_size
-from lightning_woodfisher.pruning.step_search import count_trials
+from lightning_woodfisher.pruning.line_search import count_trials
 from lightning_woodfisher.weights.partition import Partition
 from lightning_woodfisher.weights.patterns import UNSTRUCTURED, Pattern
 
@@ -38,7 +38,7 @@ class Work:
         threads: units in work at once.
         sharded: every rank holds 1/R of every tensor (FSDP2) and all of it is its own.
         shapes: of each selected tensor; for K-FAC and patterns.
-        step_search: the length of the update is measured.
+        line_search: the length of the update is measured.
         measure_loss: so is the loss after the step.
         local_model_points: points at which it is measured on the way.
         pattern: what goes together.
@@ -60,7 +60,7 @@ class Work:
     threads: int = 1
     sharded: bool = False
     shapes: Sequence[Sequence[int]] = ()
-    step_search: bool = True
+    line_search: bool = True
     measure_loss: bool = True
     local_model_points: int = 0
     pattern: Pattern = UNSTRUCTURED
@@ -91,7 +91,7 @@ class Work:
     def searches(self) -> bool:
         """Whether losses of trials are measured."""
         moves = self.update != "none" and CRITERIA[self.criterion].compensates
-        return self.step_search and moves
+        return self.line_search and moves
 
     @property
     def first_order(self) -> bool:

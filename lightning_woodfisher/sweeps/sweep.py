@@ -25,10 +25,14 @@ from lightning_woodfisher.base.errors import ConfigurationError, PruningError, n
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import FisherConfig
-from lightning_woodfisher.pruning.config import PruningConfig, check_sparsity
+from lightning_woodfisher.pruning.config import (
+    PruningConfig,
+    SelectionConfig,
+    StepConfig,
+    check_sparsity,
+)
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.report import PruningReport
-from lightning_woodfisher.pruning.selection import SelectionConfig
 from lightning_woodfisher.pruning.selector import is_too_sparse
 from lightning_woodfisher.resources.budget import (
     free_bytes,
@@ -77,7 +81,10 @@ def sweep(
     grid: Mapping[str, Sequence[Any]],
     *,
     target_sparsity: float = 0.9,
-    config: PruningConfig | None = None,
+    criterion: str = "woodfisher",
+    fisher: FisherConfig = FisherConfig(),
+    selection: SelectionConfig = SelectionConfig(),
+    step: StepConfig = StepConfig(),
     row_memory: str | int | None = None,
     progress: Progress | None = None,
 ) -> SweepReport:
@@ -97,9 +104,12 @@ def sweep(
         grid: values by the name of a setting: ``target_sparsity``, ``damping``,
             ``num_gradients``, ``block_size``, ``update``, ``recompute_steps``, or any other
             field of :class:`FisherConfig`, :class:`SelectionConfig` and
-            :func:`~.prune`.
+            :class:`StepConfig`.
         target_sparsity: where the grid has none.
-        config: settings that the grid does not vary.
+        criterion: where the grid has none.
+        fisher: settings of the Fisher that the grid does not vary.
+        selection: settings of the selection that the grid does not vary.
+        step: settings of the step that the grid does not vary.
         row_memory: host memory that kept gradients may take, such as ``"8GB"``; more of
             them go to a temporary file. None for a quarter of what is free.
         progress: given a title and a total, a context that yields a counter.
@@ -115,7 +125,8 @@ def sweep(
             f"data is a {type(data).__name__}, which can be read only once, but every "
             "setting reads it; give a Dataset, a DataLoader or a list of batches."
         )
-    settings = expand_grid(grid, config or PruningConfig(), target_sparsity)
+    config = PruningConfig(criterion, fisher, selection, step)
+    settings = expand_grid(grid, config, target_sparsity)
     return run_sweep(
         FunctionLoss(model, data, loss_fn), evaluate, settings, row_memory, progress
     )
@@ -250,7 +261,9 @@ def _prepare(setting: Setting, source: LossSource, comm: Communicator) -> Settin
         )
     if config.reads_data:
         fisher = config.fisher
-        source.batches(fisher.num_gradients, fisher.gradient_batch_size, config.seed)
+        source.batches(
+            fisher.num_gradients, fisher.gradient_batch_size, config.step.seed
+        )
     config, _ = within_memory(masks, config, comm, comm.world_size)
     return dataclasses.replace(setting, config=config)
 
@@ -293,27 +306,22 @@ class _Weights:
 
 def _owners() -> dict[str, str]:
     """Name which part of the configuration has a setting."""
-    owners = {TARGET: ""}
-    of_the_step = ("criterion", "update", "recompute_steps", "seed")
-    for name in (*of_the_step, "step_search", "update_scale"):
-        owners[name] = "config"
-    for part, cls in (("fisher", FisherConfig), ("selection", SelectionConfig)):
-        owners |= {field.name: part for field in dataclasses.fields(cls)}
+    owners = {TARGET: "", "criterion": "config"}
+    for part in ("fisher", "selection", "step"):
+        fields = dataclasses.fields(getattr(PruningConfig(), part))
+        owners |= {field.name: part for field in fields}
     return owners
 
 
 def _configure(base: PruningConfig, values: Mapping[str, Any]) -> PruningConfig:
     owners = _owners()
-    given: dict[str, dict[str, Any]] = {"config": {}, "fisher": {}, "selection": {}}
-    for name, value in values.items():
-        if name != TARGET:
-            given[owners[name]][name] = value
-    return dataclasses.replace(
-        base,
-        fisher=dataclasses.replace(base.fisher, **given["fisher"]),
-        selection=dataclasses.replace(base.selection, **given["selection"]),
-        **given["config"],
-    )
+    changed: dict[str, Any] = {}
+    for part in ("fisher", "selection", "step"):
+        own = {name: value for name, value in values.items() if owners[name] == part}
+        changed[part] = dataclasses.replace(getattr(base, part), **own)
+    if "criterion" in values:
+        changed["criterion"] = values["criterion"]
+    return dataclasses.replace(base, **changed)
 
 
 def _most_gradients(jobs: Sequence[Setting]) -> dict[int, int]:
@@ -331,7 +339,7 @@ def _order(config: PruningConfig) -> tuple[str, ...]:
     return (
         repr((selection.include, selection.exclude)),
         repr(kind_of_rows(fisher)),
-        repr(config.seed),
+        repr(config.step.seed),
         repr(fisher.block_size),
         repr(fisher.num_gradients),
     )

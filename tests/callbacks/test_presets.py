@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from lightning_woodfisher import ConfigurationError, WoodFisherPruningCallback, preset
+from lightning_woodfisher import (
+    ConfigurationError,
+    StepConfig,
+    WoodFisherPruningCallback,
+    preset,
+)
 from lightning_woodfisher.callbacks.presets import PRESETS, source
 from lightning_woodfisher.cli.estimate import read_run
 from lightning_woodfisher.cli.main import main
@@ -36,7 +41,7 @@ def test_they_say_what_was_published(name: str) -> None:
     count, size, block, damping, target, epochs, positions = EXPECTED[name]
     assert (fisher.num_gradients, fisher.gradient_batch_size) == (count, size)
     assert (fisher.block_size, fisher.damping) == (block, damping)
-    assert callback.config.update == "independent"
+    assert callback.config.step.update == "independent"
     plan = callback.schedule.plan(callback.target_sparsity, Horizon(epochs))
     assert [step.position for step in plan] == positions
     assert plan[-1].sparsity == target
@@ -51,8 +56,10 @@ def test_the_ramp_of_bert_begins_where_its_source_says() -> None:
 
 
 def test_what_is_given_wins() -> None:
-    callback = WoodFisherPruningCallback.from_preset("bert_90", update="joint", seed=3)
-    assert (callback.config.update, callback.config.seed) == ("joint", 3)
+    callback = WoodFisherPruningCallback.from_preset(
+        "bert_90", step=StepConfig("joint", seed=3)
+    )
+    assert (callback.config.step.update, callback.config.step.seed) == ("joint", 3)
     assert callback.config.fisher.block_size == 50
 
 

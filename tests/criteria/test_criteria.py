@@ -17,6 +17,7 @@ from lightning_woodfisher import (
     FisherConfig,
     PruningError,
     SelectionConfig,
+    StepConfig,
     prune,
 )
 from lightning_woodfisher.criteria import (
@@ -118,8 +119,7 @@ def test_a_step_prunes_exactly_and_leaves_no_trace(name: str, update: Update) ->
         target_sparsity=0.6,
         fisher=fisher,
         criterion=name,
-        update=update,
-        recompute_steps=2,
+        step=StepConfig(update=update, recompute_steps=2),
     )
     total = model[0].weight.numel() + model[-1].weight.numel()
     zeros = sum(int((m.weight == 0).sum()) for m in (model[0], model[-1]))

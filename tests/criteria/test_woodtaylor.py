@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -15,6 +16,7 @@ from lightning_woodfisher import (
     ConfigurationError,
     FisherConfig,
     PruningReport,
+    StepConfig,
     prune,
 )
 from lightning_woodfisher.criteria import make_criterion
@@ -166,7 +168,7 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def pruned(model: nn.Module, **options: Any) -> PruningReport:
     options = {"target_sparsity": 0.7, "fisher": FISHER, **options}
-    return prune(model, samples(), cross_entropy, **options)
+    return prune(model, samples(), cross_entropy, **in_step(**options))
 
 
 def loss_of(model: nn.Module, seed: int, fisher: FisherConfig) -> float:
@@ -180,7 +182,7 @@ def loss_of(model: nn.Module, seed: int, fisher: FisherConfig) -> float:
         ),
         fisher=fisher,
         criterion="magnitude",
-        seed=seed,
+        step=StepConfig(seed=seed),
     )
     assert report.loss_after is not None
     return report.loss_after
@@ -201,7 +203,7 @@ def test_a_searched_step_is_never_worse_than_zeroing(
         criterion=criterion,
         fisher=fisher,
         target_sparsity=target,
-        step_search=True,
+        line_search=True,
     )
     zeroed = mlp()
     with torch.no_grad():
@@ -219,7 +221,7 @@ def test_a_searched_step_is_never_worse_than_zeroing(
 
 def test_the_plain_first_order_step_diverges_where_the_searched_one_does_not() -> None:
     fisher = dataclasses.replace(FISHER, num_gradients=8, damping=1e-9)
-    plain = pruned(mlp(), criterion="woodtaylor", fisher=fisher, step_search=False)
+    plain = pruned(mlp(), criterion="woodtaylor", fisher=fisher, line_search=False)
     searched = pruned(mlp(), criterion="woodtaylor", fisher=fisher)
     assert plain.loss_after is not None
     assert searched.loss_after is not None
@@ -230,7 +232,7 @@ def test_the_report_predicts_the_step_that_was_taken() -> None:
     """Less than the whole update predicts another rise, and is what is in the model."""
     models = {scale: mlp() for scale in (1.0, 0.5, 0.0)}
     reports = {
-        s: pruned(m, update_scale=s, step_search=False) for s, m in models.items()
+        s: pruned(m, update_scale=s, line_search=False) for s, m in models.items()
     }
     for scale, report in reports.items():
         assert report.update_scales == (scale,)
@@ -294,7 +296,7 @@ def test_trials_are_measured_on_the_samples_of_the_gradients_and_read_them_once(
 
     data = Read()
     options: dict[str, Any] = {"target_sparsity": 0.5, "criterion": "woodtaylor"}
-    report = prune(mlp(), data, loss, fisher=fisher, **options)
+    report = prune(mlp(), data, loss, fisher=fisher, **in_step(**options))
     assert report.first_order_scales
     used = 8 * fisher.gradient_batch_size
     trials = torch.cat(measured).unique(dim=0)
@@ -333,7 +335,7 @@ def test_a_rehearsal_refuses_it_too() -> None:
 
     for number, works in ((160, True), (161, False)):
         fisher = dataclasses.replace(FISHER, first_order_samples=number)
-        config = PruningConfig(fisher, criterion="woodtaylor")
+        config = PruningConfig("woodtaylor", fisher)
         pruner = Pruner(Masks(prunable_parameters(model)), config, Communicator())
         source = FunctionLoss(model, samples(), loss)
         asked.clear()
@@ -354,7 +356,7 @@ def test_the_update_of_smaller_measured_loss_is_taken(
     """With gradients of one loss, and another that is measured: how far from a target."""
     target = mlp()
     options: dict[str, Any] = {"criterion": criterion}
-    pruned(target, update=best, step_search=False, **options)
+    pruned(target, update=best, line_search=False, **options)
     goal = [p.detach().clone() for p in target.parameters()]
 
     def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -365,7 +367,12 @@ def test_the_update_of_smaller_measured_loss_is_taken(
 
     model = mlp()
     report = prune(
-        model, samples(), loss, target_sparsity=0.7, fisher=FISHER, **options
+        model,
+        samples(),
+        loss,
+        target_sparsity=0.7,
+        fisher=FISHER,
+        **in_step(**options),
     )
     assert report.updates == (best,)
     assert report.update_scales == (0.0 if best == "none" else 1.0,)
@@ -407,7 +414,7 @@ def test_a_failing_trial_leaves_the_model_as_it_was() -> None:
             target_sparsity=0.5,
             fisher=FISHER,
             criterion="woodtaylor",
-            step_search=True,
+            step=StepConfig(line_search=True),
         )
     assert all(
         torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,6 +16,7 @@ from lightning_woodfisher import (
     ConfigurationError,
     FisherConfig,
     PruningError,
+    StepConfig,
     prune,
 )
 from lightning_woodfisher.data.batches import DatasetBatches, StreamBatches
@@ -137,8 +139,8 @@ def test_the_measured_rise_is_that_of_the_labels_of_the_data() -> None:
             data,
             cross_entropy,
             target_sparsity=0.3,
-            update="none",
             fisher=FisherConfig(num_gradients=24, sample_labels=sampled),
+            step=StepConfig(update="none"),
         )
         for sampled in (True, False)
     ]
@@ -268,16 +270,17 @@ def test_few_samples_do_when_they_may_repeat(repeat: bool) -> None:
     )
     options: dict[str, Any] = {"target_sparsity": 0.5, "fisher": fisher}
     if repeat:
-        report = prune(mlp(), samples(), cross_entropy, **options)
+        report = prune(mlp(), samples(), cross_entropy, **in_step(**options))
         assert report.sparsity == 0.5
         assert report.num_gradients == 200
     else:
         with pytest.raises(ConfigurationError, match=r"repeat_samples"):
-            prune(mlp(), samples(), cross_entropy, **options)
+            prune(mlp(), samples(), cross_entropy, **in_step(**options))
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("sample_labels", "drawn"), ("centered", 1), ("repeat_samples", "no")]
+    ("field", "value"),
+    [("sample_labels", "drawn"), ("centered", 1), ("repeat_samples", "no")],
 )
 def test_bad_values_are_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ConfigurationError, match=rf"fisher\.{field}="):

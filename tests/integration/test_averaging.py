@@ -36,6 +36,7 @@ from lightning_woodfisher import (
     ConfigurationError,
     OneShotSchedule,
     PolynomialSchedule,
+    StepConfig,
     WoodFisherPruningCallback,
 )
 from lightning_woodfisher.callbacks.averaging import (
@@ -104,7 +105,9 @@ def zeros_in(state: dict[str, Tensor]) -> int:
 
 def by_magnitude(schedule: Any) -> WoodFisherPruningCallback:
     """Give a callback that is fast: averages know nothing of the criterion."""
-    return pruning(schedule=schedule, criterion="magnitude", measure_loss=False)
+    return pruning(
+        schedule=schedule, criterion="magnitude", step=StepConfig(measure_loss=False)
+    )
 
 
 def fit(

@@ -36,6 +36,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from rank_pool import RankPool
+from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -47,6 +48,7 @@ from lightning_woodfisher import (
     PruningError,
     PruningReport,
     SelectionConfig,
+    StepConfig,
     prune,
 )
 from lightning_woodfisher.pruning.pruner import Pruner
@@ -113,7 +115,7 @@ def test_layer_scope_by_magnitude_in_parts() -> None:
         pruning(
             criterion="magnitude",
             selection=SelectionConfig(scope="layer"),
-            recompute_steps=2,
+            step=StepConfig(recompute_steps=2),
         ),
         Classifier(),
     )
@@ -163,7 +165,7 @@ def test_a_progress_bar_shows_the_collection(
             if kind == "rich":
                 rows.append(len(bar.progress.tasks))
 
-    two_parts = pruning(recompute_steps=2)
+    two_parts = pruning(step=StepConfig(recompute_steps=2))
     fitting = trainer(two_parts, bar, Count(), enable_progress_bar=True)
     fitting.fit(Classifier(), loader())
     # That of training and ours.
@@ -223,10 +225,10 @@ class OneBackward(Classifier):
 def test_the_callback_does_what_prune_does(module: Any, mode: Any) -> None:
     seed_all(4)
     fisher = FisherConfig(7, 3, 16, model_mode=mode)
-    pruner, snapshot = pruning(fisher=fisher, seed=9), Snapshot()
+    pruner, snapshot = pruning(fisher=fisher, step=StepConfig(seed=9)), Snapshot()
     trainer(snapshot, pruner, max_epochs=1).fit(module(), loader())
     dense, chosen = snapshot.model, {"fisher": fisher, "seed": 9}
-    report = prune(dense, images(), net_loss, target_sparsity=0.75, **chosen)
+    report = prune(dense, images(), net_loss, target_sparsity=0.75, **in_step(**chosen))
     found = pruner.reports[0]
     for old, new in zip(report.layers, found.layers, strict=True):
         assert new.name == f"net.{old.name}"
@@ -258,8 +260,8 @@ def test_loss_method_replaces_the_training_step() -> None:
             return self.loss(batch)
 
     module = TwoFaced()
-    options: dict[str, Any] = {"measure_loss": False, "step_search": False}
-    pruner = pruning(loss_method="pruning_loss", **options)
+    options: dict[str, Any] = {"measure_loss": False, "line_search": False}
+    pruner = pruning(loss_method="pruning_loss", **in_step(**options))
     trainer(pruner).fit(module, loader())
     # Once for all gradients together, which it refuses.
     assert module.calls == {"step": 12, "method": 7}
@@ -283,7 +285,7 @@ def test_hooks_of_the_module_transform_the_batches() -> None:
             return self.loss((batch["x"], batch["y"]))
 
     module = Hooked()
-    trainer(pruning(measure_loss=False)).fit(module, loader())
+    trainer(pruning(step=StepConfig(measure_loss=False))).fit(module, loader())
     # All gradients together, two of them alone as a check, the trials of the search, and
     # the training.
     assert module.sizes == [12, 2, 2] + [12] * 4 + [8] * 12
@@ -684,7 +686,7 @@ def test_there_is_no_rehearsal_where_nothing_is_to_be_found() -> None:
     }.items():
         module = Counting()
         fisher = FisherConfig(6, 2, 16, collection="loop")
-        pruner = pruning(measure_loss=False, fisher=fisher, **options)
+        pruner = pruning(fisher=fisher, **in_step(**{"measure_loss": False, **options}))
         trainer(pruner).fit(module, loader())
         counts[name] = module.steps - 12  # Of training.
     # Six gradients, and four trials of all samples, which in a stream come in six batches.
@@ -694,7 +696,7 @@ def test_there_is_no_rehearsal_where_nothing_is_to_be_found() -> None:
 def test_magnitude_without_measurement_needs_no_samples() -> None:
     large = FisherConfig(num_gradients=1000)
     options: dict[str, Any] = {"criterion": "magnitude", "fisher": large}
-    pruner = pruning(measure_loss=False, **options)
+    pruner = pruning(**in_step(**{"measure_loss": False, **options}))
     trainer(pruner).fit(Classifier(), loader())
     assert pruner.masks.sparsity() > 0.74
     with pytest.raises(ConfigurationError, match="needs 16000 samples"):

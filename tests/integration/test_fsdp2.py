@@ -26,6 +26,7 @@ from fits import (
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from rank_pool import RankPool
+from step_options import in_step
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -37,6 +38,7 @@ from lightning_woodfisher import (
     FisherConfig,
     PolynomialSchedule,
     SelectionConfig,
+    StepConfig,
     prune,
 )
 from lightning_woodfisher.base.errors import PruningError
@@ -197,7 +199,13 @@ def recalibrated(world_size: int) -> dict[str, Tensor]:
         "fisher": FisherConfig(8, 3, 16),
         "batchnorm_recalibration_batches": 3,
     }
-    report = prune(net, images(), loss, target_sparsity=0.6, seed=3, **options)
+    report = prune(
+        net,
+        images(),
+        loss,
+        target_sparsity=0.6,
+        **in_step(**{"seed": 3, **options}),
+    )
     assert report.batchnorm_layers == 1
     return {
         name: value.clone() for name, value in whole(dict(net.named_buffers())).items()
@@ -214,7 +222,13 @@ def test_batchnorm_of_a_sharded_network_is_recalibrated(ranks: RankPool) -> None
 
 def one_step(name: str, net: nn.Module) -> dict[str, Any]:
     """Prune and give what came of it."""
-    report = prune(net, images(), loss, target_sparsity=0.6, seed=3, **STEPS[name])
+    report = prune(
+        net,
+        images(),
+        loss,
+        target_sparsity=0.6,
+        **in_step(**{"seed": 3, **STEPS[name]}),
+    )
     return {
         "weights": whole(dict(net.named_parameters())),
         "zeros": [layer.zeros_after for layer in report.layers],
@@ -379,7 +393,9 @@ def broken_step(kind: str) -> list[str]:
     try:
         Pruner(
             masks,
-            PruningConfig(FisherConfig(8, 2, 16), step_search=False),
+            PruningConfig(
+                fisher=FisherConfig(8, 2, 16), step=StepConfig(line_search=False)
+            ),
             Communicator(),
         ).step(FunctionLoss(net, images(), failing), 0.5)
     except (PruningError, ArithmeticError) as error:
@@ -419,7 +435,13 @@ def refused() -> dict[str, str]:
         messages[name] = ""
         options = {"fisher": FisherConfig(8, 2), **options}
         try:
-            prune(net, images(), loss, target_sparsity=0.5, **options)
+            prune(
+                net,
+                images(),
+                loss,
+                target_sparsity=0.5,
+                **in_step(**options),
+            )
         except ConfigurationError as error:
             messages[name] = str(error)
 

@@ -27,7 +27,7 @@ from offline_run import OfflineRun, read_run
 from rank_pool import RankPool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_woodfisher import PolynomialSchedule, PruningReport
+from lightning_woodfisher import PolynomialSchedule, PruningReport, StepConfig
 
 # Steps of the Trainer at which the callback below prunes: 6 batches make an epoch.
 AT = {1: (6, 12), 2: (3, 6)}
@@ -215,7 +215,8 @@ def test_the_local_model_reaches_wandb(tmp_path: Path) -> None:
     logger = WandbLogger(project="tests", save_dir=tmp_path, offline=True)
     seed_all(0)
     pruner = pruning(
-        schedule=PolynomialSchedule(1, 2), local_model_points=3, recompute_steps=2
+        schedule=PolynomialSchedule(1, 2),
+        step=StepConfig(local_model_points=3, recompute_steps=2),
     )
     trainer(pruner, logger=logger, max_epochs=4).fit(Classifier(), loader())
     wandb.finish()

@@ -11,7 +11,7 @@ from fits import Classifier, Counting, loader, pruning, trainer
 from rank_pool import RankPool
 from torch.utils.data import TensorDataset
 
-from lightning_woodfisher import ConfigurationError, FisherConfig, prune
+from lightning_woodfisher import ConfigurationError, FisherConfig, StepConfig, prune
 from lightning_woodfisher.callbacks import woodfisher as callback_module
 from lightning_woodfisher.resources.estimate import estimate
 
@@ -64,7 +64,7 @@ def _prune(
         target_sparsity=0.5,
         fisher=fisher(num_gradients=20, memory_budget=budget),
         criterion=criterion,
-        measure_loss=False,
+        step=StepConfig(measure_loss=False),
     )
     return report.bytes_exchanged, report.world_size, model.weight.view(-1).tolist()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rank_pool import RankPool
+from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -51,7 +52,7 @@ def prune_all() -> dict[str, Any]:
             cross_entropy,
             target_sparsity=0.6,
             fisher=FisherConfig(37, 1, **{"max_nonfinite": 4, **fisher}),
-            **options,
+            **in_step(**options),
         )
         plain = report.to_dict()
         for varies in ("seconds", "bytes_exchanged", "fisher_bytes", "world_size"):

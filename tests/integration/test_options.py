@@ -21,6 +21,7 @@ from fits import (
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rank_pool import RankPool
+from step_options import in_step
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -43,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "recompute_spacing": "polynomial",
         "reuse_gradients": True,
     },
-    "trust": {"recompute_steps": 2, "trust": 1e-6},
+    "trust_ratio": {"recompute_steps": 2, "trust_ratio": 1e-6},
     "batchnorm": {"batchnorm_recalibration_batches": 3},
     "repeated": {"fisher": FisherConfig(40, 2, 16, repeat_samples=True)},
     "sampled": {"fisher": FisherConfig(6, 2, 16, sample_labels=True)},
@@ -82,7 +83,9 @@ def test_the_callback_does_what_prune_does(name: str) -> None:
     options = {"fisher": FISHER, "seed": 9, **OPTIONS[name]}
     pruner, snapshot = pruning(**options), Snapshot()
     trainer(snapshot, pruner, max_epochs=1).fit(Forward(), loader())
-    report = prune(snapshot.before, images(), net_loss, target_sparsity=0.75, **options)
+    report = prune(
+        snapshot.before, images(), net_loss, target_sparsity=0.75, **in_step(**options)
+    )
     (found,) = pruner.reports
     state = snapshot.before.state_dict()
     assert differences(snapshot.after, state) == []
@@ -194,7 +197,10 @@ def fit_on(world_size: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, options in OPTIONS.items():
         seed_all(4)
-        pruner, snapshot = pruning(**{"fisher": FISHER, **options}), Snapshot()
+        pruner, snapshot = (
+            pruning(**in_step(**{"fisher": FISHER, **options})),
+            Snapshot(),
+        )
         strategy = {"devices": world_size, "strategy": "ddp"}
         trainer(pruner, snapshot, max_epochs=1, **strategy).fit(Forward(), loader())
         found[name] = snapshot.after

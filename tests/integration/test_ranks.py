@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rank_pool import RankPool
+from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -24,16 +25,19 @@ from lightning_woodfisher import (
     PruningError,
     PruningReport,
     SelectionConfig,
+    StepConfig,
     prune,
 )
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.exact_sum import ExactSum, sum_exactly
+from lightning_woodfisher.distributed.smallest import (
+    select_smallest,
+)
 from lightning_woodfisher.fisher.inverse import FullInverseFisher
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
-from lightning_woodfisher.pruning.selection import select_smallest
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
@@ -115,7 +119,7 @@ class Case:
     collection: Any = "auto"
     row_dtype: Any = "float32"
     first_order_samples: int | None = None
-    step_search: bool = False
+    line_search: bool = False
     fisher: dict[str, Any] = dataclasses.field(default_factory=dict)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -153,11 +157,13 @@ class Case:
                 fisher=fisher,
                 selection=SelectionConfig(scope=self.scope),
                 criterion=self.criterion,
-                update=self.update,
-                recompute_steps=self.recompute_steps,
-                seed=5,
-                step_search=self.step_search,
-                **self.options,
+                **in_step(
+                    update=self.update,
+                    recompute_steps=self.recompute_steps,
+                    seed=5,
+                    line_search=self.line_search,
+                    **self.options,
+                ),
             )
             for target in self.targets
         ]
@@ -213,20 +219,20 @@ CASES = {
     "one by one": Case(collection="loop"),
     "rows of bfloat16": Case(row_dtype="bfloat16"),
     "bfloat16, full": Case(row_dtype="bfloat16", block_size=None),
-    "searched": Case(block_size=None, step_search=True, recompute_steps=2),
+    "searched": Case(block_size=None, line_search=True, recompute_steps=2),
     "searched, two updates": Case(
         num_gradients=40,
         block_size=50,
         targets=(0.95,),
-        step_search=True,
+        line_search=True,
         recompute_steps=2,
     ),
-    "searched, iterator": Case(stream="iterator", step_search=True),
+    "searched, iterator": Case(stream="iterator", line_search=True),
     "WoodTaylor": Case(criterion="woodtaylor", update="independent"),
     "WoodTaylor, searched": Case(
         build=convolutional,
         criterion="woodtaylor",
-        step_search=True,
+        line_search=True,
         recompute_steps=2,
         first_order_samples=120,
     ),
@@ -235,7 +241,7 @@ CASES = {
         criterion="woodtaylor",
         block_size=None,
         model_mode="train",
-        step_search=True,
+        line_search=True,
         first_order_samples=159,
     ),
     "many micro-batches": Case(
@@ -276,7 +282,7 @@ CASES = {
         options={"reuse_gradients": True, "recompute_spacing": "polynomial"},
     ),
     "linear spacing without trust": Case(
-        recompute_steps=4, options={"recompute_spacing": "linear", "trust": 1e-6}
+        recompute_steps=4, options={"recompute_spacing": "linear", "trust_ratio": 1e-6}
     ),
     "batchnorm recalibrated": Case(
         build=convolutional, options={"batchnorm_recalibration_batches": 5}
@@ -439,7 +445,7 @@ def fisher_bytes() -> dict[str, list[int]]:
                 cross_entropy,
                 target_sparsity=0.5,
                 fisher=fisher,
-                measure_loss=False,
+                step=StepConfig(measure_loss=False),
             ).fisher_bytes
         )
         for name, fisher in settings.items()

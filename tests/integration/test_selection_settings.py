@@ -10,6 +10,7 @@ import torch
 from fits import Classifier, differences, loader, pruning, seed_all, trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from rank_pool import RankPool
+from step_options import in_step
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -106,7 +107,7 @@ CASES |= {
 
 def step(name: str, net: nn.Module) -> dict[str, Any]:
     options = {"fisher": PRIMAL, **CASES[name]}
-    report = prune(net, images(), loss, seed=5, **options).to_dict()
+    report = prune(net, images(), loss, **in_step(**{"seed": 5, **options})).to_dict()
     varies = ("seconds", "bytes_exchanged", "fisher_bytes", "world_size")
     return {k: v for k, v in report.items() if k not in varies}
 
@@ -303,7 +304,7 @@ def test_what_cannot_work_is_refused_before_training(
             raise AssertionError("training has begun")
 
     def fit() -> None:
-        pruner = pruning(schedule=PolynomialSchedule(1, 3), **options)
+        pruner = pruning(schedule=PolynomialSchedule(1, 3), **in_step(**options))
         trainer(pruner, max_epochs=5).fit(Stopped(), loader())
 
     with pytest.raises(ConfigurationError, match=message):

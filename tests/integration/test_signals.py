@@ -12,7 +12,7 @@ import pytest
 import torch
 from fits import Classifier, differences, loader, pruning, trainer
 
-from lightning_woodfisher import OneShotSchedule
+from lightning_woodfisher import OneShotSchedule, StepConfig
 from lightning_woodfisher.callbacks.signals import hold_back_signals
 
 
@@ -84,7 +84,11 @@ def test_a_checkpoint_upon_a_signal_holds_the_whole_step(
     schedule: OneShotSchedule, handled: list[int], tmp_path: Path
 ) -> None:
     path = tmp_path / "requeue.ckpt"
-    pruner = pruning(schedule=schedule, loss_method="pruning_loss", recompute_steps=2)
+    pruner = pruning(
+        schedule=schedule,
+        loss_method="pruning_loss",
+        step=StepConfig(recompute_steps=2),
+    )
     fitted = trainer(pruner, max_epochs=1)
 
     def save(number: int, frame: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import DataLoader
 
-from lightning_woodfisher import FisherConfig, PolynomialSchedule
+from lightning_woodfisher import FisherConfig, PolynomialSchedule, StepConfig
 
 
 def perceptron() -> nn.Module:
@@ -78,7 +78,7 @@ def soak(steps: int) -> Watch:
         schedule=PolynomialSchedule(start_step=1, end_step=steps, every_n_steps=1),
         fisher=FisherConfig(num_gradients=6, gradient_batch_size=2, block_size=16),
         target_sparsity=0.9,
-        recompute_steps=2,
+        step=StepConfig(recompute_steps=2),
     )
     module = Classifier(build=perceptron)
     fitted = trainer(Reseed(), pruner, watch, max_epochs=-1, max_steps=steps + 1)

@@ -13,9 +13,8 @@ from rank_pool import RankPool
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_woodfisher import FisherConfig, prune, sweep
+from lightning_woodfisher import FisherConfig, StepConfig, prune, sweep
 from lightning_woodfisher.cli.main import main
-from lightning_woodfisher.pruning.config import PruningConfig
 
 FISHER = FisherConfig(num_gradients=20, gradient_batch_size=4, block_size=16)
 
@@ -55,7 +54,7 @@ def try_settings(row_memory: str | int | None) -> list[dict[str, Any]]:
         cross_entropy,
         evaluate,
         grid,
-        config=PruningConfig(fisher=FISHER),
+        fisher=FISHER,
         row_memory=row_memory,
     )
     start = network().state_dict()
@@ -83,8 +82,7 @@ def local_models() -> dict[str, Any]:
                 target_sparsity=0.7,
                 fisher=FisherConfig(20, 4, block_size),
                 criterion=criterion,
-                recompute_steps=2,
-                local_model_points=4,
+                step=StepConfig(recompute_steps=2, local_model_points=4),
             )
             found[f"{criterion} {block_size}"] = report.to_dict()["local_model"]
     return found

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -14,6 +15,7 @@ from lightning_woodfisher import (
     ConfigurationError,
     FisherConfig,
     SelectionConfig,
+    StepConfig,
     prune,
 )
 from lightning_woodfisher.data.losses import FunctionLoss
@@ -73,7 +75,8 @@ def counted(comm: Communicator, model: nn.Module, function: Any = loss) -> Layer
     masks = Masks(prunable_parameters(model))
     source = FunctionLoss(model, data(), function)
     with source.session("eval"):
-        return count_flops(source, masks, comm, 4, BATCH, 0)
+        batches = source.batches(4, BATCH, 0)
+        return count_flops(source, batches, masks, comm, 0)
 
 
 def test_every_tensor_gets_the_flops_of_its_products(comm: Communicator) -> None:
@@ -136,10 +139,11 @@ def test_the_target_is_met_within_half_a_per_cent(
         loss,
         flops_target=target,
         criterion=criterion,
-        recompute_steps=options.get("recompute_steps", 1),
         selection=SelectionConfig(flops_power=power),
         fisher=FisherConfig(num_gradients=12, gradient_batch_size=BATCH, block_size=16),
-        measure_loss=False,
+        step=StepConfig(
+            recompute_steps=options.get("recompute_steps", 1), measure_loss=False
+        ),
     )
     dense = sum(BY_HAND.values()) + OTHERS
     assert report.flops_dense == report.flops_before == dense
@@ -219,7 +223,9 @@ FEW = FisherConfig(num_gradients=4, gradient_batch_size=BATCH)
 
 
 def step(**options: Any) -> None:
-    prune(Network(), data(), loss, criterion="magnitude", fisher=FEW, **options)
+    prune(
+        Network(), data(), loss, criterion="magnitude", fisher=FEW, **in_step(**options)
+    )
 
 
 def test_a_share_below_what_is_always_left_is_refused() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -17,6 +18,7 @@ from lightning_woodfisher import (
     FisherConfig,
     PruningError,
     PruningReport,
+    StepConfig,
     prune,
 )
 from lightning_woodfisher.criteria.obs import Update
@@ -54,8 +56,7 @@ def test_on_a_quadratic_the_prediction_is_the_measurement(update: Update) -> Non
         loss,
         target_sparsity=0.5,
         fisher=fisher,
-        update=update,
-        local_model_points=6,
+        step=StepConfig(update=update, local_model_points=6),
     )
     moved = model.weight.detach().reshape(-1) - loss.start
     whole = float(0.5 * moved @ loss.matrix @ moved)
@@ -87,7 +88,12 @@ def pruned(dtype: torch.dtype, **options: Any) -> tuple[nn.Module, PruningReport
     model, data = network().to(dtype), samples()
     data = TensorDataset(data.tensors[0].to(dtype), data.tensors[1])
     report = prune(
-        model, data, cross_entropy, target_sparsity=0.7, fisher=FISHER, **options
+        model,
+        data,
+        cross_entropy,
+        target_sparsity=0.7,
+        fisher=FISHER,
+        **in_step(**options),
     )
     return model, report
 
@@ -122,7 +128,7 @@ def test_between_the_ends_the_weights_lie_on_the_line() -> None:
         cross_entropy,
         target_sparsity=0.7,
         fisher=fisher,
-        local_model_points=3,
+        step=StepConfig(local_model_points=3),
     )
     half = copy.deepcopy(start).eval()
     with torch.no_grad():
@@ -156,7 +162,7 @@ def test_a_loss_that_fails_on_the_way_leaves_the_model_as_it_was() -> None:
             fails_between,
             target_sparsity=0.7,
             fisher=FISHER,
-            local_model_points=3,
+            step=StepConfig(local_model_points=3),
         )
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -171,7 +177,7 @@ def test_reports_keep_it_and_loggers_get_it() -> None:
     metrics = report.metrics()
     for number, part in enumerate(report.local_model):
         for point, where in zip(part, ("0", "0.5", "1"), strict=True):
-            key = f"part_{number}/at_{where}"
+            key = f"stage_{number}/at_{where}"
             assert metrics[f"pruning/local_model/measured/{key}"] == point.measured
             assert metrics[f"pruning/local_model/predicted/{key}"] == point.predicted
 
@@ -191,7 +197,7 @@ def test_the_figure_shows_the_points() -> None:
     ("options", "message"),
     [
         ({"local_model_points": 1}, "at least 2"),
-        ({"local_model_points": -3}, "at least 2"),
+        ({"local_model_points": -3}, "at least 0"),
         ({"local_model_points": 2.5}, "local_model_points"),
         ({"local_model_points": 5, "measure_loss": False}, "measure_loss=True"),
     ],

@@ -22,6 +22,7 @@ from lightning_woodfisher import (
     PolynomialSchedule,
     PruningReport,
     SelectionConfig,
+    StepConfig,
     prune,
 )
 from lightning_woodfisher.criteria.obs import Update, saliency, weight_update
@@ -120,9 +121,7 @@ def test_masks_only_grow_and_counts_are_exact(
             fisher=fisher_of(form),
             selection=SelectionConfig(scope=scope),
             criterion=criterion,
-            update=update,
-            recompute_steps=parts,
-            measure_loss=False,
+            step=StepConfig(update=update, recompute_steps=parts, measure_loss=False),
         )
         after = gone(model)
         assert bool(after[before].all())
@@ -183,7 +182,7 @@ def test_the_order_of_gradients_does_not_matter(
             cross_entropy,
             target_sparsity=0.5,
             fisher=fisher_of(form, centered=centered),
-            update=update,
+            step=StepConfig(update=update),
         )
         results.append(model)
     assert_close(results[1], results[0])
@@ -205,7 +204,7 @@ def test_a_loss_in_other_units_with_damping_in_theirs_gives_the_same_network(
             target_sparsity=0.6,
             fisher=fisher_of(form, damping=1e-3 * scale**2),
             criterion="woodfisher" if whole else "diagonal_fisher",
-            update=update,
+            step=StepConfig(update=update),
         )
         results.append(model)
         reports.append(report)
@@ -243,7 +242,7 @@ def test_layers_in_another_order_give_the_same_network(
             cross_entropy,
             target_sparsity=0.5,
             fisher=fisher_of(form),
-            update=update,
+            step=StepConfig(update=update),
         )
     states = [net.state_dict() for net in nets]
     assert list(states[0]) != list(states[1])

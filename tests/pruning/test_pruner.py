@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as torch_prune
+from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
@@ -29,6 +30,7 @@ from lightning_woodfisher import (
     PruningError,
     PruningReport,
     SelectionConfig,
+    StepConfig,
     prune,
 )
 from lightning_woodfisher.base.types import ModelMode
@@ -112,7 +114,12 @@ def pruned(
     model: nn.Module, data: Any = None, loss: Any = cross_entropy, **options: Any
 ) -> PruningReport:
     options = {"target_sparsity": 0.7, "fisher": FISHER, **options}
-    return prune(model, samples() if data is None else data, loss, **options)
+    return prune(
+        model,
+        samples() if data is None else data,
+        loss,
+        **in_step(**options),
+    )
 
 
 # --- the contract of a step -----------------------------------------------------------
@@ -212,7 +219,7 @@ def test_same_seed_same_bits(mode: ModelMode) -> None:
 def test_the_three_updates_share_the_mask_and_joint_predicts_the_least() -> None:
     models = {update: mlp() for update in UPDATES}
     reports = {
-        u: pruned(m, update=u, seed=2, step_search=False) for u, m in models.items()
+        u: pruned(m, update=u, seed=2, line_search=False) for u, m in models.items()
     }
     masks = [
         torch.cat([w.reshape(-1) == 0 for w in weights_of(m).values()])
@@ -398,7 +405,9 @@ def test_a_failure_leaves_weights_and_masks_as_they_were(
     masks = Masks(prunable_parameters(model))
     masks.take_zeros()
     pruner = Pruner(
-        masks, PruningConfig(fisher=FISHER, recompute_steps=2), Communicator()
+        masks,
+        PruningConfig(fisher=FISHER, step=StepConfig(recompute_steps=2)),
+        Communicator(),
     )
     before, kept = bits(model), masks.state_dict()
     source = FunctionLoss(model, batches(), failing_loss(at, error))
@@ -454,7 +463,7 @@ def test_an_update_that_overflows_the_dtype_of_the_weights_is_an_error(
     options: dict[str, Any] = {
         "criterion": "magnitude",
         "measure_loss": False,
-        "step_search": False,
+        "line_search": False,
     }
     if not overflows:
         assert pruned(model, **options).zeros == round(0.7 * 192)
@@ -570,7 +579,7 @@ def test_losses_are_measured_on_request_only() -> None:
         calls.append(1)
         return cross_entropy(network, batch)
 
-    report = pruned(mlp(), batches(), loss, measure_loss=False, step_search=False)
+    report = pruned(mlp(), batches(), loss, measure_loss=False, line_search=False)
     assert len(calls) == 24
     assert report.loss_after is None
     assert report.measured_increase is None
@@ -984,7 +993,7 @@ def test_second_order_beats_magnitude_on_digits() -> None:
             cross_entropy,
             target_sparsity=target,
             fisher=fisher,
-            **options,
+            **in_step(**options),
         )
         return accuracy(model, test)
 

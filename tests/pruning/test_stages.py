@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from step_options import in_step
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -18,12 +19,13 @@ from lightning_woodfisher import (
     PruningError,
     PruningReport,
     SelectionConfig,
+    StepConfig,
     prune,
 )
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.pruning import pruner as pruner_module
 from lightning_woodfisher.pruning.config import PruningConfig
-from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.stages import Stages
 
 
@@ -65,7 +67,7 @@ def fisher(block_size: int | None = 20, **options: Any) -> FisherConfig:
 
 def pruned(model: nn.Module, loss: Any = None, **options: Any) -> PruningReport:
     options = {"target_sparsity": 0.8, "fisher": fisher(), **options}
-    return prune(model, samples(), loss or Counted(), **options)
+    return prune(model, samples(), loss or Counted(), **in_step(**options))
 
 
 # --- the same gradients, a new inverse --------------------------------------------------
@@ -112,7 +114,7 @@ def test_parts_with_the_same_gradients_end_at_the_minimum_of_one_quadratic(
         fisher=options,
         recompute_steps=4,
         reuse_gradients=True,
-        step_search=False,
+        line_search=False,
     )
     assert report.stages == 4
     assert loss.calls == 24
@@ -184,14 +186,14 @@ def test_parts_are_halved_from_where_they_are() -> None:
     assert way.advance() == 0.375
     for _ in range(9):
         way.halve()
-    assert way.stage_halvings == 3
+    assert way.halvings == 3
     fractions = []
     while not way.is_done:
         fractions.append(way.advance())
     # An eighth of a quarter, down to the very end.
     assert fractions == [part / 32 for part in range(13, 33)]
     way.halve()
-    assert way.stage_halvings == 3
+    assert way.halvings == 3
     thirds = Stages(3)
     assert [thirds.advance() for _ in range(3)] == [1 / 3, 2 / 3, 1.0]
     assert thirds.is_done
@@ -207,8 +209,8 @@ def test_lost_trust_makes_parts_smaller_and_the_sparsity_is_reached(
             target_sparsity=target,
             recompute_steps=2,
             recompute_spacing=spacing,
-            trust=1e-9,
-            step_search=False,
+            trust_ratio=1e-9,
+            line_search=False,
         )
         assert sum(layer.zeros_after for layer in report.layers) == round(target * 192)
         if target:
@@ -220,14 +222,14 @@ def test_lost_trust_makes_parts_smaller_and_the_sparsity_is_reached(
 def test_kept_trust_changes_nothing() -> None:
     models, reports = [mlp(), mlp()], []
     for model, trust in zip(models, (None, 1e9), strict=True):
-        reports.append(pruned(model, recompute_steps=3, trust=trust))
+        reports.append(pruned(model, recompute_steps=3, trust_ratio=trust))
     assert all(map(torch.equal, *(m.parameters() for m in models)))
     assert reports[1].stage_halvings == 0
     assert reports[1].stages == 3
 
 
 def test_trust_is_judged_by_measured_over_predicted() -> None:
-    plain: dict[str, Any] = {"step_search": False}
+    plain: dict[str, Any] = {"line_search": False}
     first = pruned(mlp(), target_sparsity=0.8, recompute_steps=2, **plain)
     # The rises of the first part alone: the same seed, weights and number of zeros.
     share = 1 - 0.2**0.5
@@ -242,7 +244,7 @@ def test_trust_is_judged_by_measured_over_predicted() -> None:
             mlp(),
             target_sparsity=0.8,
             recompute_steps=2,
-            trust=factor * ratio,
+            trust_ratio=factor * ratio,
             **plain,
         )
         assert (report.stages >= 3) == (parts == 3)
@@ -289,7 +291,7 @@ def test_recalibrated_statistics_are_those_of_torch(
         fisher=FisherConfig(
             num_gradients=20, gradient_batch_size=2, model_mode=mode, block_size=16
         ),
-        batchnorm_recalibration_batches=count,
+        step=StepConfig(batchnorm_recalibration_batches=count),
     )
     assert report.batchnorm_layers == 2
     assert model.training == (mode == "eval")
@@ -359,7 +361,7 @@ def test_a_failing_recalibration_takes_the_step_back(kind: str) -> None:
             Counted(),
             target_sparsity=0.6,
             fisher=FisherConfig(num_gradients=9, gradient_batch_size=5),
-            batchnorm_recalibration_batches=2,
+            step=StepConfig(batchnorm_recalibration_batches=2),
         )
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -371,11 +373,11 @@ def test_a_failure_after_recalibration_takes_the_statistics_back(
     model = convolutional()
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         assert not torch.equal(model[1].running_mean, before["1.running_mean"])
         raise LookupError("too late")
 
-    monkeypatch.setattr(Pruner, "_report", fail)
+    monkeypatch.setattr(pruner_module, "summarize", fail)
     with pytest.raises(LookupError, match="too late"):
         prune(
             model,
@@ -383,7 +385,7 @@ def test_a_failure_after_recalibration_takes_the_statistics_back(
             Counted(),
             target_sparsity=0.6,
             fisher=FisherConfig(num_gradients=8, gradient_batch_size=2),
-            batchnorm_recalibration_batches=2,
+            step=StepConfig(batchnorm_recalibration_batches=2),
         )
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -401,7 +403,7 @@ def test_batches_of_one_value_have_no_variance() -> None:
             Counted(),
             target_sparsity=0.5,
             fisher=FisherConfig(num_gradients=20),
-            batchnorm_recalibration_batches=3,
+            step=StepConfig(batchnorm_recalibration_batches=3),
         )
 
 
@@ -414,13 +416,19 @@ def test_batches_of_one_value_have_no_variance() -> None:
         ({"recompute_spacing": "cubic"}, "recompute_spacing='cubic'"),
         ({"recompute_spacing": "polynomal"}, "Did you mean 'polynomial'"),
         ({"reuse_gradients": 1}, "reuse_gradients=1 is neither"),
-        ({"trust": 0.0, "recompute_steps": 2}, r"trust=0\.0 must be positive"),
-        ({"trust": float("nan"), "recompute_steps": 2}, "trust=nan"),
-        ({"trust": "much", "recompute_steps": 2}, "is not a number"),
-        ({"trust": 2.0}, "recompute_steps=1 has none"),
-        ({"trust": 2.0, "recompute_steps": 2, "measure_loss": False}, "measure_loss"),
         (
-            {"trust": 2.0, "recompute_steps": 2, "criterion": "magnitude"},
+            {"trust_ratio": 0.0, "recompute_steps": 2},
+            r"trust_ratio=0\.0 is outside \(0, inf\)",
+        ),
+        ({"trust_ratio": float("nan"), "recompute_steps": 2}, "trust_ratio=nan"),
+        ({"trust_ratio": "much", "recompute_steps": 2}, "is not a number"),
+        ({"trust_ratio": 2.0}, "recompute_steps=1 has none"),
+        (
+            {"trust_ratio": 2.0, "recompute_steps": 2, "measure_loss": False},
+            "measure_loss",
+        ),
+        (
+            {"trust_ratio": 2.0, "recompute_steps": 2, "criterion": "magnitude"},
             "a criterion that predicts one",
         ),
         ({"batchnorm_recalibration_batches": -1}, "must be at least 0"),
@@ -429,4 +437,4 @@ def test_batches_of_one_value_have_no_variance() -> None:
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        PruningConfig(**options)
+        PruningConfig(**in_step(**options))

@@ -30,6 +30,7 @@ from lightning_woodfisher import (
     PolynomialSchedule,
     PruningReport,
     SelectionConfig,
+    StepConfig,
     WoodFisherPruningCallback,
     prune,
 )
@@ -133,7 +134,9 @@ def try_step(settings: dict[str, Any]) -> str:
     with contextlib.suppress(ConfigurationError):
         fisher = FisherConfig(**settings["fisher"])
         selection = SelectionConfig(**settings["selection"])
-        arguments = {**settings, "fisher": fisher, "selection": selection}
+        step = StepConfig(**settings["step"])
+        parts = {"fisher": fisher, "selection": selection, "step": step}
+        arguments = {**settings, **parts}
         if arguments.get("flops_target") is not None:
             del arguments["target_sparsity"]
         report = prune(model, samples(), cross_entropy, **arguments)
@@ -187,6 +190,7 @@ def try_fit(settings: dict[str, Any], folder: Path) -> str:
             given["schedule"] = kind(**schedule["init_args"])
         given["fisher"] = FisherConfig(**given["fisher"])
         given["selection"] = SelectionConfig(**given["selection"])
+        given["step"] = StepConfig(**given["step"])
         callback = WoodFisherPruningCallback(**given)
         trainer = pl.Trainer(
             max_epochs=3,

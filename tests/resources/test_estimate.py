@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from step_bytes import make_step
+from step_options import in_step
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -18,6 +19,7 @@ from lightning_woodfisher import (
     ConfigurationError,
     FisherConfig,
     SelectionConfig,
+    StepConfig,
     estimate,
     prune,
 )
@@ -154,7 +156,7 @@ class Counted:
         ({}, (4, 4)),
         ({"update": "independent"}, (3, 3)),
         ({"update": "none"}, (0, 0)),
-        ({"step_search": False}, (0, 0)),
+        ({"line_search": False}, (0, 0)),
         ({"criterion": "magnitude"}, (0, 0)),
         ({"criterion": "kfac"}, (4, 4)),
         ({"criterion": "diagonal_fisher"}, (0, 0)),
@@ -172,7 +174,7 @@ def test_passes_are_those_of_a_real_step(
     settings = fisher(24, 10, gradient_batch_size=4)
     cost = estimate(model, fisher=settings, **options)
     loss = Counted()
-    prune(model, data, loss, target_sparsity=0.6, fisher=settings, **options)
+    prune(model, data, loss, target_sparsity=0.6, fisher=settings, **in_step(**options))
     assert cost.trials == trials
     assert loss.samples == {
         True: 4 * cost.gradient_passes,
@@ -189,7 +191,7 @@ def test_passes_of_the_first_order_are_within_those_of_a_search() -> None:
     options: dict[str, Any] = {"criterion": "woodtaylor", "measure_loss": False}
     cost = estimate(model, fisher=settings, seconds_per_gradient=1.0, **options)
     loss = Counted()
-    prune(model, data, loss, target_sparsity=0.6, fisher=settings, **options)
+    prune(model, data, loss, target_sparsity=0.6, fisher=settings, **in_step(**options))
     assert (cost.gradient_passes, cost.first_order_passes) == (24, 1)
     assert loss.samples[True] == 24 * 4 + 160
     fewest, most = cost.trials
@@ -229,7 +231,7 @@ def test_baselines_take_the_bytes_that_were_estimated(
     masks = Masks(prunable_parameters(model))
     masks.take_zeros()
     settings = fisher(16, 16, gradient_batch_size=1)
-    config = PruningConfig(settings, criterion=criterion, measure_loss=False)
+    config = PruningConfig(criterion, settings, step=StepConfig(measure_loss=False))
     pruner = Pruner(masks, config, Communicator())
     data = [torch.randn(1, 300) for _ in range(16)]
     source = FunctionLoss(model, data, lambda m, batch: m(batch).square().mean())

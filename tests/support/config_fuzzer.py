@@ -50,23 +50,25 @@ SELECTION: dict[str, tuple[Any, ...]] = {
     "max_layer_sparsity": (None, None, 0.5, 0.9, 1.0, 1, 0.0, 1.1, 1e-9),
     "flops_power": (0.0, 0.0, 0.5, 1, 2.0, -1.0, math.inf, 1e300),
 }  # fmt: skip
-STEP: dict[str, tuple[Any, ...]] = {
+PRUNING: dict[str, tuple[Any, ...]] = {
     "target_sparsity": (0.0, 0, 0.1, 0.5, 0.9, 0.99, 1 - 1e-12, 1.0, 1, 90, -0.1, 1e-300),
     "criterion": (
         "woodfisher", "woodfisher", "woodtaylor", "kfac", "diagonal_fisher",
         "hessian_diagonal", "magnitude", "random", "",
     ),
+    "flops_target": (None, None, None, 0.5, 0.9, 1.0, 0.0, 1e-6, 1.5),
+}  # fmt: skip
+STEP: dict[str, tuple[Any, ...]] = {
     "update": ("joint", "independent", "none", "all", None),
     "recompute_steps": (1, 1, 2, 3, 0),
     "measure_loss": (True, True, False),
     "local_model_points": (0, 0, 2, 1, 5, -1),
     "seed": (0, 1, -1, 2**31, 2**63, 2**64 + 1),
-    "step_search": (False, False, True),
+    "line_search": (False, False, True),
     "update_scale": (1.0, 0.5, 0.0, 1, -0.1, 1.1),
-    "flops_target": (None, None, None, 0.5, 0.9, 1.0, 0.0, 1e-6, 1.5),
     "recompute_spacing": ("geometric", "linear", "polynomial", "cubic"),
     "reuse_gradients": (False, False, True),
-    "trust": (None, None, 1.0, 2, 1e-9, 0.0, -1.0, math.inf),
+    "trust_ratio": (None, None, 1.0, 2, 1e-9, 0.0, -1.0, math.inf),
     "batchnorm_recalibration_batches": (0, 0, 1, 3, -1),
 }  # fmt: skip
 SCHEDULES: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -105,11 +107,12 @@ def draw(
 
 
 def draw_step(chance: random.Random, junk: float = 0.005) -> dict[str, Any]:
-    """Draw arguments of ``prune``; ``fisher`` and ``selection`` as plain dicts."""
+    """Draw arguments of ``prune``; ``fisher``, ``selection`` and ``step`` as plain dicts."""
     fisher = {"num_gradients": 8, "gradient_batch_size": 2}
     return {
         "target_sparsity": 0.5,
-        **draw(chance, STEP, junk),
+        **draw(chance, PRUNING, junk),
+        "step": draw(chance, STEP, junk),
         "fisher": {**fisher, **draw(chance, FISHER, junk)},
         "selection": draw(chance, SELECTION, junk),
     }

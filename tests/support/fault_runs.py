@@ -34,7 +34,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lightning_woodfisher import PolynomialSchedule, WoodFisherPruningCallback
+from lightning_woodfisher import (
+    PolynomialSchedule,
+    StepConfig,
+    WoodFisherPruningCallback,
+)
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.distributed.communicator import Communicator
@@ -238,9 +242,9 @@ def run(
     seed_all(1)
     data, module, logger = Images(), Classifier(build=perceptron), MemoryLogger()
     pruner = pruning(
-        step_search=False,
         schedule=PolynomialSchedule(0, EPOCHS - 1),
         report_path=str(folder / "reports" / "pruning.json"),
+        step=StepConfig(line_search=False),
     )
     saving = ModelCheckpoint(
         folder, "{epoch}", save_top_k=-1, save_last=True, save_on_train_epoch_end=True

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torchmetrics
 from lightning.pytorch.loggers.logger import Logger
+from step_options import in_step
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
@@ -241,14 +242,16 @@ def seed_all(seed: int) -> None:
 def pruning(**options: Any) -> WoodFisherPruningCallback:
     """Make a small callback; options override."""
     return WoodFisherPruningCallback(
-        **{
-            "target_sparsity": 0.75,
-            "schedule": OneShotSchedule(),
-            "fisher": FisherConfig(
-                num_gradients=6, gradient_batch_size=2, block_size=16
-            ),
-            **options,
-        }
+        **in_step(
+            **{
+                "target_sparsity": 0.75,
+                "schedule": OneShotSchedule(),
+                "fisher": FisherConfig(
+                    num_gradients=6, gradient_batch_size=2, block_size=16
+                ),
+                **options,
+            }
+        )
     )
 
 

@@ -94,13 +94,13 @@ MUTANTS = (
         ("criteria/test_obs.py",),
     ),
     Mutant(
-        "pruning/selection.py",
+        "distributed/smallest.py",
         "marked = (keys < threshold[member]) | everything[member]",
         "marked = keys < threshold[member]",
-        ("pruning/test_selection.py",),
+        ("distributed/test_smallest.py",),
     ),
     Mutant(
-        "pruning/selection.py",
+        "distributed/smallest.py",
         "ends = weight[here].cumsum(dim=0) + before[group]",
         "ends = weight[here].cumsum(dim=0)",
         ("integration/test_ranks.py",),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -63,7 +64,7 @@ def make_step(
     masks = Masks(dict(model.named_parameters()))
     masks.take_zeros()
     options = {"measure_loss": False, **options}
-    config = PruningConfig(fisher=fisher, **options)
+    config = PruningConfig(fisher=fisher, **in_step(**options))
     pruner = Pruner(masks, config, Communicator(device))
     data: Any = [torch.zeros(())] * fisher.num_gradients
     if fisher.first_order_samples:

@@ -15,17 +15,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_woodfisher import ConfigurationError, FisherConfig, prune, sweep
+from lightning_woodfisher import (
+    ConfigurationError,
+    FisherConfig,
+    prune,
+    sweep,
+)
 from lightning_woodfisher.cli.main import main
-from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.reporting.figures import draw_sweep
 from lightning_woodfisher.sweeps.report import SweepReport, SweepResult
 
 # One by one, so that a gradient has the same bits whatever its neighbours are.
-LOOP = PruningConfig(fisher=FisherConfig(12, 4, 20, 1e-3, collection="loop"))
+LOOP = FisherConfig(12, 4, 20, 1e-3, collection="loop")
 GRID = {
     "target_sparsity": [0.5, 0.8],
     "num_gradients": [12, 24],
@@ -68,7 +73,7 @@ class Evaluation:
 
 def run(grid: Mapping[str, Any], **options: Any) -> tuple[SweepReport, Evaluation]:
     evaluation, model = Evaluation(), network()
-    options = {"config": LOOP, **options}
+    options = {"fisher": LOOP, **options}
     report = sweep(model, samples(), cross_entropy, evaluation, grid, **options)
     expected = network().state_dict()
     for name, tensor in model.state_dict().items():
@@ -86,8 +91,8 @@ def pruned_alone(setting: Mapping[str, Any]) -> dict[str, Tensor]:
         model,
         samples(),
         cross_entropy,
-        fisher=dataclasses.replace(LOOP.fisher, **fisher),
-        **others,
+        fisher=dataclasses.replace(LOOP, **fisher),
+        **in_step(**others),
     )
     return model.state_dict()
 
@@ -135,7 +140,7 @@ def test_gradients_are_computed_once() -> None:
         "num_gradients": [24, 6, 12],
         "block_size": [None, 20],
     }
-    sweep(network(), samples(), counting, Evaluation(), grid, config=LOOP)
+    sweep(network(), samples(), counting, Evaluation(), grid, fisher=LOOP)
     assert sum(calls) == 24
 
 
@@ -165,7 +170,7 @@ def test_a_setting_that_fails_does_not_stop_the_others() -> None:
 
     model = network()
     grid = {"model_mode": ["train", "eval"]}
-    report = sweep(model, samples(), picky, Evaluation(), grid, config=LOOP)
+    report = sweep(model, samples(), picky, Evaluation(), grid, fisher=LOOP)
     failed, done = report.results
     assert "nan" in str(failed.error)
     assert failed.metrics == {}
@@ -238,7 +243,7 @@ def test_bad_grids_are_refused_before_anything_is_tried(
 ) -> None:
     evaluation = Evaluation()
     with pytest.raises(ConfigurationError, match=message):
-        sweep(network(), samples(), cross_entropy, evaluation, grid, config=LOOP)
+        sweep(network(), samples(), cross_entropy, evaluation, grid, fisher=LOOP)
     assert evaluation.seen == []
 
 
@@ -251,7 +256,7 @@ def test_an_iterator_and_a_network_that_is_too_sparse_are_refused() -> None:
     with torch.no_grad():
         sparse[0].weight.zero_()
     with pytest.raises(ConfigurationError, match="only add zeros"):
-        sweep(sparse, samples(), cross_entropy, Evaluation(), grid, config=LOOP)
+        sweep(sparse, samples(), cross_entropy, Evaluation(), grid, fisher=LOOP)
 
 
 # ---------------------------------------------------------------- the command

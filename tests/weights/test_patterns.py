@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -19,6 +20,7 @@ from lightning_woodfisher import (
     FisherConfig,
     PruningReport,
     SelectionConfig,
+    StepConfig,
     prune,
 )
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
@@ -287,7 +289,7 @@ def in_groups(weight: Tensor, size: int) -> list[list[tuple[int, ...]]]:
 
 def pruned(model: nn.Module, **options: Any) -> PruningReport:
     fisher = FisherConfig(num_gradients=40, block_size=None, damping=DAMPING)
-    return prune(model, batches(), loss, **{"fisher": fisher, **options})
+    return prune(model, batches(), loss, **in_step(**{"fisher": fisher, **options}))
 
 
 @pytest.mark.parametrize(("pattern", "kept"), [("2:4", 2), ("1:4", 1), ("3:4", 3)])
@@ -323,7 +325,7 @@ def test_woodfisher_takes_the_best_supports_and_solves_for_the_rest(
         model,
         target_sparsity=1 - kept / 4,
         selection=SelectionConfig(pattern=pattern),
-        step_search=False,
+        line_search=False,
     )
     after = torch.cat([p.detach().flatten() for p in matrices(model)])
     assert torch.equal(after == 0, expected == 0)
@@ -436,7 +438,7 @@ def test_on_the_way_whole_groups_of_least_cost_are_converted(
     before = [p.detach().clone() for p in matrices(model)]
     selection = SelectionConfig(pattern="2:4")
     config = PruningConfig(
-        criterion="magnitude", selection=selection, measure_loss=False
+        criterion="magnitude", selection=selection, step=StepConfig(measure_loss=False)
     )
     masks = Masks(prunable_parameters(model))
     pruner = Pruner(masks, config, comm)

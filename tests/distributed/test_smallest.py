@@ -14,11 +14,15 @@ from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.pruning.selection import (
+from lightning_woodfisher.distributed.smallest import (
+    select_smallest,
+)
+from lightning_woodfisher.pruning.config import (
     SelectionConfig,
+)
+from lightning_woodfisher.pruning.quotas import (
     removal_counts,
     removal_counts_until,
-    select_smallest,
 )
 
 # Few distinct values, so that ties happen, next to every value that float64 has.

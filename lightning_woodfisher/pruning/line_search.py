@@ -1,7 +1,7 @@
-"""How far to go: the scales of a weight update, chosen by the measured loss.
+"""Line search: scales of a weight update, chosen by the measured loss.
 
-The quadratic model holds near the present weights only. The directions of its minimiser
-are good further out, its length is not; so the length is measured.
+The quadratic model holds only near the present weights. Further away, the directions of its
+minimizer are still good but their length is not, so the length is chosen by measurement.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ Scales = tuple[float, ...]
 
 # Shares of the compensation that are tried.
 _COMPENSATIONS = (0.0, 0.5, 1.0)
-# Where gradients span little, the first-order direction is g/λ: a scale in proportion to
-# λ is a step along g of a length that does not depend on λ.
+# Outside the span of the gradients, the first-order direction is g/λ: with a scale in
+# proportion to λ, the length of the step along g does not depend on λ.
 _FIRST_ORDER_PER_DAMPING = 10.0
 # Ratios of neighbouring scales of the first-order direction.
 _COARSE, _FINE = 3.0, 3.0**0.5
@@ -26,17 +26,18 @@ _MOST_RATIOS = 6
 def search_first_order(
     loss: Callable[[float], float], damping: float, largest: float = 1.0
 ) -> float:
-    """Choose how far to go along a direction of first order, before anything is removed.
+    """Choose the scale of a first-order direction, before anything is removed.
 
-    From 10·λ up and down in ratios of 3 as long as the loss falls.
+    Scales start at 10·λ and change in ratios of 3 as long as the loss falls.
 
     Args:
-        loss: measures the loss at a scale; what is not finite is never chosen.
+        loss: measures the loss at a scale; a scale with a loss that is not finite is never
+            chosen.
         damping: λ.
-        largest: no scale exceeds it.
+        largest: largest scale.
 
     Returns:
-        The scale of the smallest loss that was measured, 0 among them.
+        The scale with the smallest measured loss; 0 is always measured.
     """
     found = _Measured(lambda scales: loss(*scales))
     start = min(_FIRST_ORDER_PER_DAMPING * damping, largest)
@@ -53,21 +54,21 @@ def search_scales(
     largest: float = 1.0,
     first_order: float = 0.0,
 ) -> Scales:
-    """Choose the scales of a step with few measurements.
+    """Choose the scales of all directions with few measurements.
 
-    The compensation is tried at 0, ½ and 1 times ``largest``, with and without the second
-    direction; then that one is followed in ratios of √3 as long as the loss falls.
+    The compensation is tried at 0, ½ and 1 times ``largest``; then the scale of the second
+    direction changes in ratios of √3 as long as the loss falls.
 
     Args:
-        loss: measures the loss at given scales, one for each direction; what is not finite
-            is never chosen. Asked once for each scales. Scales of zero, which stand for no
-            update, are always among them.
-        directions: 1, or 2 with one of first order.
-        largest: no scale exceeds it.
-        first_order: where to begin in the second direction; 0 leaves it out.
+        loss: measures the loss at given scales, one for each direction, each at most once.
+            Scales with a loss that is not finite are never chosen. Scales of zero, which
+            mean no update, are always measured.
+        directions: number of directions: 1, or 2 with a first-order direction.
+        largest: largest scale.
+        first_order: initial scale of the second direction; 0 leaves it out.
 
     Returns:
-        The scales of the smallest loss that was measured, one for each direction.
+        The scales with the smallest measured loss, one for each direction.
     """
     none = (0.0,) * directions
     if directions == 0 or largest == 0.0:
@@ -93,22 +94,22 @@ def count_trials(first_order: bool) -> tuple[int, int]:
     """Count the losses that both searches measure together.
 
     Args:
-        first_order: whether there is a direction of first order.
+        first_order: whether there is a first-order direction.
 
     Returns:
-        The fewest and the most; the fewest where the first guess is the best.
+        The smallest and the largest number; the smallest if the initial scale is the best.
     """
     compensations = len(_COMPENSATIONS)
     if not first_order:
-        # Nothing at all is the first of the compensations.
+        # A compensation of 0 means no update.
         return compensations, compensations
-    # Each search has its start, where nothing is another, and two ways to go.
+    # Each search measures its start and 0, and goes in two directions.
     fixed = 2 + 1 + compensations
     return fixed + 2 * 2, fixed + 2 * 2 * _MOST_RATIOS
 
 
 class _Measured:
-    """Losses by scales; each is measured once."""
+    """Losses by scales, each measured once."""
 
     def __init__(self, loss: Callable[[Scales], float]) -> None:
         self._loss = loss
@@ -121,14 +122,14 @@ class _Measured:
         return self._values[scales]
 
     def best(self) -> Scales:
-        # The first of several: the smaller step, for it was measured earlier.
+        # Of equal losses the first one, which is the smaller step.
         return min(self._values, key=self._values.__getitem__)
 
 
 def _follow(
     measure: Callable[[float], float], start: float, factor: float, largest: float
 ) -> None:
-    """Go on in one direction as long as the loss falls."""
+    """Change a scale by a factor as long as the loss falls."""
     lowest, scale = measure(start), start
     for _ in range(_MOST_RATIOS):
         scale = min(scale * factor, largest)

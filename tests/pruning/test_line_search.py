@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_woodfisher.pruning.step_search import search_first_order, search_scales
+from lightning_woodfisher.pruning.line_search import search_first_order, search_scales
 
 
 @pytest.mark.parametrize(("optimum", "expected"), [(0.9, 1.0), (0.4, 0.5), (-2.0, 0.0)])

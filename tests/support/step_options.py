@@ -1,0 +1,19 @@
+"""Write the options of a pruning step flat, as tests with tables of options do."""
+
+from __future__ import annotations
+
+__all__ = ["in_step"]
+
+import dataclasses
+from typing import Any
+
+from lightning_woodfisher import StepConfig
+
+_FIELDS = {field.name for field in dataclasses.fields(StepConfig)}
+
+
+def in_step(**options: Any) -> dict[str, Any]:
+    """Group the options that are fields of ``StepConfig`` under ``step``."""
+    step = {name: value for name, value in options.items() if name in _FIELDS}
+    others = {name: value for name, value in options.items() if name not in _FIELDS}
+    return {**others, "step": StepConfig(**step)} if step else others
