@@ -209,7 +209,8 @@ def floor_operations(
     """
     n, d = float(num_gradients), float(weights)
     dual = 2.0 * n * n * d
-    if block_size is None or choose_engine(engine, num_gradients, block_size) == "dual":
+    fisher = FisherConfig(num_gradients, block_size=block_size, engine=engine)
+    if block_size is None or choose_engine(fisher) == "dual":
         return dual
     return n * block_size * d + float(block_size) ** 2 * d
 
@@ -332,15 +333,10 @@ def run_engine(
     Returns:
         The inverse, factorised.
     """
-    inverse = make_inverse_fisher(
-        partition,
-        case.num_gradients,
-        DAMPING,
-        Communicator(rows.device),
-        block_size=case.block_size,
-        engine=engine,
+    fisher = FisherConfig(
+        case.num_gradients, 1, case.block_size, DAMPING, engine=engine
     )
-    fisher = FisherConfig(case.num_gradients, 1, case.block_size, engine=engine)
+    inverse = make_inverse_fisher(partition, fisher, Communicator(rows.device))
     for chunk in torch.split(rows, rows_in_chunk(fisher, case.weights)):
         inverse.observe(chunk)
     inverse.factorize()
@@ -415,15 +411,14 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 
 def _make_partition(case: Case) -> Partition:
-    cost = block_cost(case.num_gradients, case.block_size, "auto")
+    cost = block_cost(FisherConfig(case.num_gradients, block_size=case.block_size))
     size = case.block_size or full_column_chunk(case.segments)
     return make_partition(case.segments, size, 1, cost)
 
 
 def _name_of(engine: Engine, case: Case) -> str:
-    if case.block_size is None:
-        return "full"
-    return choose_engine(engine, case.num_gradients, case.block_size)
+    fisher = FisherConfig(case.num_gradients, block_size=case.block_size, engine=engine)
+    return choose_engine(fisher)
 
 
 def _time_update(inverse: InverseFisher, device: torch.device) -> float:

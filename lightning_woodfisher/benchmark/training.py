@@ -45,6 +45,7 @@ from lightning_woodfisher.distributed.smallest import (
 )
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.one_shot import prune
 from lightning_woodfisher.pruning.config import StepConfig
 from lightning_woodfisher.weights.layers import prunable_parameters
@@ -360,18 +361,10 @@ def _run_collection(model: nn.Module, data: RandomImages, samples: int) -> None:
     active = {n: torch.arange(p.numel(), device=device) for n, p in parameters.items()}
     source = FunctionLoss(model, data, cross_entropy)
     seed = derive_seed(0, 0, 0)
+    task = GradientTask(source, parameters, active, samples, seed, Communicator(device))
+    width = sum(len(positions) for positions in active.values())
     with source.session("eval"):
-        for _ in collect_gradients(
-            source,
-            source.batches(samples, 1, seed),
-            parameters,
-            active,
-            [sum(len(positions) for positions in active.values())],
-            samples,
-            Communicator(device),
-            seed,
-            [],
-        ):
+        for _ in collect_gradients(task, source.batches(samples, 1, seed), [width]):
             pass
 
 

@@ -1,7 +1,7 @@
-"""The Lightning callback: settings, and what must be checked before training starts.
+"""The callback that prunes single weights: settings and checks.
 
-When a step happens and how masks live through training is in :mod:`.masked_training`,
-what a step does in :mod:`.pruner`.
+:mod:`.base` decides when a step happens, :mod:`lightning_woodfisher.pruning.pruner` what a
+step does.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class WoodFisherPruningCallback(PruningCallback):
     """Prune a network with second-order information while it trains.
 
     At the scheduled epochs (or optimizer steps) gradients of the training loss are
-    collected on every rank, exchanged, and turned into blocks of the inverse empirical
-    Fisher that are shared over the ranks; the weights of smallest saliency are set to
-    zero, and the others are updated to make up for them (Singh & Alistarh, "WoodFisher",
-    NeurIPS 2020). Pruned weights stay exactly zero through every optimizer step. The
-    model stays a plain model: no parametrisation, no renamed parameters.
+    collected on every rank and exchanged, so that each rank computes a share of the blocks
+    of the inverse empirical Fisher. The weights of smallest saliency are set to zero, and
+    the others are updated to compensate for them (Singh & Alistarh, "WoodFisher", NeurIPS
+    2020). Pruned weights stay exactly zero through every optimizer step. The model stays a
+    plain model: no parametrization, no renamed parameters.
 
     Args:
         target_sparsity: share of the selected weights that is zero at the end, in [0, 1).
@@ -130,7 +130,7 @@ class WoodFisherPruningCallback(PruningCallback):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> WoodFisherPruningCallback:
-        """Make the callback with published settings; see :mod:`.presets`.
+        """Create the callback with published settings; see :mod:`.presets`.
 
         Args:
             name: ``"resnet50_90"``, ``"mobilenetv1_75"``, ``"bert_90"`` or
@@ -180,7 +180,7 @@ class WoodFisherPruningCallback(PruningCallback):
             with comm.failing_together():
                 self._require_data(trainer, module)
         if self._plan:
-            # Nothing is allocated yet; the first step is the one that needs most.
+            # Nothing is allocated yet, and the first step needs most memory.
             masks = self._get_masks()
             self._step_config, cost = within_memory(
                 masks, self.config, comm, trainer.num_devices
@@ -191,7 +191,7 @@ class WoodFisherPruningCallback(PruningCallback):
         track_settings(trainer, self.config, self.target_sparsity, self.schedule)
 
     def _require_data(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Refuse data that cannot give the gradients of a step."""
+        """Check that the data suffices for the gradients of a step."""
         fisher = self.config.fisher
         batches = self._source(trainer, module).batches(
             fisher.num_gradients,
@@ -205,7 +205,7 @@ class WoodFisherPruningCallback(PruningCallback):
     def _make_plan(self, trainer: pl.Trainer) -> tuple[PlannedStep, ...]:
         masks = self._get_masks()
         if getattr(trainer, "fast_dev_run", False):
-            # One batch has no room for a schedule; try one whole step all the same.
+            # One batch is too short for a schedule, so run one complete step.
             return (PlannedStep("epoch", 0, self.target_sparsity),)
         plan = self.schedule.plan(
             self.target_sparsity, training_horizon(trainer, self.schedule)
@@ -222,9 +222,8 @@ class WoodFisherPruningCallback(PruningCallback):
             masks, self.config.selection, ahead[-1].sparsity, self.target_sparsity
         ):
             raise ConfigurationError(
-                f"the schedule asks for sparsity {ahead[-1].sparsity} in the end, but the "
-                f"selected weights have {masks.sparsity():.4f} already; raise "
-                "target_sparsity."
+                f"the schedule ends at sparsity {ahead[-1].sparsity}, but the selected "
+                f"weights have {masks.sparsity():.4f} already; raise target_sparsity."
             )
         if plan and not ahead and any(self._missing(self.target_sparsity)):
             raise ConfigurationError(
@@ -267,9 +266,9 @@ class WoodFisherPruningCallback(PruningCallback):
         return Pruner(self._get_masks(), self._step_config, comm, progress_bar(trainer))
 
     def _missing(self, sparsity: float) -> list[int]:
-        """How many zeros each group of competitors lacks; steps if FLOPs decide."""
+        """Return the missing zeros by group of competing layers; steps if FLOPs decide."""
         if self.config.flops_target is not None:
-            # A step comes as near as whole groups allow.
+            # A step comes only as close to the target as whole groups allow.
             return [len(self._ahead())]
         return weights_to_remove(
             self._get_masks(), self.config.selection, sparsity, self.target_sparsity
@@ -278,14 +277,14 @@ class WoodFisherPruningCallback(PruningCallback):
     # ------------------------------------------------------------------ fit ends
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that the promised sparsity is there.
+        """Check that the target sparsity has been reached.
 
         Args:
             trainer: the Trainer.
             pl_module: its module.
 
         Raises:
-            PruningError: when it is not.
+            PruningError: if it has not.
         """
         masks = self._get_masks()
         masks.verify()

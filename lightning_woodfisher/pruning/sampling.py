@@ -14,10 +14,6 @@ from torch import Tensor
 from lightning_woodfisher.base.clock import PhaseClock, Progress, no_progress
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.criteria import Criterion
-from lightning_woodfisher.criteria.kronecker_factors import (
-    KroneckerFactors,
-    collect_factors,
-)
 from lightning_woodfisher.data.batches import Batches, KeptBatches
 from lightning_woodfisher.data.batchnorm import BatchNormStatistics, estimate_statistics
 from lightning_woodfisher.data.isolation import derive_seed
@@ -33,11 +29,19 @@ from lightning_woodfisher.fisher.config import (
     rows_in_chunk,
 )
 from lightning_woodfisher.gradients.collect import collect_gradients, iterate_chunks
-from lightning_woodfisher.gradients.hessian_rows import hutchinson, twice_differentiable
+from lightning_woodfisher.gradients.hessian_rows import (
+    make_hessian_derivative,
+    twice_differentiable,
+)
+from lightning_woodfisher.gradients.kronecker_factors import (
+    KroneckerFactors,
+    collect_factors,
+)
 from lightning_woodfisher.gradients.sharded import (
     collect_sharded_gradients,
     sharded_mean_loss,
 )
+from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.pruning.flops import LayerFlops, count_flops
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks
@@ -126,7 +130,7 @@ class Sampling:
                 losses = self.measure(seed)
             # They are of the same groups as the losses after the step.
             return losses if self._measure_loss else [], "factors of layers"
-        fisher, curved = self._fisher, criterion.needs == "curvature rows"
+        fisher, curved = self._fisher, criterion.needs == "hessian rows"
         losses = []
         notes: list[str] = []
         what = "Hessian products" if curved else "gradients"
@@ -168,7 +172,7 @@ class Sampling:
             tick: called with the number of gradients that have been done.
             notes: receives how gradients were computed.
             fisher: how many gradients of how many samples, if not as given at first.
-            curved: rows are z∘Hz (:mod:`.curvature`).
+            curved: rows are z∘Hz (:mod:`.hessian_rows`).
 
         Returns:
             This rank's slice of all gradients, in order: tensors ``[n, D_r]``.
@@ -183,41 +187,35 @@ class Sampling:
         count, size = fisher.num_gradients, fisher.gradient_batch_size
         skipped = SkippedGradients(fisher.max_nonfinite, self._comm)
         self._skipped[seed, count, size] = skipped
+        task = GradientTask(
+            self._source,
+            parameters,
+            active.positions,
+            count,
+            seed,
+            self._comm,
+            losses,
+            tick,
+        )
         if self._masks.sharded:
             self._require_no_limit(fisher.max_nonfinite)
             if curved:
                 self._require_whole_parameters("hessian_diagonal")
             notes.append("loop: the model is sharded")
+            divisible = fisher.model_mode == "eval"
             return collect_sharded_gradients(
-                self._source,
-                count,
-                size,
-                parameters,
-                active.positions,
-                self._comm,
-                seed,
-                losses,
-                tick,
-                divisible=fisher.model_mode == "eval",
-                choose=choose,
+                task, size, divisible=divisible, choose=choose
             )
         rows = collect_gradients(
-            self._source,
+            task,
             choose(count, size, seed),
-            parameters,
-            active.positions,
             active.partition.shard_sizes(),
-            count,
-            self._comm,
-            seed,
-            losses,
-            tick,
             collection="loop" if curved else fisher.collection,
             row_dtype=fisher.row_dtype,
             note=(lambda _: notes.append("loop: Hessian products"))
             if curved
             else notes.append,
-            derivative=hutchinson(parameters, active.positions, seed)
+            derivative=make_hessian_derivative(parameters, active.positions, seed)
             if curved
             else None,
             skipped=skipped,
@@ -246,18 +244,18 @@ class Sampling:
             self.clock("collect"),
             self._progress("Collecting factors", count) as tick,
         ):
-            return collect_factors(
+            task = GradientTask(
                 self._source,
-                self._batches_of_gradients(count, size, seed),
                 self._masks.parameters,
                 active.positions,
-                active.partition,
                 count,
-                self._comm,
                 seed,
+                self._comm,
                 [] if losses is None else losses,
                 tick,
             )
+            batches = self._batches_of_gradients(count, size, seed)
+            return collect_factors(task, batches, active.partition)
 
     def rehearse(self, criterion: Criterion, seed: int, pattern: Pattern) -> None:
         """Compute what a criterion needs, and drop it.
@@ -276,7 +274,7 @@ class Sampling:
         if criterion.needs == "factors":
             self.factors(active, seed)
             return
-        for _ in self.rows(active, seed, curved=criterion.needs == "curvature rows"):
+        for _ in self.rows(active, seed, curved=criterion.needs == "hessian rows"):
             pass
 
     def _require_whole_parameters(self, criterion: str) -> None:

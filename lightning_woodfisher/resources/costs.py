@@ -20,8 +20,8 @@ __all__ = [
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_woodfisher.criteria.kronecker_factors import factor_sides
 from lightning_woodfisher.fisher.config import mini_batches_in_group, rows_in_chunk
+from lightning_woodfisher.gradients.kronecker_factors import factor_sides
 from lightning_woodfisher.resources.workload import Work
 from lightning_woodfisher.weights.partition import Unit
 from lightning_woodfisher.weights.patterns import numbers_in_work

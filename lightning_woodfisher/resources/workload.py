@@ -121,7 +121,7 @@ class Work:
     @property
     def twice(self) -> bool:
         """Whether the loss is differentiated twice."""
-        return CRITERIA[self.criterion].needs == "curvature rows"
+        return CRITERIA[self.criterion].needs == "hessian rows"
 
     @property
     def computed_bytes(self) -> int:

@@ -28,6 +28,7 @@ from lightning_woodfisher.data.sampled_labels import (
 )
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.gradients.task import GradientTask
 
 SAMPLED = FisherConfig(num_gradients=24, gradient_batch_size=2, sample_labels=True)
 
@@ -92,15 +93,15 @@ def rows_of(model: nn.Module, data: Any, count: int, collection: Any) -> Tensor:
     batches = UnlabelledBatches(source.batches(count, 1, 3), 3, model)
     size = sum(map(len, active.values()))
     notes: list[str] = []
+    task = GradientTask(source, parameters, active, count, 3, Communicator())
     with source.session("eval"):
         rows = torch.cat(
             list(
                 collect_gradients(
-                    source, batches, parameters, active, [size], count,
-                    Communicator(), 3, [], collection=collection, note=notes.append,
+                    task, batches, [size], collection=collection, note=notes.append
                 )
             )
-        )  # fmt: skip
+        )
     assert notes[0].startswith("loop" if collection == "loop" else "per-sample")
     return rows
 

@@ -18,6 +18,7 @@ from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource, mean_loss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients, iterate_chunks
+from lightning_woodfisher.gradients.task import GradientTask
 
 Batch = tuple[Tensor, Tensor]
 
@@ -62,19 +63,11 @@ def collect(
 ) -> Tensor:
     parameters = parameters or weights_of(source.model)
     active = active or everything_active(parameters)
+    losses = [] if losses is None else losses
+    task = GradientTask(source, parameters, active, count, 3, comm, losses, tick)
+    width = sum(len(positions) for positions in active.values())
     with source.session("eval"):
-        pieces = collect_gradients(
-            source,
-            source.batches(count, 4, seed=3),
-            parameters,
-            active,
-            [sum(len(positions) for positions in active.values())],
-            count,
-            comm,
-            3,
-            [] if losses is None else losses,
-            tick,
-        )
+        pieces = collect_gradients(task, source.batches(count, 4, seed=3), [width])
         return torch.cat(list(pieces))
 
 
@@ -146,15 +139,10 @@ def test_dropout_draws_its_own_seed_for_each_gradient(comm: Communicator) -> Non
 
     def rows() -> Tensor:
         torch.rand(13)
+        task = GradientTask(source, parameters, active, 5, 8, comm)
         with source.session("train"):
-            return torch.cat(
-                list(
-                    collect_gradients(
-                        source, source.batches(5, 4, 0), parameters, active, [45], 5,
-                        comm, 8, [],
-                    )
-                )
-            )  # fmt: skip
+            pieces = collect_gradients(task, source.batches(5, 4, 0), [45])
+            return torch.cat(list(pieces))
 
     first = rows()
     assert torch.equal(first, rows())
@@ -546,12 +534,9 @@ def test_a_loss_that_differentiates_inside_is_measured(comm: Communicator) -> No
     with source.session("train"):
         losses: list[float] = []
         chosen = source.batches(7, 4, seed=3)
-        list(
-            collect_gradients(
-                source, chosen, parameters, everything_active(parameters), [45], 7,
-                comm, 3, losses,
-            )
-        )  # fmt: skip
+        active = everything_active(parameters)
+        task = GradientTask(source, parameters, active, 7, 3, comm, losses)
+        list(collect_gradients(task, chosen, [45]))
         assert mean_loss(source, chosen, 7, comm, 3) == losses
     assert len(set(losses)) == 7
 

@@ -55,6 +55,7 @@ from lightning_woodfisher.gradients.sharded import (
     collect_sharded_gradients,
     sharded_mean_loss,
 )
+from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.weights.layers import prunable_parameters
@@ -337,9 +338,8 @@ def scaled_rows() -> list[Tensor]:
         parameters = {"1.weight": net[1].weight}
         active = {"1.weight": torch.arange(16 * 64)}
         with undisturbed(net), source.session("eval"):
-            found = collect_sharded_gradients(
-                source, 4, 2, parameters, active, comm, 1, []
-            )
+            task = GradientTask(source, parameters, active, 4, 1, comm)
+            found = collect_sharded_gradients(task, 2)
             rows.append(torch.cat(list(found)))
     return rows
 
@@ -616,9 +616,8 @@ class Collect(pl.Callback):
                 n: torch.arange(part_sizes(p)[comm.rank]) for n, p in parameters.items()
             }
             losses: list[float] = []
-            for row in collect_sharded_gradients(
-                source, 3, self.size, parameters, active, comm, 1, losses
-            ):
+            task = GradientTask(source, parameters, active, 3, 1, comm, losses)
+            for row in collect_sharded_gradients(task, self.size):
                 self.seen += float(row.abs().sum())
             batches = source.batches(3, self.size, seed=1)
             again = sharded_mean_loss(source, batches, 3, comm, 1)

@@ -27,6 +27,7 @@ from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.data.losses import mean_loss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.gradients.task import GradientTask
 
 COUNT, SIZE = 5, 3
 
@@ -66,18 +67,8 @@ class Rows(pl.Callback):
             module.train()
         with source.session("eval"):
             # One by one: what the module saw is counted, and each loss compared.
-            rows = collect_gradients(
-                source,
-                batches,
-                parameters,
-                active,
-                sizes,
-                COUNT,
-                comm,
-                1,
-                self.losses,
-                collection="loop",
-            )
+            task = GradientTask(source, parameters, active, COUNT, 1, comm, self.losses)
+            rows = collect_gradients(task, batches, sizes, collection="loop")
             self.rows = torch.cat(list(rows))
             self.measured = mean_loss(source, batches, COUNT, comm, 1)
         assert [p.requires_grad for p in module.parameters()] == before

@@ -34,6 +34,7 @@ from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.data.losses import mean_loss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.partition import make_partition
 
@@ -68,17 +69,9 @@ class Collect(pl.Callback):
         )
         losses: list[float] = []
         with source.session(self.mode):
-            rows = collect_gradients(
-                source,
-                source.batches(COUNT, SIZE, seed=1),
-                parameters,
-                active,
-                partition.shard_sizes(),
-                COUNT,
-                comm,
-                1,
-                losses,
-            )
+            task = GradientTask(source, parameters, active, COUNT, 1, comm, losses)
+            batches = source.batches(COUNT, SIZE, seed=1)
+            rows = collect_gradients(task, batches, partition.shard_sizes())
             self.rows.append(torch.cat([row.clone() for row in rows]))
             again = mean_loss(
                 source, source.batches(COUNT, SIZE, seed=1), COUNT, comm, 1

@@ -28,6 +28,7 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.base import raise_until_definite
 from lightning_woodfisher.fisher.inverse import make_inverse_fisher
 from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.partition import make_partition
 
@@ -457,12 +458,11 @@ def test_of_a_unit_only_the_failing_block_is_damped_more(comm: Communicator) -> 
     rows[:, first] *= 1e6
     rows[:, first + 1] = rows[:, first]
     for engine in ("primal", "dual"):
-        inverse = make_inverse_fisher(
-            partition, 6, 1e-6, comm, block_size=2, engine=engine
-        )
+        fisher = FisherConfig(6, damping=1e-6, block_size=2, engine=engine)
+        inverse = make_inverse_fisher(partition, fisher, comm)
         inverse.observe(rows)
         inverse.factorize()
-        assert list(inverse.raised()) == [first], engine
+        assert list(inverse.raised_damping()) == [first], engine
         assert int((inverse.damping != 1e-6).sum()) == 1
 
 
@@ -502,10 +502,8 @@ def test_overflow_in_float16_is_tried_again_with_a_smaller_scale(
         source.loss_scale = scale
         batches = source.batches(16, 1, 0)
         with source.session("eval"):
-            pieces = collect_gradients(
-                source, batches, parameters, every, sizes, 16, comm, 0, [],
-                collection=collection,
-            )  # fmt: skip
+            task = GradientTask(source, parameters, every, 16, 0, comm)
+            pieces = collect_gradients(task, batches, sizes, collection=collection)
             return torch.cat([piece.clone() for piece in pieces]).double()
 
     exact = rows(wide, torch.float64, 1.0)

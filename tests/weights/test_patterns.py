@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_inverse import sub_blocks, to_dense
 from hypothesis import given
 from hypothesis import strategies as st
 from step_options import in_step
@@ -86,16 +87,18 @@ def test_sub_blocks_are_those_of_the_dense_inverse(
     partition = make_partition(segments, block, 1)
     inverse = make_inverse_fisher(
         partition,
-        len(rows),
-        damping,
+        FisherConfig(
+            len(rows),
+            damping=damping,
+            block_size=None if form == "full" else block,
+            engine="auto" if form == "full" else form,
+        ),
         comm,
-        block_size=None if form == "full" else block,
-        engine="auto" if form == "full" else form,
     )
     inverse.observe(rows)
     inverse.factorize()
-    found = inverse.sub_blocks(size)
-    dense = inverse.to_dense()
+    found = sub_blocks(inverse, size)
+    dense = to_dense(inverse)
     groups = [
         range(first, first + size)
         for unit in partition.units
@@ -118,15 +121,17 @@ def test_damping_is_raised_where_a_group_has_no_digits_left(
     rows[:, 1::2] = rows[:, ::2] * (1 + 1e-7) + 1e-7 * random_rows(30, 4)
     inverse = make_inverse_fisher(
         make_partition([8], 8, 1),
-        30,
-        1e-11,
+        FisherConfig(
+            30,
+            damping=1e-11,
+            block_size=None if form == "full" else 8,
+            engine="auto" if form == "full" else "dual",
+        ),
         comm,
-        block_size=None if form == "full" else 8,
-        engine="auto" if form == "full" else "dual",
     )
     inverse.observe(rows)
     inverse.factorize()
-    blocks = inverse.sub_blocks(2)
+    blocks = sub_blocks(inverse, 2)
     assert float(inverse.damping.min()) > 1e-11
     assert bool((torch.linalg.eigvalsh(blocks) > 0).all())
     diagonal = blocks.diagonal(dim1=-2, dim2=-1).flatten()
