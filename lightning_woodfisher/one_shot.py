@@ -26,7 +26,7 @@ from lightning_woodfisher.pruning.config import (
 )
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.report import PruningReport
-from lightning_woodfisher.pruning.selector import take_zeros
+from lightning_woodfisher.pruning.selector import prune_zeros
 from lightning_woodfisher.resources.budget import require_one_device, within_memory
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
@@ -88,7 +88,7 @@ def prune(
     require_one_device(parameters)
     require_pattern_fits(model, parameters, config.selection.pattern)
     masks = Masks(parameters)
-    take_zeros(masks, config.selection)
+    prune_zeros(masks, config.selection)
     comm = Communicator(next(iter(parameters.values())).device)
     config, _ = within_memory(masks, config, comm)
     pruner = Pruner(masks, config, comm, progress)

@@ -49,8 +49,7 @@ def train_and_prune(
     callback = SOSPPruningCallback(
         target,
         options.variant,
-        StructureConfig(num_samples=options.samples),
-        measure="parameters",
+        StructureConfig(num_samples=options.samples, measure="parameters"),
         network="net",
     )
     module.learning_rate = options.learning_rate / 4

@@ -15,10 +15,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from examples.cifar10.fitting import (
@@ -34,13 +35,13 @@ from lightning_woodfisher import (
     StructuredPruningCallback,
     prune_structures,
 )
+from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.pruning.report import format_table
+from lightning_woodfisher.structured.graph.channels import channel_masks
+from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.graph.tracing import trace_groups
-from lightning_woodfisher.structured.scores.correlation import (
-    rank_correlation,
-    removal_losses,
-)
+from lightning_woodfisher.structured.scores.hessian_products import spearman
 from lightning_woodfisher.structured.scores.methods import score_structures
 from lightning_woodfisher.structured.shrink.latency import measure_latency
 
@@ -58,11 +59,15 @@ METHODS = (*SCORES, "HAP + implant", "SOSP-I per cost", "magnitude per cost")
 IMAGE = torch.zeros(1, 3, 32, 32)
 
 
-def make_config(name: str, seed: int) -> StructureConfig:
+def make_config(name: str, seed: int, batches: int = 0) -> StructureConfig:
     """Make the settings of a method: its name without what the callback does."""
     scores = name.removesuffix(" + implant").removesuffix(" per cost")
-    per_cost = name.endswith(" per cost")
-    return StructureConfig(seed=seed, per_cost=per_cost, **SCORES[scores])
+    return StructureConfig(
+        seed=seed,
+        per_cost=name.endswith(" per cost"),
+        batchnorm_recalibration_batches=batches,
+        **SCORES[scores],
+    )
 
 
 def make_callback(name: str, target: float, seed: int) -> StructuredPruningCallback:
@@ -79,9 +84,9 @@ def make_callback(name: str, target: float, seed: int) -> StructuredPruningCallb
     config = make_config(name, seed)
     if name.endswith(" + implant"):
         return HAPPruningCallback(
-            target, config, implant_ratio=0.1, implant_init="center", measure="macs"
+            target, config, implant_ratio=0.1, implant_init="center"
         )
-    return StructuredPruningCallback(target, measure="macs", config=config)
+    return StructuredPruningCallback(target, config)
 
 
 def compare(options: argparse.Namespace, data: CIFAR10) -> None:
@@ -143,9 +148,7 @@ def compare_untrained(options: argparse.Namespace, data: CIFAR10) -> None:
                         data.train,
                         loss_fn,
                         target=removed,
-                        measure="macs",
-                        config=make_config(name, seed),
-                        batchnorm_recalibration_batches=batches,
+                        config=make_config(name, seed, batches),
                         example_inputs=IMAGE,
                     )
                     found.append(accuracy(model, test))
@@ -153,6 +156,43 @@ def compare_untrained(options: argparse.Namespace, data: CIFAR10) -> None:
                 rows.append((name, f"{removed:g}", str(batches), each))
                 print(*rows[-1], flush=True)
     print(format_table(("method", "FLOPs removed", "batches", "accuracy"), rows))
+
+
+def removal_losses(
+    model: nn.Module,
+    groups: Sequence[Group],
+    structures: Sequence[tuple[int, int]],
+    loss: Callable[[nn.Module], float | Tensor],
+) -> Tensor:
+    """Measure how much the loss rises when one structure at a time is masked.
+
+    Masking is the same as removal if the activation of zero is zero. The model is left
+    unchanged.
+
+    Args:
+        model: the network; evaluated with running statistics.
+        groups: its groups.
+        structures: (index of the group, index in the group) of each structure.
+        loss: computes the loss of a model, on the same samples in every call.
+
+    Returns:
+        float64 ``[n]``: the loss without the structure minus the loss of the whole
+        network.
+    """
+    rises = []
+    with isolated(model, "eval"), torch.no_grad():
+        whole = float(loss(model))
+        for place, number in structures:
+            group = groups[place]
+            masks = channel_masks(model, [group], {group.name: [number]})
+            weights = {name: model.get_parameter(name) for name in masks}
+            before = {name: weight.clone() for name, weight in weights.items()}
+            for name, weight in weights.items():
+                weight.masked_fill_(masks[name], 0.0)
+            rises.append(float(loss(model)) - whole)
+            for name, weight in weights.items():
+                weight.copy_(before[name])
+    return torch.tensor(rises, dtype=torch.float64)
 
 
 def correlate(options: argparse.Namespace, data: CIFAR10) -> None:
@@ -179,8 +219,9 @@ def correlate(options: argparse.Namespace, data: CIFAR10) -> None:
         cells = []
         for structure in ("conv", "bn", "conv+bn"):
             config = StructureConfig(**{**settings, "structure": structure})
-            scores = score_structures(source, groups, config)
-            cells.append(f"{rank_correlation(scores.values, chosen, truth):.2f}")
+            scores = score_structures(source, groups, config).values
+            found = torch.stack([scores[group][number] for group, number in chosen])
+            cells.append(f"{spearman(found, truth):.2f}")
         rows.append((name, *cells))
     print(format_table(("rank correlation", "conv", "bn", "conv+bn"), rows))
 

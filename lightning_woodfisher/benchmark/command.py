@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.benchmark import (
     inverse,
     output,
@@ -89,7 +90,7 @@ def _check(options: argparse.Namespace, device: torch.device) -> None:
         if path and not Path(path).absolute().parent.is_dir():
             raise ConfigurationError(f"{option} {path}: there is no such folder.")
     if options.png:
-        output.require_matplotlib()
+        import_optional("matplotlib.figure", "--png")
         if not _wants_inverse(options):
             raise ConfigurationError(
                 "--png draws the table of the inverse; give --preset or --case, too."

@@ -7,7 +7,6 @@ __all__ = [
     "Machine",
     "describe_machine",
     "format_table",
-    "require_matplotlib",
     "to_json",
     "write_figure",
 ]
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.benchmark.inverse import InverseRow
 
 _HEADERS = {
@@ -228,24 +227,6 @@ def to_json(machine: Machine, tables: Mapping[str, Sequence[Any]]) -> str:
     return json.dumps(content, indent=2)
 
 
-def require_matplotlib() -> Any:
-    """Import the figure of matplotlib, which only ``--png`` needs.
-
-    Returns:
-        The class ``matplotlib.figure.Figure``.
-
-    Raises:
-        ConfigurationError: when matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(
-            "--png needs matplotlib: pip install 'lightning-woodfisher[examples]'."
-        ) from error
-    return Figure
-
-
 def write_figure(rows: Sequence[InverseRow], machine: Machine, path: Path) -> None:
     """Draw seconds of every engine as bars on a logarithmic scale.
 
@@ -254,7 +235,7 @@ def write_figure(rows: Sequence[InverseRow], machine: Machine, path: Path) -> No
         machine: named in the title.
         path: of the PNG.
     """
-    figure_class = require_matplotlib()
+    figure_class = import_optional("matplotlib.figure", "--png").Figure
     labels, seconds, colors, texts = [], [], [], []
     for row in rows:
         block = "B = D" if row.block_size is None else f"B = {row.block_size}"

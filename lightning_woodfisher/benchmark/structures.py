@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.benchmark.networks import RandomImages, cross_entropy
 from lightning_woodfisher.benchmark.timing import Tick, measure_alternately
 from lightning_woodfisher.data.losses import FunctionLoss
@@ -74,12 +75,7 @@ def torchvision_network(name: str = "resnet50") -> nn.Module:
     Raises:
         ConfigurationError: without torchvision, or for a name that it does not know.
     """
-    try:
-        from torchvision.models import get_model  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ConfigurationError(
-            "--structures needs torchvision: pip install 'lightning-woodfisher[examples]'."
-        ) from error
+    get_model = import_optional("torchvision.models", "--structures").get_model
     torch.manual_seed(0)
     try:
         model: nn.Module = get_model(name, weights=None)

@@ -418,7 +418,7 @@ def _measure_masked_training(
 ) -> MaskRow:
     parameters = prunable_parameters(model)
     masks = Masks(parameters)
-    masks.grow({n: torch.rand_like(p) < _MASKED_SHARE for n, p in parameters.items()})
+    masks.prune({n: torch.rand_like(p) < _MASKED_SHARE for n, p in parameters.items()})
     optimizer = torch.optim.AdamW(model.parameters())
     labels = torch.arange(len(inputs), device=inputs.device) % 10
     seconds: dict[bool, list[float]] = {False: [], True: []}

@@ -42,8 +42,11 @@ from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import reshard
 from lightning_woodfisher.pruning.schedule import PlannedStep, PruningSchedule, Unit
+from lightning_woodfisher.weights.checkpoint_state import (
+    STATE_VERSION,
+    require_readable,
+)
 from lightning_woodfisher.weights.masks import Masks
-from lightning_woodfisher.weights.state import STATE_VERSION, require_readable
 
 
 class PruningCallback(MaskGuard, ABC):
@@ -365,7 +368,7 @@ class PruningCallback(MaskGuard, ABC):
             for name, parameter in other._get_masks().parameters.items():
                 if id(parameter) in mine:
                     gone = ~other._get_masks().kept(name)
-                    self._get_masks().grow({mine[id(parameter)]: gone})
+                    self._get_masks().prune({mine[id(parameter)]: gone})
 
     def _end_weight_decay(self, trainer: pl.Trainer) -> None:
         """Switch weight decay off after the last planned step."""

@@ -26,9 +26,9 @@ from lightning_woodfisher.callbacks.stand_ins import (
     map_each,
     unwrap_optimizer,
 )
-from lightning_woodfisher.data.batches import Batches, Streams, loader_batches
+from lightning_woodfisher.data.batches import Batches, RepeatableStream, loader_batches
 from lightning_woodfisher.data.losses import LossSource, scalar_loss
-from lightning_woodfisher.data.sampled_labels import UnlabelledBatch, labelled
+from lightning_woodfisher.data.sampled_labels import UnlabeledBatch, draw_labels
 
 
 class TrainingStepLoss(LossSource):
@@ -68,7 +68,7 @@ class TrainingStepLoss(LossSource):
         self._trainer = trainer
         self._module = module
         self._dataloader = dataloader
-        self._streams = None if dataloader is None else Streams(dataloader)
+        self._streams = None if dataloader is None else RepeatableStream(dataloader)
         self._method: Callable[..., Any] = getattr(
             module, loss_method or "training_step"
         )
@@ -129,7 +129,7 @@ class TrainingStepLoss(LossSource):
             The loss, or the sum of the losses passed to ``manual_backward``.
         """
         trainer, module = self._trainer, self._module
-        drawn = batch if isinstance(batch, UnlabelledBatch) else None
+        drawn = batch if isinstance(batch, UnlabeledBatch) else None
         batch = trainer.precision_plugin.convert_input(
             batch if drawn is None else drawn.batch
         )
@@ -140,7 +140,7 @@ class TrainingStepLoss(LossSource):
         trainable = [(p, p.requires_grad) for p in module.parameters()]
         try:
             with self._precision():
-                batch = labelled(module, batch, drawn, self.predictor)
+                batch = draw_labels(module, batch, drawn, self.predictor)
                 result = self._method(batch, *[index] * more)
         finally:
             # Undo toggled optimizers; the graph keeps the weights it was built for.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = ["WoodFisherPruningCallback"]
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,10 +50,10 @@ from lightning_woodfisher.pruning.schedule import (
 )
 from lightning_woodfisher.pruning.selector import (
     is_too_sparse,
-    take_zeros,
+    prune_zeros,
     weights_to_remove,
 )
-from lightning_woodfisher.reporting.loggers import track_end, track_settings, track_step
+from lightning_woodfisher.reporting.loggers import log_end, log_settings, log_step
 from lightning_woodfisher.resources.budget import require_one_device, within_memory
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.patterns import require_pattern_fits
@@ -188,7 +189,11 @@ class WoodFisherPruningCallback(PruningCallback):
             kind = self.config.criterion
             plan = describe_plan(self._plan, self._done, masks, kind)
             announce(trainer, f"{plan}\n{cost.summary()}")
-        track_settings(trainer, self.config, self.target_sparsity, self.schedule)
+        settings = {
+            "target_sparsity": self.target_sparsity,
+            **dataclasses.asdict(self.config),
+        }
+        log_settings(trainer, settings, self.schedule)
 
     def _require_data(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Check that the data suffices for the gradients of a step."""
@@ -214,7 +219,7 @@ class WoodFisherPruningCallback(PruningCallback):
         if not self._done and (
             starts_sparse or isinstance(self.schedule, ConstantSchedule)
         ):
-            take_zeros(masks, self.config.selection)
+            prune_zeros(masks, self.config.selection)
         ahead = [step for step in plan if (step.unit, step.position) not in self._done]
         if self.config.flops_target is not None:
             return plan
@@ -250,7 +255,7 @@ class WoodFisherPruningCallback(PruningCallback):
 
     def _log(self, trainer: pl.Trainer, report: PruningReport) -> None:
         log_report(trainer, report)
-        track_step(trainer, self.reports, self._get_masks())
+        log_step(trainer, self.reports, self._get_masks())
 
     def _reads_on(self) -> bool:
         return bool(self._ahead()) and self.config.reads_data
@@ -288,7 +293,7 @@ class WoodFisherPruningCallback(PruningCallback):
         """
         masks = self._get_masks()
         masks.verify()
-        track_end(trainer, self.reports, masks, self.log_masks)
+        log_end(trainer, self.reports, masks if self.log_masks else None)
         missed = self._ahead()
         missing = self._missing(self.target_sparsity)
         if isinstance(self.schedule, ConstantSchedule) or not any(missing):

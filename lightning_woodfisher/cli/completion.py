@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.cli.arguments import SubcommandParser
 from lightning_woodfisher.cli.lightning_cli import PruningCLI
 
@@ -47,16 +47,8 @@ def write_script(
 
     Returns:
         The script.
-
-    Raises:
-        ConfigurationError: if shtab is not installed.
     """
-    try:
-        import shtab
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            "completion needs shtab; pip install 'lightning-woodfisher[completion]'."
-        ) from error
+    shtab = import_optional("shtab", "completion")
     lightning = _lightning_parsers()
     root = argparse.ArgumentParser("lightning-woodfisher", add_help=False)
     _copy_actions(lightning.pop(""), root)

@@ -16,15 +16,21 @@ from torch import Tensor, nn
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.cli.arguments import SubcommandParser
 from lightning_woodfisher.cli.lightning_cli import load_weights, read_fit
-from lightning_woodfisher.export.checkpoint import Checkpoint, read_checkpoint
-from lightning_woodfisher.export.dense import save_dense, strip_prefix
-from lightning_woodfisher.export.graph import export_onnx, export_program
+from lightning_woodfisher.export.checkpoint import (
+    Checkpoint,
+    read_checkpoint,
+    strip_prefix,
+)
+from lightning_woodfisher.export.onnx_and_torch_export import (
+    export_onnx,
+    export_program,
+)
 from lightning_woodfisher.export.semi_structured import (
     find_semi_structured,
     to_semi_structured,
 )
-from lightning_woodfisher.export.sparse import save_sparse
-from lightning_woodfisher.export.summary import ExportSummary, summarise
+from lightning_woodfisher.export.state_dict_files import save_dense, save_sparse
+from lightning_woodfisher.export.summary import ExportSummary, summarize
 
 _EXAMPLE = """\
 formats:
@@ -183,7 +189,7 @@ def _write_graph(
             network, inputs, out, dynamic_batch=options.dynamic_batch
         )
         note = f"\nLargest difference of the reloaded program: {difference:.3g}."
-        return summarise(weights, out), note
+        return summarize(weights, out), note
     difference = export_onnx(
         network,
         inputs,
@@ -193,7 +199,7 @@ def _write_graph(
     )
     side = out.with_name(f"{out.name}.data")
     note = f"\nLargest difference to PyTorch's outputs: {difference:.3g}."
-    return summarise(weights, out, side_files=(side,) if side.exists() else ()), note
+    return summarize(weights, out, side_files=(side,) if side.exists() else ()), note
 
 
 def _write_semi_structured(

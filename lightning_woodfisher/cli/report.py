@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.cli.arguments import SubcommandParser
 from lightning_woodfisher.pruning.report import PruningReport, format_steps
-from lightning_woodfisher.reporting.figures import has_matplotlib
-from lightning_woodfisher.reporting.page import Reports, build_page
+from lightning_woodfisher.reporting.contents import Reports
+from lightning_woodfisher.reporting.page import build_page
 from lightning_woodfisher.structured.report import (
     StructureReport,
     format_structure_steps,
@@ -55,15 +56,9 @@ def run_report(options: argparse.Namespace) -> int:
 
     Returns:
         Exit status 0.
-
-    Raises:
-        ConfigurationError: if a page is wanted and matplotlib is not installed.
     """
-    if options.html is not None and not has_matplotlib():
-        raise ConfigurationError(
-            "--html needs matplotlib for the figures; "
-            "pip install 'lightning-woodfisher[figures]', or omit --html."
-        )
+    if options.html is not None:
+        import_optional("matplotlib", "--html")
     record = _read(Path(options.path))
     sys.stdout.write(f"{record.path}\n")
     for title, reports in record.runs.items():

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.losses import differentiable_loss
-from lightning_woodfisher.data.nonfinite import (
-    NonFiniteError,
-    SkippedGradients,
-    leave_out,
-)
 from lightning_woodfisher.distributed.communicator import Pending
 from lightning_woodfisher.fisher.config import Collection, RowDtype
+from lightning_woodfisher.gradients.nonfinite import (
+    NonFiniteError,
+    SkippedGradients,
+)
 from lightning_woodfisher.gradients.per_sample import find_obstacle, per_sample_rows
 from lightning_woodfisher.gradients.task import GradientTask
 
@@ -98,16 +97,16 @@ def collect_gradients(
         rows: Tensor | None = None
         if number:
             # After an error here this rank would have nothing to send to the others.
-            with comm.no_return():
+            with comm.failing_alone():
                 rows = torch.empty(number, width, dtype=task.dtype, device=comm.device)
             computer.fill(first, rows)
         if start == 0 and at_once > 1:
             computer.agree_on_method(first, rows)
-        kept = skipped.agree(start, sum(counts))
+        kept = skipped.find_kept(start, sum(counts))
         computer.failure = computer.failure or skipped.failure
         if comm.world_size == 1 and computer.failure is not None:
             raise computer.failure
-        with comm.no_return():
+        with comm.failing_alone():
             sent = None if rows is None else rows.to(sent_dtype)
         started.append((comm.exchange(sent, shard_sizes, counts, sent_dtype), kept))
         if len(started) > 1:
@@ -115,9 +114,11 @@ def collect_gradients(
         task.tick(sum(counts))
     for pending, kept in started:
         yield _received(pending, kept)
-    comm.agree(computer.failure)
+    comm.raise_together(computer.failure)
     losses = comm.gather_in_order(computer.losses, count, at_once)
-    task.losses.extend(leave_out(losses, skipped.indices))
+    task.losses.extend(
+        loss for i, loss in enumerate(losses) if i not in skipped.indices
+    )
     note(computer.describe())
 
 
@@ -211,13 +212,13 @@ class _RowComputer:
         if any(module.training for module in model.modules()):
             return "in training mode samples of a batch may influence each other"
         if not batches.regroupable or batches.size is None:
-            return batches.why_whole
+            return batches.why_not_regroupable
         return find_obstacle(model, self._task.parameters) or ""
 
     def agree_on_method(self, first: int, rows: Tensor | None) -> None:
         """Use the method of the first micro-batch, which rank 0 has, on all ranks."""
         was_together = not self.reason
-        self.reason = self._task.comm.share_text(self.reason)
+        self.reason = self._task.comm.broadcast_text(self.reason)
         if rows is not None and self.reason and was_together:
             self.fill(first, rows)
 

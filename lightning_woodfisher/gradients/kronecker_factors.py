@@ -139,7 +139,7 @@ def collect_factors(
         for part in comm.exchange(row, sizes, counts, task.dtype).wait():
             total += part
         task.tick(sum(counts))
-    comm.agree(failure)
+    comm.raise_together(failure)
     task.losses.extend(comm.gather_in_order(own, count))
     mine = owned[comm.rank]
     pieces = torch.split(total, [_length(*sides[name]) for name in mine])

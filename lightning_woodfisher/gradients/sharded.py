@@ -11,7 +11,7 @@ __all__ = ["collect_sharded_gradients", "sharded_mean_loss"]
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import LossSource, differentiable_loss, run_loss
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.distributed.dtensor import local, reshard
+from lightning_woodfisher.distributed.dtensor import reshard, to_local
 from lightning_woodfisher.gradients.task import GradientTask
 
 _T = TypeVar("_T")
@@ -94,10 +94,10 @@ def sharded_mean_loss(
         index = min(first + comm.rank, count - 1)
         with seeded(derive_seed(seed, index)):
             if first == 0 or first + comm.rank < count:
-                batch = _together(comm, functools.partial(batches.fetch, index))
+                batch = comm.run_together(functools.partial(batches.fetch, index))
             else:
-                comm.agree(None)
-            value = _together(comm, functools.partial(run_loss, source, batch, index))
+                comm.raise_together(None)
+            value = comm.run_together(functools.partial(run_loss, source, batch, index))
             values.append(float(value))
     reshard(source.model)
     columns = comm.gather_numbers(values)
@@ -108,10 +108,10 @@ def _gradient(task: GradientTask, batches: Batches, index: int) -> tuple[Tensor,
     """Return this rank's part of the mean over ranks, and this rank's loss."""
     comm = task.comm
     with task.seeded(index):
-        batch = _together(comm, lambda: batches.fetch(index))
+        batch = comm.run_together(lambda: batches.fetch(index))
         for scale in task.loss_scales():
-            loss = _together(
-                comm, lambda: differentiable_loss(task.source, batches, index, batch)
+            loss = comm.run_together(
+                lambda: differentiable_loss(task.source, batches, index, batch)
             )
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             row = _take_row(task).div_(scale)
@@ -136,21 +136,7 @@ def _take_row(task: GradientTask) -> Tensor:
         if parameter.grad is None:
             pieces.append(where.new_zeros(len(where), dtype=task.dtype))
         else:
-            pieces.append(local(parameter.grad).reshape(-1)[where].to(task.dtype))
+            pieces.append(to_local(parameter.grad).reshape(-1)[where].to(task.dtype))
     for parameter in task.source.model.parameters():
         parameter.grad = None
     return torch.cat(pieces)
-
-
-def _together(comm: Communicator, compute: Callable[[], _T]) -> _T:
-    """Compute on every rank, or fail on every rank."""
-    # An error of one rank in the middle of a forward pass cannot be handled: the other ranks
-    # wait for it in a collective of the model, as they would in training.
-    result: _T | None = None
-    error: Exception | None = None
-    try:
-        result = compute()
-    except Exception as caught:
-        error = caught
-    comm.agree(error)
-    return cast("_T", result)

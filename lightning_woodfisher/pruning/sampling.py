@@ -14,14 +14,12 @@ from torch import Tensor
 from lightning_woodfisher.base.clock import PhaseClock, Progress, no_progress
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.criteria import Criterion
-from lightning_woodfisher.data.batches import Batches, KeptBatches
+from lightning_woodfisher.data.batches import Batches, CachedBatches
 from lightning_woodfisher.data.batchnorm import BatchNormStatistics, estimate_statistics
 from lightning_woodfisher.data.isolation import derive_seed
-from lightning_woodfisher.data.losses import LossSource, mean_loss
-from lightning_woodfisher.data.nonfinite import SkippedGradients
-from lightning_woodfisher.data.sampled_labels import UnlabelledBatches
+from lightning_woodfisher.data.losses import LossSource, compute_losses
+from lightning_woodfisher.data.sampled_labels import UnlabeledBatches
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.distributed.dtensor import undisturbed
 from lightning_woodfisher.fisher.config import (
     FisherConfig,
     first_order_batches,
@@ -37,6 +35,7 @@ from lightning_woodfisher.gradients.kronecker_factors import (
     KroneckerFactors,
     collect_factors,
 )
+from lightning_woodfisher.gradients.nonfinite import SkippedGradients
 from lightning_woodfisher.gradients.sharded import (
     collect_sharded_gradients,
     sharded_mean_loss,
@@ -100,11 +99,7 @@ class Sampling:
         Yields:
             Nothing.
         """
-        sharded = self._masks.sharded
-        with (
-            undisturbed(self._source.model) if sharded else contextlib.nullcontext(),
-            self._source.session(self._fisher.model_mode),
-        ):
+        with self._source.session(self._fisher.model_mode):
             yield
 
     def observe(
@@ -371,7 +366,7 @@ class Sampling:
         batches = self._batches(count, size, seed)
         if self._masks.sharded:
             return sharded_mean_loss(self._source, batches, count, self._comm, seed)
-        return mean_loss(
+        return compute_losses(
             self._source,
             batches,
             count,
@@ -450,7 +445,7 @@ class Sampling:
             batches = self._fresh_batches(*key)
             if not batches.regroupable:
                 return batches
-            self._kept = key, KeptBatches(batches, _BYTES_OF_SAMPLES_KEPT)
+            self._kept = key, CachedBatches(batches, _BYTES_OF_SAMPLES_KEPT)
         return self._kept[1]
 
     def _groups(self, seed: int) -> tuple[int, int]:
@@ -465,7 +460,7 @@ class Sampling:
         batches = choose(count, size, seed)
         if not self._fisher.sample_labels:
             return batches
-        return UnlabelledBatches(batches, seed, self._source.model)
+        return UnlabeledBatches(batches, seed, self._source.model)
 
     def _group(self, seed: int) -> int:
         """How many mini-batches are evaluated as one."""

@@ -24,7 +24,7 @@ from lightning_woodfisher.fisher.config import mini_batches_in_group, rows_in_ch
 from lightning_woodfisher.gradients.kronecker_factors import factor_sides
 from lightning_woodfisher.resources.workload import Work
 from lightning_woodfisher.weights.partition import Unit
-from lightning_woodfisher.weights.patterns import numbers_in_work
+from lightning_woodfisher.weights.patterns import numbers_at_once
 
 # ---------------------------------------------------------------- what the engine does
 
@@ -311,7 +311,7 @@ def _group_bytes(work: Work, units: Sequence[Unit]) -> int:
         length = unit.size if work.engine == "primal" else work.fisher.num_gradients
         numbers = _GROUP_MATRICES * weights * size + _GROUP_ROWS * weights * length
         if work.pattern.kind == "N:M":
-            compared = numbers_in_work(weights // size, size, work.pattern)
+            compared = numbers_at_once(weights // size, size, work.pattern)
             numbers += round(_SUPPORT_MATRICES * compared)
         found = max(found, 8 * numbers)
     return found * min(work.threads, max(1, len(units)))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.base.precision import common_dtype
+from lightning_woodfisher.base.types import common_dtype
 from lightning_woodfisher.fisher.config import FisherConfig, rows_in_chunk
 from lightning_woodfisher.pruning.sampling import Sampling
 from lightning_woodfisher.weights.active import ActiveWeights

@@ -273,7 +273,7 @@ def _make_masks(model: nn.Module, selection: SelectionConfig) -> Masks:
     parameters = prunable_parameters(model, selection.include, selection.exclude)
     require_one_device(parameters)
     masks = Masks(parameters)
-    masks.take_zeros()
+    masks.prune_zeros()
     return masks
 
 

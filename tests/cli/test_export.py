@@ -303,10 +303,10 @@ def test_what_is_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     for name, part in {
         "absent.ckpt": "absent.ckpt is not a file",
         "folder.ckpt": "consolidate_checkpoint folder.ckpt",
-        "text.ckpt": "text.ckpt is no checkpoint",
-        "cut.ckpt": "cut.ckpt is no checkpoint, or it is cut off",
-        "list.ckpt": "neither a state_dict nor is one",
-        "numbers.ckpt": "neither a state_dict nor is one",
+        "text.ckpt": "text.ckpt is not a checkpoint",
+        "cut.ckpt": "cut.ckpt is not a checkpoint, or it is cut off",
+        "list.ckpt": "it neither is nor contains a state_dict",
+        "numbers.ckpt": "it neither is nor contains a state_dict",
     }.items():
         assert export("dense", "a.pt", checkpoint=name) == 2
         assert part in short_message(capsys)

@@ -122,8 +122,7 @@ def test_a_page_needs_matplotlib_and_the_table_does_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_json("a.json")
-    name = "lightning_woodfisher.cli.report.has_matplotlib"
-    monkeypatch.setattr(name, lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "fc.weight" in printed(capsys, "a.json")
     assert "lightning-woodfisher[figures]" in refused(
         capsys, "a.json", "--html", "a.html"
@@ -240,14 +239,14 @@ def test_the_heatmap_is_layers_by_steps() -> None:
 
 
 def test_a_measured_fall_is_on_the_axis() -> None:
-    axes = figures.draw_increase(REPORTS).axes[0]
+    axes = figures.draw_loss_increase(REPORTS).axes[0]
     predicted, measured, zero = axes.lines
     assert predicted.get_xydata().tolist() == [[3, 2e-3], [4, 2e-3], [7, 2e-3]]
     assert measured.get_ydata().tolist() == [-3e-5, 3e-5, -3e-5]
     assert axes.get_yscale() == "symlog"
     assert list(zero.get_ydata()) == [0, 0]
     rises = [dataclasses.replace(r, measured_increase=2e-5) for r in REPORTS]
-    assert figures.draw_increase(rises).axes[0].get_yscale() == "log"
+    assert figures.draw_loss_increase(rises).axes[0].get_yscale() == "log"
 
 
 def test_saliencies_of_zero_are_drawn_at_the_left() -> None:
@@ -282,9 +281,9 @@ def test_old_and_bare_reports_can_be_drawn() -> None:
         **dict.fromkeys(unknown),
     )
     assert build_page("old", {"": [bare]}, {}).count("<svg") == 5
-    (text,) = figures.draw_increase([bare]).axes[0].texts
+    (text,) = figures.draw_loss_increase([bare]).axes[0].texts
     assert text.get_text() == "neither predicted nor measured"
-    (text,) = figures.draw_course([bare]).axes[1].texts
+    (text,) = figures.draw_progress([bare]).axes[1].texts
     assert text.get_text() == "not measured (measure_loss)"
 
 

@@ -47,7 +47,7 @@ def sampling(
     model: nn.Module, data: Any, loss: Any, fisher: FisherConfig, scale: float = 1.0
 ) -> tuple[Sampling, Masks]:
     masks = Masks(prunable_parameters(model))
-    masks.take_zeros()
+    masks.prune_zeros()
     source = FunctionLoss(model, data, loss)
     source.loss_scale = scale
     return Sampling(source, masks, fisher, Communicator()), masks

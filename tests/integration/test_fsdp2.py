@@ -46,10 +46,9 @@ from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import (
-    part_of,
-    part_sizes,
+    local_sizes,
     reshard,
-    undisturbed,
+    take_local,
 )
 from lightning_woodfisher.gradients.sharded import (
     collect_sharded_gradients,
@@ -299,13 +298,13 @@ def uneven(world_size: int) -> tuple[list[int], dict[str, Tensor], list[list[int
     masks.apply()
     masks.verify()
     for name, parameter in parameters.items():
-        part = part_of(wanted[name], parameter)
+        part = take_local(wanted[name], parameter)
         assert part.shape == parameter.to_local().shape
         assert torch.equal(masks.local(name) == 0, part)
     again = Masks(parameters)
-    again.take_zeros()
+    again.prune_zeros()
     assert again.zeros() == masks.zeros()
-    sizes = [part_sizes(p) for p in parameters.values()]
+    sizes = [local_sizes(p) for p in parameters.values()]
     return list(again.zeros().values()), again.state_dict(), sizes
 
 
@@ -337,7 +336,7 @@ def scaled_rows() -> list[Tensor]:
         source.loss_scale = scale
         parameters = {"1.weight": net[1].weight}
         active = {"1.weight": torch.arange(16 * 64)}
-        with undisturbed(net), source.session("eval"):
+        with source.session("eval"):
             task = GradientTask(source, parameters, active, 4, 1, comm)
             found = collect_sharded_gradients(task, 2)
             rows.append(torch.cat(list(found)))
@@ -610,10 +609,11 @@ class Collect(pl.Callback):
         self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int
     ) -> None:
         source, comm = TrainingStepLoss(trainer, module), Communicator("cpu")
-        with undisturbed(module), source.session("train"):
+        with source.session("train"):
             parameters = prunable_parameters(module)
             active = {
-                n: torch.arange(part_sizes(p)[comm.rank]) for n, p in parameters.items()
+                n: torch.arange(local_sizes(p)[comm.rank])
+                for n, p in parameters.items()
             }
             losses: list[float] = []
             task = GradientTask(source, parameters, active, 3, 1, comm, losses)

@@ -250,11 +250,11 @@ CASES = {
     "centred, primal": Case(num_gradients=40, block_size=8, fisher={"centered": True}),
     "centred, dual": Case(num_gradients=9, block_size=50, fisher={"centered": True}),
     "centred, full": Case(block_size=None, fisher={"centered": True}),
-    "sampled labels": Case(num_gradients=30, fisher={"labels": "sampled"}),
+    "sampled labels": Case(num_gradients=30, fisher={"sample_labels": True}),
     "sampled labels in training mode": Case(
-        build=convolutional, model_mode="train", fisher={"labels": "sampled"}
+        build=convolutional, model_mode="train", fisher={"sample_labels": True}
     ),
-    "sampled labels of a stream": Case(stream="list", fisher={"labels": "sampled"}),
+    "sampled labels of a stream": Case(stream="list", fisher={"sample_labels": True}),
     "repeated samples": Case(num_gradients=90, fisher={"repeat_samples": True}),
     "repeated stream": Case(
         num_gradients=50, stream="list", fisher={"repeat_samples": True}
@@ -397,7 +397,7 @@ def test_the_cases_prune_what_they_were_asked_for(
         anew = "recalibrated" in case and "running" in name
         assert torch.equal(state[name], buffer) != anew, name
     if case == "linear spacing without trust":
-        assert reports[-1]["parts"] > 4
+        assert reports[-1]["stages"] > 4
 
 
 def test_bytes_exchanged_are_counted(
@@ -558,7 +558,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "combination": (FullInverseFisher, "_combine", 1),
     "description": (ActiveWeights, "name_blocks", 1),
     "report": (Pruner, "_report", 1),
-    "masks": (Masks, "grow", 1),
+    "masks": (Masks, "prune", 1),
     **{f"rows of unit {n}": (FullInverseFisher, "_unit_rows", n) for n in (1, 9, 40)},
     "largest norm": (torch.linalg, "vector_norm", 1),
 }
@@ -606,7 +606,7 @@ def fail_everywhere() -> dict[str, Any]:
         with torch.no_grad():
             model[1].weight[0] = 0.0
         masks = Masks(prunable_parameters(model))
-        masks.take_zeros()
+        masks.prune_zeros()
         before, kept = (
             {n: p.clone() for n, p in model.named_parameters()},
             masks.state_dict(),
@@ -742,7 +742,7 @@ def collectives() -> None:
             sent = counts[rank] * (5 - sizes[rank]) * dtype.itemsize
             assert comm.bytes_sent - before == sent
 
-    assert comm.share_text(f"rank {rank}") == "rank 0"
+    assert comm.broadcast_text(f"rank {rank}") == "rank 0"
 
     # Two exchanges on their way at once keep apart.
     row = numbers_of(rank, 3).view(1, 3)
@@ -776,7 +776,7 @@ def collectives() -> None:
                     torch.tensor(other if rank == odd else usual), "the number"
                 )
 
-    comm.agree(None)
+    comm.raise_together()
     for failing in ([0], [2], [1, 2]):
         own = KeyError(f"of {rank}") if rank in failing else None
         expected_error = KeyError if rank in failing else PruningError
@@ -784,7 +784,7 @@ def collectives() -> None:
             f"of {rank}" if rank in failing else f"rank {failing[0]} failed: KeyError"
         )
         with pytest.raises(expected_error, match=text):
-            comm.agree(own)
+            comm.raise_together(own)
 
 
 def test_collectives(ranks: RankPool) -> None:

@@ -24,7 +24,7 @@ from torch.utils.data import (
 
 from lightning_woodfisher import FisherConfig, OneShotSchedule, PruningError
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
-from lightning_woodfisher.data.losses import mean_loss
+from lightning_woodfisher.data.losses import compute_losses
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients
 from lightning_woodfisher.gradients.task import GradientTask
@@ -70,7 +70,7 @@ class Rows(pl.Callback):
             task = GradientTask(source, parameters, active, COUNT, 1, comm, self.losses)
             rows = collect_gradients(task, batches, sizes, collection="loop")
             self.rows = torch.cat(list(rows))
-            self.measured = mean_loss(source, batches, COUNT, comm, 1)
+            self.measured = compute_losses(source, batches, COUNT, comm, 1)
         assert [p.requires_grad for p in module.parameters()] == before
 
 
@@ -359,7 +359,7 @@ def test_samples_outside_the_sampler_are_left_alone(
 
 
 def test_a_sampler_that_tells_nothing_gets_a_warning() -> None:
-    with pytest.warns(UserWarning, match="EveryThird does not tell which samples"):
+    with pytest.warns(UserWarning, match="EveryThird has no attribute `indices`"):
         found = seen_with(EveryThird())
     assert len(found) == COUNT * SIZE
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lightning_woodfisher.base.types import ModelMode
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
-from lightning_woodfisher.data.losses import mean_loss
+from lightning_woodfisher.data.losses import compute_losses
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients
 from lightning_woodfisher.gradients.task import GradientTask
@@ -73,7 +73,7 @@ class Collect(pl.Callback):
             batches = source.batches(COUNT, SIZE, seed=1)
             rows = collect_gradients(task, batches, partition.shard_sizes())
             self.rows.append(torch.cat([row.clone() for row in rows]))
-            again = mean_loss(
+            again = compute_losses(
                 source, source.batches(COUNT, SIZE, seed=1), COUNT, comm, 1
             )
         self.losses += [losses, again]

@@ -23,11 +23,11 @@ from lightning_woodfisher import (
     prune,
 )
 from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.data.nonfinite import NonFiniteError, SkippedGradients
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.base import raise_until_definite
 from lightning_woodfisher.fisher.inverse import make_inverse_fisher
 from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.gradients.nonfinite import NonFiniteError, SkippedGradients
 from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.partition import make_partition
@@ -638,14 +638,14 @@ def test_skipped_gradients_count_by_round(comm: Communicator) -> None:
     skipped.note(1, NonFiniteError("first"))
     skipped.note(2, NonFiniteError("taken back"))
     skipped.note(2, None)
-    kept = skipped.agree(0, 4)
+    kept = skipped.find_kept(0, 4)
     assert kept is not None
     assert kept.tolist() == [True, False, True, True]
-    assert skipped.agree(4, 4) is None
+    assert skipped.find_kept(4, 4) is None
     skipped.note(9, NonFiniteError("second"))
-    assert skipped.agree(8, 2) is not None
+    assert skipped.find_kept(8, 2) is not None
     assert skipped.failure is None
     skipped.note(10, NonFiniteError("third"))
-    skipped.agree(10, 1)
+    skipped.find_kept(10, 1)
     assert skipped.indices == [1, 9, 10]
     assert "third" in str(skipped.failure)

@@ -398,7 +398,7 @@ def test_a_mask_loses_entries_only_and_survives_a_checkpoint(
             name: normal(seed + i, *p.shape) > 0.5
             for i, (name, p) in enumerate(parameters.items())
         }
-        masks.grow(new)
+        masks.prune(new)
         for name, leaving in new.items():
             expected[name] |= leaving
     masks.apply()

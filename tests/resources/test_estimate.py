@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import AllocationMeter, measure_step_bytes
 from step_bytes import make_step
 from step_options import in_step
 from torch import nn
@@ -23,7 +24,6 @@ from lightning_woodfisher import (
     estimate,
     prune,
 )
-from lightning_woodfisher.base.allocations import AllocationMeter, measure_step_bytes
 from lightning_woodfisher.base.byte_sizes import parse_bytes
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
@@ -229,7 +229,7 @@ def test_baselines_take_the_bytes_that_were_estimated(
         flat = layer.weight.data.view(-1)
         flat[: round(flat.numel() * sparsity)] = 0.0
     masks = Masks(prunable_parameters(model))
-    masks.take_zeros()
+    masks.prune_zeros()
     settings = fisher(16, 16, gradient_batch_size=1)
     config = PruningConfig(criterion, settings, step=StepConfig(measure_loss=False))
     pruner = Pruner(masks, config, Communicator())

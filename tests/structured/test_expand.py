@@ -94,7 +94,9 @@ def build(widths: dict[str, float]) -> nn.Module:
 
 def test_an_expanded_network_ends_at_the_old_size() -> None:
     pytest.importorskip("torch_pruning")
-    config = StructureConfig(method="sosp_h", num_samples=16, batch_size=8)
+    config = StructureConfig(
+        method="sosp_h", num_samples=16, batch_size=8, measure="parameters"
+    )
     data = images(24, torch.float32)
 
     def prune(model: nn.Module, target: float) -> Any:
@@ -103,7 +105,6 @@ def test_an_expanded_network_ends_at_the_old_size() -> None:
             data,
             cross_entropy,
             target=target,
-            measure="parameters",
             config=config,
             example_inputs=data[:1][0],
         )

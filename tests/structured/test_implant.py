@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,7 @@ def pruner(model: nn.Module, groups: Any, measure: Any, **implants: Any) -> Any:
     return StructurePruner(
         groups,
         Masks(masked_parameters(model, groups)),
-        CONFIG,
-        measure,
+        dataclasses.replace(CONFIG, measure=measure),
         Communicator(),
         ImplantConfig(**implants),
         implantable(model, groups),
@@ -77,7 +77,7 @@ def residual() -> Any:
 def test_statistics_are_estimated_after_implants(init: Any) -> None:
     model, groups = residual(), residual_groups(6, 8)
     made = pruner(model, groups, "structures", ratio=0.6, init=init)
-    made.recalibration_batches = 2
+    made.config = dataclasses.replace(made.config, batchnorm_recalibration_batches=2)
     source = FunctionLoss(model, images(), cross_entropy)
     report = made.step(source, 0.5)
     assert sum(map(len, report.implanted.values())) == 4
@@ -289,7 +289,7 @@ def test_implants_may_go_later_but_are_never_whole_again() -> None:
     source = FunctionLoss(model, images(), cross_entropy)
     work = pruner(model, groups, "structures", ratio=0.5, init="center")
     first = work.step(source, 0.3)
-    second = work.step(source, 0.6, first.removed, 1, first.implanted)
+    second = work.step(source, 0.6, 1)
     before = {(n, s) for n, those in first.implanted.items() for s in those}
     after = {(n, s) for n, those in second.implanted.items() for s in those}
     gone = {(n, s) for n, those in second.removed.items() for s in those}
@@ -305,8 +305,8 @@ def test_optimizers_go_on_with_implants() -> None:
     model = residual()
     groups, report = step(model, 0.5, ratio=0.6, init="center")
     masks = Masks(masked_parameters(model, groups))
-    masks.grow(channel_masks(model, groups, report.removed))
-    masks.grow(implant_masks(model, groups, report.implanted))
+    masks.prune(channel_masks(model, groups, report.removed))
+    masks.prune(implant_masks(model, groups, report.implanted))
 
     def train(net: nn.Module, optimizer: Any, masked: bool) -> None:
         for _ in range(3):

@@ -169,7 +169,7 @@ def test_saved_and_loaded_bit_by_bit(
     groups = trace_groups(model, images(dtype)).groups
     removed = {group.name: [0] for group in groups}
     masks = Masks(masked_parameters(model, groups))
-    masks.grow(channel_masks(model, groups, removed))
+    masks.prune(channel_masks(model, groups, removed))
     masks.apply()
     masked = model(images(dtype))
     # What is zero is found again in the masked model.
@@ -284,7 +284,7 @@ def test_training_goes_on_as_if_masked(network: str, name: str) -> None:
     optimizer = OPTIMIZERS[name](two_groups(masked))
     train(masked, optimizer, 2)
     masks = Masks(masked_parameters(masked, groups))
-    masks.grow(channel_masks(masked, groups, removed))
+    masks.prune(channel_masks(masked, groups, removed))
     masks.apply()
     masks.apply_to_optimizers([optimizer])
 

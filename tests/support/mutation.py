@@ -176,7 +176,7 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        "data/nonfinite.py",
+        "gradients/nonfinite.py",
         "self.indices.extend(first + place for place in skipped)",
         "self.indices.extend(skipped)",
         ("pruning/test_numerics.py",),

@@ -62,7 +62,7 @@ def make_step(
         flat = parameter.data.view(-1)
         flat[: flat.numel() - round(flat.numel() * (1 - sparsity))] = 0.0
     masks = Masks(dict(model.named_parameters()))
-    masks.take_zeros()
+    masks.prune_zeros()
     options = {"measure_loss": False, **options}
     config = PruningConfig(fisher=fisher, **in_step(**options))
     pruner = Pruner(masks, config, Communicator(device))

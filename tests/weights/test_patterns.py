@@ -1,4 +1,4 @@
-"""Groups of weights: costs against brute force in float64, and what a step leaves."""
+"""Groups of weights: costs against brute force in float64, and masks after a step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.inverse import make_inverse_fisher
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
-from lightning_woodfisher.pruning.selector import take_zeros
+from lightning_woodfisher.pruning.selector import prune_zeros
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
@@ -51,7 +51,7 @@ def dense_fisher(rows: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def cost_by_elimination(fisher: Tensor, weights: Tensor, gone: list[int]) -> float:
-    """Rise of ½δᵀFδ with w_S + δ_S = 0 and all else free, by solving for the rest."""
+    """Increase of ½δᵀFδ if w_S + δ_S = 0 and the rest is free, by solving for the rest."""
     size = len(weights)
     kept = [i for i in range(size) if i not in set(gone)]
     change = torch.zeros_like(weights)
@@ -282,7 +282,7 @@ def matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def in_groups(weight: Tensor, size: int) -> list[list[tuple[int, ...]]]:
-    """Indices of groups along the inputs, by loops: output, place of the kernel, input."""
+    """Indices of groups along the inputs, by loops: output, position in the kernel, input."""
     shape = weight.shape
     places = itertools.product(*(range(n) for n in shape[2:]))
     return [
@@ -475,13 +475,13 @@ def test_zeros_count_where_they_make_up_a_group(comm: Communicator) -> None:
             torch.tensor([[0.0, 1, 0, 0, 1, 1, 1, 0], [1.0, 0, 0, 1, 0, 0, 0, 0]])
         )
     masks = Masks({"weight": layer.weight})
-    take_zeros(masks, SelectionConfig(pattern="2:4"))
+    prune_zeros(masks, SelectionConfig(pattern="2:4"))
     assert (~masks.kept("weight")).int().tolist() == [
         [1, 0, 1, 0, 0, 0, 0, 0],
         [0, 1, 1, 0, 1, 1, 0, 0],
     ]
     blocks = Masks({"weight": layer.weight})
-    take_zeros(blocks, SelectionConfig(pattern="block4"))
+    prune_zeros(blocks, SelectionConfig(pattern="block4"))
     assert blocks.zeros() == {"weight": 4}
     assert not blocks.kept("weight")[1, 4:].any()
 
@@ -543,7 +543,7 @@ def test_another_target_than_that_of_the_pattern_is_refused(target: float) -> No
 def test_masks_of_another_pattern_are_refused(comm: Communicator) -> None:
     model = convolution()
     masks = Masks(prunable_parameters(model))
-    masks.grow({"3.weight": torch.arange(64).view(4, 16) % 4 == 0})
+    masks.prune({"3.weight": torch.arange(64).view(4, 16) % 4 == 0})
     config = PruningConfig(
         criterion="magnitude", selection=SelectionConfig(pattern="2:4")
     )

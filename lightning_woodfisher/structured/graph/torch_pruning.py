@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.structured.graph.coupling import Coupling, Side
 from lightning_woodfisher.structured.graph.inputs import run_model, tensors_in
@@ -90,13 +91,7 @@ def trace_coupling(
 
 def _build(model: nn.Module, example_inputs: Any) -> Any:
     """Let torch-pruning trace the model."""
-    try:
-        import torch_pruning as tp
-    except ImportError as error:
-        raise ConfigurationError(
-            "tracing channels needs torch-pruning: pip install "
-            "lightning-woodfisher[structured]"
-        ) from error
+    tp = import_optional("torch_pruning", "tracing channels")
     failures: list[Exception] = []
 
     def forward(model: nn.Module, inputs: Any) -> Any:

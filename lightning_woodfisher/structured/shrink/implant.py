@@ -272,7 +272,7 @@ def _least_squares(
     handle = conv.register_forward_hook(hook)
     try:
         with evaluation.session():
-            rows = evaluation.rows(evaluation.batches(), compute, len(sums))
+            rows = evaluation.compute_rows(compute, len(sums))
     finally:
         handle.remove()
     system = rows.sum(dim=0).view(inputs, inputs + outputs)
