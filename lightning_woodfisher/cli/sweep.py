@@ -7,7 +7,7 @@ __all__ = ["make_parser", "run_sweep_command"]
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,12 +38,33 @@ example, with the run.yaml that `fit` takes:
       --target_sparsity 0.5 0.9 --damping 1e-5 1e-4 1e-3 --num_gradients 256 1000 \\
       --metric val_acc
 
-Every combination is tried on the weights of the checkpoint, which stays as it is.
-Settings that are not listed are those of the WoodFisherPruningCallback in the
-configuration, or the defaults without one. Nothing is trained.
+Every combination is tried on the weights of the checkpoint, which is not changed. Other
+settings are those of the WoodFisherPruningCallback in the configuration, or the defaults
+if it has none. Nothing is trained.
 """
 _DEFAULT_DAMPINGS = [1e-5, 1e-4, 1e-3]
-# What would train, write files or clutter the terminal.
+# The settings to try, as options with one or more values.
+_SWEPT: Mapping[str, Mapping[str, Any]] = {
+    TARGET: {"type": float, "help": "shares of zeros, as 0.5 0.9"},
+    "criterion": {
+        "choices": list(CRITERIA),
+        "help": f"how weights are ranked: {' '.join(CRITERIA)}",
+    },
+    "update": {
+        "choices": get_args(Update),
+        "help": f"of the weights that remain: {' '.join(get_args(Update))}",
+    },
+    "damping": {"type": float, "help": "λ on the diagonal, as 1e-5 1e-4"},
+    "num_gradients": {"type": int, "help": "N, gradients in the Fisher"},
+    "gradient_batch_size": {"type": int, "help": "m, samples in a gradient"},
+    "block_size": {"type": block_size, "help": "B, or none for one block"},
+    "recompute_steps": {"type": int, "help": "parts of the one shot"},
+    "scope": {
+        "choices": get_args(Scope),
+        "help": f"weights compete over all layers or in each: {' '.join(get_args(Scope))}",
+    },
+}
+# Settings of a Trainer that neither trains nor writes files nor fills the terminal.
 _QUIET: Mapping[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
@@ -101,7 +122,7 @@ def run_sweep_command(options: argparse.Namespace) -> int:
 
 
 def _take_callback(trainer: pl.Trainer) -> WoodFisherPruningCallback:
-    """Take the pruning callback out of the Trainer; its settings are the basis."""
+    """Remove the pruning callback from the Trainer and return it."""
     callbacks = callbacks_of(trainer)
     ours = [c for c in callbacks if isinstance(c, WoodFisherPruningCallback)]
     for callback in ours:
@@ -115,12 +136,12 @@ def _take_callback(trainer: pl.Trainer) -> WoodFisherPruningCallback:
 
 
 class _TrySettings(pl.Callback):
-    """Sweeps when training would start, where all that a training step needs is there.
+    """Runs the sweep at the start of training, when a training step can be computed.
 
     Args:
-        options: of the command.
-        callback: with the settings that are not swept.
-        checkpoint: path of the weights, None for those that the model was made with.
+        options: options of the command.
+        callback: the callback with the settings that are not swept.
+        checkpoint: path of the weights; None for those of the model.
     """
 
     def __init__(
@@ -148,9 +169,10 @@ class _TrySettings(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
         options, callback = self._options, self._callback
-        settings = expand_grid(
-            _grid(options, callback), callback.config, callback.target_sparsity
-        )
+        grid = {name: given for name in _SWEPT if (given := getattr(options, name))}
+        if not set(grid) - {TARGET}:
+            grid["damping"] = _DEFAULT_DAMPINGS
+        settings = expand_grid(grid, callback.config, callback.target_sparsity)
         source = TrainingStepLoss(
             trainer, pl_module, callback.loss_method, callback.dataloader
         )
@@ -172,25 +194,15 @@ def _validation(
         found = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not found:
             raise ConfigurationError(
-                f"{type(model).__name__} logs no metric in validation (self.log in "
-                "validation_step), or there is no validation data, so that settings "
-                "cannot be compared."
+                f"{type(model).__name__} logs no metric in validation, so settings cannot "
+                "be compared; call self.log in validation_step, and check that there is "
+                "validation data."
             )
-        # Found out with the first evaluation, not after the last.
+        # Reports a wrong name after the first evaluation, not after the last.
         SweepReport(found, (), 0).choose_metric(metric)
         return found
 
     return evaluate
-
-
-def _grid(
-    options: argparse.Namespace, callback: WoodFisherPruningCallback
-) -> dict[str, Sequence[Any]]:
-    names = _add_swept(argparse.ArgumentParser())
-    grid = {name: given for name in names if (given := getattr(options, name))}
-    if not set(grid) - {TARGET}:
-        grid["damping"] = _DEFAULT_DAMPINGS
-    return {TARGET: [callback.target_sparsity], **grid}
 
 
 def _save(report: SweepReport, output: Path, metric: str | None) -> None:
@@ -202,65 +214,36 @@ def _save(report: SweepReport, output: Path, metric: str | None) -> None:
         draw_sweep(report, metric).savefig(picture, dpi=150)
         written.append(str(picture))
     else:
-        written.append("no figure, which needs matplotlib")
+        written.append("no figure, because matplotlib is not installed")
     sys.stdout.write(f"Written: {', '.join(written)}.\n")
-
-
-def _add_swept(parser: Any) -> list[str]:
-    """Add the options of the settings to try; return the names of the settings."""
-
-    def add(
-        name: str, kind: Callable[[str], Any], text: str, names: Sequence[str] = ()
-    ) -> str:
-        parser.add_argument(
-            f"--{name}",
-            nargs="+",
-            type=kind,
-            choices=names or None,
-            metavar="NAME" if names else None,
-            help=" ".join([text, *names]),
-        )
-        return name
-
-    return [
-        add(TARGET, float, "shares of zeros, as 0.5 0.9"),
-        add("criterion", str, "how weights are ranked:", list(CRITERIA)),
-        add("update", str, "of the weights that remain:", get_args(Update)),
-        add("damping", float, "λ on the diagonal, as 1e-5 1e-4"),
-        add("num_gradients", int, "N, gradients in the Fisher"),
-        add("gradient_batch_size", int, "m, samples in a gradient"),
-        add("block_size", block_size, "B, or none for one block"),
-        add("recompute_steps", int, "parts of the one shot"),
-        add("scope", str, "where weights compete:", get_args(Scope)),
-    ]
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the subcommand."""
     parser = SubcommandParser(
         "sweep",
-        "Find good one-shot pruning settings: every combination of the values "
-        "below is tried on a trained network and judged by its validation loop. Without "
-        "any, three dampings are tried. Other arguments are those of `fit`, such as "
-        "--config run.yaml or --trainer.limit_val_batches 50.",
+        "Find good one-shot pruning settings: every combination of the values below is "
+        "tried on a trained network and compared by its validation loop. Without values, "
+        "three dampings are tried. Other arguments are those of `fit`, such as --config "
+        "run.yaml or --trainer.limit_val_batches 50.",
         _EXAMPLE,
     )
-    # An option of `fit` too, where Lightning reads more than the weights.
+    # `fit` also has this option, but reads more than the weights.
     parser.add_argument(
         "--ckpt_path",
         metavar="FILE",
         help="file with the weights to prune; it is only read",
     )
-    _add_swept(
-        parser.add_argument_group("settings to try, each with one or more values")
-    )
+    swept = parser.add_argument_group("settings to try, each with one or more values")
+    for name, options in _SWEPT.items():
+        swept.add_argument(f"--{name}", nargs="+", metavar="VALUE", **options)
     add = parser.add_argument_group("results").add_argument
     add("--metric", help="logged in validation, such as val_acc; the first if left out")
     add(
         "--mode",
         choices=["min", "max"],
-        help="which is better; by default small for a "
-        "metric with loss or err in its name, large for others",
+        help="which is better; by default small for a metric with loss or err in its name, "
+        "large for others",
     )
     add(
         "--output",
@@ -270,7 +253,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--row_memory",
-        help="memory for kept gradients, as 8GB; more go to a temporary "
-        "file (a quarter of what is free)",
+        help="memory for stored gradients, as 8GB; larger ones go to a temporary file (a "
+        "quarter of the free memory)",
     )
     return parser
