@@ -16,6 +16,7 @@ _EXTRAS = {
     "onnxruntime": "export",
     "onnxscript": "export",
     "safetensors": "export",
+    "shtab": "completion",
     "torch_pruning": "structured",
     "torchvision": "examples",
 }

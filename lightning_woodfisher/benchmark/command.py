@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["main", "make_parser"]
+__all__ = ["make_parser", "run_benchmark"]
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.benchmark import inverse, output
 from lightning_woodfisher.benchmark.cases import (
     PRESETS,
@@ -44,16 +44,15 @@ _SLICE_ON_CPU = 300_000
 _USABLE_MEMORY = 0.6
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run_benchmark(options: argparse.Namespace) -> int:
     """Run the benchmark.
 
     Args:
-        arguments: arguments after ``benchmark``; None for ``sys.argv``.
+        options: parsed by :func:`make_parser`.
 
     Returns:
         Exit status.
     """
-    options = make_parser().parse_args(arguments)
     others = ("collection", "step", "masks", "scaling", "structures")
     if not any(getattr(options, name) for name in others):
         options.preset = options.preset or (None if options.case else "headline")
@@ -85,10 +84,8 @@ def _check(options: argparse.Namespace, device: torch.device) -> None:
     for option, path in (("--json", options.json), ("--png", options.png)):
         if path and not Path(path).absolute().parent.is_dir():
             raise ConfigurationError(f"{option} {path}: there is no such folder.")
-    if options.png and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigurationError(
-            "--png needs matplotlib: pip install 'lightning-woodfisher[examples]'."
-        )
+    if options.png:
+        import_optional("matplotlib.figure", "--png")
     if options.png and not (options.preset or options.case):
         raise ConfigurationError(
             "--png draws the table of the inverse; add --preset or --case."

@@ -143,8 +143,8 @@ class Sampling:
                 criterion.leave_out(len(left_out))
             self._observe_first_order(criterion, active, seed)
         # The loss after the step is measured in groups and on the labels of the data, and
-        # so must be the one before.
-        if self._group(seed) > 1 or fisher.sample_labels:
+        # so must be the one before. Stored rows come without losses.
+        if not losses or self._group(seed) > 1 or fisher.sample_labels:
             losses = self.measure(seed)
         return losses, "; ".join(notes)
 
@@ -174,6 +174,10 @@ class Sampling:
         """
         losses = [] if losses is None else losses
         notes = [] if notes is None else notes
+        if fisher is None and not curved:
+            stored = self._stored_rows(active, seed, tick, notes)
+            if stored is not None:
+                return stored
         # Other samples are read once and make no room for themselves.
         choose = self._batches_of_gradients
         if fisher is not None:
@@ -216,6 +220,16 @@ class Sampling:
             skipped=skipped,
         )
         return _in_context(twice_differentiable, rows) if curved else rows
+
+    def _stored_rows(
+        self,
+        active: ActiveWeights,
+        seed: int,
+        tick: Callable[[int], object],
+        notes: list[str],
+    ) -> Iterator[Tensor] | None:
+        """Return gradients that a subclass has stored, or None to compute them."""
+        return None
 
     def factors(
         self,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -486,7 +486,7 @@ class TestOutput:
     def test_png_without_matplotlib_says_what_to_install(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         assert main(["benchmark", "--device", "cpu", "--png", "x.png"]) == 2
         assert "pip install" in capsys.readouterr().err
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 from report_samples import EVIL, KEY, MASKS, REPORTS, Reader, step
 
-from lightning_woodfisher.cli.main import explain_wandb, main
+from lightning_woodfisher.cli.main import main
+from lightning_woodfisher.cli.messages import explain_wandb
 from lightning_woodfisher.pruning.report import LayerReport, PruningReport
 from lightning_woodfisher.reporting import figures
 from lightning_woodfisher.reporting.page import build_page
@@ -308,7 +309,7 @@ def test_pixels_show_what_is_drawn() -> None:
 
 NOT_LOGGED_IN = """
 import sys, wandb
-from lightning_woodfisher.cli.main import explain_wandb
+from lightning_woodfisher.cli.messages import explain_wandb
 try:
     wandb.init(project="tests", dir=sys.argv[1])
 except wandb.errors.UsageError as error:
@@ -347,6 +348,6 @@ def test_the_command_passes_the_remedy_on(
     def fail(*_: Any) -> None:
         raise wandb.errors.CommError("no route to host.")
 
-    monkeypatch.setattr("lightning_woodfisher.cli.report.run_report_command", fail)
+    monkeypatch.setattr("lightning_woodfisher.cli.report._read", fail)
     assert main(["report", "x"]) == 2
     assert "no route to host. Without an account" in capsys.readouterr().err
