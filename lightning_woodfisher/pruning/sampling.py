@@ -1,13 +1,14 @@
-"""Gradients and losses of one part of a pruning step, whoever holds the parameters."""
+"""Evaluation of model and data in a pruning step: gradients, losses, FLOPs, statistics."""
 
 from __future__ import annotations
 
-__all__ = ["Sampling"]
+__all__ = ["CollectionRecord", "Sampling"]
 
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -47,21 +48,31 @@ from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import Pattern
 
 _ROWS_ADDED_AT_ONCE = 8
-# The same losses are measured before the step, for every trial of the search and after it.
+# Samples are kept in memory up to this size, because losses on them are measured several
+# times: before the step, for every trial of the line search and after the step.
 _BYTES_OF_SAMPLES_KEPT = 2**28
 
 
+@dataclass
+class CollectionRecord:
+    """Losses, notes and progress of one collection of gradients."""
+
+    losses: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tick: Callable[[int], object] = lambda _: None
+
+
 class Sampling:
-    """What is asked of the model and the data.
+    """Evaluate the model on the data, with whole or with sharded parameters.
 
     Args:
-        source: where gradients come from.
-        masks: with the parameters.
-        fisher: how many gradients of how many samples.
+        source: where losses and gradients come from.
+        masks: masks with the parameters.
+        fisher: number and size of the mini-batches.
         communicator: the ranks.
-        clock: counts the seconds.
-        progress: shows the collection.
-        measure_loss: False makes :meth:`measure` do nothing.
+        clock: measures the seconds of each phase.
+        progress: shows the progress of the collection.
+        measure_loss: whether :meth:`measure` measures losses.
     """
 
     def __init__(
@@ -81,20 +92,20 @@ class Sampling:
         self.clock = clock or PhaseClock()
         self._progress = progress
         self._measure_loss = measure_loss
-        # The samples that were read last, by number, size and seed.
+        # The batches read last, by number, size and seed.
         self._kept: tuple[tuple[int, int, int], Batches] | None = None
         self._regroupable: bool | None = None
-        # What was left out, by seed, N and m.
+        # Gradients that were left out, by seed, N and m.
         self._skipped: dict[tuple[int, int, int], SkippedGradients] = {}
 
     @property
     def nonfinite(self) -> int:
-        """Gradients that were not finite and left out so far."""
+        """Number of gradients that were not finite and left out so far."""
         return sum(len(skipped.indices) for skipped in self._skipped.values())
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Enter before anything else; leaves no trace in the model.
+        """Isolate the model; enter before any other method.
 
         Yields:
             Nothing.
@@ -105,16 +116,16 @@ class Sampling:
     def observe(
         self, criterion: Criterion, active: ActiveWeights, seed: int
     ) -> tuple[list[float], str | None]:
-        """Feed a criterion with what it needs.
+        """Compute what a criterion needs, and let it observe that.
 
         Args:
-            criterion: begun.
-            active: the weights that it is about.
-            seed: of the samples.
+            criterion: criterion after :meth:`~.Criterion.begin`.
+            active: the active weights.
+            seed: seed of the samples.
 
         Returns:
-            The losses before the step (empty when they are not measured), and how
-            gradients were computed.
+            The losses before the step (empty if they are not measured), and how gradients
+            were computed.
         """
         if criterion.needs == "nothing":
             return self.measure(seed), None
@@ -123,17 +134,17 @@ class Sampling:
             criterion.observe_factors(self.factors(active, seed, losses))
             if self._fisher.sample_labels:
                 losses = self.measure(seed)
-            # They are of the same groups as the losses after the step.
+            # Of the same groups as the losses after the step.
             return losses if self._measure_loss else [], "factors of layers"
-        fisher, curved = self._fisher, criterion.needs == "hessian rows"
-        losses = []
-        notes: list[str] = []
-        what = "Hessian products" if curved else "gradients"
+        fisher, hessian = self._fisher, criterion.needs == "hessian rows"
+        found = CollectionRecord()
+        what = "Hessian products" if hessian else "gradients"
         with (
             self.clock("collect"),
             self._progress(f"Collecting {what}", fisher.num_gradients) as tick,
         ):
-            rows = self.rows(active, seed, losses, tick, notes, curved=curved)
+            found.tick = tick
+            rows = self.rows(active, seed, found, hessian=hessian)
             size = rows_in_chunk(fisher, active.partition.size)
             self._feed(rows, size, criterion.observe)
             left_out = self._left_out(
@@ -142,43 +153,38 @@ class Sampling:
             if left_out:
                 criterion.leave_out(len(left_out))
             self._observe_first_order(criterion, active, seed)
-        # The loss after the step is measured in groups and on the labels of the data, and
-        # so must be the one before. Stored rows come without losses.
-        if not losses or self._group(seed) > 1 or fisher.sample_labels:
-            losses = self.measure(seed)
-        return losses, "; ".join(notes)
+        # Measure the loss before the step like the one after it: in groups and on the
+        # labels of the data. Stored rows have no losses.
+        if not found.losses or self._group(seed) > 1 or fisher.sample_labels:
+            found.losses = self.measure(seed)
+        return found.losses, "; ".join(found.notes)
 
     def rows(
         self,
         active: ActiveWeights,
         seed: int,
-        losses: list[float] | None = None,
-        tick: Callable[[int], object] = lambda _: None,
-        notes: list[str] | None = None,
+        record: CollectionRecord | None = None,
         fisher: FisherConfig | None = None,
-        curved: bool = False,
+        hessian: bool = False,
     ) -> Iterator[Tensor]:
         """Compute gradients, or Hessian products.
 
         Args:
-            active: whose gradients.
-            seed: of the samples.
-            losses: receives those of the mini-batches at the end.
-            tick: called with the number of gradients that have been done.
-            notes: receives how gradients were computed.
-            fisher: how many gradients of how many samples, if not as given at first.
-            curved: rows are z∘Hz (:mod:`.hessian_rows`).
+            active: the active weights.
+            seed: seed of the samples.
+            record: receives losses and notes, and shows the progress.
+            fisher: number and size of the mini-batches, if not those of the settings.
+            hessian: compute rows z∘Hz (:mod:`~.gradients.hessian_rows`).
 
         Returns:
-            This rank's slice of all gradients, in order: tensors ``[n, D_r]``.
+            This rank's columns of all rows, in order: tensors ``[n, D_r]``.
         """
-        losses = [] if losses is None else losses
-        notes = [] if notes is None else notes
-        if fisher is None and not curved:
-            stored = self._stored_rows(active, seed, tick, notes)
+        record = record or CollectionRecord()
+        if fisher is None and not hessian:
+            stored = self._stored_rows(active, seed, record)
             if stored is not None:
                 return stored
-        # Other samples are read once and make no room for themselves.
+        # Other samples than those of the settings are read only once.
         choose = self._batches_of_gradients
         if fisher is not None:
             choose = functools.partial(choose, again=False)
@@ -193,40 +199,46 @@ class Sampling:
             count,
             seed,
             self._comm,
-            losses,
-            tick,
+            record.losses,
+            record.tick,
         )
         if self._masks.sharded:
             self._require_no_limit(fisher.max_nonfinite)
-            if curved:
+            if hessian:
                 self._require_whole_parameters("hessian_diagonal")
-            notes.append("loop: the model is sharded")
+            record.notes.append("loop: the model is sharded")
             divisible = fisher.model_mode == "eval"
             return collect_sharded_gradients(
                 task, size, divisible=divisible, choose=choose
             )
-        rows = collect_gradients(
+        batches, sizes = choose(count, size, seed), active.partition.shard_sizes()
+        if hessian:
+            record.notes.append("loop: Hessian products")
+            rows = collect_gradients(
+                task,
+                batches,
+                sizes,
+                collection="loop",
+                row_dtype=fisher.row_dtype,
+                derivative=make_hessian_derivative(parameters, active.positions, seed),
+                skipped=skipped,
+            )
+            return _in_context(twice_differentiable, rows)
+        return collect_gradients(
             task,
-            choose(count, size, seed),
-            active.partition.shard_sizes(),
-            collection="loop" if curved else fisher.collection,
+            batches,
+            sizes,
+            collection=fisher.collection,
             row_dtype=fisher.row_dtype,
-            note=(lambda _: notes.append("loop: Hessian products"))
-            if curved
-            else notes.append,
-            derivative=make_hessian_derivative(parameters, active.positions, seed)
-            if curved
-            else None,
+            note=record.notes.append,
             skipped=skipped,
         )
-        return _in_context(twice_differentiable, rows) if curved else rows
 
     def _stored_rows(
         self,
         active: ActiveWeights,
         seed: int,
-        tick: Callable[[int], object],
-        notes: list[str],
+        record: CollectionRecord,
     ) -> Iterator[Tensor] | None:
         """Return gradients that a subclass has stored, or None to compute them."""
         return None
@@ -240,9 +252,10 @@ class Sampling:
         """Compute the Kronecker factors of whole layers.
 
         Args:
-            active: the weights; their partition has one block for each tensor.
-            seed: of the samples.
-            losses: receives those of groups of mini-batches, as of :meth:`measure`.
+            active: the active weights, with one block for each tensor.
+            seed: seed of the samples.
+            losses: receives the losses of groups of mini-batches, as :meth:`measure`
+                returns them.
 
         Returns:
             The factors of this rank's layers, in order.
@@ -270,20 +283,20 @@ class Sampling:
         """Compute what a criterion needs, and drop it.
 
         Args:
-            criterion: not begun.
-            seed: of the samples.
-            pattern: of the selection.
+            criterion: a new criterion.
+            seed: seed of the samples.
+            pattern: pattern of the selection.
         """
         if criterion.needs == "nothing":
             self.measure(seed)
             return
-        # Refuses a sample that the data does not give.
+        # Raises if the data has too few samples for it.
         self._first_order(criterion, seed)
         active = ActiveWeights(self._masks, criterion.layout, self._comm, pattern)
         if criterion.needs == "factors":
             self.factors(active, seed)
             return
-        for _ in self.rows(active, seed, curved=criterion.needs == "hessian rows"):
+        for _ in self.rows(active, seed, hessian=criterion.needs == "hessian rows"):
             pass
 
     def _require_whole_parameters(self, criterion: str) -> None:
@@ -333,13 +346,13 @@ class Sampling:
             return estimate_statistics(self._source, count, size, self._comm, seed)
 
     def measure(self, seed: int) -> list[float]:
-        """Compute the losses of the samples of the gradients, at the present weights.
+        """Measure the losses on the samples of the gradients, at the present weights.
 
         Args:
-            seed: of the samples.
+            seed: seed of the samples.
 
         Returns:
-            Losses of mini-batches or of groups of them; empty when not wanted.
+            Losses of mini-batches or of groups of them; empty if they are not measured.
         """
         if not self._measure_loss:
             return []
@@ -347,16 +360,16 @@ class Sampling:
             return self._losses(seed, *self._groups(seed))
 
     def measure_trial(self, seed: int) -> list[float]:
-        """Compute the losses of the same samples at weights that are on trial.
+        """Measure the losses on the same samples at trial weights.
 
-        They are not those of ``first_order_samples``: on these a step along their own mean
+        Not on those of ``first_order_samples``: on these, a step along their own mean
         gradient would look better than it is.
 
         Args:
-            seed: of the samples.
+            seed: seed of the samples.
 
         Returns:
-            Losses; they may be infinite or NaN.
+            Losses, which may be infinite or NaN.
         """
         return self._losses(seed, *self._groups(seed), finite=False)
 
@@ -377,14 +390,14 @@ class Sampling:
         )
 
     def _left_out(self, seed: int, count: int, size: int) -> list[int]:
-        """Numbers of the mini-batches whose gradients were left out."""
+        """Return the indices of the mini-batches whose gradients were left out."""
         skipped = self._skipped.get((seed, count, size))
         return [] if skipped is None else skipped.indices
 
     def _observe_first_order(
         self, criterion: Criterion, active: ActiveWeights, seed: int
     ) -> None:
-        """Feed a criterion with the gradients of its larger sample, if it wants one."""
+        """Let a criterion observe the gradients of its first-order sample, if it has one."""
         sample = self._first_order(criterion, seed)
         if sample is None:
             return
@@ -402,13 +415,13 @@ class Sampling:
     def _feed(
         self, rows: Iterator[Tensor], size: int, take: Callable[[Tensor], None]
     ) -> None:
-        """Hand all rows on in groups that do not depend on the number of ranks."""
+        """Pass all rows on in chunks that do not depend on the number of ranks."""
         try:
             for chunk in iterate_chunks(rows, size):
                 with self.clock("accumulate"):
                     take(chunk)
         except Exception:
-            # The others need this rank until the last exchange.
+            # The other ranks need this one until the last exchange.
             for _ in rows:
                 pass
             raise
@@ -416,7 +429,7 @@ class Sampling:
     def _first_order(
         self, criterion: Criterion, seed: int
     ) -> tuple[int, int, int] | None:
-        """Seed, number and size of the mini-batches of the first-order sample."""
+        """Return seed, number and size of the mini-batches of the first-order sample."""
         fisher = self._fisher
         samples = fisher.first_order_samples
         if samples is None or not criterion.first_order:
@@ -430,8 +443,8 @@ class Sampling:
             raise ConfigurationError(f"{name}: {error}") from error
         if not batches.regroupable:
             raise ConfigurationError(
-                f"{name} needs a map-style dataset, for the data comes in batches whose "
-                "size nobody knows; set it to None, or give a dataset."
+                f"{name} needs a map-style dataset, because the data comes in batches of "
+                "unknown size; set it to None, or give a dataset."
             )
         return seed, count, size
 
@@ -439,7 +452,7 @@ class Sampling:
         return self._source.batches(count, size, seed, self._fisher.repeat_samples)
 
     def _batches(self, count: int, size: int, seed: int) -> Batches:
-        """The same samples each time, read once as far as there is room for them."""
+        """Return the batches, cached in memory up to a size."""
         key = count, size, seed
         if self._kept is None or self._kept[0] != key:
             batches = self._fresh_batches(*key)
@@ -449,7 +462,7 @@ class Sampling:
         return self._kept[1]
 
     def _groups(self, seed: int) -> tuple[int, int]:
-        """Number and size of the batches in which losses are measured."""
+        """Return number and size of the batches in which losses are measured."""
         fisher, group = self._fisher, self._group(seed)
         return fisher.num_gradients // group, fisher.gradient_batch_size * group
 
@@ -463,7 +476,7 @@ class Sampling:
         return UnlabeledBatches(batches, seed, self._source.model)
 
     def _group(self, seed: int) -> int:
-        """How many mini-batches are evaluated as one."""
+        """Return how many mini-batches are evaluated as one."""
         fisher = self._fisher
         count, size = fisher.num_gradients, fisher.gradient_batch_size
         if self._regroupable is None:
@@ -471,7 +484,7 @@ class Sampling:
             self._regroupable = batches.regroupable
         if not self._regroupable:
             return 1
-        # Of a group only the whole could be left out.
+        # A group could only be left out as a whole.
         if self._left_out(seed, count, size):
             return 1
         return mini_batches_in_group(fisher)
@@ -481,7 +494,7 @@ def _in_context(
     context: Callable[[], contextlib.AbstractContextManager[None]],
     rows: Iterator[Tensor],
 ) -> Iterator[Tensor]:
-    """Compute each row inside a context, but use it outside."""
+    """Compute each row inside a context, and yield it outside."""
     while True:
         with context():
             try:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_woodfisher.base.types import common_dtype
 from lightning_woodfisher.fisher.config import FisherConfig, rows_in_chunk
-from lightning_woodfisher.pruning.sampling import Sampling
+from lightning_woodfisher.pruning.sampling import CollectionRecord, Sampling
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks
 
@@ -122,8 +122,7 @@ class StoredSampling(Sampling):
         self,
         active: ActiveWeights,
         seed: int,
-        tick: Callable[[int], object],
-        notes: list[str],
+        record: CollectionRecord,
     ) -> Iterator[Tensor] | None:
         fisher, store = self._fisher, self._store
         # If rows are left out, the first of many are not those of fewer gradients.
@@ -132,9 +131,9 @@ class StoredSampling(Sampling):
         sizes = tuple(active.partition.shard_sizes())
         names = tuple(self._masks.parameters)
         key = (seed, sizes, names, active.pattern, kind_of_rows(fisher))
-        if store.key != key and not self._collect(active, seed, key, tick):
+        if store.key != key and not self._collect(active, seed, key, record.tick):
             return None
-        notes.extend(store.notes)
+        record.notes.extend(store.notes)
         rows = store.rows[: fisher.num_gradients]
         chunks = torch.split(rows, rows_in_chunk(fisher, rows.shape[1]))
         return (chunk.to(self._comm.device) for chunk in chunks)
@@ -157,13 +156,12 @@ class StoredSampling(Sampling):
         if not all(row[0] for row in self._comm.gather_numbers([float(has_room)])):
             store.close()
             return False
-        notes: list[str] = []
-        done = 0
+        record, done = CollectionRecord(tick=tick), 0
         fisher = dataclasses.replace(self._fisher, num_gradients=count)
-        for piece in self.rows(active, seed, None, tick, notes, fisher):
+        for piece in self.rows(active, seed, record, fisher):
             store.rows[done : done + len(piece)] = piece
             done += len(piece)
-        store.keep(key, notes)
+        store.keep(key, record.notes)
         return True
 
 
