@@ -70,7 +70,9 @@ def make_parser() -> argparse.ArgumentParser:
         "Print a script that completes subcommands, options, values, class names and "
         "files. Print it again after an update.",
         "bash: lightning-woodfisher completion bash > ~/.lightning-woodfisher.bash\n"
-        "zsh:  lightning-woodfisher completion zsh > ~/.zfunc/_lightning-woodfisher",
+        "      echo '. ~/.lightning-woodfisher.bash' >> ~/.bashrc\n"
+        "zsh:  lightning-woodfisher completion zsh > ~/.zfunc/_lightning-woodfisher\n"
+        "      with ~/.zfunc in fpath before compinit",
     )
     parser.add_argument("shell", choices=["bash", "zsh"], help="shell of the script")
     return parser
