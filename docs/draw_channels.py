@@ -25,11 +25,11 @@ from lightning_woodfisher import (
     PolynomialSchedule,
     StructureConfig,
 )
-from lightning_woodfisher.reporting.figures import draw_channels, draw_size
+from lightning_woodfisher.reporting.figures import draw_channels, draw_network_size
 
 
 def digits() -> TensorDataset:
-    """Give the images in three colours, 16 by 16."""
+    """Return the images with three channels, 16 by 16 pixels."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
     images = torch.nn.functional.interpolate(images, scale_factor=2.0)
@@ -41,7 +41,6 @@ def main() -> None:
     pl.seed_everything(0, verbose=False)
     callback = HAPPruningCallback(
         target=0.5,
-        measure="macs",
         implant_ratio=0.3,
         schedule=PolynomialSchedule(2, 4),
         config=StructureConfig(num_samples=256, probes=20),
@@ -58,7 +57,7 @@ def main() -> None:
     reports = callback.reports
     for name, figure in (
         ("channels", draw_channels(reports[-1])),
-        ("channels-size", draw_size(reports)),
+        ("channels-size", draw_network_size(reports)),
     ):
         figure.savefig(ROOT / "docs" / "images" / f"{name}.png", dpi=100)
 

@@ -25,9 +25,9 @@ from lightning_woodfisher import (
     PolynomialSchedule,
     StepConfig,
     WoodFisherPruningCallback,
-    figures,
     sweep,
 )
+from lightning_woodfisher.reporting import figures
 
 EPOCHS = 14
 IMAGES = ROOT / "docs" / "images"
@@ -60,7 +60,7 @@ def accuracy(model: nn.Module, data: Digits) -> dict[str, float]:
 
 
 def draw() -> dict[str, Figure]:
-    """Run, and draw each figure of lightning_woodfisher.reporting.figures."""
+    """Train, prune, and draw each figure of lightning_woodfisher.reporting.figures."""
     pl.seed_everything(0)
     data = Digits()
     data.setup("fit")
@@ -91,8 +91,8 @@ def draw() -> dict[str, Figure]:
         },
     )
     return {
-        "course": figures.draw_course(reports),
-        "increase": figures.draw_increase(reports),
+        "course": figures.draw_progress(reports),
+        "increase": figures.draw_loss_increase(reports),
         "layers": figures.draw_layers(reports[1]),
         "schedule": figures.draw_schedule(reports),
         "saliencies": figures.draw_saliencies(reports[-1]),
@@ -103,7 +103,7 @@ def draw() -> dict[str, Figure]:
 
 
 def main() -> None:
-    """Write them."""
+    """Write the figures to docs/images."""
     warnings.filterwarnings("ignore", module="lightning")
     for name, figure in draw().items():
         path = IMAGES / f"figure-{name}.png"

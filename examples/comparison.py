@@ -1,4 +1,4 @@
-"""One-shot methods compared on one network: the table behind the examples."""
+"""Loss, accuracy, and a table of one-shot methods, shared by the example scripts."""
 
 from __future__ import annotations
 
@@ -6,31 +6,51 @@ import argparse
 import ast
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import FisherConfig, SelectionConfig, StepConfig, prune
 from lightning_woodfisher.pruning.report import format_table
 
 
+def loss_fn(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+    """Compute the mean cross-entropy of a batch."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: TensorDataset) -> float:
+    """Compute the accuracy in per cent, in evaluation mode."""
+    model.eval()
+    inputs, labels = data.tensors
+    batches = zip(inputs.split(500), labels.split(500), strict=True)
+    right = sum((model(batch).argmax(1) == truth).sum() for batch, truth in batches)
+    return 100 * float(right) / len(labels)
+
+
+def format_accuracies(values: Sequence[float]) -> tuple[str, str]:
+    """Format the mean and the single accuracies as two cells of a table."""
+    return f"{statistics.mean(values):.2f}", "  ".join(f"{v:.2f}" for v in values)
+
+
 def parse_arguments(
-    description: str, sparsities: list[float], parser: argparse.ArgumentParser
+    parser: argparse.ArgumentParser, sparsities: list[float]
 ) -> argparse.Namespace:
-    """Read the command line.
+    """Parse the command line of a one-shot comparison.
 
     Args:
-        description: of the script.
-        sparsities: compared unless others are asked for.
-        parser: with the script's own options.
+        parser: parser with the script's own options.
+        sparsities: default of ``--sparsities``.
 
     Returns:
-        Its values, with those of ``--set`` as a dict ``changes``.
+        The values, with those of ``--set`` as a dict ``changes``.
     """
-    parser.description = description
     parser.add_argument("--data", type=Path, required=True, help="folder of the images")
     parser.add_argument("--sparsities", type=float, nargs="+", default=sparsities)
     parser.add_argument("--seeds", type=int, default=3)
@@ -59,24 +79,22 @@ def compare(
     title: str,
     methods: Mapping[str, Mapping[str, Any]],
     make_model: Callable[[], nn.Module],
-    train: Dataset[Any],
-    loss_fn: Callable[[nn.Module, Any], Tensor],
-    accuracy: Callable[[nn.Module], float],
+    train: TensorDataset,
+    test: TensorDataset,
     arguments: argparse.Namespace,
 ) -> None:
-    """Prune a fresh network by each method at each sparsity, and print a table.
+    """Prune a new network by each method at each sparsity, and print a table.
 
     Args:
-        title: of the table.
+        title: title of the table.
         methods: settings by name: arguments of :func:`prune` and fields of
             :class:`FisherConfig`, :class:`SelectionConfig` and :class:`StepConfig`.
-        make_model: gives the dense network.
-        train: samples of gradients.
-        loss_fn: mean loss of a batch.
-        accuracy: of a network, in per cent.
-        arguments: of the command line.
+        make_model: returns the dense network.
+        train: samples for gradients.
+        test: samples for the accuracy.
+        arguments: from :func:`parse_arguments`.
     """
-    print(f"dense: {accuracy(make_model()):.2f} %", flush=True)
+    print(f"dense: {accuracy(make_model(), test):.2f} %", flush=True)
     rows = []
     for name, settings in methods.items():
         if arguments.only not in name:
@@ -86,7 +104,7 @@ def compare(
         selection = SelectionConfig(**_take(options, SelectionConfig))
         step = StepConfig(measure_loss=False, **_take(options, StepConfig))
         for sparsity in arguments.sparsities:
-            # Magnitude draws nothing: every seed gives the same.
+            # Magnitude uses no random numbers, so one seed is enough.
             draws = options.get("criterion") != "magnitude"
             found = []
             for seed in range(arguments.seeds if draws else 1):
@@ -101,7 +119,7 @@ def compare(
                     step=dataclasses.replace(step, seed=seed),
                     **options,
                 )
-                found.append(accuracy(model))
+                found.append(accuracy(model, test))
                 if arguments.verbose:
                     print(
                         f"{name} {sparsity:g} {seed}: {found[-1]:.2f}, scales "
@@ -109,13 +127,12 @@ def compare(
                         f"{sum(report.seconds.values()):.1f} s",
                         flush=True,
                     )
-            each = "  ".join(f"{value:.2f}" for value in found)
-            rows.append((name, f"{sparsity:g}", f"{statistics.mean(found):.2f}", each))
+            rows.append((name, f"{sparsity:g}", *format_accuracies(found)))
     head = (title, "sparsity", "mean", "accuracy by seed, %")
     print(format_table(head, rows))
 
 
 def _take(options: dict[str, Any], kind: type[Any]) -> dict[str, Any]:
-    """Take the fields of a dataclass out of the options."""
+    """Remove the fields of a dataclass from the options and return them."""
     known = {field.name for field in dataclasses.fields(kind)}
     return {name: options.pop(name) for name in known & options.keys()}

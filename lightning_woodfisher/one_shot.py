@@ -26,8 +26,8 @@ from lightning_woodfisher.pruning.config import (
 )
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.report import PruningReport
-from lightning_woodfisher.pruning.selector import take_zeros
-from lightning_woodfisher.resources.budget import require_one_device, within_memory
+from lightning_woodfisher.pruning.selector import prune_zeros
+from lightning_woodfisher.resources.budget import fit_into_memory, require_one_device
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import require_pattern_fits
@@ -88,9 +88,9 @@ def prune(
     require_one_device(parameters)
     require_pattern_fits(model, parameters, config.selection.pattern)
     masks = Masks(parameters)
-    take_zeros(masks, config.selection)
+    prune_zeros(masks, config.selection)
     comm = Communicator(next(iter(parameters.values())).device)
-    config, _ = within_memory(masks, config, comm)
+    config, _ = fit_into_memory(masks, config, comm)
     pruner = Pruner(masks, config, comm, progress)
     source = FunctionLoss(model, data, loss_fn)
     if target_sparsity is not None:

@@ -1,23 +1,22 @@
-"""Expand-pruning of ResNet-20 on CIFAR-10: widen what SOSP leaves, train, prune again.
+"""Expand-pruning of ResNet-20 on CIFAR-10: widen bottlenecks, train, and prune again.
 
     python -m examples.cifar10.expand --data FOLDER
 
-Trains, prunes and fine-tunes; finds the layers that lost little; trains a network in which
-they are wider, and prunes that to the size of the first. Both are tested.
+Trains, prunes and fine-tunes a network; finds the layers that lost few channels; trains a
+network in which these are wider, and prunes it to the size of the first. Tests both.
 """
 
 from __future__ import annotations
 
 import argparse
-import warnings
 
 import lightning.pytorch as pl
 
-from examples.cifar10.fitting import fit_and_test
+from examples.cifar10.fitting import fit_and_test, load_data
 from examples.cifar10.model import CIFAR10, CIFAR10Classifier
 from lightning_woodfisher import SOSPPruningCallback, StructureConfig, StructureReport
 from lightning_woodfisher.pruning.report import format_table
-from lightning_woodfisher.structured.expand import find_bottlenecks, shrink_target
+from lightning_woodfisher.structured.expand import find_bottlenecks, target_for_size
 
 
 def train_and_prune(
@@ -31,13 +30,13 @@ def train_and_prune(
 
     Args:
         data: the images.
-        options: of the command line.
+        options: options of the command line.
         target: share of the parameters to remove.
-        size: or how many are to be left.
-        multipliers: of the channels of layers.
+        size: number of parameters to keep, without a target.
+        multipliers: factors of the widths of layers.
 
     Returns:
-        What pruning did, and the accuracies before and after it, in per cent.
+        The report of pruning, and the accuracies before and after it in per cent.
     """
     pl.seed_everything(options.seed, verbose=False)
     module = CIFAR10Classifier(
@@ -45,12 +44,11 @@ def train_and_prune(
     )
     dense = fit_and_test(module, data, options.epochs)
     if target is None:
-        target = shrink_target(size or 0, sum(p.numel() for p in module.parameters()))
+        target = target_for_size(size or 0, sum(p.numel() for p in module.parameters()))
     callback = SOSPPruningCallback(
         target,
         options.variant,
-        StructureConfig(num_samples=options.samples),
-        measure="parameters",
+        StructureConfig(num_samples=options.samples, measure="parameters"),
         network="net",
     )
     module.learning_rate = options.learning_rate / 4
@@ -75,8 +73,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    data = CIFAR10(options.data, images_per_epoch=options.images)
+    data = load_data(options.data, options.images)
     first = train_and_prune(data, options, target=options.target)
     print(first[0].to_table())
     found = find_bottlenecks(

@@ -1,47 +1,67 @@
-"""Loss, fit and accuracy, for the scripts that compare methods."""
+"""Command line, training and testing, for the scripts that compare methods."""
 
 from __future__ import annotations
 
-__all__ = ["accuracy", "fit_and_test", "loss_fn", "trained_module"]
+__all__ = ["fit_and_test", "load_data", "load_module", "make_parser"]
 
+import argparse
+import warnings
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from examples.cifar10.model import CIFAR10, CIFAR10Classifier
 
 
-def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy of a batch."""
-    return F.cross_entropy(model(batch[0]), batch[1])
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options of scripts that prune a trained network.
+
+    Args:
+        description: description of the script.
+
+    Returns:
+        The parser.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", default="data", help="folder of the images")
+    parser.add_argument("--weights", default="runs/cifar10/dense.pt")
+    parser.add_argument("--held-out", action="store_true", help="not the test images")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--images-per-epoch", type=int, help="fewer, for a quick look")
+    parser.add_argument("--learning-rate", type=float, default=0.03, help="the highest")
+    parser.add_argument("--only", default="", metavar="TEXT", help="select methods")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--accelerator", default="auto")
+    return parser
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, data: TensorDataset) -> float:
-    """Share of right answers in per cent."""
-    model.eval()
-    images, labels = data.tensors
-    right = [
-        (model(part).argmax(1) == truth).sum()
-        for part, truth in zip(images.split(500), labels.split(500), strict=True)
-    ]
-    return 100 * float(sum(right)) / len(labels)
+def load_data(folder: str, images_per_epoch: int | None) -> CIFAR10:
+    """Load the images, and silence Lightning's advice on worker processes.
+
+    Args:
+        folder: folder of the images.
+        images_per_epoch: number of training images; None for all.
+
+    Returns:
+        The images, ready for training.
+    """
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    data = CIFAR10(folder, images_per_epoch=images_per_epoch)
+    data.setup("fit")
+    return data
 
 
-def trained_module(weights: str, learning_rate: float, seed: int) -> CIFAR10Classifier:
-    """Load a trained network to go on with, and seed all generators.
+def load_module(weights: str, learning_rate: float, seed: int) -> CIFAR10Classifier:
+    """Seed all generators and load a trained network.
 
     Args:
         weights: file of the weights.
-        learning_rate: the highest.
-        seed: of the generators.
+        learning_rate: highest learning rate.
+        seed: seed of the generators.
 
     Returns:
-        The network, in the memory format that is fastest.
+        The network in the fastest memory format.
     """
     pl.seed_everything(seed, verbose=False)
     module = CIFAR10Classifier(learning_rate, weights=weights)
@@ -57,18 +77,18 @@ def fit_and_test(
     accelerator: str = "auto",
     held_out: bool = False,
 ) -> float:
-    """Train on one device, without a logger, checkpoints or a bar.
+    """Train on one device, without logger, checkpoints and progress bar, and test.
 
     Args:
         module: the network.
         data: the images.
         epochs: number of epochs.
-        callbacks: such as one that prunes.
-        accelerator: as the Trainer takes it.
-        held_out: test on the held-out images, to choose settings by.
+        callbacks: callbacks, such as one that prunes.
+        accelerator: accelerator of the Trainer.
+        held_out: whether to test on the held-out images, to choose settings.
 
     Returns:
-        Accuracy on the test images in per cent.
+        Accuracy in per cent.
     """
     trainer = pl.Trainer(
         max_epochs=epochs,

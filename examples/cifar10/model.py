@@ -1,8 +1,8 @@
-"""ResNet-20 for CIFAR-10 and its data. Nothing in them knows of pruning.
+"""ResNet-20 for CIFAR-10 and its data, without any code for pruning.
 
-``CIFAR10(folder)`` reads ``cifar10_train_jpeg.npz`` and ``cifar10_test_jpeg.npz`` when they
-lie in the folder (JPEG bytes end to end in ``jpeg``, their ends in ``offsets``, ``labels``);
-otherwise torchvision downloads the original images there.
+``CIFAR10(folder)`` reads ``cifar10_train_jpeg.npz`` and ``cifar10_test_jpeg.npz`` if they
+are in the folder (concatenated JPEG bytes in ``jpeg``, their ends in ``offsets``, and
+``labels``); otherwise torchvision downloads the original images.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class BasicBlock(nn.Module):
     """Two 3×3 convolutions and a shortcut (He et al. 2016, option B).
 
     Args:
-        inputs: channels in.
-        outputs: channels out.
+        inputs: input channels.
+        outputs: output channels.
         inner: channels between the convolutions.
-        stride: of the first of them.
+        stride: stride of the first convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, inner: int, stride: int) -> None:
@@ -55,13 +55,12 @@ class BasicBlock(nn.Module):
 def resnet20(
     width: int = 16, multipliers: Mapping[str, float] | None = None
 ) -> nn.Sequential:
-    """Build ResNet-20: 272 thousand parameters at the width of the paper.
+    """Build ResNet-20, with 272 thousand parameters at the width of the paper.
 
     Args:
         width: channels of the first of three stages.
-        multipliers: of the channels of layers, such as ``{"4.conv1": 2.0}``. The layers of
-            a stage that are added to each other have one width, that of the ``conv2`` of
-            the first block.
+        multipliers: factors of the widths of layers, such as ``{"4.conv1": 2.0}``. The
+            outputs of a stage share the width of ``conv2`` of its first block.
 
     Returns:
         A network from images ``[n, 3, 32, 32]`` to logits ``[n, 10]``.
@@ -90,11 +89,11 @@ class CIFAR10Classifier(pl.LightningModule):
     """ResNet-20, trained with SGD, momentum 0.9 and one cycle of the learning rate.
 
     Args:
-        learning_rate: the highest.
-        weight_decay: of all parameters.
+        learning_rate: highest learning rate.
+        weight_decay: weight decay of all parameters.
         width: channels of the first stage.
         weights: file with a ``state_dict`` of the network to start from.
-        multipliers: of the channels of single layers.
+        multipliers: factors of the widths of layers.
     """
 
     def __init__(
@@ -156,14 +155,14 @@ class CIFAR10Classifier(pl.LightningModule):
 
 
 class CIFAR10(pl.LightningDataModule):
-    """45,000 images to train on, 5,000 held out, 10,000 to test.
+    """45,000 training images, 5,000 held-out images, 10,000 test images.
 
-    Training images are shifted by up to four pixels and mirrored, whole batches at once.
+    Training images are randomly shifted by up to four pixels and mirrored, by batch.
 
     Args:
-        folder: where the images lie or are downloaded to.
-        batch_size: images in a training batch.
-        images_per_epoch: fewer images to train on, for a quick look.
+        folder: folder of the images, or for their download.
+        batch_size: number of images in a training batch.
+        images_per_epoch: number of training images; None for all.
     """
 
     def __init__(
@@ -227,7 +226,7 @@ class CIFAR10(pl.LightningDataModule):
 
 
 def _shift_and_mirror(images: Tensor) -> Tensor:
-    """Crop 32×32 windows at random places of the reflected images, mirror half of them."""
+    """Crop random 32×32 windows of reflection-padded images, and mirror half of them."""
     n, device = len(images), images.device
     padded = F.pad(images, (4, 4, 4, 4), mode="reflect")
     pixels = torch.arange(32, device=device)
@@ -236,6 +235,6 @@ def _shift_and_mirror(images: Tensor) -> Tensor:
     mirrored = torch.rand(n, 1, device=device) < 0.5
     columns = torch.where(mirrored, columns.flip(1), columns)
     batch = torch.arange(n, device=device).view(n, 1, 1)
-    # Indexing puts the channels last, which is the fast format for convolutions, too.
+    # Indexing puts the channels last, which is also the fast format for convolutions.
     windows = padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]
     return windows.permute(0, 3, 1, 2)

@@ -2,9 +2,9 @@
 
     python -m examples.cifar10.one_shot --data FOLDER --weights runs/cifar10/dense.pt
 
-The weights are those that ``examples.cifar10.train`` writes. Gradients are taken of training
-images as they are, BatchNorm in evaluation mode; nothing else is adapted. Prints the
-accuracy on the test images. ``--only`` chooses methods, ``--set`` tries other settings.
+``examples.cifar10.train`` writes the weights. Gradients are computed on training images
+without augmentation, with BatchNorm in evaluation mode; nothing else is adapted. Prints the
+accuracy on the test images. ``--only`` selects methods, ``--set`` changes settings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from examples.cifar10.fitting import accuracy, loss_fn
 from examples.cifar10.model import CIFAR10, resnet20
 from examples.comparison import compare, parse_arguments
 
@@ -25,7 +24,7 @@ COMMON: dict[str, Any] = {
     "gradient_batch_size": 1,
     "damping": 1e-5,
     "model_mode": "eval",
-    # All that is published for this network prunes the convolutions only.
+    # Published results for this network prune the convolutions only.
     "exclude": [r"^\d+\.weight$"],
 }
 PAPER = {"block_size": 36_864, "update": "independent", "line_search": False}
@@ -45,16 +44,15 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--pattern", default="unstructured", help="such as 2:4")
-    sparsities = [0.5, 0.6, 0.7, 0.8, 0.9]
-    arguments = parse_arguments(__doc__.split("\n")[0], sparsities, parser)
+    arguments = parse_arguments(parser, [0.5, 0.6, 0.7, 0.8, 0.9])
     state = torch.load(arguments.weights, weights_only=True)
     data = CIFAR10(str(arguments.data))
     data.setup("test")
 
-    def dense() -> nn.Module:
+    def make_dense() -> nn.Module:
         model = resnet20().to(memory_format=torch.channels_last)
         model.load_state_dict(state)
         return model
@@ -63,10 +61,9 @@ def main() -> None:
     compare(
         "ResNet-20 on CIFAR-10, one shot",
         {name: {**common, **settings} for name, settings in METHODS.items()},
-        dense,
+        make_dense,
         data.train,
-        loss_fn,
-        lambda model: accuracy(model, data.test),
+        data.test,
         arguments,
     )
 

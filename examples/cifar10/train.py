@@ -1,8 +1,6 @@
-"""Train the dense ResNet-20.
+"""Train the dense ResNet-20 and write its ``state_dict`` to ``runs/cifar10/dense.pt``.
 
-    python -m examples.cifar10.train --data FOLDER --epochs 18
-
-writes ``runs/cifar10/dense.pt``, the ``state_dict`` of the network.
+python -m examples.cifar10.train --data FOLDER --epochs 18
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ def main() -> None:
     parser.add_argument("--data", default="data", help="folder of the images")
     parser.add_argument("--epochs", type=int, default=18)
     parser.add_argument("--learning-rate", type=float, default=0.2, help="the highest")
-    parser.add_argument("--weights", help="go on from these, such as an earlier --out")
+    parser.add_argument("--weights", help="initial weights, such as an earlier --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10/dense.pt"))
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Train, prune to 90 % with WoodFisher and with magnitude, and show what came of it.
+"""Train, prune to 90 % with WoodFisher and with magnitude, and compare the results.
 
-Run it from the root of the repository; ``make demo`` does. Arguments are passed on to
-``lightning-woodfisher fit``, so ``--trainer.devices 2`` runs on two processes.
+Run it from the root of the repository, as ``make demo`` does. Arguments are passed on to
+``lightning-woodfisher fit``; for example, ``--trainer.devices 2`` runs two processes.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ def fit(method: str, arguments: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def accuracies(method: str) -> list[float]:
+def read_accuracies(method: str) -> list[float]:
     """Read the accuracy on the held-out images after each epoch."""
     with (RUNS / method / "metrics.csv").open() as file:
         rows = csv.DictReader(file)
         return [float(row["val_accuracy"]) for row in rows if row["val_accuracy"]]
 
 
-def reports(method: str) -> list[PruningReport]:
+def read_reports(method: str) -> list[PruningReport]:
     """Read the reports of the pruning steps."""
     plain = json.loads((RUNS / method / "pruning_report.json").read_text())
     return [PruningReport.from_dict(report) for report in plain]
 
 
 def draw(path: Path) -> None:
-    """Draw sparsity per layer, accuracy over the schedule, predicted and measured rise."""
-    figure, (layers, course, rise) = plt.subplots(1, 3, figsize=(15, 4.4))
+    """Draw sparsity per layer, accuracy by epoch, predicted and measured loss increase."""
+    figure, (layers, course, increase) = plt.subplots(1, 3, figsize=(15, 4.4))
     width = 0.38
     for offset, method in ((-width / 2, "woodfisher"), (width / 2, "magnitude")):
-        last = reports(method)[-1]
+        last = read_reports(method)[-1]
         positions = [i + offset for i in range(len(last.layers))]
         bars = layers.bar(
             positions,
@@ -73,7 +73,7 @@ def draw(path: Path) -> None:
     layers.legend(loc="upper left")
 
     for method in METHODS:
-        values = accuracies(method)
+        values = read_accuracies(method)
         course.plot(
             [100 * value for value in values],
             marker="o",
@@ -85,7 +85,7 @@ def draw(path: Path) -> None:
         title="Accuracy on 360 held-out images", xlabel="epoch", ylabel="accuracy, %"
     )
     course.legend(loc="lower left")
-    steps = reports("woodfisher")
+    steps = read_reports("woodfisher")
     sparsity = course.twinx()
     epochs = [step.epoch or 0 for step in steps]
     sparsity.step(
@@ -95,30 +95,30 @@ def draw(path: Path) -> None:
         color="0.8",
         zorder=0,
     )
-    sparsity.set(ylabel="zeros, % (grey)", ylim=(0, 109))
+    sparsity.set(ylabel="zeros, % (gray)", ylim=(0, 109))
     course.set_zorder(1)
     course.patch.set_visible(False)
 
     predicted = [step.predicted_increase for step in steps]
     measured = [step.measured_increase for step in steps]
     for step in steps:
-        rise.annotate(
+        increase.annotate(
             f"epoch {step.epoch}",
             (step.predicted_increase, step.measured_increase),
             xytext=(5, -10),
             textcoords="offset points",
             fontsize=8,
         )
-    rise.plot(predicted, measured, "o-", color=COLORS["woodfisher"])
+    increase.plot(predicted, measured, "o-", color=COLORS["woodfisher"])
     positive = [value for value in (*predicted, *measured) if value > 0]
     ends = [min(positive) / 2, max(positive) * 2]
-    rise.plot(ends, ends, color="0.8", zorder=0, label="equal")
-    # A measured rise may be negative; a logarithm has no room for it.
-    rise.set_xscale("symlog", linthresh=min(positive))
-    rise.set_yscale("symlog", linthresh=min(positive))
-    rise.legend(loc="upper left")
-    rise.set(
-        title="Rise of the loss in each WoodFisher step",
+    increase.plot(ends, ends, color="0.8", zorder=0, label="equal")
+    # A measured increase may be negative, which a logarithmic axis cannot show.
+    increase.set_xscale("symlog", linthresh=min(positive))
+    increase.set_yscale("symlog", linthresh=min(positive))
+    increase.legend(loc="upper left")
+    increase.set(
+        title="Loss increase in each WoodFisher step",
         xlabel="predicted by the quadratic model",
         ylabel="measured on the same samples",
     )
@@ -129,7 +129,7 @@ def draw(path: Path) -> None:
 def main(arguments: list[str]) -> None:
     """Run the three fits and print the table."""
     seconds = {method: fit(method, arguments) for method in METHODS}
-    last = {method: reports(method)[-1] for method in ("woodfisher", "magnitude")}
+    last = {method: read_reports(method)[-1] for method in ("woodfisher", "magnitude")}
     rows = [
         (
             layer.name,
@@ -149,7 +149,8 @@ def main(arguments: list[str]) -> None:
     head = ("layer", "shape", "weights", "zeros", "WoodFisher", "magnitude")
     print("\n" + format_table(head, rows, total))
     results = [
-        (LABELS[m], f"{accuracies(m)[-1]:.2%}", f"{seconds[m]:.0f} s") for m in METHODS
+        (LABELS[m], f"{read_accuracies(m)[-1]:.2%}", f"{seconds[m]:.0f} s")
+        for m in METHODS
     ]
     print(
         "\n" + format_table(("same epochs, one seed", "accuracy", "whole run"), results)

@@ -1,6 +1,6 @@
-"""scikit-learn's handwritten digits (1,797 images of 8×8, part of the package): no download.
+"""A small network and scikit-learn's handwritten digits, without any code for pruning.
 
-An ordinary LightningModule and LightningDataModule; nothing in them knows of pruning.
+The 1,797 images of 8×8 pixels are part of scikit-learn, so there is no download.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class DigitsClassifier(pl.LightningModule):
     """Conv – BatchNorm – Conv – BatchNorm – Linear – Dropout – Linear, 38 k weights.
 
     Args:
-        learning_rate: of AdamW.
+        learning_rate: learning rate of AdamW.
         width: channels of the first convolution.
     """
 
@@ -44,10 +44,10 @@ class DigitsClassifier(pl.LightningModule):
         self.accuracy = MulticlassAccuracy(10, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify.
+        """Classify images.
 
         Args:
-            images: float tensor ``[n, 1, 8, 8]``.
+            images: float32 ``[n, 1, 8, 8]``.
 
         Returns:
             Logits ``[n, 10]``.
@@ -70,10 +70,10 @@ class DigitsClassifier(pl.LightningModule):
 
 
 class Digits(pl.LightningDataModule):
-    """1,437 images to train on, 360 to measure with; the split is fixed.
+    """1,437 training images and 360 held-out images; the split is fixed.
 
     Args:
-        batch_size: images in a training batch.
+        batch_size: number of images in a training batch.
     """
 
     def __init__(self, batch_size: int = 64) -> None:

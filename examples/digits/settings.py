@@ -1,10 +1,10 @@
-"""How N, m, λ and the block size change one-shot pruning: the table of the documentation.
+"""Effect of N, m, λ and the block size on one-shot pruning: a table of the documentation.
 
     python examples/digits/settings.py
 
 A perceptron (64-100-50-10, 11,900 weights) is trained on scikit-learn's digits, pruned in one
-step, and not trained again. Printed is the accuracy on the 360 held-out images, in per cent,
-as the mean over several trained networks.
+step, and not trained again. Prints the accuracy on the 360 held-out images in per cent, mean
+over several trained networks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from examples.comparison import accuracy, loss_fn
 from examples.digits.model import Digits
 from lightning_woodfisher import FisherConfig, StepConfig, prune
 from lightning_woodfisher.pruning.report import format_table
@@ -33,7 +33,7 @@ from lightning_woodfisher.pruning.report import format_table
 GRADIENTS = ((1000, 1), (256, 4))
 DAMPINGS = (1e-2, 1e-3, 1e-4, 1e-5)
 BLOCK_SIZES = (64, 256, None)
-# What is compared with the joint update in blocks of 256 gradients of 4 samples.
+# Compared with 256 gradients of 4 samples, in blocks of 256.
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
     "independent": {"step": {"update": "independent"}},
@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(data: TensorDataset, seed: int, epochs: int) -> nn.Sequential:
+def train_dense(data: TensorDataset, seed: int, epochs: int) -> nn.Sequential:
     """Train a dense network."""
     torch.manual_seed(seed)
     model = nn.Sequential(
@@ -62,18 +62,6 @@ def train(data: TensorDataset, seed: int, epochs: int) -> nn.Sequential:
     return model
 
 
-def loss_fn(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-    """Mean cross-entropy of a batch."""
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: TensorDataset) -> float:
-    """Share of right answers in per cent."""
-    images, labels = data.tensors
-    return 100 * float((model(images).argmax(1) == labels).float().mean())
-
-
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -84,7 +72,9 @@ def main() -> None:
     data = Digits()
     data.setup("fit")
     seeds = range(arguments.networks)
-    states = [train(data.train, seed, arguments.epochs).state_dict() for seed in seeds]
+    states = [
+        train_dense(data.train, seed, arguments.epochs).state_dict() for seed in seeds
+    ]
 
     def measure(
         fisher: FisherConfig,
@@ -92,10 +82,11 @@ def main() -> None:
         criterion: str = "woodfisher",
         step: Mapping[str, Any] = MappingProxyType({}),
     ) -> float:
+        # Without line search, to compare the quadratic model alone.
         plain = StepConfig(measure_loss=False, line_search=False, **step)
         found = []
         for seed, state in enumerate(states):
-            model = train(data.train, seed, epochs=0)
+            model = train_dense(data.train, seed, epochs=0)
             model.load_state_dict(state)
             if sparsity:
                 prune(

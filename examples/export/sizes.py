@@ -1,8 +1,8 @@
-"""How small a pruned ResNet-50 gets, and how long writing and reading take.
+"""File size of a pruned ResNet-50, and the time to write and read it.
 
-Weights of convolutions and of the classifier are random, and a random share of them is
-zero; BatchNorm and biases are dense. Nothing is trained: sizes depend on the number of
-zeros only.
+Weights of convolutions and of the classifier are random, with a random share of zeros;
+BatchNorm and biases are dense. Nothing is trained, as sizes depend on the number of zeros
+only.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lightning_woodfisher.pruning.report import format_table
 Result = TypeVar("Result")
 
 
-def pruned_state(sparsity: float) -> dict[str, Tensor]:
-    """Weights of a ResNet-50 of which a random share is zero."""
+def make_state(sparsity: float) -> dict[str, Tensor]:
+    """Return weights of a ResNet-50 with a random share of zeros."""
     with torch.device("meta"):
         shapes = resnet50(weights=None).state_dict()
     torch.manual_seed(0)
@@ -43,8 +43,8 @@ def pruned_state(sparsity: float) -> dict[str, Tensor]:
     return state
 
 
-def timed(call: Callable[[], Result], repeats: int) -> tuple[Result, float]:
-    """Result of a call, and the median of its seconds."""
+def time_call(call: Callable[[], Result], repeats: int) -> tuple[Result, float]:
+    """Return the result of a call and its median seconds."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -53,8 +53,8 @@ def timed(call: Callable[[], Result], repeats: int) -> tuple[Result, float]:
     return result, median(seconds)
 
 
-def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Whether two state dicts have the same names, types, shapes and bits."""
+def are_identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Return whether two state dicts have the same names, dtypes, shapes and bits."""
     return list(one) == list(other) and all(
         a.dtype == b.dtype
         and a.shape == b.shape
@@ -66,15 +66,15 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def measure(sparsity: float, repeats: int, folder: Path) -> tuple[str, ...]:
-    """One row of the table."""
-    state = pruned_state(sparsity)
+    """Measure one row of the table."""
+    state = make_state(sparsity)
     dense, sparse = folder / "dense.safetensors", folder / "sparse.safetensors"
     save_file(state, dense)
-    _, seconds_dense = timed(lambda: load_file(dense), repeats)
-    _, seconds_save = timed(lambda: save_sparse(state, sparse), repeats)
-    loaded, seconds_load = timed(lambda: load_sparse(sparse), repeats)
-    if not same_bits(state, loaded):
-        raise SystemExit("The file does not give back what was saved.")
+    _, seconds_dense = time_call(lambda: load_file(dense), repeats)
+    _, seconds_save = time_call(lambda: save_sparse(state, sparse), repeats)
+    loaded, seconds_load = time_call(lambda: load_sparse(sparse), repeats)
+    if not are_identical(state, loaded):
+        raise SystemExit("The loaded weights differ from the saved ones.")
     size, small = dense.stat().st_size, sparse.stat().st_size
     return (
         f"{sparsity:.0%}",
@@ -91,13 +91,13 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.9, 0.95])
-    parser.add_argument("--repeats", type=int, default=5, help="median of so many")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions")
     options = parser.parse_args()
     head = ("zeros", "dense", "sparse", "share", "save", "load", "load dense (mapped)")
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(s, options.repeats, Path(folder)) for s in options.sparsity]
     print(format_table(head, rows))
-    print("Every bit came back.")
+    print("Loaded weights are bit-identical.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The digits network, started from the weights of a pruned checkpoint."""
+"""The digits network with the weights of a pruned checkpoint."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from examples.digits.model import DigitsClassifier
 
 
 class PrunedDigitsClassifier(DigitsClassifier):
-    """Takes its weights from a checkpoint, and neither epoch nor optimizer.
+    """The digits network with the weights of a checkpoint, but not its epoch and optimizer.
 
     Args:
-        weights: a checkpoint of ``DigitsClassifier``.
-        learning_rate: of AdamW.
+        weights: path of a checkpoint of ``DigitsClassifier``.
+        learning_rate: learning rate of AdamW.
     """
 
     def __init__(self, weights: str, learning_rate: float = 3e-4) -> None:

@@ -1,7 +1,7 @@
 """ResNet-50 and MobileNetV1 on ImageNet, as the WoodFisher paper prunes them.
 
-Nothing in here knows of pruning. ``ImageNet(fake=True)`` makes random images, to see a whole
-step at work without the data.
+There is no code for pruning in this file. ``ImageNet(fake=True)`` draws random images, to run
+a whole step without the data.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ MOBILENET = (
 
 
 def mobilenetv1(width: float = 1.0, classes: int = 1000) -> nn.Sequential:
-    """Build MobileNetV1: 4.2 million parameters at width 1.
+    """Build MobileNetV1, with 4.2 million parameters at width 1.
 
     Args:
-        width: multiplies all channels.
-        classes: outputs.
+        width: factor of all channels.
+        classes: number of outputs.
 
     Returns:
         A network from images ``[n, 3, h, w]`` to logits ``[n, classes]``.
@@ -53,12 +53,12 @@ def mobilenetv1(width: float = 1.0, classes: int = 1000) -> nn.Sequential:
 
 
 def resnet50(width: float = 1.0, classes: int = 1000, depth: int = 3) -> ResNet:
-    """Build torchvision's ResNet-50, whose names and weights are known everywhere.
+    """Build torchvision's ResNet-50, for which trained weights are available.
 
     Args:
-        width: multiplies the channels inside of the bottlenecks.
-        classes: outputs.
-        depth: of the last stage; 3 is ResNet-50, 1 makes all stages that short.
+        width: factor of the channels inside the bottlenecks.
+        classes: number of outputs.
+        depth: 3 for ResNet-50; otherwise the number of blocks in every stage.
 
     Returns:
         A network from images ``[n, 3, h, w]`` to logits ``[n, classes]``.
@@ -69,16 +69,16 @@ def resnet50(width: float = 1.0, classes: int = 1000, depth: int = 3) -> ResNet:
 
 
 class ImageNetClassifier(pl.LightningModule):
-    """One of the two networks, trained on from its weights with SGD.
+    """One of the two networks, fine-tuned with SGD.
 
     Args:
-        architecture: which network.
-        weights: file with its ``state_dict``, trained; None starts from random weights.
-        learning_rate: of SGD, falling along a cosine.
-        weight_decay: of all parameters.
-        width: multiplies channels.
-        classes: outputs.
-        depth: blocks in a stage of ResNet; 3 for ResNet-50.
+        architecture: name of the network.
+        weights: file with a trained ``state_dict``; None starts from random weights.
+        learning_rate: initial learning rate of SGD, with cosine decay.
+        weight_decay: weight decay of all parameters.
+        width: factor of the channels.
+        classes: number of outputs.
+        depth: see :func:`resnet50`.
     """
 
     def __init__(
@@ -133,16 +133,16 @@ class ImageNetClassifier(pl.LightningModule):
 
 
 class ImageNet(pl.LightningDataModule):
-    """``folder/train`` and ``folder/val`` with a folder of images for each class.
+    """Images in ``folder/train`` and ``folder/val``, with a folder for each class.
 
     Args:
-        folder: of the images.
-        batch_size: images in a training batch of one device.
-        workers: processes that read images.
-        image_size: side of an image; 224 in the papers.
-        fake: make random images and read none.
-        fake_images: how many.
-        classes: of the random images.
+        folder: folder of the images.
+        batch_size: number of images in a training batch of one device.
+        workers: number of processes that read images.
+        image_size: height and width; 224 in the papers.
+        fake: whether to draw random images and read none.
+        fake_images: number of random images.
+        classes: number of classes of the random images.
     """
 
     def __init__(
@@ -179,13 +179,13 @@ class ImageNet(pl.LightningDataModule):
         )
 
     def _read(
-        self, part: str, first: list[object], last: list[object]
+        self, split: str, first: list[object], last: list[object]
     ) -> Dataset[object]:
         if self.fake:
             shape = (3, self.image_size, self.image_size)
             shown = transforms.Compose(last)
             return FakeData(self.fake_images, shape, self.classes, shown)
-        return ImageFolder(str(self.folder / part), transforms.Compose(first + last))
+        return ImageFolder(str(self.folder / split), transforms.Compose(first + last))
 
     def train_dataloader(self) -> DataLoader[object]:
         return DataLoader(

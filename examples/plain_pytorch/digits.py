@@ -1,4 +1,4 @@
-"""Without Lightning: a perceptron on scikit-learn's digits, pruned in one call.
+"""Prune a perceptron on scikit-learn's digits in one call, without Lightning.
 
 python -m examples.plain_pytorch.digits
 """
@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_woodfisher import FisherConfig, StepConfig, prune
 
 
-def read_digits() -> tuple[TensorDataset, TensorDataset]:
-    """Read the images: 1,437 to train on, 360 held out."""
+def load_data() -> tuple[TensorDataset, TensorDataset]:
+    """Load 1,437 training images and 360 held-out images."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16
     labels = torch.tensor(digits.target)
@@ -28,7 +28,7 @@ def read_digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def make_model() -> nn.Sequential:
-    """Make the perceptron 64-100-50-10."""
+    """Build the perceptron 64-100-50-10."""
     return nn.Sequential(
         *(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 50), nn.ReLU()),
         nn.Linear(50, 10),
@@ -36,7 +36,7 @@ def make_model() -> nn.Sequential:
 
 
 def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-    """Mean cross-entropy of a batch."""
+    """Compute the mean cross-entropy of a batch."""
     images, labels = batch
     return F.cross_entropy(model(images), labels)
 
@@ -45,9 +45,9 @@ def train(
     model: nn.Module,
     data: TensorDataset,
     epochs: int,
-    kept: dict[str, Tensor] | None = None,
+    masks: dict[str, Tensor] | None = None,
 ) -> None:
-    """Train with Adam; where ``kept`` is False, weights stay zero."""
+    """Train with Adam; weights whose mask is False stay zero."""
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(epochs):
         for batch in DataLoader(data, 64, shuffle=True):
@@ -55,25 +55,25 @@ def train(
             loss_fn(model, batch).backward()
             optimizer.step()
             with torch.no_grad():
-                for name, mask in (kept or {}).items():
+                for name, mask in (masks or {}).items():
                     model.get_parameter(name).mul_(mask)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: TensorDataset) -> float:
-    """Share of the images that are recognised."""
+    """Compute the share of images that are classified correctly."""
     images, labels = data.tensors
     return float((model(images).argmax(1) == labels).float().mean())
 
 
 def main() -> None:
-    """Train, prune, train on."""
+    """Train, prune, and continue training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--gradients", type=int, default=512)
     options = parser.parse_args()
     torch.manual_seed(0)
-    data, held_out = read_digits()
+    data, held_out = load_data()
     model = make_model()
     train(model, data, options.epochs)
     print(f"dense       {accuracy(model, held_out):.1%}")
@@ -90,10 +90,10 @@ def main() -> None:
     )
     print(f"pruned      {accuracy(model, held_out):.1%}")
 
-    # There is no callback here that keeps zeros, so the loop does.
+    # Without the callback, the training loop has to keep the zeros.
     layers = [layer.name for layer in report.layers]
-    kept = {name: model.get_parameter(name) != 0 for name in layers}
-    train(model, data, options.epochs // 3, kept)
+    masks = {name: model.get_parameter(name) != 0 for name in layers}
+    train(model, data, options.epochs // 3, masks)
     print(f"trained on  {accuracy(model, held_out):.1%}\n")
     print(report.to_table())
 

@@ -1,8 +1,8 @@
-"""With Lightning Fabric: the same digits, on one device or on several.
+"""Prune with Lightning Fabric: the same digits, on one device or several.
 
     python -m examples.plain_pytorch.fabric --devices 2
 
-Under DDP every process calls ``prune``: the work is shared and all end with the same bits.
+Under DDP every process calls ``prune``. They share the work and get bit-identical weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from lightning.fabric import Fabric
 from torch.utils.data import DataLoader
 
-from examples.plain_pytorch.digits import accuracy, loss_fn, make_model, read_digits
+from examples.plain_pytorch.digits import accuracy, load_data, loss_fn, make_model
 from lightning_woodfisher import FisherConfig, StepConfig, prune
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     fabric = Fabric(accelerator="cpu", devices=options.devices)
     fabric.launch()
     fabric.seed_everything(0)
-    data, held_out = read_digits()
+    data, held_out = load_data()
     bare = make_model()
     model, optimizer = fabric.setup(bare, torch.optim.Adam(bare.parameters(), lr=3e-3))
     loader = fabric.setup_dataloaders(DataLoader(data, 64, shuffle=True))
@@ -38,7 +38,7 @@ def main() -> None:
             optimizer.step()
     fabric.print(f"dense   {accuracy(bare, held_out):.1%}")
 
-    # The network itself and not Fabric's wrapper; the data, and not its sharded loader.
+    # Pass the network, not Fabric's wrapper, and the dataset, not the sharded loader.
     report = prune(
         bare,
         data,

@@ -1,7 +1,7 @@
-"""Lightning's demo Transformer, which learns to sort rows of symbols.
+"""Lightning's demo Transformer, trained to sort rows of symbols.
 
-The rows are random, so there is nothing to download. (To sort needs no positions; the
-demo's encoding adds the same vector at every place.)
+The rows are random, so there is no download. Sorting needs no positions; the positional
+encoding of the demo adds the same vector everywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lightning.pytorch.demos import Transformer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-# The symbol that the output begins with.
+# First symbol of the output.
 START = 0
 
 
@@ -21,9 +21,9 @@ class Sorter(pl.LightningModule):
     """An encoder and a decoder of two layers each.
 
     Args:
-        symbols: different ones, with the one that the output begins with.
-        width: of the embedding and of the hidden layers.
-        learning_rate: of Adam.
+        symbols: number of different symbols, including ``START``.
+        width: width of the embedding; the hidden layers have twice as many units.
+        learning_rate: learning rate of Adam.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class Sorter(pl.LightningModule):
         )
 
     def forward(self, rows: Tensor, written: Tensor) -> Tensor:
-        """Predict the next symbol at each place.
+        """Predict the next symbol at each position.
 
         Args:
-            rows: int64 ``[n, t]``, to be sorted.
-            written: int64 ``[n, t]``, the output so far, one place to the right.
+            rows: int64 ``[n, t]``, the symbols to sort.
+            written: int64 ``[n, t]``, the output shifted to the right by one.
 
         Returns:
             Log-probabilities ``[n · t, symbols]``.
@@ -70,10 +70,10 @@ class Rows(pl.LightningDataModule):
     """Rows of random symbols and the same rows sorted.
 
     Args:
-        rows: to train on.
-        length: symbols in a row.
-        symbols: different ones, with the one that the output begins with.
-        batch_size: rows in a training batch.
+        rows: number of training rows.
+        length: number of symbols in a row.
+        symbols: number of different symbols, including ``START``.
+        batch_size: number of rows in a training batch.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Numbers of bytes, read and written the way people do."""
+"""Parse and format numbers of bytes, such as ``"24GiB"``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(value: str | int, name: str = "memory") -> int:
-    """Read an amount of memory.
+    """Parse an amount of memory.
 
     Args:
         value: a number of bytes, or a number with a unit: ``"80GB"`` (10⁹ bytes each),
@@ -29,7 +29,7 @@ def parse_bytes(value: str | int, name: str = "memory") -> int:
         Bytes.
 
     Raises:
-        ConfigurationError: for anything else, or nothing at all.
+        ConfigurationError: for anything else, or if it is not positive.
 
     Examples:
         >>> parse_bytes("24 GiB")
@@ -48,12 +48,12 @@ def parse_bytes(value: str | int, name: str = "memory") -> int:
             f"or a number of bytes. Units: {', '.join(_UNITS)}."
         )
     if size <= 0:
-        raise ConfigurationError(f"{name}={value!r} must be more than nothing.")
+        raise ConfigurationError(f"{name}={value!r} must be positive.")
     return size
 
 
 def format_bytes(size: float) -> str:
-    """Write an amount of memory with three or four digits.
+    """Format an amount of memory with three or four digits.
 
     Args:
         size: bytes.
@@ -71,7 +71,7 @@ def format_bytes(size: float) -> str:
 
 
 def format_count(number: float) -> str:
-    """Write a large number with a decimal prefix.
+    """Format a large number with a decimal prefix.
 
     Args:
         number: not negative.

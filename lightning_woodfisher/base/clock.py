@@ -1,4 +1,4 @@
-"""Seconds by phase of a pruning step, and the progress that is shown meanwhile."""
+"""Time the phases of a pruning step, and report its progress."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Progress = Callable[
 
 
 class PhaseClock:
-    """Adds up wall-clock seconds by phase; an inner phase is not counted in the outer.
+    """Wall-clock seconds by phase; an inner phase is not counted in the outer one.
 
     Attributes:
         seconds: by phase.
-        phase: the innermost one now, or the one that an exception has left.
+        phase: the current innermost phase, or the one in which an exception was raised.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class PhaseClock:
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Count the time inside for a phase.
+        """Add the time spent in the body to a phase.
 
         Args:
             phase: its name.
@@ -54,9 +54,9 @@ def no_progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
 
     Args:
         title: what would be shown.
-        total: up to which number.
+        total: number of items.
 
     Yields:
-        A counter that ignores what it is given.
+        A function that ignores the number of finished items.
     """
     yield lambda _: None

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ConfigurationError",
     "PruningError",
+    "first_line",
     "nearest",
     "require_choice",
     "require_count",
@@ -30,6 +31,18 @@ class ConfigurationError(ValueError):
 
 class PruningError(RuntimeError):
     """A failed pruning step. The model and the masks are as they were before the step."""
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten the message of an error.
+
+    Args:
+        error: error of another package, whose message may be long.
+
+    Returns:
+        The first line of its message, or the name of its class if it has no message.
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

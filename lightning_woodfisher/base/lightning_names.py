@@ -1,9 +1,9 @@
 """Lightning under its two names: ``lightning.pytorch`` and ``pytorch_lightning``.
 
-They are two packages with the same source, so that every class exists twice and an
-instance of the one is no instance of the other. The pruning callbacks are made of
-``lightning.pytorch`` and serve a Trainer of either. ``pytorch_lightning`` is never imported
-here: what has not been imported has no instances.
+They are two packages with the same source. Every class exists twice, and an instance of one
+is not an instance of the other. The pruning callbacks derive from ``lightning.pytorch`` and
+support a Trainer of either package. ``pytorch_lightning`` is never imported here: a package
+that is not imported has no instances.
 """
 
 from __future__ import annotations
@@ -22,27 +22,29 @@ T = TypeVar("T")
 
 
 def either_name(*kinds: type[T]) -> tuple[type[T], ...]:
-    """Give classes with their namesakes, for ``isinstance``.
+    """Return classes of both packages, for ``isinstance``.
 
     Args:
         kinds: classes of ``lightning.pytorch``.
 
     Returns:
-        They, and those of ``pytorch_lightning`` as far as it has been imported.
+        These classes, and those of the same names in ``pytorch_lightning`` if it has been
+        imported.
     """
     others = (_namesake(kind, _NAMES[1]) for kind in kinds)
     return (*kinds, *(other for other in others if other is not None))
 
 
 def like(owner: object, kind: type[T]) -> type[T]:
-    """Choose the one of two classes that goes with a Trainer or a module.
+    """Return a class of the same package as a Trainer or a module.
 
     Args:
-        owner: an instance of a class of Lightning, or of one derived from it.
+        owner: an instance of a class of Lightning, or of a class derived from it.
         kind: class of ``lightning.pytorch``.
 
     Returns:
-        It, or its namesake when ``owner`` is of ``pytorch_lightning``.
+        ``kind``, or the class of its name in ``pytorch_lightning`` if ``owner`` belongs
+        to that package.
     """
     for base in type(owner).__mro__:
         for name in _NAMES:
@@ -52,13 +54,13 @@ def like(owner: object, kind: type[T]) -> type[T]:
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
-    """Give the list in which the Trainer keeps its callbacks.
+    """Return the list in which the Trainer keeps its callbacks.
 
     Args:
-        trainer: of either name of Lightning.
+        trainer: of either package.
 
     Returns:
-        The list itself; who changes it changes the Trainer.
+        The list itself, not a copy.
     """
     # Set by a connector, without an annotation.
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -66,21 +68,21 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 
 
 def has_callback(trainer: pl.Trainer, *kinds: type[pl.Callback]) -> bool:
-    """Look for callbacks of some kinds, under either name of Lightning.
+    """Check whether the Trainer has a callback of some classes, of either package.
 
     Args:
-        trainer: whose callbacks are looked through.
+        trainer: of either package.
         kinds: classes of ``lightning.pytorch``.
 
     Returns:
-        Whether there is one of these classes or of one derived from them.
+        Whether one of its callbacks is an instance of one of these classes.
     """
     wanted = either_name(*kinds)
     return any(isinstance(callback, wanted) for callback in callbacks_of(trainer))
 
 
 def _namesake(kind: type[T], name: str) -> type[T] | None:
-    """Find a class under another name of the package; None where it is not imported."""
+    """Find a class in the package ``name``; None if that is not imported."""
     path = kind.__module__.replace(_NAMES[0], name, 1)
     found: type[T] | None = getattr(sys.modules.get(path), kind.__name__, None)
     return found

@@ -1,49 +1,47 @@
-"""The inverse Fisher: our engines, the recursion of the literature, and the GEMM floor.
+"""The inverse Fisher: engines of this package, the recursion, and the GEMM floor.
 
-Floor of a case: the operations (multiplications and additions) of matrix products of the
-same shapes at this machine's float32 GEMM rate, TF32 off. Of symmetric products only
-half of the entries count::
+The floor of a case is the time of its matrix products at this machine's float32 GEMM rate,
+TF32 off. Operations are multiplications and additions; of symmetric products only half of
+the entries count::
 
-    primal   N·B·D (GᵀG by halves) + B²·D (factor, inverse factor)
-    dual     N²·D (GGᵀ by halves) + N²·D (triangular solve), also for the full Fisher
+    primal   N·B·D (half of GᵀG) + B²·D (factor, inverse factor)
+    dual     N²·D (half of GGᵀ) + N²·D (triangular solve), also for the full Fisher
 """
 
 from __future__ import annotations
 
 __all__ = [
-    "Case",
     "InverseRow",
-    "floor_operations",
-    "gemm_rate",
-    "make_rows",
+    "add_floor",
+    "count_floor_operations",
+    "draw_rows",
     "measure_case",
-    "reference_error",
-    "slice_segments",
-    "with_rate",
+    "measure_errors",
+    "measure_gemm_rate",
 ]
 
 import dataclasses
+import functools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_woodfisher.benchmark.cases import Case
 from lightning_woodfisher.benchmark.recursion import (
-    BlockRun,
     Plan,
-    block_runs,
     choose_plan,
-    recursion_diagonal,
-    recursion_inverse,
+    invert_by_recursion,
+    merge_units,
+    read_diagonal,
 )
 from lightning_woodfisher.benchmark.timing import (
-    Tick,
+    CPU,
     Timing,
     measure_alternately,
-    wait_for,
+    time_action,
 )
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import (
@@ -58,10 +56,10 @@ from lightning_woodfisher.fisher.inverse import (
     full_column_chunk,
     make_inverse_fisher,
 )
-from lightning_woodfisher.weights.partition import Partition, make_partition
+from lightning_woodfisher.weights.partition import Partition, Unit, make_partition
 
 DAMPING = 1e-5
-# Entries of rows have this standard deviation, before each row's own factor.
+# Standard deviation of entries of rows, before each row is scaled by its own factor.
 _GRADIENT_SCALE = 1e-3
 _GRADIENT_RANK = 16
 _BLOCKS_CHECKED = 8
@@ -70,113 +68,51 @@ _REFERENCE_COLUMNS = 1 << 14
 
 
 @dataclass(frozen=True)
-class Case:
-    """One problem size.
-
-    Attributes:
-        name: shown in the table.
-        num_gradients: N.
-        block_size: B, or None for the full Fisher.
-        segments: weights of each tensor that is measured; D is their sum.
-        total_weights: weights of the whole network, more than D for a slice of it.
-    """
-
-    name: str
-    num_gradients: int
-    block_size: int | None
-    segments: tuple[int, ...]
-    total_weights: int
-
-    @property
-    def weights(self) -> int:
-        """D, the weights that are measured."""
-        return sum(self.segments)
-
-
-@dataclass(frozen=True)
 class InverseRow:
     """One line of the table.
 
     Attributes:
-        case: name of the case.
-        num_gradients: N.
-        block_size: B; None for the full Fisher.
-        weights: D, as measured.
-        total_weights: of the network; more than ``weights`` means a slice.
-        engine: ``"recursion"``, ``"primal"``, ``"dual"`` or ``"full"``.
-        how: how the recursion was run; empty for the engines.
-        seconds: observing N rows, inverse and its diagonal; median.
-        scaled_seconds: ``seconds`` times total_weights / weights: an extrapolation.
-        runs: seconds of every repetition.
-        cores: processor seconds per second; see :class:`~.timing.Timing`.
-        ratio: seconds of the recursion over ``seconds``; None without a recursion.
-        processor_ratio: the same in processor seconds, which a rival on the cores
-            disturbs less; None without a recursion and on a GPU.
-        floor_seconds: operations of the cheaper engine over the GEMM rate.
-        floor_share: ``floor_seconds / seconds``.
-        peak_bytes: memory beyond the given rows; None where it cannot be measured.
-        error: largest relative error of the diagonal against a float64 inverse, on a
-            subset of blocks (the full Fisher: of columns).
-        update_seconds: joint update at half of the weights; None when not asked for.
+        case: the problem size.
+        engine: ``"recursion"``, ``"published"``, ``"primal"``, ``"dual"`` or ``"full"``.
+        plan: kernel and batch size of a recursion; empty for the engines.
+        timing: observation of N rows, the inverse and its diagonal.
+        ratio: seconds of the recursion over seconds; None without a recursion.
+        processor_ratio: the same in processor seconds, which other processes on the cores
+            affect less; None without a recursion and on a GPU.
+        error: largest relative error of the diagonal against a float64 inverse, on some of
+            the blocks (full Fisher: of the columns).
+        update_seconds: joint update that removes half of the weights; None if not measured.
+        floor_seconds: operations of the engine that ``"auto"`` chooses, at the GEMM rate;
+            None until :func:`add_floor`.
+        floor_share: ``floor_seconds`` over seconds.
     """
 
-    case: str
-    num_gradients: int
-    block_size: int | None
-    weights: int
-    total_weights: int
+    case: Case
     engine: str
-    how: str
-    seconds: float
-    scaled_seconds: float
-    runs: tuple[float, ...]
-    cores: float
+    plan: str
+    timing: Timing
     ratio: float | None
     processor_ratio: float | None
-    floor_seconds: float
-    floor_share: float
-    peak_bytes: int | None
     error: float
     update_seconds: float | None
+    floor_seconds: float | None = None
+    floor_share: float | None = None
 
 
-def slice_segments(
-    segments: Sequence[int], most: int | None, block_size: int | None
-) -> tuple[int, ...]:
-    """Take the same share of every tensor, in whole blocks, about ``most`` in all.
-
-    Args:
-        segments: weights of each tensor.
-        most: weights wanted; None for all.
-        block_size: B, or None for the full Fisher.
-
-    Returns:
-        Weights of each tensor's slice; all of it where that is no more than a block.
-    """
-    total = sum(segments)
-    if most is None or total <= most:
-        return tuple(segments)
-    unit = block_size or 1
-    return tuple(
-        min(weights, max(unit, weights * most // total // unit * unit))
-        for weights in segments
-    )
-
-
-def make_rows(
+def draw_rows(
     num_gradients: int, weights: int, device: torch.device, seed: int = 0
 ) -> Tensor:
-    """Draw rows with the structure of gradients.
+    """Draw random rows with the structure of gradients.
 
-    Half of the variance lies in 16 common directions, half is independent; the
-    entries have standard deviation 1e-3, and each row has its own log-normal factor, as
-    samples differ in loss.
+    Half of the variance lies in 16 common directions, half is independent. Entries have a
+    standard deviation of 1e-3, and each row has its own log-normal factor, as samples
+    differ in loss.
 
     Args:
         num_gradients: N.
         weights: D.
-        device: of the result.
-        seed: of the numbers.
+        device: device of the result.
+        seed: seed of the random numbers.
 
     Returns:
         float32 ``[N, D]``.
@@ -193,34 +129,34 @@ def make_rows(
     return rows.mul_(factors)
 
 
-def floor_operations(
-    num_gradients: int, block_size: int | None, weights: int, engine: Engine = "auto"
-) -> float:
+def count_floor_operations(case: Case) -> float:
     """Count the operations of matrix products of the same shapes (see the module).
 
     Args:
-        num_gradients: N.
-        block_size: B, or None for the full Fisher.
-        weights: D.
-        engine: which form; ``"auto"`` for the one that would be chosen.
+        case: the problem size.
 
     Returns:
-        Multiplications and additions.
+        Multiplications and additions of the engine that ``"auto"`` chooses.
     """
-    n, d = float(num_gradients), float(weights)
-    dual = 2.0 * n * n * d
-    if block_size is None or choose_engine(engine, num_gradients, block_size) == "dual":
-        return dual
-    return n * block_size * d + float(block_size) ** 2 * d
+    n, size, d = float(case.num_gradients), case.block_size, float(case.weights)
+    if size is None or choose_engine(_settings(case)) == "dual":
+        return 2.0 * n * n * d
+    return n * size * d + float(size) ** 2 * d
 
 
-def gemm_rate(device: torch.device, size: int | None = None, repeats: int = 5) -> float:
-    """Measure the float32 GEMM rate on square products; the best of several counts.
+def _settings(case: Case, engine: Engine = "auto") -> FisherConfig:
+    return FisherConfig(case.num_gradients, 1, case.block_size, DAMPING, engine=engine)
+
+
+def measure_gemm_rate(
+    device: torch.device, size: int | None = None, repeats: int = 5
+) -> float:
+    """Measure the float32 GEMM rate on square matrices; the best of several products.
 
     Args:
-        device: where.
-        size: of the matrices; None for 2048 on a processor and 8192 on a GPU.
-        repeats: products, after one that is not counted.
+        device: device of the matrices.
+        size: rows and columns; None for 2048 on a CPU and 8192 on a GPU.
+        repeats: number of products, after one that is not counted.
 
     Returns:
         Multiplications and additions per second.
@@ -228,141 +164,143 @@ def gemm_rate(device: torch.device, size: int | None = None, repeats: int = 5) -
     size = size or (8192 if device.type == "cuda" else 2048)
     left, right = torch.randn(2, size, size, device=device)
     result = left @ right
-    seconds = float("inf")
-    for _ in range(repeats):
-        wait_for(device)
-        start = time.perf_counter()
-        torch.mm(left, right, out=result)
-        wait_for(device)
-        seconds = min(seconds, time.perf_counter() - start)
-    return 2.0 * size**3 / seconds
+    multiply = functools.partial(torch.mm, left, right, out=result)
+    return 2.0 * size**3 / min(time_action(multiply, device) for _ in range(repeats))
 
 
-def with_rate(row: InverseRow, old: float, new: float) -> InverseRow:
-    """Give a row the floor of another GEMM rate.
+def add_floor(row: InverseRow, rate: float) -> InverseRow:
+    """Fill in the floor of a row.
 
     Args:
-        row: measured beside the old rate.
-        old: operations per second.
-        new: operations per second.
+        row: the measurement.
+        rate: from :func:`measure_gemm_rate`.
 
     Returns:
-        The row with its floor and its share changed.
+        The row with its floor and the share of it that is reached.
     """
-    floor = row.floor_seconds * old / new
+    floor = count_floor_operations(row.case) / rate
     return dataclasses.replace(
-        row, floor_seconds=floor, floor_share=floor / row.seconds
+        row, floor_seconds=floor, floor_share=floor / row.timing.seconds
     )
 
 
 def measure_case(
     case: Case,
-    rate: float,
     *,
     repeats: int = 3,
-    device: torch.device | str = "cpu",
+    device: torch.device = CPU,
     engines: Sequence[Engine] = ("auto",),
     with_update: bool = False,
     as_published: bool = False,
-    tick: Tick = lambda _: None,
 ) -> list[InverseRow]:
     """Measure one case; all engines get the same rows and take turns.
 
     Args:
-        case: the problem.
-        rate: from :func:`gemm_rate`.
-        repeats: repetitions.
-        device: where.
-        engines: which of ours.
-        with_update: also measure the joint update.
-        as_published: also measure the recursion with one batched product after another
-            over all blocks, as published code has it.
-        tick: called after every repetition of every engine.
+        case: the problem size.
+        repeats: number of repetitions.
+        device: device to measure on.
+        engines: engines of this package.
+        with_update: whether to measure the joint update, too.
+        as_published: whether to measure the recursion as batched products over all blocks,
+            as in published code, too.
 
     Returns:
-        A row for the recursion, where it is possible, and one for each engine.
+        A row for the recursion, where it is possible, and one for each engine, without
+        floor.
     """
-    device = torch.device(device)
-    rows = make_rows(case.num_gradients, case.weights, device)
-    partition = _make_partition(case)
+    rows = draw_rows(case.num_gradients, case.weights, device)
+    cost = block_cost(_settings(case))
+    block_size = case.block_size or full_column_chunk(case.segments)
+    partition = make_partition(case.segments, block_size, 1, cost)
     diagonals: dict[str, Tensor] = {}
     updates: dict[str, list[float]] = {}
+
+    def run_recursion(name: str, plan: Plan) -> None:
+        inverses = invert_by_recursion(rows, units, DAMPING, plan)
+        diagonals[name] = read_diagonal(inverses)
+
+    def run_engine(name: str, engine: Engine) -> None:
+        inverse = _invert(rows, partition, case, engine)
+        diagonals[name] = inverse.diagonal()
+        if with_update:
+            updates.setdefault(name, []).append(_time_update(inverse, device))
+
     actions: dict[str, Callable[[], object]] = {}
-    how: dict[str, str] = {}
+    plans: dict[str, Plan] = {}
     if case.block_size is not None:
-        runs = block_runs(partition)
-        plans = {"recursion": choose_plan(rows, runs, DAMPING)}
+        units = merge_units(partition)
+        plans["recursion"] = choose_plan(rows, units, DAMPING)
         if as_published:
-            plans["published"] = Plan("products", max(run.count for run in runs))
+            plans["published"] = Plan("products", max(unit.count for unit in units))
         for name, plan in plans.items():
-            how[name] = f"{plan.kernel}, {plan.blocks_at_once} blocks at once"
-
-            def recursion(name: str = name, plan: Plan = plan) -> None:
-                inverses = recursion_inverse(rows, runs, DAMPING, plan)
-                diagonals[name] = recursion_diagonal(inverses)
-
-            actions[name] = recursion
+            actions[name] = functools.partial(run_recursion, name, plan)
     for engine in engines:
-        name = _name_of(engine, case)
+        name = choose_engine(_settings(case, engine))
+        actions[name] = functools.partial(run_engine, name, engine)
+    timings = measure_alternately(actions, repeats, device)
+    errors = measure_errors(rows, partition, case, diagonals)
+    for name, spent in updates.items():
+        # The update runs inside the measured action, but has a column of its own.
+        pairs = zip(timings[name].runs, spent, strict=True)
+        runs = tuple(total - update for total, update in pairs)
+        timings[name] = dataclasses.replace(timings[name], runs=runs)
+    recursion = timings.get("recursion")
+    return [
+        InverseRow(
+            case=case,
+            engine=name,
+            plan=str(plans.get(name, "")),
+            timing=timing,
+            ratio=recursion.seconds / timing.seconds if recursion else None,
+            # While a GPU works, the processor only waits.
+            processor_ratio=recursion.processor_seconds / timing.processor_seconds
+            if recursion and device.type == "cpu"
+            else None,
+            error=errors[name],
+            update_seconds=statistics.median(updates[name])
+            if name in updates
+            else None,
+        )
+        for name, timing in timings.items()
+    ]
 
-        def ours(engine: Engine = engine, name: str = name) -> None:
-            inverse = run_engine(rows, partition, case, engine)
-            diagonals[name] = inverse.diagonal()
-            if with_update:
-                updates.setdefault(name, []).append(_time_update(inverse, device))
 
-        actions[name] = ours
-    timings = measure_alternately(actions, repeats, device, tick)
-    errors = reference_error(rows, partition, case, diagonals)
-    on_gpu = device.type == "cuda"
-    return _make_table(case, rate, timings, how, errors, updates, on_gpu)
-
-
-def run_engine(
+def _invert(
     rows: Tensor, partition: Partition, case: Case, engine: Engine
 ) -> InverseFisher:
-    """Run one of our engines as a pruning step does.
-
-    Args:
-        rows: ``[N, D]``.
-        partition: all blocks.
-        case: the problem.
-        engine: which form.
-
-    Returns:
-        The inverse, factorised.
-    """
-    inverse = make_inverse_fisher(
-        partition,
-        case.num_gradients,
-        DAMPING,
-        Communicator(rows.device),
-        block_size=case.block_size,
-        engine=engine,
-    )
-    fisher = FisherConfig(case.num_gradients, 1, case.block_size, engine=engine)
+    """Compute the inverse with an engine, as a pruning step does."""
+    fisher = _settings(case, engine)
+    inverse = make_inverse_fisher(partition, fisher, Communicator(rows.device))
     for chunk in torch.split(rows, rows_in_chunk(fisher, case.weights)):
         inverse.observe(chunk)
     inverse.factorize()
     return inverse
 
 
-def reference_error(
-    rows: Tensor,
-    partition: Partition,
-    case: Case,
-    diagonals: dict[str, Tensor],
-) -> dict[str, float]:
-    """Compare diagonals with float64: dense inverses of some blocks.
+def _time_update(inverse: InverseFisher, device: torch.device) -> float:
+    """Measure the joint update that removes the half with the smallest saliencies."""
+    generator = torch.Generator(device).manual_seed(0)
+    weights = torch.randn(
+        inverse.size, generator=generator, dtype=torch.float64, device=device
+    )
+    saliency = weights.square() / inverse.diagonal()
+    removed = saliency < saliency.median()
+    return time_action(lambda: inverse.constrained_solve(weights, removed), device)
 
-    The full Fisher is too large for a dense inverse: there some columns g are compared
-    with (1 − gᵀ(NλI + GGᵀ)⁻¹g)/λ, solved by LU in float64.
+
+def measure_errors(
+    rows: Tensor, partition: Partition, case: Case, diagonals: dict[str, Tensor]
+) -> dict[str, float]:
+    """Compare diagonals with dense float64 inverses of some blocks.
+
+    The full Fisher is too large for a dense inverse. There, some columns g are compared
+    with (1 − gᵀ(NλI + GGᵀ)⁻¹g)/λ, computed by LU in float64.
 
     Args:
         rows: ``[N, D]``.
         partition: all blocks.
-        case: the problem.
-        diagonals: ``[D]``, by name.
+        case: the problem size.
+        diagonals: ``[D]`` by name.
 
     Returns:
         Largest relative error by name.
@@ -373,9 +311,9 @@ def reference_error(
         expected = _full_reference(rows, checked)
     else:
         starts = [
-            BlockRun(run.start + index * run.size, run.size, 1)
-            for run in block_runs(partition)
-            for index in _spread(run.count, _BLOCKS_CHECKED)
+            dataclasses.replace(unit, start=unit.start + index * unit.size, count=1)
+            for unit in merge_units(partition)
+            for index in _spread(unit.count, _BLOCKS_CHECKED)
         ]
         blocks = [starts[i] for i in _spread(len(starts), _BLOCKS_CHECKED)]
         checked = torch.cat(
@@ -388,7 +326,7 @@ def reference_error(
     }
 
 
-def _block_reference(rows: Tensor, block: BlockRun) -> Tensor:
+def _block_reference(rows: Tensor, block: Unit) -> Tensor:
     columns = rows[:, block.start : block.stop].double()
     fisher = columns.mT @ columns / len(rows)
     fisher.diagonal().add_(DAMPING)
@@ -408,88 +346,7 @@ def _full_reference(rows: Tensor, checked: Tensor) -> Tensor:
 
 
 def _spread(count: int, wanted: int) -> list[int]:
-    """Up to ``wanted`` numbers below ``count``, first and last among them."""
+    """Return up to ``wanted`` numbers below ``count``, with the first and the last."""
     if count <= wanted:
         return list(range(count))
     return [i * (count - 1) // (wanted - 1) for i in range(wanted)]
-
-
-def _make_partition(case: Case) -> Partition:
-    cost = block_cost(case.num_gradients, case.block_size, "auto")
-    size = case.block_size or full_column_chunk(case.segments)
-    return make_partition(case.segments, size, 1, cost)
-
-
-def _name_of(engine: Engine, case: Case) -> str:
-    if case.block_size is None:
-        return "full"
-    return choose_engine(engine, case.num_gradients, case.block_size)
-
-
-def _time_update(inverse: InverseFisher, device: torch.device) -> float:
-    """Seconds of the joint update that removes the less salient half."""
-    generator = torch.Generator(device).manual_seed(0)
-    weights = torch.randn(
-        inverse.size, generator=generator, dtype=torch.float64, device=device
-    )
-    saliency = weights.square() / inverse.diagonal()
-    removed = saliency < saliency.median()
-    wait_for(device)
-    start = time.perf_counter()
-    inverse.constrained_solve(weights, removed)
-    wait_for(device)
-    return time.perf_counter() - start
-
-
-def _make_table(
-    case: Case,
-    rate: float,
-    timings: dict[str, Timing],
-    how: dict[str, str],
-    errors: dict[str, float],
-    updates: dict[str, list[float]],
-    on_gpu: bool,
-) -> list[InverseRow]:
-    floor = floor_operations(case.num_gradients, case.block_size, case.weights) / rate
-    # The update runs inside the measured action, but has a column of its own.
-    runs = {
-        name: tuple(
-            seconds - update
-            for seconds, update in zip(
-                timing.runs, updates.get(name, [0.0] * len(timing.runs)), strict=True
-            )
-        )
-        for name, timing in timings.items()
-    }
-    medians = {name: statistics.median(seconds) for name, seconds in runs.items()}
-    recursion = medians.get("recursion")
-    # On a GPU the processor only waits; within an update it works for another column.
-    processor = {n: medians[n] * timing.cores for n, timing in timings.items()}
-    comparable = recursion is not None and not on_gpu
-    return [
-        InverseRow(
-            case=case.name,
-            num_gradients=case.num_gradients,
-            block_size=case.block_size,
-            weights=case.weights,
-            total_weights=case.total_weights,
-            engine=name,
-            how=how.get(name, ""),
-            seconds=seconds,
-            scaled_seconds=seconds * case.total_weights / case.weights,
-            runs=runs[name],
-            cores=timings[name].cores,
-            ratio=None if recursion is None else recursion / seconds,
-            processor_ratio=processor["recursion"] / max(processor[name], 1e-9)
-            if comparable
-            else None,
-            floor_seconds=floor,
-            floor_share=floor / seconds,
-            peak_bytes=timings[name].peak_bytes,
-            error=errors[name],
-            update_seconds=statistics.median(updates[name])
-            if name in updates
-            else None,
-        )
-        for name, seconds in medians.items()
-    ]

@@ -1,15 +1,23 @@
-"""Small networks to measure with, at random weights."""
+"""Small networks and data for measurements, with random weights."""
 
 from __future__ import annotations
 
-__all__ = ["RandomImages", "ResNet20", "Transformer", "cross_entropy"]
+__all__ = [
+    "ResNet20",
+    "Transformer",
+    "cross_entropy",
+    "make_resnet20",
+    "random_images",
+    "split_batches",
+]
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import TensorDataset
 
 
 class _BasicBlock(nn.Module):
@@ -33,24 +41,19 @@ class ResNet20(nn.Module):
     """ResNet-20 for 32×32 images with parameter-free shortcuts (He et al. 2016, 4.2).
 
     Args:
-        width: channels of the first stage; 16 is the network of the paper.
+        width: channels of the first stage; 16 in the paper.
     """
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        blocks = []
-        inputs = width
-        for outputs in (width, 2 * width, 4 * width):
-            for _ in range(3):
-                blocks.append(_BasicBlock(inputs, outputs))
-                inputs = outputs
-        self.blocks = nn.Sequential(*blocks)
-        self.fc = nn.Linear(inputs, 10)
+        widths = [width, *(stage * width for stage in (1, 2, 4) for _ in range(3))]
+        self.blocks = nn.Sequential(*map(_BasicBlock, widths, widths[1:]))
+        self.fc = nn.Linear(widths[-1], 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify.
+        """Classify images.
 
         Args:
             images: ``[n, 3, height, width]``.
@@ -63,12 +66,26 @@ class ResNet20(nn.Module):
         return logits
 
 
+def make_resnet20(device: torch.device, width: int = 16) -> ResNet20:
+    """Return ResNet-20 with the same random weights every time.
+
+    Args:
+        device: device of the network.
+        width: channels of the first stage; 16 in the paper.
+
+    Returns:
+        The network in evaluation mode.
+    """
+    torch.manual_seed(0)
+    return ResNet20(width).to(device).eval()
+
+
 class Transformer(nn.Module):
     """A pre-norm transformer encoder that classifies sequences of vectors.
 
     Args:
-        width: of the model.
-        layers: their number.
+        width: width of the model.
+        layers: number of layers.
     """
 
     def __init__(self, width: int = 256, layers: int = 4) -> None:
@@ -80,7 +97,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """Classify.
+        """Classify sequences.
 
         Args:
             vectors: ``[n, length, width]``.
@@ -92,31 +109,44 @@ class Transformer(nn.Module):
         return logits
 
 
-class RandomImages(Dataset[tuple[Tensor, Tensor]]):
-    """Normally distributed images with random labels.
+def random_images(samples: int, size: int = 32) -> TensorDataset:
+    """Draw normally distributed images and random labels.
 
     Args:
-        samples: their number.
+        samples: number of images.
         size: height and width.
+
+    Returns:
+        Images, float32 ``[samples, 3, size, size]``, and labels, int64 ``[samples]``.
     """
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(samples, 3, size, size, generator=generator)
+    return TensorDataset(images, torch.randint(10, (samples,), generator=generator))
 
-    def __init__(self, samples: int, size: int = 32) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.images = torch.randn(samples, 3, size, size, generator=generator)
-        self.labels = torch.randint(10, (samples,), generator=generator)
 
-    def __len__(self) -> int:
-        return len(self.labels)
+def split_batches(
+    data: TensorDataset, size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split data into batches.
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
+    Args:
+        data: images and labels.
+        size: samples in a batch.
+        device: device to move the batches to.
+
+    Yields:
+        Images and labels; the last batch may be smaller.
+    """
+    images, labels = (torch.split(tensor, size) for tensor in data.tensors)
+    for batch in zip(images, labels, strict=True):
+        yield batch[0].to(device), batch[1].to(device)
 
 
 def cross_entropy(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Compute the mean loss of a batch.
+    """Compute the mean cross-entropy of a batch.
 
     Args:
-        model: maps inputs to logits.
+        model: callable from inputs to logits.
         batch: inputs and labels.
 
     Returns:

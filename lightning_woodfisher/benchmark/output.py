@@ -1,13 +1,12 @@
-"""Results as text, as JSON and as a figure."""
+"""Format results as text and JSON, and draw them as a figure."""
 
 from __future__ import annotations
 
 __all__ = [
-    "BUSY_NOTE",
     "Machine",
     "describe_machine",
-    "format_table",
-    "require_matplotlib",
+    "format_results",
+    "format_rows",
     "to_json",
     "write_figure",
 ]
@@ -24,27 +23,19 @@ from typing import Any
 
 import torch
 
-from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.benchmark.cases import Case
 from lightning_woodfisher.benchmark.inverse import InverseRow
+from lightning_woodfisher.benchmark.timing import Timing, describe_memory_measure
+from lightning_woodfisher.pruning.report import format_table
 
+# Headers that do not follow from the name.
 _HEADERS = {
     "num_gradients": "N",
     "block_size": "B",
     "weights": "D",
-    "seconds": "seconds",
-    "cores": "cores",
-    "ratio": "ratio",
     "processor_ratio": "cpu ratio",
-    "floor_seconds": "floor s",
     "floor_share": "of floor",
     "peak_bytes": "peak",
-    "error": "error",
-    "update_seconds": "update s",
-    "equal_mask": "equal mask",
-    "plain_seconds": "plain s",
-    "masked_seconds": "masked s",
-    "mask_seconds": "masks s",
-    "silent_seconds": "silent s",
     "exchange_share": "exchange",
     "state_bytes": "state of each rank",
     "world_size": "R",
@@ -53,33 +44,33 @@ _HEADERS = {
     "pair_bytes": "pairs",
     "squared_bytes": "S²",
 }
-_HIDDEN = {"runs", "total_weights", "scaled_seconds", "how"}
+_HIDDEN = {"name", "segments", "total_weights", "runs", "plan"}
 _SHARES = {"floor_share", "exchange_share", "equal_mask"}
-_FAR = 1e4
-# Engines are made of large products, which keep more than this share of the threads busy.
+_LARGE = 1e4
+# Engines consist of large products, which keep more than this share of the threads busy.
 _BUSY_SHARE = 0.6
 _SHORT = 0.1
-BUSY_NOTE = (
-    "WARNING: the threads did not get the processors to themselves (see 'cores'). The "
-    "recursion suffers most from that, so the ratios flatter this package: do not quote "
-    "them; measure again on an idle machine."
+_BUSY_NOTE = (
+    "WARNING: other processes used the cores during the measurement (see 'cores'). This "
+    "slows the recursion most, so the ratios are too favorable for this package. Do not "
+    "quote them; measure again on an idle machine."
 )
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the numbers come from.
+    """The machine that was measured.
 
     Attributes:
         device: name of the processor or GPU.
-        threads: of torch.
-        cores_allowed: processors that this process may run on.
-        load: average of running processes in the last minute, before the start.
+        threads: number of torch threads.
+        cores_allowed: number of processors that this process may use.
+        load: average number of running processes in the minute before the start.
         torch: version.
-        gemm_rate: float32, operations per second; None when not measured.
+        gemm_rate: float32 operations per second; None if not measured.
         memory: what the peak counts.
-        busy: whether an action got so little processor time that others must have been
-            at work; the ratios are then worth nothing.
+        busy: whether an action got so little processor time that other processes must have
+            been running; ratios are then unreliable.
     """
 
     device: str
@@ -96,193 +87,201 @@ def describe_machine(
     device: torch.device,
     gemm_rate: float | None,
     load: float | None,
-    memory: str,
-    tables: Mapping[str, Sequence[Any]],
+    rows: Sequence[InverseRow] = (),
 ) -> Machine:
-    """Collect what a reader must know to judge the numbers.
+    """Collect what a reader needs to judge the numbers.
 
     Args:
-        device: that was measured.
-        gemm_rate: of the floor.
+        device: the measured device.
+        gemm_rate: rate that the floor assumes.
         load: average load before the start.
-        memory: what the peak counts.
-        tables: all rows, to judge whether others were at work.
+        rows: measurements, which show whether other processes were running.
 
     Returns:
         The description.
     """
-    # Without rivals every action keeps at least one thread busy; engines most of them.
-    busy = device.type != "cuda" and any(
-        row.cores
-        < _BUSY_SHARE * (1 if _is_sequential(row) else torch.get_num_threads())
-        for row in tables.get("inverse", ())
-    )
+    threads = torch.get_num_threads()
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+        name, busy = torch.cuda.get_device_name(device), False
     else:
         name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        # On an idle machine every action keeps at least one thread busy, engines most of
+        # them. Short actions and the recursion may keep only one busy.
+        busy = any(
+            row.timing.cores < _BUSY_SHARE * (1 if _is_sequential(row) else threads)
+            for row in rows
+        )
     return Machine(
         device=name,
-        threads=torch.get_num_threads(),
+        threads=threads,
         cores_allowed=_count_allowed_cores(),
         load=load,
         torch=torch.__version__,
         gemm_rate=gemm_rate,
-        memory=memory,
+        memory=describe_memory_measure(device),
         busy=busy,
     )
 
 
-def _is_sequential(row: Any) -> bool:
-    """Whether a row may well have kept only one thread busy: the rest is too small."""
-    return bool(row.engine == "recursion" or row.seconds < _SHORT)
+def _is_sequential(row: InverseRow) -> bool:
+    return row.engine == "recursion" or row.timing.seconds < _SHORT
 
 
 def _count_allowed_cores() -> int:
-    """Processors of all threads together: OpenMP may have bound each to one of them."""
+    """Count the processors of all threads: OpenMP may have bound each to one of them."""
     tasks = Path("/proc/self/task")
-    if not (hasattr(os, "sched_getaffinity") and tasks.exists()):
+    if not tasks.exists():
         return os.cpu_count() or 1
     allowed: set[int] = set()
     for task in tasks.iterdir():
-        # A thread may end while we look.
+        # A thread may end during the loop.
         with contextlib.suppress(OSError):
             allowed |= os.sched_getaffinity(int(task.name))
     return len(allowed)
 
 
-def format_table(rows: Sequence[Any]) -> str:
-    """Lay rows out in columns.
+def format_results(machine: Machine, tables: Mapping[str, Sequence[Any]]) -> str:
+    """Format all results as text.
 
     Args:
-        rows: instances of one frozen dataclass.
+        machine: the measured machine.
+        tables: rows by name of the table.
 
     Returns:
-        Lines with a header; fields that are None in every row are left out. A slice of a
-        network is followed by the figure scaled to all of it.
+        Lines: the machine, the tables, and a warning if the machine was busy.
     """
-    names = [
-        field.name
-        for field in dataclasses.fields(rows[0])
-        if field.name not in _HIDDEN
-        and any(getattr(row, field.name) is not None for row in rows)
-    ]
-    cells = [[_HEADERS.get(name, name) for name in names]]
-    cells += [[_format(name, getattr(row, name)) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     lines = [
-        "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True))
-        for line in cells
+        f"{machine.device}, {machine.threads} threads on {machine.cores_allowed} cores, "
+        f"torch {machine.torch}, memory: {machine.memory}"
     ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *_notes(rows)])
+    if machine.load is not None:
+        lines.append(f"load before the start: {machine.load:.2f} running processes")
+    if machine.gemm_rate is not None:
+        lines.append(f"float32 GEMM: {machine.gemm_rate / 1e9:.1f} GFLOP/s (the floor)")
+    for name, rows in tables.items():
+        lines += ["", f"[{name}]", format_rows(rows)]
+    if machine.busy:
+        lines += ["", _BUSY_NOTE]
+    return "\n".join(lines) + "\n"
 
 
-def _notes(rows: Sequence[Any]) -> list[str]:
-    notes = []
+def format_rows(rows: Sequence[Any]) -> str:
+    """Format rows as a table.
+
+    Args:
+        rows: instances of one of the row classes.
+
+    Returns:
+        Lines with a header, without columns that are None in every row. Notes name the
+        plan of a recursion, and the time of a slice scaled to the whole network.
+    """
+    flat = [_flatten(row) for row in rows]
+    names = [
+        name
+        for name in flat[0]
+        if name not in _HIDDEN and any(row[name] is not None for row in flat)
+    ]
+    head = tuple(
+        _HEADERS.get(name, name.replace("_seconds", " s").replace("_", " "))
+        for name in names
+    )
+    cells = [tuple(_format(name, row[name]) for name in names) for row in flat]
+    lines = [format_table(head, cells)]
     for row in rows:
-        if isinstance(row, InverseRow) and row.how:
-            notes.append(f"{row.engine} of {row.case}, B={row.block_size}: {row.how}")
-        if isinstance(row, InverseRow) and row.total_weights > row.weights:
-            notes.append(
-                f"{row.case}, B={row.block_size or 'D'}, {row.engine}: a slice of "
-                f"{row.weights:,} of {row.total_weights:,} weights; scaled to all "
-                f"(not measured): {row.scaled_seconds:.3g} s"
+        if not isinstance(row, InverseRow):
+            continue
+        case, seconds = row.case, row.timing.seconds
+        name = f"{row.engine} of {case.name}, B={case.block_size or 'D'}"
+        if row.plan:
+            lines.append(f"{name}: {row.plan}")
+        if case.total_weights > case.weights:
+            lines.append(
+                f"{name}: a slice of {case.weights:,} of {case.total_weights:,} weights; "
+                "scaled to all (not measured): "
+                f"{seconds * case.total_weights / case.weights:.3g} s"
             )
-    return notes
+    return "\n".join(lines)
+
+
+def _flatten(row: Any) -> dict[str, Any]:
+    """Convert a row to a dict with the columns of its case and of its timing."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(row):
+        value = getattr(row, field.name)
+        if isinstance(value, Timing):
+            flat |= {"seconds": value.seconds, **dataclasses.asdict(value)}
+        elif isinstance(value, Case):
+            flat |= {"case": value.name, **dataclasses.asdict(value)}
+            flat["weights"] = value.weights
+        else:
+            flat[field.name] = value
+    return flat
 
 
 def _format(name: str, value: Any) -> str:
-    if name == "block_size":
-        return "D" if value is None else str(value)
     if value is None:
-        return "–"
+        return "D" if name == "block_size" else "–"
     if name in _SHARES:
         return f"{100 * value:.1f} %"
     if name.endswith("bytes"):
         values = value if isinstance(value, tuple) else (value,)
         return ", ".join(f"{v / 1e6:.1f} MB" for v in values)
+    if name == "error":
+        return f"{value:.1e}"
     if isinstance(value, float):
-        if name in {"error"}:
-            return f"{value:.1e}"
-        return f"{value:.0f}" if value > _FAR else f"{value:.4g}"
+        return f"{value:.0f}" if value > _LARGE else f"{value:.4g}"
     return str(value)
 
 
 def to_json(machine: Machine, tables: Mapping[str, Sequence[Any]]) -> str:
-    """Write everything down, nothing rounded.
+    """Convert all results to JSON, without rounding.
 
     Args:
-        machine: where it was measured.
+        machine: the measured machine.
         tables: rows by name of the table.
 
     Returns:
         JSON with the keys ``machine`` and ``tables``.
     """
-    content = {
-        "machine": dataclasses.asdict(machine),
-        "tables": {
-            name: [dataclasses.asdict(row) for row in rows]
-            for name, rows in tables.items()
-        },
-    }
+    plain = {name: [_flatten(row) for row in rows] for name, rows in tables.items()}
+    content = {"machine": dataclasses.asdict(machine), "tables": plain}
     return json.dumps(content, indent=2)
 
 
-def require_matplotlib() -> Any:
-    """Import the figure of matplotlib, which only ``--png`` needs.
-
-    Returns:
-        The class ``matplotlib.figure.Figure``.
-
-    Raises:
-        ConfigurationError: when matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(
-            "--png needs matplotlib: pip install 'lightning-woodfisher[examples]'."
-        ) from error
-    return Figure
-
-
 def write_figure(rows: Sequence[InverseRow], machine: Machine, path: Path) -> None:
-    """Draw seconds of every engine as bars on a logarithmic scale.
+    """Draw the seconds of every engine as bars on a logarithmic scale.
 
     Args:
         rows: the table of the inverse.
-        machine: named in the title.
-        path: of the PNG.
+        machine: the measured machine, for the title.
+        path: path of the PNG.
     """
-    figure_class = require_matplotlib()
-    labels, seconds, colors, texts = [], [], [], []
+    from matplotlib.figure import Figure
+
+    seconds = [row.timing.seconds for row in rows]
+    labels, texts, colors = [], [], []
     for row in rows:
-        block = "B = D" if row.block_size is None else f"B = {row.block_size}"
-        size = f"N = {row.num_gradients}, {block}, D = {row.weights:,}"
-        labels.append(f"{row.engine}\n{row.case}: {size}")
-        seconds.append(row.seconds)
-        colors.append("#9aa3ad" if row.engine == "recursion" else "#1f77b4")
-        ratio = (
-            ""
-            if row.ratio is None or row.engine == "recursion"
-            else (
+        case = row.case
+        size = f"N = {case.num_gradients}, B = {case.block_size or 'D'}, D = {case.weights:,}"
+        labels.append(f"{row.engine}\n{case.name}: {size}")
+        is_recursion = row.engine == "recursion"
+        colors.append("#9aa3ad" if is_recursion else "#1f77b4")
+        text = f" {row.timing.seconds:.3g} s  ("
+        if row.ratio is not None and not is_recursion:
+            text += (
                 f"{row.ratio:.3g}× faster, "
                 if row.ratio >= 1
                 else f"{row.ratio:.2g}×, "
             )
-        )
-        share = f"{100 * row.floor_share:.0f} % of the GEMM floor"
-        texts.append(f" {row.seconds:.3g} s  ({ratio}{share})")
-    figure = figure_class(figsize=(11, 1.2 + 0.6 * len(rows)), layout="constrained")
+        texts.append(f"{text}{100 * (row.floor_share or 0):.0f} % of the GEMM floor)")
+    figure = Figure(figsize=(11, 1.2 + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    places = range(len(rows))
-    axes.barh(places, seconds, color=colors, height=0.7)
-    for place, value, text in zip(places, seconds, texts, strict=True):
-        axes.text(value, place, text, va="center", fontsize=9)
-    axes.set_yticks(places, labels, fontsize=9)
+    bars = axes.barh(range(len(rows)), seconds, color=colors, height=0.7)
+    axes.bar_label(bars, texts, fontsize=9)
+    axes.set_yticks(range(len(rows)), labels, fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    # Room for the labels right of the bars: a fixed part of the logarithmic axis.
+    # Leave room for the texts to the right of the bars.
     low, high = min(seconds) / 3, max(seconds)
     axes.set_xlim(low, high * (high / low) ** 0.8)
     axes.set_xlabel("seconds (median), logarithmic")

@@ -1,36 +1,35 @@
-"""The baseline: the inverse Fisher by N rank-one Woodbury updates, as in the literature.
+"""Baseline: the inverse Fisher by N rank-one Woodbury updates, as in the literature.
 
-For every block, from F⁻¹ = I/λ, one row g after the other (WoodFisher, section 3)::
+For every block, starting with F⁻¹ = I/λ, for each row g (WoodFisher, section 3)::
 
     v = F⁻¹g,    F⁻¹ ← F⁻¹ − v vᵀ / (N + gᵀv)
 
-This is written to be fast, so that the comparison is fair: all rows are applied to a
-batch of blocks that fits into cache before the next batch is touched, everything is in
-place, and both the batch and the kernels are chosen by trying them on this machine.
+The implementation is fast, for a fair comparison: updates are in place, all rows are
+applied to a batch of blocks that fits into cache before the next batch, and the batch
+size and one of three kernels are chosen by trying them on this machine.
 """
 
 from __future__ import annotations
 
 __all__ = [
-    "BlockRun",
     "Plan",
-    "block_runs",
     "choose_plan",
-    "recursion_diagonal",
-    "recursion_inverse",
+    "invert_by_recursion",
+    "merge_units",
+    "read_diagonal",
 ]
 
-import time
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.benchmark.timing import wait_for
-from lightning_woodfisher.weights.partition import Partition
+from lightning_woodfisher.benchmark.timing import time_action
+from lightning_woodfisher.weights.partition import Partition, Unit
 
-# Batches of blocks up to this size are tried; beyond it no processor's cache reaches.
+# Sizes of the batches of blocks to try: no cache is larger or smaller.
 _LARGEST_BATCH_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
 _SMALLEST_BATCH_BYTES = {"cpu": 64 << 10, "cuda": 16 << 20}
 _UPDATES_TRIED = 6
@@ -40,82 +39,72 @@ Kernel = Callable[[Tensor, Tensor, Tensor, float], None]
 
 
 @dataclass(frozen=True)
-class BlockRun:
-    """``count`` consecutive blocks of ``size`` weights, from weight ``start``."""
-
-    start: int
-    size: int
-    count: int
-
-    @property
-    def stop(self) -> int:
-        """One past the last weight."""
-        return self.start + self.size * self.count
-
-
-@dataclass(frozen=True)
 class Plan:
     """How to run the recursion.
 
     Attributes:
-        kernel: name of the way to do one update, a key of ``KERNELS``.
-        blocks_at_once: blocks that go through all rows together.
+        kernel: implementation of one update, a key of ``KERNELS``.
+        blocks_at_once: number of blocks in a batch.
     """
 
     kernel: str
     blocks_at_once: int
 
+    def __str__(self) -> str:
+        """Return the plan as a note for the table."""
+        return f"{self.kernel}, {self.blocks_at_once} blocks at once"
 
-def block_runs(partition: Partition) -> list[BlockRun]:
+
+def merge_units(partition: Partition) -> list[Unit]:
     """Merge the units of a partition into the longest runs of equal blocks.
 
     Args:
         partition: all blocks.
 
     Returns:
-        Runs in order; together they cover the same weights.
+        Units in order, which may span several tensors. Together they cover the same weights.
     """
-    runs: list[BlockRun] = []
+    merged: list[Unit] = []
     for unit in partition.units:
-        last = runs[-1] if runs else None
+        last = merged[-1] if merged else None
         if last and last.size == unit.size and last.stop == unit.start:
-            runs[-1] = BlockRun(last.start, last.size, last.count + unit.count)
+            merged[-1] = dataclasses.replace(last, count=last.count + unit.count)
         else:
-            runs.append(BlockRun(unit.start, unit.size, unit.count))
-    return runs
+            merged.append(unit)
+    return merged
 
 
-def recursion_inverse(
-    rows: Tensor, runs: Sequence[BlockRun], damping: float, plan: Plan
+def invert_by_recursion(
+    rows: Tensor, units: Sequence[Unit], damping: float, plan: Plan
 ) -> list[Tensor]:
     """Invert all blocks by the recursion.
 
     Args:
         rows: ``[N, D]``, float32 as in the literature, or float64.
-        runs: the blocks.
+        units: the blocks.
         damping: λ.
-        plan: how; see :func:`choose_plan`.
+        plan: from :func:`choose_plan`.
 
     Returns:
-        F⁻¹ of each run, ``[K, B, B]`` in the dtype of the rows.
+        F⁻¹ of each unit, ``[K, B, B]`` in the dtype of the rows.
     """
     kernel = KERNELS[plan.kernel]
     inverses = []
-    for run in runs:
-        inverse = rows.new_empty(run.count, run.size, run.size)
-        for first in range(0, run.count, plan.blocks_at_once):
+    for unit in units:
+        inverse = rows.new_empty(unit.count, unit.size, unit.size)
+        for first in range(0, unit.count, plan.blocks_at_once):
             batch = inverse[first : first + plan.blocks_at_once]
-            columns = rows[:, run.start + first * run.size :]
+            columns = rows[:, unit.start + first * unit.size :]
             _apply(kernel, batch, columns, len(rows), damping)
         inverses.append(inverse)
     return inverses
 
 
-def recursion_diagonal(inverses: Sequence[Tensor]) -> Tensor:
-    """Read the diagonal off.
+def read_diagonal(inverses: Sequence[Tensor]) -> Tensor:
+    """Return the diagonal of the inverse.
 
     Args:
-        inverses: F⁻¹ of each run, ``[K, B, B]``.
+        inverses: F⁻¹ of each unit, ``[K, B, B]``.
 
     Returns:
         diag(F⁻¹), ``[D]``.
@@ -123,54 +112,52 @@ def recursion_diagonal(inverses: Sequence[Tensor]) -> Tensor:
     return torch.cat([f.diagonal(dim1=-2, dim2=-1).reshape(-1) for f in inverses])
 
 
-def choose_plan(rows: Tensor, runs: Sequence[BlockRun], damping: float) -> Plan:
-    """Try kernels and batches for a few updates and keep the fastest.
+def choose_plan(rows: Tensor, units: Sequence[Unit], damping: float) -> Plan:
+    """Try kernels and batch sizes for a few updates and return the fastest.
 
     Args:
         rows: ``[N, D]``.
-        runs: the blocks; the longest run is tried.
+        units: the blocks; only the largest unit is tried.
         damping: λ.
 
     Returns:
-        The plan with the least time for one block.
+        The plan with the least time per block.
     """
-    run = max(runs, key=lambda run: run.size**2 * run.count)
-    plans = [Plan(kernel, count) for count in _batches(run, rows) for kernel in KERNELS]
-    return min(plans, key=lambda plan: _seconds_of_a_block(rows, run, damping, plan))
+    unit = max(units, key=lambda unit: unit.size**2 * unit.count)
+    plans = [
+        Plan(name, count) for count in _batch_sizes(unit, rows) for name in KERNELS
+    ]
+    return min(plans, key=lambda plan: _seconds_per_block(rows, unit, damping, plan))
 
 
-def _batches(run: BlockRun, rows: Tensor) -> list[int]:
-    """Numbers of blocks to try: powers of two around the sizes of caches."""
-    block = run.size**2 * rows.element_size()
+def _batch_sizes(unit: Unit, rows: Tensor) -> list[int]:
+    """Return the numbers of blocks to try: powers of two around the sizes of caches."""
+    block = unit.size**2 * rows.element_size()
     smallest = _SMALLEST_BATCH_BYTES[rows.device.type]
     largest = _LARGEST_BATCH_BYTES[rows.device.type]
     counts = [2**power for power in range(32)]
-    fitting = [c for c in counts if smallest <= c * block <= largest and c < run.count]
-    if run.count * block <= largest:
-        fitting.append(run.count)
-    return fitting or [min(run.count, max(1, largest // block))]
+    fitting = [c for c in counts if smallest <= c * block <= largest and c < unit.count]
+    if unit.count * block <= largest:
+        fitting.append(unit.count)
+    return fitting or [min(unit.count, max(1, largest // block))]
 
 
-def _seconds_of_a_block(
-    rows: Tensor, run: BlockRun, damping: float, plan: Plan
-) -> float:
-    some = rows[:_UPDATES_TRIED, run.start :]
-    batch = rows.new_empty(plan.blocks_at_once, run.size, run.size)
-    kernel, best = KERNELS[plan.kernel], float("inf")
-    _apply(kernel, batch, some, len(some), damping)
-    for _ in range(_TRIALS):
-        wait_for(rows.device)
-        start = time.perf_counter()
-        _apply(kernel, batch, some, len(some), damping)
-        wait_for(rows.device)
-        best = min(best, time.perf_counter() - start)
-    return best / plan.blocks_at_once
+def _seconds_per_block(rows: Tensor, unit: Unit, damping: float, plan: Plan) -> float:
+    tried = rows[:_UPDATES_TRIED, unit.start :]
+    batch = rows.new_empty(plan.blocks_at_once, unit.size, unit.size)
+
+    def apply() -> None:
+        _apply(KERNELS[plan.kernel], batch, tried, len(tried), damping)
+
+    apply()
+    seconds = min(time_action(apply, rows.device) for _ in range(_TRIALS))
+    return seconds / plan.blocks_at_once
 
 
 def _apply(
     kernel: Kernel, inverse: Tensor, columns: Tensor, count: int, damping: float
 ) -> None:
-    """Set F⁻¹ to I/λ and apply all rows, in place."""
+    """Set F⁻¹ to I/λ and apply all rows in place."""
     blocks, size = inverse.shape[:2]
     inverse.zero_()
     inverse.diagonal(dim1=-2, dim2=-1).fill_(1.0 / damping)

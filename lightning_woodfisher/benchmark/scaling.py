@@ -1,9 +1,10 @@
-"""How a pruning step scales over gloo processes on this machine."""
+"""A pruning step on several gloo processes of this machine."""
 
 from __future__ import annotations
 
 __all__ = ["ScalingRow", "measure_scaling"]
 
+import copy
 import os
 import statistics
 import sys
@@ -16,14 +17,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from tqdm.auto import tqdm
 
-from lightning_woodfisher.benchmark.networks import (
-    RandomImages,
-    ResNet20,
-    cross_entropy,
-)
-from lightning_woodfisher.benchmark.timing import Tick
+from lightning_woodfisher.benchmark.networks import cross_entropy
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import (
     Communicator,
@@ -41,22 +39,22 @@ _SPARSITY = 0.5
 
 @dataclass(frozen=True)
 class ScalingRow:
-    """A pruning step of ResNet-20 on R processes of one thread each.
+    """A pruning step on R processes of one thread each.
 
     Attributes:
         world_size: R.
         num_gradients: N, of one sample each.
-        block_size: B; None for the full Fisher.
-        seconds: median over repetitions of the slowest rank.
+        block_size: B.
+        seconds: time of the slowest rank, median over repetitions.
         speedup: seconds of one process over ``seconds``.
-        silent_seconds: the same without messages in the exchange of rows.
-        exchange_share: part of ``seconds`` that goes away with them.
-        state_bytes: of each rank's part of the Fisher.
+        silent_seconds: the same, without messages in the exchange of rows.
+        exchange_share: share of ``seconds`` that the messages take.
+        state_bytes: bytes of the Fisher on each rank.
     """
 
     world_size: int
     num_gradients: int
-    block_size: int | None
+    block_size: int
     seconds: float
     speedup: float
     silent_seconds: float
@@ -65,10 +63,10 @@ class ScalingRow:
 
 
 class SilentCommunicator(Communicator):
-    """Exchanges rows without a message: each rank repeats its own slice.
+    """A communicator that exchanges rows without messages: each rank repeats its own.
 
-    The numbers are wrong and everything else is as it was, which is what it takes to
-    see how much of a step the exchange costs.
+    Results are wrong, but the work is the same, so that the difference in time is the cost
+    of the exchange.
     """
 
     def exchange(
@@ -78,16 +76,16 @@ class SilentCommunicator(Communicator):
         counts: Sequence[int],
         dtype: torch.dtype = torch.float32,
     ) -> Pending:
-        """See :meth:`Communicator.exchange`.
+        """Return rows of the right shape; see :meth:`Communicator.exchange`.
 
         Args:
-            rows: ``[n, D]``, or None when this rank has none this time.
-            sizes: columns owned by each rank.
-            counts: rows that each rank has.
-            dtype: of the rows.
+            rows: ``[n, D]``, or None if this rank has no rows this time.
+            sizes: number of columns that each rank owns.
+            counts: number of rows that each rank has.
+            dtype: dtype of the rows.
 
         Returns:
-            ``[sum(counts), D_r]``, the first own row again and again.
+            ``[sum(counts), D_r]``, copies of the first own row.
         """
         start, own = sum(sizes[: self.rank]), sizes[self.rank]
         if rows is None:
@@ -99,56 +97,47 @@ class SilentCommunicator(Communicator):
 
 def measure_scaling(
     most: int,
-    num_gradients: int = 128,
-    block_size: int | None = 288,
+    model: nn.Module,
+    data: TensorDataset,
+    block_size: int = 288,
     *,
     repeats: int = 3,
-    width: int = 16,
-    image_size: int = 32,
-    tick: Tick = lambda _: None,
 ) -> list[ScalingRow]:
     """Measure pruning steps on 1 to ``most`` processes.
 
     Args:
         most: largest world size.
-        num_gradients: N, of one sample each.
+        model: the network, on the CPU and in evaluation mode.
+        data: N inputs and labels; each sample has one gradient.
         block_size: B.
-        repeats: repetitions, after one that is not counted.
-        width: of the network.
-        image_size: of the images.
-        tick: called after every world size.
+        repeats: number of repetitions, after one that is not counted.
 
     Returns:
         A row for each world size.
     """
+    fisher = FisherConfig(len(data), 1, block_size, damping=1e-5)
     rows: list[ScalingRow] = []
-    for world_size in range(1, most + 1):
+    for world_size in tqdm(range(1, most + 1), leave=False, disable=None):
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
                 _run_rank,
-                (
-                    world_size,
-                    folder,
-                    (num_gradients, block_size, repeats, width, image_size),
-                ),
+                (world_size, folder, model, data, fisher, repeats),
                 nprocs=world_size,
             )
-            loud, silent, state = torch.load(Path(folder, "result"), weights_only=True)
-        seconds = statistics.median(loud)
-        quiet = statistics.median(silent)
+            spent, silent, state = torch.load(Path(folder, "result"), weights_only=True)
+        seconds, silent_seconds = statistics.median(spent), statistics.median(silent)
         rows.append(
             ScalingRow(
                 world_size=world_size,
-                num_gradients=num_gradients,
+                num_gradients=len(data),
                 block_size=block_size,
                 seconds=seconds,
                 speedup=(rows[0].seconds if rows else seconds) / seconds,
-                silent_seconds=quiet,
-                exchange_share=1.0 - quiet / seconds,
+                silent_seconds=silent_seconds,
+                exchange_share=1.0 - silent_seconds / seconds,
                 state_bytes=tuple(state),
             )
         )
-        tick(f"{world_size} processes")
     return rows
 
 
@@ -156,17 +145,20 @@ def _run_rank(
     rank: int,
     world_size: int,
     folder: str,
-    settings: tuple[int, int | None, int, int, int],
+    model: nn.Module,
+    data: TensorDataset,
+    fisher: FisherConfig,
+    repeats: int,
 ) -> None:
-    """Body of a process; rank 0 leaves the result in a file."""
+    """Run one process; rank 0 writes the result to a file."""
     torch.set_num_threads(1)
     if sys.platform == "linux":
-        # All ranks are on this machine; its name may not resolve.
+        # All ranks are on this machine, whose name may not resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(str(Path(folder, "store")), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     try:
-        result = _measure_rank(*settings)
+        result = _measure_rank(model, data, fisher, repeats)
         if rank == 0:
             torch.save(result, Path(folder, "result"))
     finally:
@@ -174,29 +166,20 @@ def _run_rank(
 
 
 def _measure_rank(
-    num_gradients: int,
-    block_size: int | None,
-    repeats: int,
-    width: int,
-    image_size: int,
+    model: nn.Module, data: TensorDataset, fisher: FisherConfig, repeats: int
 ) -> tuple[list[float], list[float], list[int]]:
-    """Seconds with and without messages, in turn, and bytes of every rank's state."""
-    data = RandomImages(num_gradients, image_size)
-    config = PruningConfig(
-        fisher=FisherConfig(num_gradients, 1, block_size, damping=1e-5),
-        step=StepConfig(measure_loss=False),
-    )
+    """Return seconds with and without messages, in turn, and state bytes of each rank."""
+    config = PruningConfig(fisher=fisher, step=StepConfig(measure_loss=False))
     seconds: dict[bool, list[float]] = {False: [], True: []}
     state: list[int] = []
     for repeat in range(repeats + 1):
         for silent in (False, True):
             comm = SilentCommunicator() if silent else Communicator()
-            torch.manual_seed(0)
-            model = ResNet20(width).eval()
-            pruner = Pruner(Masks(prunable_parameters(model)), config, comm)
-            comm.agree(None)
+            pruned = copy.deepcopy(model)
+            pruner = Pruner(Masks(prunable_parameters(pruned)), config, comm)
+            comm.raise_together(None)
             start = time.perf_counter()
-            report = pruner.step(FunctionLoss(model, data, cross_entropy), _SPARSITY)
+            report = pruner.step(FunctionLoss(pruned, data, cross_entropy), _SPARSITY)
             spent = time.perf_counter() - start
             slowest = max(row[0] for row in comm.gather_numbers([spent]))
             if repeat:

@@ -1,20 +1,22 @@
-"""What scores of structures cost, against a gradient pass over the same samples."""
+"""Scores of structures, against a gradient pass over the same samples."""
 
 from __future__ import annotations
 
-__all__ = ["StructureRow", "measure_structures", "torchvision_network"]
+__all__ = ["StructureRow", "load_torchvision_network", "measure_structures"]
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.benchmark.networks import RandomImages, cross_entropy
-from lightning_woodfisher.benchmark.timing import Tick, measure_alternately
+from lightning_woodfisher.benchmark.collection import run_batches
+from lightning_woodfisher.benchmark.networks import cross_entropy
+from lightning_woodfisher.benchmark.timing import Timing, measure_alternately
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.tracing import trace_groups
@@ -23,7 +25,7 @@ from lightning_woodfisher.structured.scores.methods import (
     score_structures,
 )
 
-_UNIT = "gradient pass"
+_REFERENCE = "gradient pass"
 _METHODS: dict[str, StructureConfig] = {
     "SOSP-H": StructureConfig(method="sosp_h"),
     "SOSP-H of norms": StructureConfig(method="sosp_h", structure="bn"),
@@ -37,42 +39,36 @@ class StructureRow:
     """One way to score the structures of a network.
 
     Attributes:
-        way: ``"gradient pass"`` (forward and backward, in evaluation mode: the unit) or a
-            method.
+        way: ``"gradient pass"`` (forward and backward, in evaluation mode: the reference)
+            or a method.
         structures: S.
         samples: N'.
-        seconds: median.
-        runs: seconds of every repetition.
-        cores: processor seconds per second.
+        timing: time and memory of the scores of all structures.
         ratio: seconds over those of the gradient pass.
-        peak_bytes: most memory beyond what was in use before, of batches and network, too.
-        pair_bytes: that hold the correlations of all pairs (SOSP-I).
-        squared_bytes: of a float32 matrix of all pairs, 4·S².
+        pair_bytes: bytes that represent the correlations of all pairs (SOSP-I).
+        squared_bytes: bytes of a float32 matrix of all pairs, 4·S².
     """
 
     way: str
     structures: int
     samples: int
-    seconds: float
-    runs: tuple[float, ...]
-    cores: float
+    timing: Timing
     ratio: float
-    peak_bytes: int | None
     pair_bytes: int | None
     squared_bytes: int
 
 
-def torchvision_network(name: str = "resnet50") -> nn.Module:
-    """Make a network of torchvision at random weights.
+def load_torchvision_network(name: str = "resnet50") -> nn.Module:
+    """Return a network of torchvision with random weights.
 
     Args:
-        name: as torchvision calls it.
+        name: its name in torchvision.
 
     Returns:
-        It, in evaluation mode.
+        The network in evaluation mode.
 
     Raises:
-        ConfigurationError: without torchvision, or for a name that it does not know.
+        ConfigurationError: if torchvision is not installed or has no such network.
     """
     try:
         from torchvision.models import get_model  # type: ignore[import-untyped]
@@ -89,80 +85,48 @@ def torchvision_network(name: str = "resnet50") -> nn.Module:
 
 
 def measure_structures(
-    model: nn.Module,
-    samples: int = 16,
-    *,
-    batch_size: int = 8,
-    image_size: int = 224,
-    repeats: int = 3,
-    device: torch.device | str = "cpu",
-    tick: Tick = lambda _: None,
+    model: nn.Module, data: TensorDataset, *, batch_size: int = 8, repeats: int = 3
 ) -> list[StructureRow]:
     """Measure SOSP against a gradient pass.
 
     Args:
-        model: classifies images ``[n, 3, image_size, image_size]`` into ten classes or
-            more.
-        samples: N'; random images.
-        batch_size: images at once, in all ways.
-        image_size: height and width.
-        repeats: repetitions, after one that is not counted.
-        device: where.
-        tick: called after each run.
+        model: the network, in evaluation mode.
+        data: N' images and labels.
+        batch_size: number of images in a batch, for all ways.
+        repeats: number of repetitions, after one that is not counted.
 
     Returns:
         The gradient pass, then the methods.
     """
-    device = torch.device(device)
-    model = model.to(device)
-    data = RandomImages(samples, image_size)
-    example = data[0][0].unsqueeze(0).to(device)
-    groups = trace_groups(model, example).groups
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
+    groups = trace_groups(model, data[0][0].unsqueeze(0).to(device)).groups
     source = FunctionLoss(model, data, cross_entropy)
     size = sum(group.size for group in groups)
-    held: dict[str, StructureScores] = {}
+    scores: dict[str, StructureScores] = {}
 
-    def gradient_pass() -> None:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        totals = [torch.zeros_like(p) for p in parameters]
-        for start in range(0, samples, batch_size):
-            part = Subset(data, range(start, min(start + batch_size, samples)))
-            images = torch.stack([part[i][0] for i in range(len(part))]).to(device)
-            labels = torch.stack([part[i][1] for i in range(len(part))]).to(device)
-            loss: Tensor = cross_entropy(model, (images, labels))
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for total, gradient in zip(totals, gradients, strict=True):
-                if gradient is not None:
-                    total += gradient
-
-    def scoring(name: str) -> Callable[[], None]:
+    def score(name: str, config: StructureConfig) -> None:
         config = dataclasses.replace(
-            _METHODS[name], num_samples=samples, batch_size=batch_size
+            config, num_samples=len(data), batch_size=batch_size
         )
+        scores[name] = score_structures(source, groups, config)
 
-        def score() -> None:
-            held[name] = score_structures(source, groups, config)
-
-        return score
-
-    actions: dict[str, Callable[[], object]] = {_UNIT: gradient_pass}
-    actions |= {name: scoring(name) for name in _METHODS}
-    model.eval()
-    measure_alternately(actions, 1, device, tick)
-    timings = measure_alternately(actions, repeats, device, tick)
+    actions: dict[str, Callable[[], object]] = {
+        _REFERENCE: lambda: run_batches(model, data, batch_size, parameters)
+    }
+    for name, config in _METHODS.items():
+        actions[name] = functools.partial(score, name, config)
+    timings = measure_alternately(actions, repeats, device, warm_up=1)
     rows = []
     for name, timing in timings.items():
-        pairs = held[name].pairs if name in held else None
+        pairs = scores[name].pairs if name in scores else None
         rows.append(
             StructureRow(
                 way=name,
                 structures=size,
-                samples=samples,
-                seconds=timing.seconds,
-                runs=timing.runs,
-                cores=timing.cores,
-                ratio=timing.seconds / timings[_UNIT].seconds,
-                peak_bytes=timing.peak_bytes,
+                samples=len(data),
+                timing=timing,
+                ratio=timing.seconds / timings[_REFERENCE].seconds,
                 pair_bytes=pairs.rows.nbytes if pairs else None,
                 squared_bytes=4 * size**2,
             )

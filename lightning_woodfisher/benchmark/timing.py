@@ -1,13 +1,13 @@
-"""Seconds, processor time and peak memory of actions that take turns."""
+"""Measure wall time, processor time and peak memory of actions that take turns."""
 
 from __future__ import annotations
 
 __all__ = [
-    "Tick",
+    "CPU",
     "Timing",
+    "describe_memory_measure",
     "measure_alternately",
-    "memory_measure",
-    "show_progress",
+    "time_action",
     "wait_for",
 ]
 
@@ -15,31 +15,30 @@ import contextlib
 import ctypes
 import gc
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
-Tick = Callable[[str], object]
-
+CPU = torch.device("cpu")
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What the repetitions of one action took.
+    """Time and memory of the repetitions of one action.
 
     Attributes:
         runs: seconds of every repetition.
-        cores: processor seconds per second, median over repetitions. Far below the
-            number of threads, something else was using the cores (or the action is
-            not parallel, or runs on a GPU).
-        peak_bytes: most memory beyond what was in use before, over repetitions; None
-            where the system does not tell.
+        cores: processor seconds per second, median over repetitions. A value far below the
+            number of threads means that other processes used the cores, that the action is
+            not parallel, or that it runs on a GPU.
+        peak_bytes: peak memory above the memory in use before, largest of the repetitions;
+            None if it was not measured.
     """
 
     runs: tuple[float, ...]
@@ -51,56 +50,80 @@ class Timing:
         """Median over repetitions."""
         return statistics.median(self.runs)
 
+    @property
+    def processor_seconds(self) -> float:
+        """Processor seconds of a repetition, more than zero."""
+        return max(self.seconds * self.cores, 1e-9)
+
 
 def measure_alternately(
     actions: Mapping[str, Callable[[], object]],
     repeats: int,
     device: torch.device,
-    tick: Tick = lambda _: None,
+    *,
+    warm_up: int = 0,
+    track_memory: bool = True,
 ) -> dict[str, Timing]:
-    """Run every action once, then every action again, so that drift hits all alike.
+    """Run all actions in turn, several times, so that drift affects all of them alike.
+
+    Progress is shown on stderr.
 
     Args:
-        actions: what to measure, by name.
-        repeats: how often each one runs.
-        device: waited for before the clock stops.
-        tick: called with the name of each action that is done.
+        actions: the actions by name.
+        repeats: number of measured rounds.
+        device: device of the actions; its work is included in the time.
+        warm_up: number of rounds before them that are not measured.
+        track_memory: whether to measure the peak memory, which takes time between runs.
 
     Returns:
         A timing for each name.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    cores: dict[str, list[float]] = {name: [] for name in actions}
-    peaks: dict[str, list[int]] = {name: [] for name in actions}
-    for _ in range(repeats):
-        for name, action in actions.items():
-            gc.collect()
-            before = _start_peak(device)
-            processor, start = time.process_time(), time.perf_counter()
-            action()
-            wait_for(device)
-            spent = time.perf_counter() - start
-            seconds[name].append(spent)
-            cores[name].append((time.process_time() - processor) / max(spent, 1e-9))
-            peak = _read_peak(device)
-            if before is not None and peak is not None:
-                peaks[name].append(max(0, peak - before))
-            tick(name)
-    return {
-        name: Timing(
-            tuple(seconds[name]),
-            statistics.median(cores[name]),
-            max(peaks[name], default=None),
+    measured: dict[str, list[tuple[float, float, int]]] = {name: [] for name in actions}
+    total = len(actions) * (warm_up + repeats)
+    with tqdm(total=total, leave=False, disable=None) as bar:
+        for repeat in range(-warm_up, repeats):
+            for name, action in actions.items():
+                before = _start_peak(device) if track_memory else None
+                processor = time.process_time()
+                spent = time_action(action, device)
+                cores = (time.process_time() - processor) / max(spent, 1e-9)
+                peak = -1 if before is None else max(0, _read_peak(device) - before)
+                if repeat >= 0:
+                    measured[name].append((spent, cores, peak))
+                bar.set_description(name)
+                bar.update()
+    timings = {}
+    for name, runs in measured.items():
+        seconds, cores_of_runs, peaks = zip(*runs, strict=True)
+        peak = max(peaks)
+        timings[name] = Timing(
+            seconds, statistics.median(cores_of_runs), None if peak < 0 else peak
         )
-        for name in actions
-    }
+    return timings
 
 
-def memory_measure(device: torch.device) -> str:
-    """Say what :attr:`Timing.peak_bytes` counts.
+def time_action(action: Callable[[], object], device: torch.device) -> float:
+    """Measure the time of an action.
 
     Args:
-        device: where the actions run.
+        action: the action.
+        device: device of the action; its work is included.
+
+    Returns:
+        Seconds.
+    """
+    wait_for(device)
+    start = time.perf_counter()
+    action()
+    wait_for(device)
+    return time.perf_counter() - start
+
+
+def describe_memory_measure(device: torch.device) -> str:
+    """Describe what :attr:`Timing.peak_bytes` counts.
+
+    Args:
+        device: device of the actions.
 
     Returns:
         A few words.
@@ -113,35 +136,36 @@ def memory_measure(device: torch.device) -> str:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the device has done all its work.
+    """Wait until a device has finished its work.
 
     Args:
-        device: nothing to wait for on a processor.
+        device: the device; a CPU needs no waiting.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _start_peak(device: torch.device) -> int | None:
-    """Forget the old peak and give the bytes in use."""
+    """Reset the peak and return the bytes in use, None if unknown."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    # Memory that malloc keeps for later would hide the next action's use of it.
+    # Memory that malloc keeps for later would hide the use of it by the next action.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     return _read_status("VmRSS") if _reset_resident_peak() else None
 
 
-def _read_peak(device: torch.device) -> int | None:
+def _read_peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _read_status("VmHWM")
 
 
 def _reset_resident_peak() -> bool:
-    """Let Linux start VmHWM anew; False where that cannot be done."""
+    """Reset VmHWM on Linux; return False if that is not possible."""
     try:
         _CLEAR_REFS.write_text("5")
     except OSError:
@@ -149,43 +173,7 @@ def _reset_resident_peak() -> bool:
     return _STATUS.exists()
 
 
-def _read_status(field: str) -> int | None:
-    try:
-        text = _STATUS.read_text()
-    except OSError:
-        return None
-    for line in text.splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-@contextlib.contextmanager
-def show_progress(total: int) -> Iterator[Tick]:
-    """Show on stderr what has been done: a tqdm bar, or lines without tqdm.
-
-    Args:
-        total: how many ticks will come.
-
-    Yields:
-        A function to call with the name of each thing that is done.
-    """
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        done = 0
-
-        def line(name: str) -> None:
-            nonlocal done
-            done += 1
-            sys.stderr.write(f"[{done}/{total}] {name}\n")
-
-        yield line
-        return
-    with tqdm(total=total, leave=False, disable=None) as bar:
-
-        def advance(name: str) -> None:
-            bar.set_description(name)
-            bar.update(1)
-
-        yield advance
+def _read_status(field: str) -> int:
+    lines = _STATUS.read_text().splitlines()
+    (value,) = (line for line in lines if line.startswith(f"{field}:"))
+    return int(value.split()[1]) * 1024

@@ -1,8 +1,8 @@
-"""Averages of the weights that Lightning's callbacks keep, pruned with the network.
+"""Pruning of the averaged weights that Lightning's callbacks keep (EMA, SWA).
 
-An average over a pruning step mixes weights from before and after it, so that what is
-pruned would come back with the average: in validation, in checkpoints and in the end. An
-average that is set to zero there stays zero, because from then on zeros are averaged.
+An average over a pruning step mixes weights from before and after it, so pruned weights
+would become nonzero again in validation, in checkpoints and at the end. Once the average of
+a pruned weight is set to zero, it stays zero, because only zeros are averaged from then on.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.base.lightning_names import callbacks_of, either_name
 from lightning_woodfisher.weights.masks import Masks
 
-# By name: WeightAveraging is younger than the oldest Lightning we support.
+# By name, because the oldest supported Lightning has no WeightAveraging.
 _AVERAGING = {"WeightAveraging", "StochasticWeightAveraging"}
-# Where both keep their copy of the module; None until they have one.
+# Attribute with the averaged copy of the module; None until there is one.
 _ATTRIBUTE = "_average_model"
 
 
 def require_maskable_averages(trainer: pl.Trainer) -> None:
-    """Refuse averages that cannot be pruned with the network.
+    """Check that all averages of the Trainer can be pruned with the network.
 
     Args:
-        trainer: with its callbacks.
+        trainer: the Trainer.
 
     Raises:
-        ConfigurationError: naming the callback.
+        ConfigurationError: if one cannot, with the name of its callback.
     """
     for callback in _averaging(trainer):
         name = type(callback).__name__
         if isinstance(trainer.strategy, either_name(ModelParallelStrategy)):
             raise ConfigurationError(
                 f"{name} averages whole tensors, but {type(trainer.strategy).__name__} "
-                "shards them, so that pruned weights would come back with the average; "
-                "leave it out, or use 'ddp'."
+                "shards them, so pruned weights would become nonzero in the average; "
+                "remove the callback, or use 'ddp'."
             )
         if not hasattr(callback, _ATTRIBUTE):
             raise ConfigurationError(
-                f"{name} of this version of Lightning keeps its average in a place that "
-                "is not known here, so that pruned weights would come back with it; leave "
-                "it out, or average in a fit of its own before pruning."
+                f"{name} of this version of Lightning keeps its average in an unknown "
+                "attribute, so pruned weights would become nonzero in it; remove the "
+                "callback, or average in a separate fit before pruning."
             )
 
 
@@ -55,14 +55,14 @@ def mask_averages(trainer: pl.Trainer, masks: Masks) -> bool:
     """Set the pruned weights of every average to zero, in place.
 
     Args:
-        trainer: with its callbacks.
-        masks: what is pruned.
+        trainer: the Trainer.
+        masks: masks of the network.
 
     Returns:
-        Whether there is any callback that averages.
+        Whether any callback averages weights.
 
     Raises:
-        ConfigurationError: for a copy of the module that lacks some weights.
+        ConfigurationError: if an average has no copy of some selected weights.
     """
     found = False
     for callback in _averaging(trainer):
@@ -72,14 +72,14 @@ def mask_averages(trainer: pl.Trainer, masks: Masks) -> bool:
             average = average.module
         if not isinstance(average, nn.Module):
             continue
-        # Under all their names: the first one of a tied weight is that of the mask.
+        # All names: a mask has the first name of a tied weight.
         copies = dict(average.named_parameters(remove_duplicate=False))
         missing = [name for name in masks.parameters if name not in copies]
         if missing:
             raise ConfigurationError(
                 f"{type(callback).__name__} has copied the module before it was complete: "
-                f"its average has no {', '.join(missing[:8])}. Make the layers in "
-                "__init__, or leave it out."
+                f"its average has no {', '.join(missing[:8])}. Create the layers in "
+                "__init__, or remove the callback."
             )
         masks.apply_to(copies)
     return found

@@ -1,4 +1,4 @@
-"""What every pruning callback does: planned steps, and state that resumes.
+"""Base of the pruning callbacks: planned steps, checkpoints and reports.
 
 Pruning happens in ``on_train_epoch_start`` (or ``on_train_batch_start`` for a schedule in
 optimizer steps), so that validation and checkpoints of the epoch see the pruned weights.
@@ -36,38 +36,40 @@ from lightning_woodfisher.callbacks.checks import (
     require_weight_decay,
 )
 from lightning_woodfisher.callbacks.mask_guard import MaskGuard
-from lightning_woodfisher.callbacks.signals import hold_back_signals
+from lightning_woodfisher.callbacks.signals import delay_signals
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import reshard
 from lightning_woodfisher.pruning.schedule import PlannedStep, PruningSchedule, Unit
+from lightning_woodfisher.weights.checkpoint_state import (
+    STATE_VERSION,
+    require_readable,
+)
 from lightning_woodfisher.weights.masks import Masks
-from lightning_woodfisher.weights.state import STATE_VERSION, require_readable
 
 
 class PruningCallback(MaskGuard, ABC):
-    """Prune at planned steps and keep what is pruned at zero.
+    """Prune at planned steps and keep pruned weights zero.
 
-    The base of the pruning callbacks. A subclass says what may be pruned, when a step is
-    due and what the step does; plan, checkpoints and reports are cared for here, masks
-    and optimizers in :class:`~.mask_guard.MaskGuard`.
+    A subclass selects the parameters, plans the steps and prunes. This class runs the plan
+    and handles checkpoints and reports; :class:`~.mask_guard.MaskGuard` applies the masks.
 
     Args:
         schedule: when to prune and how far.
-        loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to take
-            gradients of, for a ``training_step`` that does more than compute a loss.
-        dataloader: where samples come from, in place of the training dataloader.
-        report_path: JSON file that receives the reports of all steps.
+        loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to
+            differentiate, for a ``training_step`` that does more than compute a loss.
+        dataloader: source of samples, in place of the training dataloader.
+        report_path: JSON file for the reports of all steps.
         weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
-            zero once the last planned step is done.
+            zero after the last planned step.
 
     Attributes:
-        masks: of the selected parameters, from ``on_fit_start`` on.
-        reports: of the steps done.
+        masks: masks of the selected parameters, from ``on_fit_start`` on.
+        reports: reports of the steps done.
     """
 
-    #: Whether a batch must be seen to know what may be pruned; there is none before
+    #: Whether a batch is needed to select parameters; there is none before
     #: ``on_train_start``.
     _selects_by_data: ClassVar[bool] = False
 
@@ -96,13 +98,13 @@ class PruningCallback(MaskGuard, ABC):
         self._done: list[tuple[Unit, int]] = []
         self._restored_masks: Mapping[str, Any] | None = None
 
-    # ------------------------------------------------------------------ of a subclass
+    # ------------------------------------------------------------------ for subclasses
 
     @abstractmethod
     def _select(
         self, trainer: pl.Trainer, module: pl.LightningModule
     ) -> dict[str, nn.Parameter]:
-        """Choose the parameters that may be pruned, by name; refuse what cannot work."""
+        """Return the parameters that may be pruned, by name."""
 
     @abstractmethod
     def _make_plan(self, trainer: pl.Trainer) -> tuple[PlannedStep, ...]:
@@ -110,11 +112,11 @@ class PruningCallback(MaskGuard, ABC):
 
     @abstractmethod
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Refuse what cannot work before training starts, and show the plan."""
+        """Check settings that need the Trainer, and print the plan."""
 
     @abstractmethod
     def _lacks(self, target: PlannedStep) -> bool:
-        """Whether anything is missing from the target of a step that is due."""
+        """Return whether a step that is due has anything to prune."""
 
     @abstractmethod
     def _step(
@@ -124,19 +126,19 @@ class PruningCallback(MaskGuard, ABC):
 
     @abstractmethod
     def _log(self, trainer: pl.Trainer, report: Any) -> None:
-        """Send the numbers of a step to the loggers."""
+        """Send the metrics of a step to the loggers."""
 
     @abstractmethod
     def _reads_on(self) -> bool:
-        """Whether a step that is left looks at any sample."""
+        """Return whether a remaining step reads any sample."""
 
     @abstractmethod
     def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Try what a step needs on a little data, before hours of training."""
+        """Check on little data that a step will work, before hours of training."""
 
     @abstractmethod
     def _read_report(self, plain: dict[str, Any]) -> Any:
-        """Make a report of what its ``to_dict`` gave."""
+        """Rebuild a report from its ``to_dict``."""
 
     @property
     @abstractmethod
@@ -148,12 +150,12 @@ class PruningCallback(MaskGuard, ABC):
     def setup(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
     ) -> None:
-        """Refuse what cannot work, before anything is loaded.
+        """Check the Trainer before anything is loaded.
 
         Args:
             trainer: the Trainer.
             pl_module: its module.
-            stage: only ``"fit"`` matters.
+            stage: only ``"fit"`` is checked.
 
         Raises:
             ConfigurationError: for a strategy or a loss method that cannot work.
@@ -169,15 +171,15 @@ class PruningCallback(MaskGuard, ABC):
                 f"loss_method={self.loss_method!r} is not a method of "
                 f"{type(pl_module).__name__}."
             )
-        # Optimizers that are stepped bare, without Lightning's wrapper, count no steps.
+        # Steps of bare optimizers, without Lightning's wrapper, are not counted.
         if trainer.global_step == 0 and trainer.current_epoch == 0:
-            # A new run: whatever an earlier fit has left here does not belong to it.
-            # A checkpoint to resume from is loaded after this.
+            # A new run: drop the state of an earlier fit. A checkpoint to resume from is
+            # loaded after this.
             self.masks, self.reports, self._done = None, [], []
             self._restored_masks = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Select the parameters and take over the masks of a checkpoint.
+        """Select the parameters and load the masks of a checkpoint.
 
         Args:
             trainer: the Trainer.
@@ -191,7 +193,7 @@ class PruningCallback(MaskGuard, ABC):
     def on_train_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
-        """Plan the steps, show the plan, and guard the masks from the optimizers.
+        """Plan the steps, print the plan, and register the optimizer hooks.
 
         Args:
             trainer: the Trainer.
@@ -199,14 +201,14 @@ class PruningCallback(MaskGuard, ABC):
         """
         if self._selects_by_data:
             self._begin(trainer, pl_module)
-        # A sharded model is given its checkpoint only after on_fit_start.
+        # The checkpoint of a sharded model is loaded after on_fit_start.
         self._take_restored_masks()
         self._plan = self._make_plan(trainer)
         self._untried = self._reads_on()
         self._prepare(trainer, pl_module)
         if self.weight_decay_off_after_last_step:
             require_weight_decay(trainer.optimizers)
-            # A checkpoint may have been loaded without the state of its optimizers.
+            # A checkpoint may have been loaded without optimizer states.
             self._end_weight_decay(trainer)
         self._guard(trainer, pl_module)
         mask_averages(trainer, self._get_masks())
@@ -222,7 +224,7 @@ class PruningCallback(MaskGuard, ABC):
             trainer: the Trainer.
             pl_module: its module.
         """
-        with hold_back_signals():
+        with delay_signals():
             self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
 
     def on_train_batch_start(
@@ -240,13 +242,13 @@ class PruningCallback(MaskGuard, ABC):
             batch: not used.
             batch_idx: not used.
         """
-        with hold_back_signals():
-            # A run that goes on in the middle of an epoch has missed the start of it.
+        with delay_signals():
+            # A run that resumes in the middle of an epoch has missed its start.
             self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
             self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
             if self._untried and self._reads_on() and self._all_trainable():
-                # Now, and not when training starts: the module's own hooks have run, on
-                # which its training_step may depend. An iterator can be read only once.
+                # Not when training starts, because training_step may depend on hooks of
+                # the module that run later. An iterator can be read only once.
                 self._untried = False
                 if not isinstance(self.dataloader, Iterator):
                     self._rehearse(trainer, pl_module)
@@ -254,12 +256,12 @@ class PruningCallback(MaskGuard, ABC):
     # ------------------------------------------------------------------ checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state for a checkpoint, in plain types that load without the package.
+        """Return the state for a checkpoint, in plain types that load without the package.
 
         Returns:
-            Masks (bool tensors, True = kept), the steps done, their reports.
+            Masks (bool tensors, True = kept), the steps done, and their reports.
         """
-        # Masks that wait for fit belong to the steps and reports, and to the weights.
+        # Restored masks belong to the restored steps, reports and weights.
         masks = self._restored_masks
         if masks is None:
             masks = {} if self.masks is None else self.masks.state_dict()
@@ -276,12 +278,12 @@ class PruningCallback(MaskGuard, ABC):
         pl_module: pl.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Refuse to go on with a run that selected other weights: its masks would be lost.
+        """Check that the checkpoint has no masks of another selection.
 
         Args:
             trainer: the Trainer.
             pl_module: its module.
-            checkpoint: all of it.
+            checkpoint: the whole checkpoint.
         """
         if trainer.state.fn != "fit":
             return
@@ -290,25 +292,25 @@ class PruningCallback(MaskGuard, ABC):
             rank_zero_info(
                 f"The checkpoint has no masks of this callback ({self.state_key}): zeros "
                 "in its weights may change, unless ConstantSchedule or initial_sparsity "
-                "takes them for pruned."
+                "keeps them."
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of a checkpoint; masks take effect when fit starts.
+        """Load the state of a checkpoint; masks take effect when fit starts.
 
         Args:
-            state_dict: what :meth:`state_dict` gave. That of a later version of the
-                package is refused.
+            state_dict: result of :meth:`state_dict`. The state of a later version of the
+                package raises :class:`ConfigurationError`.
         """
         require_readable(state_dict, "the checkpoint")
         self._restored_masks = state_dict["masks"]
         if self.masks is not None:
-            # Outside fit nothing else takes them over.
+            # Outside fit nothing else loads them.
             masks = Masks(self.masks.parameters)
             masks.load_state_dict(state_dict["masks"])
             self.masks = masks
         if self._handles:
-            # In the middle of training, as the search for a learning rate does it.
+            # During training, as the learning rate finder does.
             self._restored_masks = None
         self._done = [(unit, position) for unit, position in state_dict["done"]]
         self.reports = [self._read_report(r) for r in state_dict["reports"]]
@@ -316,7 +318,7 @@ class PruningCallback(MaskGuard, ABC):
     # ------------------------------------------------------------------ the step
 
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Make the masks."""
+        """Create the masks."""
         # A forward pass before fit may have left gathered copies in place of shards.
         reshard(module)
         parameters = self._select(trainer, module)
@@ -345,10 +347,10 @@ class PruningCallback(MaskGuard, ABC):
             report = dataclasses.replace(
                 report, epoch=trainer.current_epoch, step=trainer.global_step
             )
-            # At once: a checkpoint may be saved of what an exception leaves behind.
+            # Before logging: after an exception a checkpoint may be saved.
             self.reports.append(report)
         self._done += [(unit, step.position) for step in due]
-        # A rank that fails here alone would leave the others waiting in the next batch.
+        # If one rank failed here alone, the others would wait in the next batch.
         comm = Communicator(pl_module.device)
         with comm.failing_together(lambda: "log"):
             if report is not None:
@@ -360,16 +362,16 @@ class PruningCallback(MaskGuard, ABC):
             self._end_weight_decay(trainer)
 
     def _adopt_masks(self, trainer: pl.Trainer) -> None:
-        """Count as pruned here what another callback has pruned, such as channels."""
+        """Adopt the zeros of other pruning callbacks, such as channels."""
         mine = {id(p): name for name, p in self._get_masks().parameters.items()}
         for other in self._others(trainer):
             for name, parameter in other._get_masks().parameters.items():
                 if id(parameter) in mine:
                     gone = ~other._get_masks().kept(name)
-                    self._get_masks().grow({mine[id(parameter)]: gone})
+                    self._get_masks().prune({mine[id(parameter)]: gone})
 
     def _end_weight_decay(self, trainer: pl.Trainer) -> None:
-        """Switch weight decay off when the last planned step is done."""
+        """Switch weight decay off after the last planned step."""
         if not self.weight_decay_off_after_last_step or not self._plan or self._ahead():
             return
         for optimizer in trainer.optimizers:
@@ -383,7 +385,7 @@ class PruningCallback(MaskGuard, ABC):
             path = Path(self.report_path)
             path.parent.mkdir(parents=True, exist_ok=True)
             reports = [report.to_dict() for report in self.reports]
-            # In one move: a run that is killed here leaves the old file or the new one.
+            # Atomic: a run that is killed here leaves the old file or the new one.
             beside = path.with_name(f"{path.name}.part")
             beside.write_text(json.dumps(reports, indent=1))
             beside.replace(path)
@@ -392,14 +394,14 @@ class PruningCallback(MaskGuard, ABC):
         return TrainingStepLoss(trainer, pl_module, self.loss_method, self.dataloader)
 
     def _ahead(self) -> list[PlannedStep]:
-        """The planned steps that are not done."""
+        """Return the planned steps that are not done."""
         return [s for s in self._plan if (s.unit, s.position) not in self._done]
 
     def _all_trainable(self) -> bool:
         return all(p.requires_grad for p in self._get_masks().parameters.values())
 
     def _others(self, trainer: pl.Trainer) -> list[PruningCallback]:
-        """The other pruning callbacks of the Trainer that have masks."""
+        """Return the other pruning callbacks of the Trainer that have masks."""
         return [
             callback
             for callback in callbacks_of(trainer)
@@ -409,7 +411,7 @@ class PruningCallback(MaskGuard, ABC):
         ]
 
     def _require_sole_owner(self, trainer: pl.Trainer) -> None:
-        """Refuse a second callback of this kind for the same weights."""
+        """Check that no other callback of this kind selects the same weights."""
         mine = {id(p): n for n, p in self._get_masks().parameters.items()}
         for other in self._others(trainer):
             if not self._is_alike(other):
@@ -423,7 +425,7 @@ class PruningCallback(MaskGuard, ABC):
                 )
 
     def _is_alike(self, other: PruningCallback) -> bool:
-        """Whether two callbacks must not select the same weights."""
+        """Return whether two callbacks must not select the same weights."""
         return isinstance(other, type(self))
 
     def _take_restored_masks(self) -> None:

@@ -1,4 +1,4 @@
-"""What is known, shown and refused before training starts."""
+"""Checks and the plan of pruning steps, before training starts."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ from lightning_woodfisher.weights.masks import Masks
 
 
 def training_horizon(trainer: pl.Trainer, schedule: PruningSchedule) -> Horizon:
-    """Find the last epoch and the last optimizer step.
+    """Return the number of epochs and of optimizer steps of a training run.
 
     Args:
-        trainer: in ``on_train_start`` or later.
-        schedule: says by its ``unit`` which of the two must be known.
+        trainer: the Trainer, in ``on_train_start`` or later.
+        schedule: its ``unit`` says which of the two numbers is needed.
 
     Returns:
-        The numbers; None for what is unlimited or cannot be known.
+        The numbers; None where there is no limit or the number is not known.
     """
     epochs, max_steps = _epochs(trainer), trainer.max_steps
     steps: int | None = max_steps if max_steps >= 0 else None
@@ -67,13 +67,13 @@ def training_horizon(trainer: pl.Trainer, schedule: PruningSchedule) -> Horizon:
         limits = [limit for limit in (epochs, within) if limit is not None]
         return Horizon(min(limits, default=None), steps)
     if not trainer.lightning_module.automatic_optimization:
-        # Each of several optimizers counts, as often as training_step steps it.
+        # Every step of every optimizer counts.
         return Horizon(
             epochs,
             steps if epochs is None else None,
-            "manual optimisation steps its optimizers as often as it likes",
+            "manual optimization may step its optimizers any number of times",
         )
-    # Asks the dataloaders for their length, so only where it is needed.
+    # Only when needed, because it asks the dataloaders for their length.
     estimate = trainer.estimated_stepping_batches
     if epochs is not None and epochs != trainer.max_epochs:
         estimate = min(estimate, epochs * _steps_of_an_epoch(trainer))
@@ -81,13 +81,13 @@ def training_horizon(trainer: pl.Trainer, schedule: PruningSchedule) -> Horizon:
 
 
 def _epochs(trainer: pl.Trainer) -> int | None:
-    """How many epochs are trained; None without a limit."""
+    """Return the number of epochs; None without a limit."""
     epochs = trainer.max_epochs
     if epochs is None or epochs < 0:
         return None
     for callback in callbacks_of(trainer):
         if isinstance(callback, either_name(StochasticWeightAveraging)):
-            # Has added an epoch without optimizer steps, to renew BatchNorm statistics.
+            # It adds an epoch without optimizer steps, for BatchNorm statistics.
             epochs -= bool(callback._model_contains_batch_norm)
     return epochs
 
@@ -97,7 +97,7 @@ def _steps_of_an_epoch(trainer: pl.Trainer) -> float:
 
 
 def _epochs_within(trainer: pl.Trainer, steps: int) -> int | None:
-    """How many epochs begin before that many optimizer steps are done."""
+    """Return the number of epochs that begin before that many optimizer steps."""
     batches = trainer.num_training_batches
     reloads = getattr(trainer, "reload_dataloaders_every_n_epochs", 0)
     varies = reloads or has_callback(trainer, GradientAccumulationScheduler)
@@ -108,24 +108,24 @@ def _epochs_within(trainer: pl.Trainer, steps: int) -> int | None:
 
 
 def releases_weights(trainer: pl.Trainer) -> bool:
-    """Tell whether weights that are frozen now may be trained later.
+    """Return whether weights that are frozen now may be trained later.
 
     Args:
-        trainer: with its callbacks.
+        trainer: the Trainer.
 
     Returns:
-        Whether there is a callback for fine-tuning, such as ``BackboneFinetuning``.
+        Whether it has a callback for fine-tuning, such as ``BackboneFinetuning``.
     """
     return has_callback(trainer, BaseFinetuning)
 
 
 def require_enough_batches(batches: Batches, data: Any, num_gradients: int) -> None:
-    """Refuse a stream that is known to be too short.
+    """Check that a stream of batches is long enough, if its length is known.
 
     Args:
-        batches: made of the data.
-        data: what the user gave.
-        num_gradients: N.
+        batches: batches made from the data.
+        data: data of the user.
+        num_gradients: number of gradients, N.
 
     Raises:
         ConfigurationError: for fewer than N batches.
@@ -135,19 +135,19 @@ def require_enough_batches(batches: Batches, data: Any, num_gradients: int) -> N
     try:
         length = len(data)
     except TypeError:
-        return  # A stream without a length tells only when it is read.
+        return  # The length is known only after reading the stream.
     if length < num_gradients:
         raise ConfigurationError(
             f"dataloader has {length} batches, but num_gradients={num_gradients} needs "
-            "one batch each; lower num_gradients or give more."
+            "one batch each; lower num_gradients or give more batches."
         )
 
 
 def require_weight_decay(optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers that know no weight decay that could be switched off.
+    """Check that at least one optimizer has a weight decay to switch off.
 
     Args:
-        optimizers: those of the Trainer.
+        optimizers: optimizers of the Trainer.
 
     Raises:
         ConfigurationError: when no parameter group has a ``weight_decay``.
@@ -156,18 +156,18 @@ def require_weight_decay(optimizers: Sequence[Optimizer]) -> None:
     if not any("weight_decay" in g for o in optimizers for g in o.param_groups):
         raise ConfigurationError(
             "weight_decay_off_after_last_step needs an optimizer with weight_decay in its "
-            f"parameter groups, but there is {', '.join(kinds) or 'none'}; leave it out."
+            f"parameter groups, but there is {', '.join(kinds) or 'none'}; remove the setting."
         )
 
 
 def require_same_selection(
     trainer: pl.Trainer, checkpoint: Mapping[str, Any], callback: pl.Callback
 ) -> None:
-    """Refuse to go on with a run that selected other weights: its masks would be lost.
+    """Check that a checkpoint has no masks of another selection, which would be lost.
 
     Args:
-        trainer: with all its callbacks.
-        checkpoint: of the run.
+        trainer: the Trainer with all its callbacks.
+        checkpoint: checkpoint of the run to resume.
         callback: the pruning callback; its state key ends with its selection.
 
     Raises:
@@ -182,8 +182,8 @@ def require_same_selection(
         if key.startswith(f"{kind}{{") and key not in taken:
             raise ConfigurationError(
                 f"the checkpoint has the masks of a run with {key[len(kind) :]}, but this "
-                f"callback selects by {callback.state_key[len(kind) :]}; use the same, or "
-                "load the weights alone and go on with initial_sparsity."
+                f"callback selects by {callback.state_key[len(kind) :]}; use the same "
+                "selection, or load only the weights and set initial_sparsity."
             )
 
 
@@ -193,13 +193,13 @@ def describe_plan(
     masks: Masks,
     criterion: str,
 ) -> str:
-    """Show the steps of a run.
+    """Format the planned steps of a run.
 
     Args:
-        plan: all of them.
-        done: unit and position of those that a checkpoint has already.
-        masks: what is selected.
-        criterion: by which weights are chosen.
+        plan: all steps.
+        done: unit and position of the steps that were done before the checkpoint.
+        masks: masks of the selected weights.
+        criterion: name of the criterion.
 
     Returns:
         A table.
@@ -219,13 +219,13 @@ def describe_plan(
 
 
 def require_supported(trainer: pl.Trainer) -> None:
-    """Refuse a Trainer, a callback or a strategy that holds parameters differently.
+    """Check that pruning supports the strategy and the callbacks of a Trainer.
 
     Args:
-        trainer: with the strategy.
+        trainer: the Trainer.
 
     Raises:
-        ConfigurationError: naming what works.
+        ConfigurationError: for others, with the supported ones.
     """
     strategy = trainer.strategy
     known = either_name(DDPStrategy, SingleDeviceStrategy, ModelParallelStrategy)
@@ -238,25 +238,25 @@ def require_supported(trainer: pl.Trainer) -> None:
         )
     if has_callback(trainer, ModelPruning):
         raise ConfigurationError(
-            "Lightning's ModelPruning puts other parameters under other names in place of "
-            "the weights in the middle of training, so that neither can know what is "
-            "pruned; leave it out. criterion='magnitude' prunes as it does."
+            "Lightning's ModelPruning replaces weights by parameters with other names during "
+            "training, so it cannot be combined with this callback; remove it. "
+            "criterion='magnitude' prunes as it does."
         )
 
 
 def require_masks_hold(masks: Masks) -> None:
-    """Refuse weights that the masks of a checkpoint call pruned and that are not zero.
+    """Check that all weights are zero that the masks of a checkpoint mark as pruned.
 
     Args:
-        masks: with the weights.
+        masks: masks with the weights.
 
     Raises:
-        ConfigurationError: counting them by parameter.
+        ConfigurationError: if some are not, with their number by parameter.
     """
     violations = masks.violations()
     if violations:
         raise ConfigurationError(
-            "the checkpoint's weights and masks disagree: weights that its masks call "
+            "the checkpoint's weights and masks disagree: weights that its masks mark as "
             f"pruned are not zero, by parameter: {violations}. Was it edited, or saved "
             "from averaged weights?"
         )

@@ -1,4 +1,4 @@
-"""What is pruned stays at zero through optimizer steps, averages and checkpoints."""
+"""Hooks that keep pruned weights zero in optimizer steps, averages and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_woodfisher.weights.masks import Masks
 
 
 class MaskGuard(pl.Callback):
-    """Holds the masks of a training, whoever makes them and lets them grow.
+    """Apply masks during training.
 
     Attributes:
-        masks: of the selected parameters; None before there are any.
+        masks: masks of the selected parameters; None before fit.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class MaskGuard(pl.Callback):
         self._handles: list[RemovableHandle] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy that is made in the middle of training guards nothing yet.
+        # A copy made during training has no hooks in the optimizers.
         return {**vars(self), "_handles": []}
 
     def on_before_optimizer_step(
@@ -35,19 +35,19 @@ class MaskGuard(pl.Callback):
         pl_module: pl.LightningModule,
         optimizer: Optimizer,
     ) -> None:
-        """Keep pruned weights out of the clipping norm and of momentum.
+        """Zero the gradients of pruned weights, for gradient clipping and momentum.
 
         Args:
             trainer: the Trainer.
             pl_module: its module.
-            optimizer: about to step.
+            optimizer: the optimizer that steps next.
         """
         self._get_masks().apply_to_gradients()
 
     def on_validation_epoch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
-        """Keep averaged weights that are validated at zero where they are pruned.
+        """Apply the masks to averaged weights before they are validated.
 
         Args:
             trainer: the Trainer.
@@ -56,7 +56,7 @@ class MaskGuard(pl.Callback):
         self._mask_all(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of the optimizers; keep an average that becomes the result pruned.
+        """Remove the optimizer hooks, and apply the masks to averaged weights.
 
         Args:
             trainer: the Trainer.
@@ -71,12 +71,12 @@ class MaskGuard(pl.Callback):
         pl_module: pl.LightningModule,
         exception: BaseException,
     ) -> None:
-        """Let go of the optimizers.
+        """Remove the optimizer hooks.
 
         Args:
             trainer: the Trainer.
             pl_module: its module.
-            exception: what happened.
+            exception: the exception that ends training.
         """
         self._remove_hooks()
 
@@ -86,25 +86,25 @@ class MaskGuard(pl.Callback):
         pl_module: pl.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Keep averaged weights that are saved at zero where they are pruned.
+        """Apply the masks to averaged weights before they are saved.
 
         Args:
             trainer: the Trainer.
             pl_module: its module.
-            checkpoint: holds the tensors of the average, or will.
+            checkpoint: the checkpoint, which shares its tensors with the average.
         """
         self._mask_all(trainer)
 
     def _guard(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Keep what is pruned at zero through every optimizer step."""
-        # Asked for each time: a checkpoint that is loaded meanwhile brings new ones.
+        """Register hooks that apply the masks around every optimizer step."""
+        # The hooks look the masks up, because loading a checkpoint replaces them.
         for optimizer in trainer.optimizers:
             post = optimizer.register_step_post_hook(
                 lambda *_: self._get_masks().apply()
             )
             self._handles.append(post)
             if not module.automatic_optimization:
-                # on_before_optimizer_step may be passed by.
+                # on_before_optimizer_step is not called for a bare optimizer.
                 pre = optimizer.register_step_pre_hook(
                     lambda *_: self._get_masks().apply_to_gradients()
                 )
@@ -116,7 +116,7 @@ class MaskGuard(pl.Callback):
         self._handles = []
 
     def _mask_all(self, trainer: pl.Trainer) -> None:
-        """Mask averages; and the weights, into which one may have been copied."""
+        """Apply the masks to averages, and to the weights if there are averages."""
         if trainer.state.fn != "fit" or self.masks is None:
             return
         if mask_averages(trainer, self.masks):

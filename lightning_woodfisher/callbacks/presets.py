@@ -1,7 +1,7 @@
-"""Settings that were published, by name: arguments of the callback.
+"""Published settings by name, as arguments of the callback.
 
-Numbers come from the papers and from the files that their authors published with them;
-``source`` says which, and what is ours. They reproduce the method as published
+Numbers come from the papers and from the files published with them; :func:`source` says
+which ones, and which are our choice. They reproduce the method as published
 (``update="independent"``, ``line_search=False``); ``update="joint"`` and
 ``line_search=True`` are worth trying as well.
 """
@@ -28,7 +28,7 @@ _SCHEDULES = {
     "PolynomialSchedule": PolynomialSchedule,
 }
 
-# Where each comes from, and the settings as they stand in YAML.
+# The source of each preset, and its settings as written in YAML.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet50_90": (
         "WoodFisher (Singh & Alistarh, NeurIPS 2020), ResNet-50 on ImageNet to 90 %, gradual: "
@@ -123,26 +123,26 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def source(name: str) -> str:
-    """Tell where a preset comes from.
+    """Return the source of a preset.
 
     Args:
-        name: of the preset.
+        name: name of the preset.
 
     Returns:
-        Paper, files, and what differs.
+        Paper, files and differences.
     """
     return _find(name)[0]
 
 
 def preset(name: str) -> dict[str, Any]:
-    """Give published settings as arguments of the callback.
+    """Return published settings as arguments of the callback.
 
     Args:
         name: ``"resnet50_90"``, ``"mobilenetv1_75"``, ``"bert_90"`` or
-            ``"resnet20_oneshot"``; :func:`source` says where each comes from.
+            ``"resnet20_oneshot"``; see :func:`source`.
 
     Returns:
-        Arguments of :class:`~.WoodFisherPruningCallback`, for you to change.
+        Arguments of :class:`~.WoodFisherPruningCallback`, which you may change.
     """
     arguments = _find(name)[1]
     schedule = arguments["schedule"]
@@ -160,10 +160,10 @@ def to_yaml(name: str = "") -> str:
     """Write a preset for ``lightning-woodfisher fit --config run.yaml --config preset.yaml``.
 
     Args:
-        name: of the preset.
+        name: name of the preset.
 
     Returns:
-        YAML that appends the callback to those of the run.
+        YAML that appends the callback to the callbacks of the run.
     """
     text, arguments = _find(name)
     callback = {"class_path": "WoodFisherPruningCallback", "init_args": arguments}

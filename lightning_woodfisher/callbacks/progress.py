@@ -1,4 +1,4 @@
-"""Reports to every logger of the Trainer, and the progress bar."""
+"""Messages, metrics and progress bars of pruning steps, for any Trainer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lightning_woodfisher.pruning.report import PruningReport
 
 
 def log_report(trainer: pl.Trainer, report: PruningReport) -> None:
-    """Send the numbers of a pruning step to every logger.
+    """Print the result of a pruning step and send its metrics to every logger.
 
-    Scalars go to all loggers under ``pruning/…``, at the Trainer's global step. Tables and
-    figures are :mod:`.tracking`'s.
+    Metrics are logged under ``pruning/…`` at the Trainer's global step. Tables and figures
+    are written by :mod:`lightning_woodfisher.reporting.loggers`.
 
     Args:
-        trainer: its loggers are used; nothing is written on ranks other than 0.
-        report: of the step.
+        trainer: the Trainer; nothing is written on ranks other than 0.
+        report: report of the step.
     """
     increase = _pair(report.predicted_increase, report.measured_increase)
     announce(
@@ -46,10 +46,10 @@ def log_report(trainer: pl.Trainer, report: PruningReport) -> None:
 
 
 def announce(trainer: pl.Trainer, text: str) -> None:
-    """Tell the user something, once for all ranks, without tearing the progress bar.
+    """Print a message once for all ranks, without damaging the progress bar.
 
     Args:
-        trainer: its Rich display is used when it has one.
+        trainer: the Trainer; its Rich display is used when it has one.
         text: plain text of one or more lines.
     """
     bar = trainer.progress_bar_callback
@@ -61,10 +61,10 @@ def announce(trainer: pl.Trainer, text: str) -> None:
 
 
 def progress_bar(trainer: pl.Trainer) -> Progress | None:
-    """Make progress bars that go with the one of the Trainer.
+    """Return a progress bar that works beside the one of the Trainer.
 
     Args:
-        trainer: asked for its progress bar.
+        trainer: the Trainer.
 
     Returns:
         A row in the Trainer's own Rich display, or a tqdm bar on a terminal; None when
@@ -78,7 +78,7 @@ def progress_bar(trainer: pl.Trainer) -> Progress | None:
     return terminal_bar
 
 
-# Marks our row in the display of the Trainer, to be used again.
+# Field that marks our row in the display of the Trainer, so that it can be reused.
 _OUR_ROW = "pruning"
 
 
@@ -86,7 +86,7 @@ _OUR_ROW = "pruning"
 def _show_rich(
     bar: RichProgressBar, title: str, total: int
 ) -> Iterator[Callable[[int], object]]:
-    # Two live displays on one terminal destroy each other: ours is a row in theirs.
+    # Two live displays on one terminal overwrite each other, so this is a row in theirs.
     display = bar.progress
     if display is None:
         yield lambda done: None
@@ -100,22 +100,22 @@ def _show_rich(
     try:
         yield lambda done: display.update(task, advance=done, refresh=True)
     finally:
-        # Not removed: Lightning 2.5 takes the ids of its tasks for their places in a list.
+        # Hidden, not removed: Lightning 2.5 uses the ids of its tasks as list indices.
         display.update(task, visible=False)
 
 
 @contextlib.contextmanager
 def terminal_bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
-    """Show a tqdm bar where the output is a terminal.
+    """Show a tqdm bar if the output is a terminal.
 
     Args:
-        title: before the bar.
-        total: up to which number.
+        title: text before the bar.
+        total: number of items.
 
     Yields:
-        What is called with the number that has been done.
+        A function to call with the number of items done.
     """
-    # disable=None: silent where the output is not a terminal.
+    # disable=None: silent if the output is not a terminal.
     with tqdm(desc=title, total=total, leave=False, disable=None) as bar:
         yield bar.update
 

@@ -1,13 +1,13 @@
-"""Signals that wait until a pruning step is whole.
+"""Delay of signals until a pruning step is complete.
 
-A cluster announces the end of a job by a signal, and Lightning acts on it at once, wherever
-Python is: it saves a checkpoint and meets the other ranks. In the middle of a step that
-would save weights without their masks, and meet ranks that are in another collective.
+A cluster announces the end of a job by a signal, and Lightning handles it at once: it saves
+a checkpoint together with the other ranks. In the middle of a pruning step this would save
+weights without their masks, and other ranks may be in another collective.
 """
 
 from __future__ import annotations
 
-__all__ = ["hold_back_signals"]
+__all__ = ["delay_signals"]
 
 import contextlib
 import signal
@@ -15,17 +15,17 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-# What clusters send and Lightning handles. Ctrl-C is not held back: a step that is
-# interrupted puts everything back.
+# Signals that clusters send and Lightning handles. Ctrl-C is not delayed: an interrupted
+# step is rolled back.
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 
 
 @contextlib.contextmanager
-def hold_back_signals() -> Iterator[None]:
-    """Let signals that somebody handles in Python wait until the body is left.
+def delay_signals() -> Iterator[None]:
+    """Delay signals that have a Python handler until the body is left.
 
-    Each is handled once then, in the order of arrival. Signals without a handler act as
-    always. Outside of the main thread, where Python runs no handlers, nothing is held back.
+    Each signal is then handled once, in order of arrival. Signals without a handler act as
+    usual. Outside of the main thread, where Python runs no handlers, nothing is delayed.
 
     Yields:
         Nothing.
@@ -33,7 +33,7 @@ def hold_back_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # In order of arrival, and each only once.
+    # In order of arrival, each only once.
     waiting: dict[int, None] = {}
 
     def wait(number: int, frame: FrameType | None) -> None:

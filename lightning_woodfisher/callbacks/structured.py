@@ -1,7 +1,8 @@
 """Callbacks that remove whole channels: SOSP, HAP and their baselines.
 
 During training a removed channel is masked: its filters, biases and norm entries are zero,
-which is the same as if it were not there. After it, :meth:`shrunk_model` cuts it out.
+so the network computes what it would compute without the channel. After training,
+:meth:`~StructuredPruningCallback.shrunk_model` cuts the masked channels out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ __all__ = [
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -26,7 +27,6 @@ from lightning_woodfisher.callbacks.base import PruningCallback
 from lightning_woodfisher.callbacks.checks import training_horizon
 from lightning_woodfisher.callbacks.progress import announce
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
-from lightning_woodfisher.data.batchnorm import require_recalibration_batches
 from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import is_sharded
@@ -35,64 +35,51 @@ from lightning_woodfisher.pruning.schedule import (
     PlannedStep,
     PruningSchedule,
 )
-from lightning_woodfisher.reporting.loggers import (
-    track_channel_end,
-    track_channel_settings,
-    track_channel_step,
-)
+from lightning_woodfisher.reporting.loggers import log_end, log_settings, log_step
 from lightning_woodfisher.structured.config import StructureConfig
-from lightning_woodfisher.structured.graph.captured_inputs import capture_inputs, within
-from lightning_woodfisher.structured.graph.channels import masked_parameters
-from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.graph.groups import (
+    Group,
+    add_prefix,
+    masked_parameters,
+)
+from lightning_woodfisher.structured.graph.inputs import capture_inputs
 from lightning_woodfisher.structured.graph.tracing import trace_groups
+from lightning_woodfisher.structured.network_cost import measure_latency
 from lightning_woodfisher.structured.pruner import (
-    Measure,
     StructurePruner,
-    require_cost,
     require_rereadable,
     require_target,
 )
 from lightning_woodfisher.structured.report import StructureReport
-from lightning_woodfisher.structured.shrink.implant import (
-    ImplantConfig,
-    ImplantInit,
-    check_implants,
-)
-from lightning_woodfisher.structured.shrink.latency import Latency, measure_latency
+from lightning_woodfisher.structured.shrink.implants import ImplantConfig, ImplantInit
 from lightning_woodfisher.structured.shrink.removal import (
     RemovalPlan,
     plan_removal,
     save_shrunk,
 )
+from lightning_woodfisher.structured.shrink.removal_check import check_implants
 
 
 class StructuredPruningCallback(PruningCallback):
-    """Remove whole channels while a network trains, by any of the methods.
+    """Remove whole channels while a network trains, with any of the methods.
 
     Args:
-        target: share of the measure that is gone at the end, in [0, 1).
-        measure: what the target counts: ``"macs"`` (multiply-accumulates, half the FLOPs),
-            ``"parameters"`` or ``"structures"`` (channels).
-        config: how channels are scored and chosen.
-        schedule: when and how far; by default once, at the start of training.
-        include: class paths of layers or regular expressions on their names: what may be
-            pruned; empty for all.
-        exclude: what may not.
-        network: name of the submodule to prune, if it is not the one that holds all layers.
+        target: share of ``config.measure`` that is removed at the end, in [0, 1).
+        config: how channels are scored and chosen, and which layers may be pruned.
+        schedule: when to prune and how far; by default once, at the start of training.
+        network: name of the submodule to prune; by default the first module that is called
+            and holds all Conv and Linear layers.
         loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to take
             the loss from, for a ``training_step`` that does more than compute one.
-        dataloader: where samples come from, in place of the training dataloader; read
+        dataloader: source of the samples, in place of the training dataloader; it is read
             several times.
-        report_path: JSON file that receives the reports of all steps.
-        export_path: folder that receives the smaller network at the end of fit: the plan
-            and a ``state_dict``, for :func:`.load_shrunk`.
-        latency_runs: forward passes that are timed after each step, dense and smaller in
-            turns, on rank 0; the medians are in the report. 0 for none.
-        batchnorm_recalibration_batches: re-estimate BatchNorm's running statistics on so
-            many batches (of 64 samples or ``batch_size``, the larger) after each step; 0
-            leaves them.
+        report_path: JSON file for the reports of all steps.
+        export_path: folder for the smaller network, written at the end of fit: the plan and
+            a ``state_dict``, for :func:`.load_shrunk`.
+        latency_runs: number of forward passes of the dense and of the smaller network that
+            are timed on rank 0 after each step, for the report; 0 times nothing.
         weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
-            zero once the last planned step is done.
+            zero after the last planned step.
 
     Raises:
         ConfigurationError: for a value that cannot work.
@@ -103,28 +90,22 @@ class StructuredPruningCallback(PruningCallback):
     def __init__(
         self,
         target: float = 0.5,
-        measure: Measure = "macs",
         config: StructureConfig = StructureConfig(),
         schedule: PruningSchedule | None = None,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
         network: str | None = None,
         loss_method: str | None = None,
         dataloader: Iterable[Any] | None = None,
         report_path: str | None = None,
         export_path: str | None = None,
         latency_runs: int = 0,
-        batchnorm_recalibration_batches: int = 0,
         weight_decay_off_after_last_step: bool = False,
     ) -> None:
-        require_target(target, measure)
-        require_cost(config, measure)
+        require_target(target)
         require_rereadable(dataloader)
-        require_recalibration_batches(batchnorm_recalibration_batches)
         require_integer("latency_runs", latency_runs)
         if latency_runs < 0:
             raise ConfigurationError(
-                f"latency_runs={latency_runs} must be at least 0; 0 measures nothing."
+                f"latency_runs={latency_runs} must be at least 0; use 0 to time nothing."
             )
         super().__init__(
             schedule if schedule is not None else OneShotSchedule(epoch=0),
@@ -134,103 +115,92 @@ class StructuredPruningCallback(PruningCallback):
             weight_decay_off_after_last_step,
         )
         self.target = target
-        self.measure: Measure = measure
         self.config = config
-        self.include = tuple(include)
-        self.exclude = tuple(exclude)
         self.network = network
         self.export_path = export_path
         self.latency_runs = latency_runs
-        self.batchnorm_recalibration_batches = batchnorm_recalibration_batches
-        self._groups: tuple[Group, ...] = ()
-        self._traced: tuple[Group, ...] = ()
-        self._inputs: Any = None
+        # Found when fit starts: the network within the LightningModule, an example of its
+        # inputs, and its groups.
         self._prefix = ""
+        self._inputs: Any = None
+        self._groups: tuple[Group, ...] = ()
         self._implants = ImplantConfig()
         self._implantable: dict[str, tuple[str, ...]] = {}
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(target={self.target}, measure={self.measure!r}, "
-            f"config={self.config!r}, schedule={self.schedule!r})"
+            f"{type(self).__name__}(target={self.target}, config={self.config!r}, "
+            f"schedule={self.schedule!r})"
         )
 
     @property
     def state_key(self) -> str:
         """Key of the state in a checkpoint; two callbacks differ by what they select."""
         return self._generate_state_key(
-            include=list(self.include),
-            exclude=list(self.exclude),
+            include=list(self.config.include),
+            exclude=list(self.config.exclude),
             network=self.network,
         )
 
     @property
     def removed(self) -> dict[str, tuple[int, ...]]:
-        """The channels that are gone, by group of the network."""
-        return self._in_network(self._so_far()[0])
+        """The removed channels, by group of the network."""
+        return self._names_of_network(self._last_report("removed"))
 
     @property
     def implanted(self) -> dict[str, tuple[int, ...]]:
         """The channels with 1×1 filters, by group of the network."""
-        return self._in_network(self._so_far()[1])
+        return self._names_of_network(self._last_report("implanted"))
 
-    @property
-    def latency(self) -> Latency | None:
-        """Time of the dense and the smaller network after the last step, if measured."""
-        last: StructureReport | None = self.reports[-1] if self.reports else None
-        if last is None or last.latency_dense is None or last.latency is None:
-            return None
-        return Latency(last.latency_dense, last.latency, 1, last.latency_runs)
+    def _last_report(self, field: str) -> dict[str, Any]:
+        return getattr(self.reports[-1], field) if self.reports else {}
 
-    def _in_network(
-        self, found: dict[str, tuple[int, ...]]
-    ) -> dict[str, tuple[int, ...]]:
-        cut = len(self._prefix) + bool(self._prefix)
-        return {name[cut:]: structures for name, structures in found.items()}
+    def _names_of_network(self, groups: dict[str, Any]) -> dict[str, Any]:
+        prefix = self._module_name("")
+        return {name.removeprefix(prefix): found for name, found in groups.items()}
+
+    def _module_name(self, name: str) -> str:
+        """Return the name within the module of a group or layer of the network."""
+        return f"{self._prefix}.{name}" if self._prefix else name
 
     # ------------------------------------------------------------------ smaller models
 
     def removal_plan(self, module: nn.Module) -> RemovalPlan:
-        """Plan to cut the masked channels out.
+        """Plan how to cut the masked channels out of the network.
 
         Args:
-            module: the LightningModule; only its network is planned for.
+            module: the LightningModule that holds the network.
 
         Returns:
-            The plan, which ``apply`` carries out on the network.
+            The plan; its ``apply`` changes the network.
 
         Raises:
-            ConfigurationError: before anything was traced.
+            ConfigurationError: before fit has traced the network.
         """
-        if not self._traced:
+        if not self._groups:
             raise ConfigurationError(
-                "the groups of channels are known once fit has started; call fit first."
+                "the groups of channels are not known before fit has started; call fit "
+                "first."
             )
-        return plan_removal(
-            module.get_submodule(self._prefix),
-            self._traced,
-            self.removed,
-            self.implanted,
-        )
+        network = module.get_submodule(self._prefix)
+        return plan_removal(network, self._groups, self.removed, self.implanted)
 
     def shrunk_model(self, module: nn.Module) -> nn.Module:
-        """Make the physically smaller network, which computes the same.
+        """Build the smaller network, which computes the same as the masked one.
 
         Args:
-            module: the LightningModule; it stays as it is.
+            module: the LightningModule that holds the network; it is left unchanged.
 
         Returns:
             A copy of its network without the masked channels.
         """
         plan = self.removal_plan(module)
-        network = module.get_submodule(self._prefix)
-        # Of the whole LightningModule the Trainer would be copied, too.
-        smaller = _copy_network(network)
+        smaller = _copy_network(module.get_submodule(self._prefix))
         plan.apply(smaller)
         return smaller
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the masks; write the smaller network where asked for.
+        """Check the masks, and export the smaller network if ``export_path`` is set.
 
         Args:
             trainer: the Trainer.
@@ -239,7 +209,7 @@ class StructuredPruningCallback(PruningCallback):
         if self.masks is None:
             return  # Nothing was left to train.
         self.masks.verify()
-        track_channel_end(trainer, self.reports)
+        log_end(trainer, self.reports)
         if self.export_path and self.reports and trainer.is_global_zero:
             smaller = self.shrunk_model(pl_module)
             save_shrunk(self.export_path, smaller, self.removal_plan(pl_module))
@@ -249,33 +219,29 @@ class StructuredPruningCallback(PruningCallback):
     def _select(
         self, trainer: pl.Trainer, module: pl.LightningModule
     ) -> dict[str, nn.Parameter]:
+        config = self.config
         source = self._source(trainer, module)
-        self._prefix, self._inputs = capture_inputs(
-            source, self.network, self.config.seed
-        )
+        self._prefix, self._inputs = capture_inputs(source, self.network, config.seed)
         network = module.get_submodule(self._prefix)
         if any(is_sharded(parameter) for parameter in network.parameters()):
             raise ConfigurationError(
                 "channels cannot be removed from parameters that are sharded over the "
                 "ranks; use a single device or 'ddp'."
             )
-        traced = trace_groups(
+        self._groups = trace_groups(
             network,
             self._inputs,
-            include=self.include,
-            exclude=self.exclude,
-            seed=self.config.seed,
-        )
-        self._traced = traced.groups
-        self._groups = within(traced.groups, self._prefix)
+            include=config.include,
+            exclude=config.exclude,
+            seed=config.seed,
+        ).groups
         if self._implants.ratio:
-            found = check_implants(_copy_network(network), traced.groups, self._inputs)
-            prefix = f"{self._prefix}." if self._prefix else ""
+            found = check_implants(network, self._groups, self._inputs)
             self._implantable = {
-                f"{prefix}{group}": tuple(f"{prefix}{layer}" for layer in layers)
+                self._module_name(group): tuple(map(self._module_name, layers))
                 for group, layers in found.items()
             }
-        return masked_parameters(module, self._groups)
+        return masked_parameters(module, add_prefix(self._groups, self._prefix))
 
     def _make_plan(self, trainer: pl.Trainer) -> tuple[PlannedStep, ...]:
         if getattr(trainer, "fast_dev_run", False):
@@ -291,20 +257,17 @@ class StructuredPruningCallback(PruningCallback):
         announce(
             trainer,
             f"Removing channels by {self.config.method}: {structures:,} structures in "
-            f"{len(self._groups)} groups; {self.measure} removed: {steps or 'no more'}.",
+            f"{len(self._groups)} groups; {self.config.measure} removed: "
+            f"{steps or 'no more'}.",
         )
         settings = {
             "class": type(self).__name__,
             "target": self.target,
-            "measure": self.measure,
-            "include": self.include,
-            "exclude": self.exclude,
             "network": self._prefix,
             "implants": dataclasses.asdict(self._implants),
-            "batchnorm_recalibration_batches": self.batchnorm_recalibration_batches,
             **dataclasses.asdict(self.config),
         }
-        track_channel_settings(trainer, settings, self.schedule)
+        log_settings(trainer, settings, self.schedule, prefix="channel_")
 
     # ------------------------------------------------------------------ the step
 
@@ -314,33 +277,19 @@ class StructuredPruningCallback(PruningCallback):
     def _step(
         self, trainer: pl.Trainer, module: pl.LightningModule, target: PlannedStep
     ) -> StructureReport:
-        removed, implanted = self._so_far()
-        report = self._pruner(module).step(
-            self._source(trainer, module),
-            target.sparsity,
-            removed,
-            target.position,
-            implanted,
-        )
+        source = self._source(trainer, module)
+        report = self._pruner(module).step(source, target.sparsity, target.position)
         if self._implants.init != "center":
-            self._forget(trainer, module, report.implanted, implanted)
+            self._reset_optimizers(trainer, module, report)
         return report
 
-    def _so_far(self) -> tuple[Any, Any]:
-        if not self.reports:
-            return {}, {}
-        return self.reports[-1].removed, self.reports[-1].implanted
-
-    def _forget(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        implanted: dict[str, Any],
-        before: dict[str, Any],
+    def _reset_optimizers(
+        self, trainer: pl.Trainer, module: pl.LightningModule, report: StructureReport
     ) -> None:
-        """Set the optimizer state of filters that have begun anew to zero."""
-        for group, structures in implanted.items():
-            new = sorted({*structures} - {*before.get(group, ())})
+        """Set the optimizer state of new 1×1 filters to zero."""
+        earlier = self._last_report("implanted")
+        for group, structures in report.implanted.items():
+            new = sorted({*structures} - {*earlier.get(group, ())})
             for layer in self._implantable[group]:
                 weight = module.get_parameter(f"{layer}.weight")
                 for optimizer in trainer.optimizers:
@@ -353,32 +302,28 @@ class StructuredPruningCallback(PruningCallback):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(report.metrics(), step=trainer.global_step)
-        track_channel_step(trainer, self.reports)
+        log_step(trainer, self.reports)
 
     def _publish(self, trainer: pl.Trainer, report: StructureReport) -> None:
         if self.latency_runs:
-            report = self._timed(trainer.lightning_module, report)
-            self.reports[-1] = report
+            module = trainer.lightning_module
+            comm = Communicator(module.device)
+            seconds = 0.0, 0.0
+            if comm.rank == 0:
+                seconds = self._measure_latency(module, self.latency_runs)
+            # The times of rank 0 for all ranks, so that their reports are the same.
+            dense, shrunk = comm.gather_numbers(seconds)[0]
+            report = self.reports[-1] = dataclasses.replace(
+                report,
+                latency_dense=dense,
+                latency=shrunk,
+                latency_runs=self.latency_runs,
+            )
         super()._publish(trainer, report)
 
-    def _timed(
-        self, module: pl.LightningModule, report: StructureReport
-    ) -> StructureReport:
-        """Measure on rank 0, and tell all ranks, whose reports are the same."""
-        comm = Communicator(module.device)
-        seconds = [0.0, 0.0]
-        if comm.rank == 0:
-            found = self._measure(module, self.latency_runs)
-            seconds = [found.dense, found.shrunk]
-        dense, shrunk = comm.gather_numbers(seconds)[0]
-        return dataclasses.replace(
-            report,
-            latency_dense=dense,
-            latency=shrunk,
-            latency_runs=self.latency_runs,
-        )
-
-    def _measure(self, module: pl.LightningModule, runs: int) -> Latency:
+    def _measure_latency(
+        self, module: pl.LightningModule, runs: int
+    ) -> tuple[float, float]:
         network = module.get_submodule(self._prefix)
         return measure_latency(network, self.shrunk_model(module), self._inputs, runs)
 
@@ -387,13 +332,11 @@ class StructuredPruningCallback(PruningCallback):
 
     def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         target = max(step.sparsity for step in self._ahead())
-        self._pruner(module).rehearse(
-            self._source(trainer, module), target, *self._so_far()
-        )
+        self._pruner(module).rehearse(self._source(trainer, module), target)
         if self.latency_runs:
-            # A network that cannot be copied or called is found out now.
+            # A network that cannot be copied or called is reported early.
             with Communicator(module.device).failing_together():
-                self._measure(module, 1)
+                self._measure_latency(module, 1)
 
     def _source(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LossSource:
         return TrainingStepLoss(
@@ -412,16 +355,15 @@ class StructuredPruningCallback(PruningCallback):
         return StructureReport.from_dict(plain)
 
     def _pruner(self, module: pl.LightningModule) -> StructurePruner:
-        comm = Communicator(module.device)
         return StructurePruner(
-            self._groups,
+            add_prefix(self._groups, self._prefix),
             self._get_masks(),
             self.config,
-            self.measure,
-            comm,
+            Communicator(module.device),
             self._implants,
             self._implantable,
-            self.batchnorm_recalibration_batches,
+            self._last_report("removed"),
+            self._last_report("implanted"),
         )
 
 
@@ -432,11 +374,11 @@ class SOSPPruningCallback(StructuredPruningCallback):
     structured pruning", ICLR 2022.
 
     Args:
-        target: share of the measure that is gone at the end, in [0, 1).
-        variant: ``"H"`` takes one Hessian-vector product for all channels, ``"I"`` the
+        target: as for :class:`StructuredPruningCallback`.
+        variant: ``"H"`` computes one Hessian-vector product for all channels, ``"I"`` the
             Gauss-Newton matrix of pairs of channels.
-        config: how channels are scored and chosen; its ``method`` is set here.
-        options: further arguments of :class:`StructuredPruningCallback`.
+        config: as for :class:`StructuredPruningCallback`; ``method`` is set here.
+        options: other arguments of :class:`StructuredPruningCallback`.
     """
 
     def __init__(
@@ -450,7 +392,7 @@ class SOSPPruningCallback(StructuredPruningCallback):
             raise ConfigurationError(f"variant={variant!r} is unknown; use 'I' or 'H'.")
         method: Literal["sosp_i", "sosp_h"] = "sosp_i" if variant == "I" else "sosp_h"
         config = dataclasses.replace(config, method=method)
-        super().__init__(target, config=config, **options)
+        super().__init__(target, config, **options)
 
 
 class HAPPruningCallback(StructuredPruningCallback):
@@ -459,17 +401,17 @@ class HAPPruningCallback(StructuredPruningCallback):
     Yu et al., "Hessian-aware pruning and optimal neural implant", WACV 2022. Layers that
     are added to each other lose the same channels; the authors' code scatters them.
 
-    With ``implant_ratio`` r, the lowest (1 - r) of the chosen channels are removed and
-    the others get 1×1 filters in place of their k×k filters (neural implant).
+    With ``implant_ratio`` r, the lowest (1 - r) of the chosen channels are removed, and the
+    others get 1×1 filters in place of their k×k filters (neural implant).
 
     Args:
-        target: share of the measure that is gone at the end, in [0, 1); of
-            ``"structures"``, removed and implanted ones together.
-        config: how channels are scored and chosen; its ``method`` is set here.
+        target: as for :class:`StructuredPruningCallback`; a share of ``"structures"``
+            counts removed and implanted channels together.
+        config: as for :class:`StructuredPruningCallback`; ``method`` is set here.
         implant_ratio: r, in [0, 1).
-        implant_init: what 1×1 filters begin with: ``"zero"``, ``"center"`` (the centre
-            tap of the filter) or ``"lstsq"`` (fitted to what the filter gives).
-        options: further arguments of :class:`StructuredPruningCallback`.
+        implant_init: initial value of the 1×1 filters: ``"zero"``, ``"center"`` (the center
+            tap of the filter) or ``"lstsq"`` (fitted to the output of the filter).
+        options: other arguments of :class:`StructuredPruningCallback`.
     """
 
     def __init__(
@@ -481,12 +423,13 @@ class HAPPruningCallback(StructuredPruningCallback):
         **options: Any,
     ) -> None:
         config = dataclasses.replace(config, method="hap")
-        super().__init__(target, config=config, **options)
+        super().__init__(target, config, **options)
         self._implants = ImplantConfig(implant_ratio, implant_init)
         self._implants.require_multiples(config.round_to)
 
 
 def _copy_network(network: nn.Module) -> nn.Module:
+    """Copy a network; a LightningModule without its Trainer."""
     if not isinstance(network, either_name(pl.LightningModule)):
         return copy.deepcopy(network)
     trainer = network._trainer

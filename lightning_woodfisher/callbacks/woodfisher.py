@@ -1,13 +1,14 @@
-"""The Lightning callback: settings, and what must be checked before training starts.
+"""The callback that prunes single weights: settings and checks.
 
-When a step happens and how masks live through training is in :mod:`.masked_training`,
-what a step does in :mod:`.pruner`.
+:mod:`.base` decides when a step happens, :mod:`lightning_woodfisher.pruning.pruner` what a
+step does.
 """
 
 from __future__ import annotations
 
 __all__ = ["WoodFisherPruningCallback"]
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,11 +50,15 @@ from lightning_woodfisher.pruning.schedule import (
 )
 from lightning_woodfisher.pruning.selector import (
     is_too_sparse,
-    take_zeros,
+    prune_zeros,
     weights_to_remove,
 )
-from lightning_woodfisher.reporting.loggers import track_end, track_settings, track_step
-from lightning_woodfisher.resources.budget import require_one_device, within_memory
+from lightning_woodfisher.reporting.loggers import (
+    log_end,
+    log_settings,
+    log_step,
+)
+from lightning_woodfisher.resources.budget import fit_into_memory, require_one_device
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.patterns import require_pattern_fits
 
@@ -62,11 +67,11 @@ class WoodFisherPruningCallback(PruningCallback):
     """Prune a network with second-order information while it trains.
 
     At the scheduled epochs (or optimizer steps) gradients of the training loss are
-    collected on every rank, exchanged, and turned into blocks of the inverse empirical
-    Fisher that are shared over the ranks; the weights of smallest saliency are set to
-    zero, and the others are updated to make up for them (Singh & Alistarh, "WoodFisher",
-    NeurIPS 2020). Pruned weights stay exactly zero through every optimizer step. The
-    model stays a plain model: no parametrisation, no renamed parameters.
+    collected on every rank and exchanged, so that each rank computes a share of the blocks
+    of the inverse empirical Fisher. The weights of smallest saliency are set to zero, and
+    the others are updated to compensate for them (Singh & Alistarh, "WoodFisher", NeurIPS
+    2020). Pruned weights stay exactly zero through every optimizer step. The model stays a
+    plain model: no parametrization, no renamed parameters.
 
     Args:
         target_sparsity: share of the selected weights that is zero at the end, in [0, 1).
@@ -130,7 +135,7 @@ class WoodFisherPruningCallback(PruningCallback):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> WoodFisherPruningCallback:
-        """Make the callback with published settings; see :mod:`.presets`.
+        """Create the callback with published settings; see :mod:`.presets`.
 
         Args:
             name: ``"resnet50_90"``, ``"mobilenetv1_75"``, ``"bert_90"`` or
@@ -180,18 +185,22 @@ class WoodFisherPruningCallback(PruningCallback):
             with comm.failing_together():
                 self._require_data(trainer, module)
         if self._plan:
-            # Nothing is allocated yet; the first step is the one that needs most.
+            # Nothing is allocated yet, and the first step needs most memory.
             masks = self._get_masks()
-            self._step_config, cost = within_memory(
+            self._step_config, cost = fit_into_memory(
                 masks, self.config, comm, trainer.num_devices
             )
             kind = self.config.criterion
             plan = describe_plan(self._plan, self._done, masks, kind)
             announce(trainer, f"{plan}\n{cost.summary()}")
-        track_settings(trainer, self.config, self.target_sparsity, self.schedule)
+        settings = {
+            "target_sparsity": self.target_sparsity,
+            **dataclasses.asdict(self.config),
+        }
+        log_settings(trainer, settings, self.schedule)
 
     def _require_data(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Refuse data that cannot give the gradients of a step."""
+        """Check that the data suffices for the gradients of a step."""
         fisher = self.config.fisher
         batches = self._source(trainer, module).batches(
             fisher.num_gradients,
@@ -205,7 +214,7 @@ class WoodFisherPruningCallback(PruningCallback):
     def _make_plan(self, trainer: pl.Trainer) -> tuple[PlannedStep, ...]:
         masks = self._get_masks()
         if getattr(trainer, "fast_dev_run", False):
-            # One batch has no room for a schedule; try one whole step all the same.
+            # One batch is too short for a schedule, so run one complete step.
             return (PlannedStep("epoch", 0, self.target_sparsity),)
         plan = self.schedule.plan(
             self.target_sparsity, training_horizon(trainer, self.schedule)
@@ -214,7 +223,7 @@ class WoodFisherPruningCallback(PruningCallback):
         if not self._done and (
             starts_sparse or isinstance(self.schedule, ConstantSchedule)
         ):
-            take_zeros(masks, self.config.selection)
+            prune_zeros(masks, self.config.selection)
         ahead = [step for step in plan if (step.unit, step.position) not in self._done]
         if self.config.flops_target is not None:
             return plan
@@ -222,9 +231,8 @@ class WoodFisherPruningCallback(PruningCallback):
             masks, self.config.selection, ahead[-1].sparsity, self.target_sparsity
         ):
             raise ConfigurationError(
-                f"the schedule asks for sparsity {ahead[-1].sparsity} in the end, but the "
-                f"selected weights have {masks.sparsity():.4f} already; raise "
-                "target_sparsity."
+                f"the schedule ends at sparsity {ahead[-1].sparsity}, but the selected "
+                f"weights have {masks.sparsity():.4f} already; raise target_sparsity."
             )
         if plan and not ahead and any(self._missing(self.target_sparsity)):
             raise ConfigurationError(
@@ -251,7 +259,7 @@ class WoodFisherPruningCallback(PruningCallback):
 
     def _log(self, trainer: pl.Trainer, report: PruningReport) -> None:
         log_report(trainer, report)
-        track_step(trainer, self.reports, self._get_masks())
+        log_step(trainer, self.reports, self._get_masks())
 
     def _reads_on(self) -> bool:
         return bool(self._ahead()) and self.config.reads_data
@@ -267,9 +275,9 @@ class WoodFisherPruningCallback(PruningCallback):
         return Pruner(self._get_masks(), self._step_config, comm, progress_bar(trainer))
 
     def _missing(self, sparsity: float) -> list[int]:
-        """How many zeros each group of competitors lacks; steps if FLOPs decide."""
+        """Return the missing zeros by group of competing layers; steps if FLOPs decide."""
         if self.config.flops_target is not None:
-            # A step comes as near as whole groups allow.
+            # A step comes only as close to the target as whole groups allow.
             return [len(self._ahead())]
         return weights_to_remove(
             self._get_masks(), self.config.selection, sparsity, self.target_sparsity
@@ -278,18 +286,18 @@ class WoodFisherPruningCallback(PruningCallback):
     # ------------------------------------------------------------------ fit ends
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that the promised sparsity is there.
+        """Check that the target sparsity has been reached.
 
         Args:
             trainer: the Trainer.
             pl_module: its module.
 
         Raises:
-            PruningError: when it is not.
+            PruningError: if it has not.
         """
         masks = self._get_masks()
         masks.verify()
-        track_end(trainer, self.reports, masks, self.log_masks)
+        log_end(trainer, self.reports, masks if self.log_masks else None)
         missed = self._ahead()
         missing = self._missing(self.target_sparsity)
         if isinstance(self.schedule, ConstantSchedule) or not any(missing):

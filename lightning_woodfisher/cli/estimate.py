@@ -1,24 +1,24 @@
-"""``lightning-woodfisher estimate``: what the steps of a run cost, without running it."""
+"""``lightning-woodfisher estimate``: the cost of a run's pruning steps, before the run."""
 
 from __future__ import annotations
 
-__all__ = ["command_line", "make_parser", "read_run", "run_estimate"]
+__all__ = ["make_parser", "read_run", "run_estimate"]
 
 import argparse
-import contextlib
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
-from lightning_woodfisher.base.errors import ConfigurationError, nearest
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.benchmark.inverse import measure_gemm_rate
 from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
+from lightning_woodfisher.cli.arguments import SubcommandParser, block_size
+from lightning_woodfisher.cli.lightning_cli import read_fit
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.pruning.schedule import Horizon
 from lightning_woodfisher.resources.estimate import ResourceEstimate, estimate
@@ -30,23 +30,22 @@ examples:
   lightning-woodfisher estimate --config run.yaml --devices 8 --memory 80GB
   lightning-woodfisher estimate --preset resnet50 --num_gradients 160 --block_size 2000
 
-Exit status 1 says that the step does not fit into the memory that was given.
+The exit status is 1 if the step does not fit into the given memory.
 """
-# What a Trainer does that is told neither epochs nor steps.
+# Epochs of a Trainer that is given neither max_epochs nor max_steps.
 _DEFAULT_EPOCHS = 1000
 _GEMM_SIZE = 1024
-_GEMM_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class Run:
-    """What an estimate needs to know of a run.
+    """The properties of a run on which an estimate depends.
 
     Attributes:
         network: the module, on the meta device where it allows that, or shapes.
         callback: the pruning callback, with its settings.
         world_size: number of ranks.
-        levels: sparsities before a step: the first and the last one.
+        levels: sparsities before the first and the last step.
         sharded: whether the strategy shards parameters.
     """
 
@@ -57,32 +56,32 @@ class Run:
     sharded: bool = False
 
 
-def run_estimate(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
+def run_estimate(options: argparse.Namespace) -> int:
     """Print the estimate.
 
     Args:
-        arguments: of the subcommand; those that are not its own are read as ``fit`` does.
-        cli: reads the configuration.
+        options: parsed by :func:`make_parser`, with arguments of ``fit`` beside them.
 
     Returns:
-        Exit status: 0, or 1 when the step does not fit into the memory that was given.
+        Exit status: 0, or 1 if the step does not fit into the given memory.
 
     Raises:
-        ConfigurationError: for settings that cannot be.
+        ConfigurationError: if a preset is combined with arguments of ``fit``.
     """
-    options, rest = make_parser().parse_known_args(arguments)
-    if options.preset is not None:
-        if rest:
-            raise ConfigurationError(
-                f"{' '.join(rest)} means nothing with --preset; its settings are "
-                "--num_gradients, --gradient_batch_size, --block_size and --sparsity."
-            )
-        run = _read_preset(options)
+    rest = options.fit_arguments
+    if options.preset is None:
+        run = read_run(rest, options.devices, options.num_nodes)
+    elif rest:
+        raise ConfigurationError(
+            f"{' '.join(rest)} means nothing with --preset; its settings are "
+            "--num_gradients, --gradient_batch_size, --block_size and --sparsity."
+        )
     else:
-        run = read_run(rest, cli, options.devices, options.num_nodes)
+        run = _read_preset(options)
     rate = options.flops_per_second
     if rate is None:
-        rate = _measure_flops_per_second()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        rate = measure_gemm_rate(device, _GEMM_SIZE)
     settings = run.callback.config
     levels = run.levels if options.sparsity is None else (options.sparsity,)
     costs = [
@@ -91,10 +90,7 @@ def run_estimate(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
             fisher=settings.fisher,
             selection=settings.selection,
             criterion=settings.criterion,
-            update=settings.step.update,
-            line_search=settings.step.line_search,
-            measure_loss=settings.step.measure_loss,
-            local_model_points=settings.step.local_model_points,
+            step=settings.step,
             sparsity=level,
             world_size=run.world_size,
             memory=options.memory or settings.fisher.memory_budget,
@@ -105,51 +101,42 @@ def run_estimate(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
         )
         for level in levels
     ]
-    sys.stdout.write(_write(costs, settings.step.recompute_steps, rate, options.json))
+    text = _format(costs, settings.step.recompute_steps, rate, options.json)
+    sys.stdout.write(text)
     return int(any(cost.fits is False for cost in costs))
 
 
 def read_run(
-    arguments: Sequence[str],
-    cli: type[LightningCLI],
-    devices: int | None = None,
-    num_nodes: int | None = None,
+    arguments: Sequence[str], devices: int | None = None, num_nodes: int | None = None
 ) -> Run:
-    """Read a configuration as ``fit`` does, and make nothing but the model and callback.
+    """Read a configuration as ``fit`` does; make only the model and the callback.
 
     Args:
-        arguments: of ``fit``.
-        cli: its command line.
-        devices: of a node, in place of the configured ones.
-        num_nodes: in place of the configured ones.
+        arguments: the arguments of ``fit``.
+        devices: devices of a node, in place of the configured ones.
+        num_nodes: nodes, in place of the configured ones.
 
     Returns:
-        What an estimate needs.
+        The run.
 
     Raises:
-        ConfigurationError: when the configuration has no pruning callback.
+        ConfigurationError: if the configuration has no pruning callback.
     """
-
-    class Reader(cli):  # type: ignore[valid-type, misc]
-        """Parses; the rest is left out."""
-
-        def instantiate_classes(self) -> None:
-            self.made = _make(self.parser, self.config)
-
-        def _run_subcommand(self, subcommand: str) -> None: ...
-
-        def _set_seed(self) -> None: ...
-
-    with command_line(["fit", *arguments]):
-        reader = Reader()
-    config, made = reader.config["fit"], reader.made["fit"]
-    callbacks = made["trainer"]["callbacks"]
-    if not callbacks:
+    reader = read_fit(arguments)
+    try:
+        # Not every model can be made without memory: some read weights, or compute.
+        with torch.device("meta"):
+            made = reader.make_model()
+    except Exception:
+        # A real error occurs again; jsonargparse wraps it, so its type says nothing.
+        made = reader.make_model()
+    if not made["trainer"]["callbacks"]:
         raise ConfigurationError(
             "the configuration has no WoodFisherPruningCallback in trainer.callbacks, so "
             "there is nothing to estimate."
         )
-    callback, trainer = callbacks[0], config["trainer"]
+    callback, trainer = made["trainer"]["callbacks"][0], reader.config["fit"]["trainer"]
+    strategy = trainer.get("strategy")
     epochs, steps = trainer.get("max_epochs"), trainer.get("max_steps", -1)
     if epochs is None and steps == -1:
         epochs = _DEFAULT_EPOCHS
@@ -158,69 +145,22 @@ def read_run(
         steps if steps >= 0 else None,
     )
     plan = callback.schedule.plan(callback.target_sparsity, horizon)
-    levels = [0.0, *(step.sparsity for step in plan)][:-1][-1:] if plan else []
+    before = [0.0, *(step.sparsity for step in plan[:-1])]
     return Run(
         network=made["model"],
         callback=callback,
         world_size=_count_devices(devices or trainer.get("devices", "auto"), trainer)
         * int(num_nodes or trainer.get("num_nodes") or 1),
-        levels=tuple(dict.fromkeys([0.0, *levels])),
-        sharded=_is_sharding(trainer.get("strategy")),
+        levels=tuple(dict.fromkeys([before[0], before[-1]])),
+        # A name, or the configuration of an object.
+        sharded=str(getattr(strategy, "class_path", strategy)).endswith(
+            "ModelParallelStrategy"
+        ),
     )
 
 
-@contextlib.contextmanager
-def command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """Stand in for ``sys.argv``: LightningCLI warns when it is given arguments beside it.
-
-    Args:
-        arguments: without the name of the program.
-
-    Yields:
-        Nothing.
-    """
-    before = sys.argv
-    sys.argv = [before[0], *arguments]
-    try:
-        yield
-    finally:
-        sys.argv = before
-
-
-def _make(parser: Any, config: Any) -> Any:
-    """Make the model and the pruning callbacks of a parsed configuration."""
-    config = config.clone()
-    fit = config["fit"]
-    if "data" in fit:
-        fit["data"] = None
-    given = fit["trainer"].get("callbacks") or []
-    callbacks = given if isinstance(given, list) else [given]
-    ours = WoodFisherPruningCallback.__name__
-    for name in list(vars(fit["trainer"])):
-        # The Trainer is not made: neither are its loggers, plugins and profilers.
-        if name in {"logger", "plugins", "profiler"}:
-            fit["trainer"][name] = None
-    fit["trainer"]["callbacks"] = [
-        callback
-        for callback in callbacks
-        if callback["class_path"].rpartition(".")[2] == ours
-    ]
-
-    def instantiate() -> Any:
-        return parser.instantiate_classes(config.clone())
-
-    try:
-        # Not every model can be made without memory: some read weights, or compute.
-        with torch.device("meta"):
-            return instantiate()
-    except Exception:
-        # jsonargparse wraps what a constructor raises; what is wrong in earnest is
-        # raised again.
-        return instantiate()
-
-
 def _count_devices(devices: Any, trainer: Any) -> int:
-    """Give the number of devices that a Trainer would use."""
+    """Return the number of devices that a Trainer would use."""
     if isinstance(devices, str) and devices.lstrip("-").isdigit():
         devices = int(devices)
     if isinstance(devices, str) and devices != "auto":
@@ -233,25 +173,11 @@ def _count_devices(devices: Any, trainer: Any) -> int:
     return int(devices)
 
 
-def _is_sharding(strategy: Any) -> bool:
-    """Whether a configured strategy is ModelParallelStrategy, by name or as an object."""
-    if hasattr(strategy, "class_path"):
-        strategy = strategy.class_path
-    names = (str(strategy), type(strategy).__name__)
-    return any(name.endswith("ModelParallelStrategy") for name in names)
-
-
 def _read_preset(options: argparse.Namespace) -> Run:
-    if options.preset not in SHAPES:
-        raise ConfigurationError(
-            f"--preset {options.preset} is unknown; use one of {', '.join(SHAPES)}."
-            f"{nearest(options.preset, SHAPES)}"
-        )
-    block = options.block_size
     fisher = FisherConfig(
         num_gradients=options.num_gradients,
         gradient_batch_size=options.gradient_batch_size,
-        block_size=None if block in {"none", "None", "null"} else int(block),
+        block_size=options.block_size,
     )
     return Run(
         network=SHAPES[options.preset],
@@ -261,50 +187,27 @@ def _read_preset(options: argparse.Namespace) -> Run:
     )
 
 
-def _write(
-    costs: Sequence[ResourceEstimate], parts: int, rate: float, as_json: bool
+def _format(
+    costs: Sequence[ResourceEstimate], recompute_steps: int, rate: float, as_json: bool
 ) -> str:
     if as_json:
         return json.dumps([cost.to_dict() for cost in costs], indent=1) + "\n"
     text = "\n\n".join(cost.to_table() for cost in costs)
-    if parts > 1:
-        text += f"\n\nrecompute_steps={parts}: a step has that many parts like these."
+    if recompute_steps > 1:
+        text += f"\n\nrecompute_steps={recompute_steps}: a step does this once for each part."
     return (
         f"{text}\n\nSeconds at {rate / 1e9:.3g} Gflop/s. The network's own activations, "
         "gradients and optimizer are not counted.\n"
     )
 
 
-def _measure_flops_per_second() -> float:
-    """Time matrix products in float32 for a moment."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    matrix = torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device)
-    wait: Callable[[], None] = (
-        torch.cuda.synchronize if device == "cuda" else lambda: None
-    )
-    float((matrix @ matrix).sum())
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < _GEMM_SECONDS:
-        product = matrix @ matrix
-        wait()
-        count += 1
-    del product
-    return count * 2 * _GEMM_SIZE**3 / (time.perf_counter() - start)
-
-
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the subcommand.
-
-    Returns:
-        It.
-    """
-    parser = argparse.ArgumentParser(
-        prog="lightning-woodfisher estimate",
-        description="What the pruning steps of a run cost each rank; nothing is run. "
-        "Other arguments are those of `fit`, such as --config run.yaml.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    """Return the parser of the subcommand."""
+    parser = SubcommandParser(
+        "estimate",
+        "Print what the pruning steps of a run cost each rank, without running it. Other "
+        "arguments are those of `fit`, such as --config run.yaml.",
+        _EXAMPLE,
     )
     add = parser.add_argument
     add("--devices", type=int, help="devices of a node, in place of the configured")
@@ -312,8 +215,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--sharded",
         action="store_true",
-        help="parameters are sharded over the ranks (FSDP2); with --config, the "
-        "strategy says so",
+        help="parameters are sharded over the ranks (FSDP2); read from the strategy "
+        "with --config",
     )
     add("--memory", help="of a device for the step, such as 80GB or 24GiB")
     add("--sparsity", type=float, help="before the step, in place of the scheduled")
@@ -321,8 +224,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--bytes_per_second", type=float, help="that a rank can send")
     add("--seconds_per_gradient", type=float, help="of one mini-batch")
     add("--json", action="store_true", help="write JSON")
-    add("--preset", help=f"shapes in place of a model: {', '.join(SHAPES)}")
+    add("--preset", choices=list(SHAPES), help="shapes in place of a model")
     add("--num_gradients", type=int, default=256, help="N, with --preset")
     add("--gradient_batch_size", type=int, default=16, help="m, with --preset")
-    add("--block_size", default="256", help="B or none, with --preset")
+    add("--block_size", type=block_size, default=256, help="B or none, with --preset")
     return parser

@@ -6,37 +6,43 @@ __all__ = ["make_parser", "run_export"]
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
-from lightning_woodfisher.cli.estimate import command_line
-from lightning_woodfisher.export.checkpoint import Checkpoint, read_checkpoint
-from lightning_woodfisher.export.dense import save_dense, strip_prefix
-from lightning_woodfisher.export.graph import export_onnx, export_program
+from lightning_woodfisher.cli.arguments import SubcommandParser
+from lightning_woodfisher.cli.lightning_cli import load_weights, read_fit
+from lightning_woodfisher.export.checkpoint import (
+    Checkpoint,
+    read_checkpoint,
+    strip_prefix,
+)
+from lightning_woodfisher.export.onnx_and_torch_export import (
+    export_onnx,
+    export_program,
+)
 from lightning_woodfisher.export.semi_structured import (
     find_semi_structured,
     to_semi_structured,
 )
-from lightning_woodfisher.export.sparse import save_sparse
-from lightning_woodfisher.export.summary import ExportSummary, summarise
+from lightning_woodfisher.export.state_dict_files import save_dense, save_sparse
+from lightning_woodfisher.export.summary import ExportSummary, summarize
 
 _EXAMPLE = """\
 formats:
 
-  sparse           safetensors with a bit for each weight and the weights that are left:
-                   small. Read by lightning_woodfisher.export.load_sparse. Needs no config.
+  sparse           safetensors with a bit for each weight and the remaining weights: small.
+                   Read by lightning_woodfisher.export.load_sparse. Needs no config.
   dense            a plain state_dict: torch.load(FILE, weights_only=True). Needs no config.
   onnx             network and weights, for onnxruntime and others; the outputs are
                    compared with PyTorch's.
   torch-export     network and weights, for torch.export.load; compared likewise.
   semi-structured  a dense state_dict in half precision, whose Linear weights were checked
-                   to be 2:4 and converted on the GPU at hand.
+                   to be 2:4 and converted on the GPU of this machine.
 
 examples:
 
@@ -46,7 +52,7 @@ examples:
       --input_shape 1 3 224 224 --out model.onnx
 
 The checkpoint is only read, and no code in it is run. Before anything is written, the
-pruned weights are checked to be zero, by the masks that the callback has saved in it.
+pruned weights are checked to be zero, by the masks that the callback saved in it.
 """
 _SUFFIXES = {
     "sparse": (".safetensors",),
@@ -55,29 +61,20 @@ _SUFFIXES = {
     "torch-export": (".pt2",),
     "semi-structured": (".pt", ".pth", ".bin"),
 }
-_SPELLINGS = {
-    f"--{name.replace('_', '-')}": f"--{name}"
-    for name in ("from_zeros", "input_shape", "dynamic_batch")
-}
 _WITHOUT_MODEL = ("sparse", "dense")
-# What a Trainer would be given that is not made.
-_UNUSED = ("callbacks", "logger", "plugins", "profiler", "strategy", "accelerator")
 
 
-def run_export(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
-    """Write the file and print what is in it.
+def run_export(options: argparse.Namespace) -> int:
+    """Write the file and print a summary of it.
 
     Args:
-        arguments: of the subcommand; those that are not its own are read as ``fit`` does.
-        cli: reads the configuration.
+        options: parsed by :func:`make_parser`, with arguments of ``fit`` beside them.
 
     Returns:
-        Exit status.
+        Exit status 0.
     """
-    given = [_SPELLINGS.get(argument, argument) for argument in arguments]
-    options, rest = make_parser().parse_known_args(given)
     out = Path(options.out)
-    _check(options, rest, out)
+    _check(options, out)
     checkpoint = read_checkpoint(options.checkpoint)
     if not options.from_zeros:
         checkpoint.require_masks_hold()
@@ -88,16 +85,15 @@ def run_export(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
     elif options.format == "dense":
         summary = save_dense(weights, out)
     else:
-        write = {
-            "onnx": _write_onnx,
-            "torch-export": _write_program,
-            "semi-structured": _write_semi_structured,
-        }[options.format]
-        config = [f"--config={path}" for path in options.config]
-        module = _load(_make_module([*config, *rest], cli), checkpoint)
-        summary, note = write(module, _find_network(module, options.network), options)
+        module = _make_module(options, checkpoint)
+        network = _find_network(module, options.network)
+        if options.format == "semi-structured":
+            summary, note = _write_semi_structured(network, options)
+        else:
+            inputs = _example_inputs(module, network, options)
+            summary, note = _write_graph(network, inputs, options)
     if options.format in _WITHOUT_MODEL and checkpoint.left_out:
-        note = f"\nLeft out, being no tensors: {', '.join(checkpoint.left_out)}."
+        note = f"\nNot exported, because not tensors: {', '.join(checkpoint.left_out)}."
     sys.stdout.write(f"{summary.to_table()}\n{_describe(checkpoint, options)}{note}\n")
     sys.stdout.write(f"Written: {out}.\n")
     return 0
@@ -105,7 +101,7 @@ def run_export(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
 
 def _describe(checkpoint: Checkpoint, options: argparse.Namespace) -> str:
     if options.from_zeros:
-        return "Masks were not looked at (--from_zeros)."
+        return "Masks were not read (--from_zeros)."
     weights = sum(kept.numel() for kept in checkpoint.masks.values())
     return (
         f"Masks of {len(checkpoint.masks)} layers: {checkpoint.pruned:,} of {weights:,} "
@@ -113,8 +109,9 @@ def _describe(checkpoint: Checkpoint, options: argparse.Namespace) -> str:
     )
 
 
-def _check(options: argparse.Namespace, rest: Sequence[str], out: Path) -> None:
-    """Find out what cannot be before anything is read."""
+def _check(options: argparse.Namespace, out: Path) -> None:
+    """Check the options before anything is read."""
+    rest = options.fit_arguments
     suffixes = _SUFFIXES[options.format]
     if out.suffix not in suffixes:
         raise ConfigurationError(
@@ -122,53 +119,30 @@ def _check(options: argparse.Namespace, rest: Sequence[str], out: Path) -> None:
             f"{options.format}."
         )
     if out.resolve() == Path(options.checkpoint).resolve():
-        raise ConfigurationError(f"--out {out} is the checkpoint itself.")
+        raise ConfigurationError(
+            f"--out {out} is the checkpoint itself; give another file."
+        )
     if options.format in _WITHOUT_MODEL:
         if rest:
             known = [f"--{name}" for name in vars(options)]
             raise ConfigurationError(
                 f"{' '.join(rest)} means nothing with --format {options.format}, which "
-                f"needs no model; leave it out.{nearest(rest[0], known)}"
+                f"needs no model; omit it.{nearest(rest[0], known)}"
             )
     elif not options.config and not any(a.startswith("--model") for a in rest):
         raise ConfigurationError(
             f"--format {options.format} needs the network and not only its weights: add "
-            "--config run.yaml, the configuration that `fit` was run with (it saves one as "
-            "config.yaml beside its logs)."
+            "--config run.yaml, the configuration that `fit` was run with (`fit` saves it "
+            "as config.yaml beside its logs)."
         )
 
 
-def _make_module(arguments: Sequence[str], cli: type[LightningCLI]) -> nn.Module:
-    """Read a configuration as ``fit`` does, and make nothing but the module."""
-
-    class Reader(cli):  # type: ignore[valid-type, misc]
-        """Parses; the rest is left out."""
-
-        def instantiate_classes(self) -> None:
-            config = self.config.clone()
-            fit = config["fit"]
-            if "data" in fit:
-                fit["data"] = None
-            for name in _UNUSED:
-                fit["trainer"][name] = None
-            self.module = self.parser.instantiate_classes(config)["fit"]["model"]
-
-        def _run_subcommand(self, subcommand: str) -> None: ...
-
-    with command_line(["fit", *arguments]):
-        module: nn.Module = Reader(save_config_callback=None).module
-    return module
-
-
-def _load(module: Any, checkpoint: Checkpoint) -> Any:
+def _make_module(options: argparse.Namespace, checkpoint: Checkpoint) -> Any:
+    """Make the module of the configuration, with the weights of the checkpoint."""
+    config = [f"--config={path}" for path in options.config]
+    module = read_fit([*config, *options.fit_arguments]).make_model()["model"]
     module.configure_model()
-    module.on_load_checkpoint(checkpoint.content)
-    try:
-        module.load_state_dict(checkpoint.state_dict, strict=module.strict_loading)
-    except RuntimeError as error:
-        raise ConfigurationError(
-            f"{checkpoint.path} does not fit the model of the configuration: {error}"
-        ) from error
+    load_weights(module, checkpoint)
     return module.eval()
 
 
@@ -199,19 +173,23 @@ def _example_inputs(
     if isinstance(example, tuple | list):
         return tuple(example)
     raise ConfigurationError(
-        f"--format {options.format} needs an input to follow: give --input_shape, such as "
+        f"--format {options.format} needs an example input: give --input_shape, such as "
         f"1 3 224 224, or set self.example_input_array in {type(module).__name__} to a "
         "tensor or a tuple of tensors."
     )
 
 
-Written = tuple[ExportSummary, str]
-
-
-def _write_onnx(
-    module: nn.Module, network: nn.Module, options: argparse.Namespace
-) -> Written:
-    inputs, out = _example_inputs(module, network, options), Path(options.out)
+def _write_graph(
+    network: nn.Module, inputs: tuple[Tensor, ...], options: argparse.Namespace
+) -> tuple[ExportSummary, str]:
+    """Write the network with its weights; return a summary and the difference."""
+    out, weights = Path(options.out), network.state_dict()
+    if options.format == "torch-export":
+        difference = export_program(
+            network, inputs, out, dynamic_batch=options.dynamic_batch
+        )
+        note = f"\nLargest difference of the reloaded program: {difference:.3g}."
+        return summarize(weights, out), note
     difference = export_onnx(
         network,
         inputs,
@@ -220,28 +198,14 @@ def _write_onnx(
         tolerance=options.tolerance,
     )
     side = out.with_name(f"{out.name}.data")
-    summary = summarise(
-        network.state_dict(), out, side_files=(side,) if side.exists() else ()
-    )
-    return summary, f"\nLargest difference to PyTorch's outputs: {difference:.3g}."
-
-
-def _write_program(
-    module: nn.Module, network: nn.Module, options: argparse.Namespace
-) -> Written:
-    inputs, out = _example_inputs(module, network, options), Path(options.out)
-    difference = export_program(
-        network, inputs, out, dynamic_batch=options.dynamic_batch
-    )
-    return (
-        summarise(network.state_dict(), out),
-        f"\nLargest difference of the reloaded program: {difference:.3g}.",
-    )
+    note = f"\nLargest difference to PyTorch's outputs: {difference:.3g}."
+    return summarize(weights, out, side_files=(side,) if side.exists() else ()), note
 
 
 def _write_semi_structured(
-    module: nn.Module, network: nn.Module, options: argparse.Namespace
-) -> Written:
+    network: nn.Module, options: argparse.Namespace
+) -> tuple[ExportSummary, str]:
+    """Check the 2:4 weights on the GPU and write them; return a summary and a note."""
     find_semi_structured(network, options.exclude)
     dtype = getattr(torch, options.dtype)
     if torch.cuda.is_available():
@@ -257,19 +221,13 @@ def _write_semi_structured(
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the subcommand.
-
-    Returns:
-        It.
-    """
-    parser = argparse.ArgumentParser(
-        prog="lightning-woodfisher export",
+    """Return the parser of the subcommand."""
+    parser = SubcommandParser(
+        "export",
+        "Write a pruned checkpoint to a file for other programs: compressed, plain, or "
+        "with the network in it.",
+        _EXAMPLE,
         usage="lightning-woodfisher export CHECKPOINT --format FORMAT --out FILE …",
-        description="Write a pruned checkpoint to a file that other programs read: small, "
-        "plain, or with the network in it.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add: Callable[..., Any] = parser.add_argument
     add(
@@ -283,12 +241,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--network",
         default="",
         metavar="NAME",
-        help="only this part of the LightningModule, such as net, named without it",
+        help="only this submodule of the LightningModule, such as net; its name is removed "
+        "from the names of the weights",
     )
     add(
         "--from_zeros",
         action="store_true",
-        help="take the weights as they are, without masks: for a checkpoint that has none",
+        help="export the weights as they are, without reading masks: for a checkpoint that "
+        "has none",
     )
     add(
         "-c",
@@ -296,8 +256,8 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="YAML",
-        help="what fit was run with, to make the network from; other arguments of fit, "
-        "such as --model.width 16, may follow (onnx, torch-export, semi-structured)",
+        help="configuration of fit, from which the network is made; other arguments of "
+        "fit, such as --model.width 16, may follow (onnx, torch-export, semi-structured)",
     )
     graph = parser.add_argument_group("onnx and torch-export").add_argument
     graph(
@@ -306,19 +266,19 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         action="append",
         metavar="N",
-        help="of an input, batch first, as 1 3 224 224; once for each input (the module's "
-        "example_input_array)",
+        help="shape of an input, batch first, as 1 3 224 224; once for each input "
+        "(default: that of the module's example_input_array)",
     )
     graph(
         "--dynamic_batch",
         action="store_true",
-        help="take batches of any size; the input needs 2 or more samples then",
+        help="accept batches of any size; the input then needs 2 or more samples",
     )
     graph(
         "--tolerance",
         type=float,
         default=1e-4,
-        help="largest difference of an ONNX output that is accepted (1e-4)",
+        help="largest accepted difference of an ONNX output (1e-4)",
     )
     half = parser.add_argument_group("semi-structured").add_argument
     half("--dtype", choices=["float16", "bfloat16"], default="float16", help="float16")

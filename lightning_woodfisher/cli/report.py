@@ -1,8 +1,8 @@
-"""``lightning-woodfisher report``: what a run has pruned, as a table and as a page."""
+"""``lightning-woodfisher report``: what a run pruned, as a table and as a page."""
 
 from __future__ import annotations
 
-__all__ = ["make_parser", "run_report_command"]
+__all__ = ["make_parser", "run_report"]
 
 import argparse
 import json
@@ -17,28 +17,30 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.optional_imports import import_optional
+from lightning_woodfisher.cli.arguments import SubcommandParser
 from lightning_woodfisher.pruning.report import PruningReport, format_steps
-from lightning_woodfisher.reporting.figures import has_matplotlib
-from lightning_woodfisher.reporting.page import Reports, build_page
+from lightning_woodfisher.reporting.contents import Reports
+from lightning_woodfisher.reporting.page import build_page
 from lightning_woodfisher.structured.report import (
     StructureReport,
     format_structure_steps,
 )
 
-# What the state of any of our callbacks has, of whatever class.
+# Keys by which the state of a pruning callback is recognized, whatever its class.
 _STATE = {"masks", "reports"}
-# What a sharded strategy saves beside its shards.
+# The file that a sharded strategy saves beside its shards.
 _SHARDED_STATE = "meta.pt"
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What a file says about pruning: of each callback, by its key in the checkpoint.
+    """The reports and masks in a file, by the key of their callback in the checkpoint.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         runs: reports of the steps, in order.
-        masks: of the parameters, True where kept; only in checkpoints.
+        masks: bool masks of the parameters, True where kept; only in checkpoints.
     """
 
     path: Path
@@ -46,24 +48,17 @@ class _Record:
     masks: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
-def run_report_command(arguments: Sequence[str]) -> int:
-    """Print the tables, and write the page where asked for.
+def run_report(options: argparse.Namespace) -> int:
+    """Print the tables, and write the page if it is wanted.
 
     Args:
-        arguments: of the subcommand.
+        options: parsed by :func:`make_parser`.
 
     Returns:
         Exit status 0.
-
-    Raises:
-        ConfigurationError: for a path without reports, or a page without matplotlib.
     """
-    options = make_parser().parse_args(arguments)
-    if options.html is not None and not has_matplotlib():
-        raise ConfigurationError(
-            "--html needs matplotlib for the figures; "
-            "pip install 'lightning-woodfisher[figures]', or leave --html out."
-        )
+    if options.html is not None:
+        import_optional("matplotlib", "--html")
     record = _read(Path(options.path))
     sys.stdout.write(f"{record.path}\n")
     for title, reports in record.runs.items():
@@ -73,9 +68,8 @@ def run_report_command(arguments: Sequence[str]) -> int:
     if options.html is not None:
         page = Path(options.html)
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(
-            build_page(str(record.path), record.runs, record.masks), encoding="utf-8"
-        )
+        text = build_page(str(record.path), record.runs, record.masks)
+        page.write_text(text, encoding="utf-8")
         sys.stdout.write(f"\nWritten: {page}.\n")
     return 0
 
@@ -99,8 +93,6 @@ def _read(path: Path) -> _Record:
         )
     if path.is_file():
         return _read_file(path)
-    if (path / _SHARDED_STATE).is_file():
-        return _read_checkpoint(path / _SHARDED_STATE)
     files = [
         file
         for pattern in ("*.ckpt", "*.json", _SHARDED_STATE)
@@ -108,27 +100,27 @@ def _read(path: Path) -> _Record:
         if file.is_file()
     ]
     files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
-    refused = []
+    problems = []
     for file in files:
         try:
             return _read_file(file)
         except ConfigurationError as error:
-            refused.append(f"\n  {error}")
-    looked = "".join(refused[:5]) or " no checkpoint (*.ckpt) and no JSON file"
+            problems.append(f"\n  {error}")
+    found = "".join(problems[:5]) or " no checkpoint (*.ckpt) and no JSON file"
     raise ConfigurationError(
-        f"{path} has no report of pruning. It has:{looked}\nSet report_path in the "
+        f"{path} has no report of pruning. It has:{found}\nSet report_path in the "
         "callback, or keep a checkpoint that was saved with it."
     )
 
 
 def _read_file(path: Path) -> _Record:
     record = _read_json(path) if path.suffix == ".json" else _read_checkpoint(path)
-    if not any(record.runs.values()):
+    runs = {title: reports for title, reports in record.runs.items() if reports}
+    if not runs:
         raise ConfigurationError(
             f"{path} was saved before the first pruning step, so that there is nothing to "
             "report; give a later one."
         )
-    runs = {title: reports for title, reports in record.runs.items() if reports}
     return _Record(path, runs, record.masks)
 
 
@@ -146,7 +138,7 @@ def _read_json(path: Path) -> _Record:
 
 def _read_checkpoint(path: Path) -> _Record:
     try:
-        # Mapped: of a large file only the masks are read.
+        # With mmap only the masks of a large file are read.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
@@ -154,9 +146,8 @@ def _read_checkpoint(path: Path) -> _Record:
             f"{path} is no checkpoint, or holds more than tensors and plain values, which "
             f"could run code when loaded ({first}); give the JSON file of report_path."
         ) from error
-    states: Mapping[str, Any] = {}
-    if isinstance(checkpoint, Mapping):
-        states = checkpoint.get("callbacks") or {}
+    content = checkpoint if isinstance(checkpoint, Mapping) else {}
+    states: Mapping[str, Any] = content.get("callbacks") or {}
     ours = {
         key: state
         for key, state in states.items()
@@ -175,29 +166,24 @@ def _read_checkpoint(path: Path) -> _Record:
 
 
 def _read_reports(plain: Sequence[Mapping[str, Any]]) -> Reports:
-    """Read the reports of one callback, which are of one kind."""
+    """Read the reports of one callback, which are all of one kind."""
     if plain and "groups" in plain[0]:
         return [StructureReport.from_dict(report) for report in plain]
     return [PruningReport.from_dict(report) for report in plain]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the subcommand.
-
-    Returns:
-        It.
-    """
-    parser = argparse.ArgumentParser(
-        prog="lightning-woodfisher report",
-        description="Show what a run has pruned: a table of the steps and of the layers, "
-        "and a page with figures that needs neither an account nor a server.",
-        allow_abbrev=False,
+    """Return the parser of the subcommand."""
+    parser = SubcommandParser(
+        "report",
+        "Show what a run pruned: a table of the steps and of the layers, and a page with "
+        "figures that needs neither an account nor a server.",
     )
     parser.add_argument(
         "path",
         metavar="PATH",
-        help="a Lightning checkpoint, the JSON file of report_path, or a folder, in which "
-        "the newest of them is taken",
+        help="a Lightning checkpoint, the JSON file of report_path, or a folder, whose "
+        "newest such file is read",
     )
     parser.add_argument(
         "--html",

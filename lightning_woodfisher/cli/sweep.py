@@ -6,15 +6,12 @@ __all__ = ["make_parser", "run_sweep_command"]
 
 import argparse
 import json
-import pickle
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
@@ -24,7 +21,12 @@ from lightning_woodfisher.base.lightning_names import callbacks_of
 from lightning_woodfisher.callbacks.progress import terminal_bar
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
-from lightning_woodfisher.cli.estimate import command_line
+from lightning_woodfisher.cli.arguments import SubcommandParser, block_size
+from lightning_woodfisher.cli.lightning_cli import load_weights, read_fit
+from lightning_woodfisher.criteria import CRITERIA
+from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.export.checkpoint import read_checkpoint
+from lightning_woodfisher.pruning.config import Scope
 from lightning_woodfisher.reporting.figures import draw_sweep, has_matplotlib
 from lightning_woodfisher.sweeps.report import TARGET, SweepReport
 from lightning_woodfisher.sweeps.sweep import expand_grid, run_sweep
@@ -36,12 +38,33 @@ example, with the run.yaml that `fit` takes:
       --target_sparsity 0.5 0.9 --damping 1e-5 1e-4 1e-3 --num_gradients 256 1000 \\
       --metric val_acc
 
-Every combination is tried on the weights of the checkpoint, which stays as it is.
-Settings that are not listed are those of the WoodFisherPruningCallback in the
-configuration, or the defaults without one. Nothing is trained.
+Every combination is tried on the weights of the checkpoint, which is not changed. Other
+settings are those of the WoodFisherPruningCallback in the configuration, or the defaults
+if it has none. Nothing is trained.
 """
 _DEFAULT_DAMPINGS = [1e-5, 1e-4, 1e-3]
-# What would train, write files or clutter the terminal.
+# The settings to try, as options with one or more values.
+_SWEPT: Mapping[str, Mapping[str, Any]] = {
+    TARGET: {"type": float, "help": "shares of zeros, as 0.5 0.9"},
+    "criterion": {
+        "choices": list(CRITERIA),
+        "help": f"how weights are ranked: {' '.join(CRITERIA)}",
+    },
+    "update": {
+        "choices": get_args(Update),
+        "help": f"of the weights that remain: {' '.join(get_args(Update))}",
+    },
+    "damping": {"type": float, "help": "λ on the diagonal, as 1e-5 1e-4"},
+    "num_gradients": {"type": int, "help": "N, gradients in the Fisher"},
+    "gradient_batch_size": {"type": int, "help": "m, samples in a gradient"},
+    "block_size": {"type": block_size, "help": "B, or none for one block"},
+    "recompute_steps": {"type": int, "help": "parts of the one shot"},
+    "scope": {
+        "choices": get_args(Scope),
+        "help": f"weights compete over all layers or in each: {' '.join(get_args(Scope))}",
+    },
+}
+# Settings of a Trainer that neither trains nor writes files nor fills the terminal.
 _QUIET: Mapping[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
@@ -55,40 +78,41 @@ _QUIET: Mapping[str, Any] = {
 }
 
 
-def run_sweep_command(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
-    """Sweep, print the table, write JSON and the figure.
+def run_sweep_command(options: argparse.Namespace) -> int:
+    """Run the sweep, print the table, and write the JSON file and the figure.
 
     Args:
-        arguments: of the subcommand; those that are not its own are read as ``fit`` does.
-        cli: reads the configuration.
+        options: parsed by :func:`make_parser`, with arguments of ``fit`` beside them.
 
     Returns:
-        Exit status: 0, or 1 when every setting has failed.
+        Exit status: 0, or 1 if every setting failed.
 
     Raises:
-        ConfigurationError: for settings that cannot be.
+        ConfigurationError: for options or a model with which no sweep is possible.
     """
-    options, rest = make_parser().parse_known_args(arguments)
     output = Path(options.output)
     if output.suffix != ".json":
         raise ConfigurationError(
-            f"--output {options.output} must end in .json; the figure is put beside it."
+            f"--output {options.output} must end in .json; the figure is written beside it."
         )
-    run = _read(rest, cli)
+    run = read_fit(options.fit_arguments)
+    for name, value in _QUIET.items():
+        run.config["fit"]["trainer"][name] = value
+    run.make_all()
     if not is_overridden("validation_step", run.model):
         raise ConfigurationError(
-            f"{type(run.model).__name__} has no validation_step, by whose metrics settings "
-            "could be compared."
+            f"{type(run.model).__name__} has no validation_step, whose metrics are needed "
+            "to compare settings."
         )
     callback = _take_callback(run.trainer)
     checkpoint = options.ckpt_path or run.config["fit"].get("ckpt_path")
-    trying = _TrySettings(options, callback, checkpoint)
-    callbacks_of(run.trainer).append(trying)
+    trial = _TrySettings(options, callback, checkpoint)
+    callbacks_of(run.trainer).append(trial)
     run.trainer.fit(run.model, datamodule=run.datamodule)
-    report = trying.report
+    report = trial.report
     if report is None:
         raise ConfigurationError(
-            "the Trainer left before training, so nothing was tried."
+            "the Trainer stopped before training, so no setting was tried."
         )
     if run.trainer.is_global_zero:
         larger = {"max": True, "min": False}.get(options.mode)
@@ -97,32 +121,8 @@ def run_sweep_command(arguments: Sequence[str], cli: type[LightningCLI]) -> int:
     return int(all(result.error is not None for result in report.results))
 
 
-def _read(arguments: Sequence[str], cli: type[LightningCLI]) -> Any:
-    """Read a configuration as ``fit`` does, and make what it names, but silence it."""
-
-    class Reader(cli):  # type: ignore[valid-type, misc]
-        """Makes everything and runs nothing."""
-
-        def before_instantiate_classes(self) -> None:
-            trainer = self.config["fit"]["trainer"]
-            given = trainer.get("callbacks") or []
-            name = WoodFisherPruningCallback.__name__
-            trainer["callbacks"] = [
-                callback
-                for callback in (given if isinstance(given, list) else [given])
-                if callback["class_path"].rpartition(".")[2] == name
-            ]
-            for key, value in _QUIET.items():
-                trainer[key] = value
-
-        def _run_subcommand(self, subcommand: str) -> None: ...
-
-    with command_line(["fit", *arguments]):
-        return Reader(save_config_callback=None)
-
-
 def _take_callback(trainer: pl.Trainer) -> WoodFisherPruningCallback:
-    """Take the pruning callback out of the Trainer; its settings are the basis."""
+    """Remove the pruning callback from the Trainer and return it."""
     callbacks = callbacks_of(trainer)
     ours = [c for c in callbacks if isinstance(c, WoodFisherPruningCallback)]
     for callback in ours:
@@ -136,12 +136,12 @@ def _take_callback(trainer: pl.Trainer) -> WoodFisherPruningCallback:
 
 
 class _TrySettings(pl.Callback):
-    """Sweeps when training would start, where all that a training step needs is there.
+    """Runs the sweep at the start of training, when a training step can be computed.
 
     Args:
-        options: of the command.
-        callback: with the settings that are not swept.
-        checkpoint: path of the weights, None for those that the model was made with.
+        options: options of the command.
+        callback: the callback with the settings that are not swept.
+        checkpoint: path of the weights; None for those of the model.
     """
 
     def __init__(
@@ -163,15 +163,16 @@ class _TrySettings(pl.Callback):
                 f"{type(strategy).__name__}."
             )
         if self._checkpoint is not None:
-            _load_weights(pl_module, self._checkpoint)
+            load_weights(pl_module, read_checkpoint(self._checkpoint))
 
     def on_train_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
         options, callback = self._options, self._callback
-        settings = expand_grid(
-            _grid(options, callback), callback.config, callback.target_sparsity
-        )
+        grid = {name: given for name in _SWEPT if (given := getattr(options, name))}
+        if not set(grid) - {TARGET}:
+            grid["damping"] = _DEFAULT_DAMPINGS
+        settings = expand_grid(grid, callback.config, callback.target_sparsity)
         source = TrainingStepLoss(
             trainer, pl_module, callback.loss_method, callback.dataloader
         )
@@ -193,48 +194,15 @@ def _validation(
         found = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not found:
             raise ConfigurationError(
-                f"{type(model).__name__} logs no metric in validation (self.log in "
-                "validation_step), or there is no validation data, so that settings "
-                "cannot be compared."
+                f"{type(model).__name__} logs no metric in validation, so settings cannot "
+                "be compared; call self.log in validation_step, and check that there is "
+                "validation data."
             )
-        # Found out with the first evaluation, not after the last.
+        # Reports a wrong name after the first evaluation, not after the last.
         SweepReport(found, (), 0).choose_metric(metric)
         return found
 
     return evaluate
-
-
-def _load_weights(module: pl.LightningModule, path: str) -> None:
-    """Load the weights of a checkpoint: neither the optimizer nor the position."""
-    if not Path(path).is_file():
-        raise ConfigurationError(f"--ckpt_path {path} is not a file.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigurationError(
-            f"--ckpt_path {path} holds more than tensors and plain values, or is no "
-            f"checkpoint ({str(error).splitlines()[0]}); save it with save_weights_only, or "
-            "torch.save(model.state_dict(), …)."
-        ) from error
-    if "state_dict" in checkpoint:
-        module.on_load_checkpoint(checkpoint)
-        checkpoint = checkpoint["state_dict"]
-    try:
-        module.load_state_dict(checkpoint, strict=module.strict_loading)
-    except RuntimeError as error:
-        raise ConfigurationError(
-            f"--ckpt_path {path} does not fit the model: {error}"
-        ) from error
-
-
-def _grid(
-    options: argparse.Namespace, callback: WoodFisherPruningCallback
-) -> dict[str, Sequence[Any]]:
-    names = [action.dest for action in _swept(argparse.ArgumentParser())]
-    grid = {name: given for name in names if (given := getattr(options, name))}
-    if not set(grid) - {TARGET}:
-        grid["damping"] = _DEFAULT_DAMPINGS
-    return {TARGET: [callback.target_sparsity], **grid}
 
 
 def _save(report: SweepReport, output: Path, metric: str | None) -> None:
@@ -246,81 +214,36 @@ def _save(report: SweepReport, output: Path, metric: str | None) -> None:
         draw_sweep(report, metric).savefig(picture, dpi=150)
         written.append(str(picture))
     else:
-        written.append("no figure, which needs matplotlib")
+        written.append("no figure, because matplotlib is not installed")
     sys.stdout.write(f"Written: {', '.join(written)}.\n")
 
 
-def _swept(parser: Any) -> list[argparse.Action]:
-    add = parser.add_argument
-
-    def block(text: str) -> int | None:
-        return None if text.lower() in {"none", "null", "full"} else int(text)
-
-    return [
-        add(
-            "--target_sparsity",
-            nargs="+",
-            type=float,
-            help="shares of zeros, as 0.5 0.9",
-        ),
-        add(
-            "--criterion",
-            nargs="+",
-            help="how weights are ranked, as woodfisher magnitude",
-        ),
-        add(
-            "--update",
-            nargs="+",
-            help="of the weights that stay: joint independent none",
-        ),
-        add("--damping", nargs="+", type=float, help="λ on the diagonal, as 1e-5 1e-4"),
-        add("--num_gradients", nargs="+", type=int, help="N, gradients in the Fisher"),
-        add(
-            "--gradient_batch_size",
-            nargs="+",
-            type=int,
-            help="m, samples in a gradient",
-        ),
-        add("--block_size", nargs="+", type=block, help="B, or none for one block"),
-        add("--recompute_steps", nargs="+", type=int, help="parts of the one shot"),
-        add(
-            "--scope",
-            nargs="+",
-            help="weights compete over all layers or in each: global layer",
-        ),
-    ]
-
-
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the subcommand.
-
-    Returns:
-        It.
-    """
-    parser = argparse.ArgumentParser(
-        prog="lightning-woodfisher sweep",
-        description="Find good one-shot pruning settings: every combination of the values "
-        "below is tried on a trained network and judged by its validation loop. Without "
-        "any, three dampings are tried. Other arguments are those of `fit`, such as "
-        "--config run.yaml or --trainer.limit_val_batches 50.",
-        epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    """Return the parser of the subcommand."""
+    parser = SubcommandParser(
+        "sweep",
+        "Find good one-shot pruning settings: every combination of the values below is "
+        "tried on a trained network and compared by its validation loop. Without values, "
+        "three dampings are tried. Other arguments are those of `fit`, such as --config "
+        "run.yaml or --trainer.limit_val_batches 50.",
+        _EXAMPLE,
     )
-    # An option of `fit` too, where Lightning reads more than the weights.
+    # `fit` also has this option, but reads more than the weights.
     parser.add_argument(
         "--ckpt_path",
         metavar="FILE",
         help="file with the weights to prune; it is only read",
     )
-    _swept(parser.add_argument_group("settings to try, each with one or more values"))
+    swept = parser.add_argument_group("settings to try, each with one or more values")
+    for name, options in _SWEPT.items():
+        swept.add_argument(f"--{name}", nargs="+", metavar="VALUE", **options)
     add = parser.add_argument_group("results").add_argument
     add("--metric", help="logged in validation, such as val_acc; the first if left out")
     add(
         "--mode",
         choices=["min", "max"],
-        help="which is better; by default small for a "
-        "metric with loss or err in its name, large for others",
+        help="which is better; by default small for a metric with loss or err in its name, "
+        "large for others",
     )
     add(
         "--output",
@@ -330,7 +253,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--row_memory",
-        help="memory for kept gradients, as 8GB; more go to a temporary "
-        "file (a quarter of what is free)",
+        help="memory for stored gradients, as 8GB; larger ones go to a temporary file (a "
+        "quarter of the free memory)",
     )
     return parser

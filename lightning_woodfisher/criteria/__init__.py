@@ -1,4 +1,11 @@
-"""Pruning criteria: each observes gradients, scores weights and compensates the loss."""
+"""Pruning criteria: what each weight is worth.
+
+Each criterion observes gradient rows ``[n, D_r]``, returns a saliency for each of the D_r
+active weights of this rank, and computes the change ``[D_r]`` that compensates for the
+removed ones. This folder must not know the model, the data or the selection of weights: it
+imports only ``fisher``, ``gradients.kronecker_factors`` (a type), ``weights``,
+``distributed`` and ``base``.
+"""
 
 from __future__ import annotations
 
@@ -46,18 +53,18 @@ CRITERIA: dict[str, type[Criterion]] = {
 
 
 def make_criterion(name: str, fisher: FisherConfig, update: Update) -> Criterion:
-    """Look a criterion up.
+    """Create a criterion by its name.
 
     Args:
         name: a key of :data:`CRITERIA`.
-        fisher: how gradients become a Fisher matrix.
-        update: how the kept weights make up for the removed ones.
+        fisher: settings of the Fisher matrix.
+        update: how the kept weights compensate for the removed ones.
 
     Returns:
-        A fresh criterion for one part of a pruning step.
+        A new criterion for one part of a pruning step.
 
     Raises:
-        ConfigurationError: for an unknown name.
+        ConfigurationError: if the name is unknown.
     """
     if name not in CRITERIA:
         raise ConfigurationError(
@@ -68,16 +75,16 @@ def make_criterion(name: str, fisher: FisherConfig, update: Update) -> Criterion
 
 
 def register_criterion(name: str, criterion: type[Criterion]) -> None:
-    """Make a criterion of your own known by a name, in every process that prunes.
+    """Register your own criterion under a name; call this in every process that prunes.
 
     Args:
-        name: for ``criterion=``. A class that was defined again, as in a notebook, takes
-            the place of its former self.
-        criterion: a subclass of :class:`Criterion`, with all its abstract methods.
+        name: value for ``criterion=``. A class that is defined again, as in a notebook,
+            replaces its earlier definition.
+        criterion: a subclass of :class:`Criterion` with all abstract methods defined.
 
     Raises:
-        ConfigurationError: for a name that another class has, or a class that cannot be
-            made.
+        ConfigurationError: if another class has this name, or the class is not a complete
+            subclass.
     """
     if not (inspect.isclass(criterion) and issubclass(criterion, Criterion)):
         raise ConfigurationError(
@@ -86,7 +93,7 @@ def register_criterion(name: str, criterion: type[Criterion]) -> None:
     if inspect.isabstract(criterion):
         missing = ", ".join(sorted(criterion.__abstractmethods__))
         raise ConfigurationError(
-            f"{criterion.__name__} lacks {missing}; write them, or derive it from "
+            f"{criterion.__name__} lacks {missing}; define them, or derive it from "
             "lightning_woodfisher.criteria.DiagonalCriterion."
         )
     taken = CRITERIA.get(name, criterion)

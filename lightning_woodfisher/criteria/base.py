@@ -1,8 +1,8 @@
-"""What every criterion does: observe → score → compensate."""
+"""Common interface of all criteria: observe, score, compensate."""
 
 from __future__ import annotations
 
-__all__ = ["Criterion", "Needs"]
+__all__ = ["CompensatingCriterion", "Criterion", "Needs"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,38 +10,39 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_woodfisher.criteria.kronecker_factors import KroneckerFactors
 from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.gradients.kronecker_factors import KroneckerFactors
 from lightning_woodfisher.weights.partition import Partition
 from lightning_woodfisher.weights.patterns import GroupRun, Pattern
 
-# What a criterion wants to observe: rows of gradients, rows z∘Hz of the Hessian, factors of
-# whole layers, or none of these.
-Needs = Literal["gradients", "curvature rows", "factors", "nothing"]
+# What a criterion observes: rows of gradients, rows z∘Hz of the Hessian, Kronecker factors
+# of whole layers, or nothing.
+Needs = Literal["gradients", "hessian rows", "factors", "nothing"]
 
 
 class Criterion(ABC):
     """One part of a pruning step, from gradients to new weights, on this rank's shard.
 
-    The pruner calls :meth:`layout`, :meth:`begin`, :meth:`observe` for all rows (or once
-    :meth:`observe_factors`), :meth:`score`, and :meth:`compensate`. Vectors are float64
-    ``[D_r]``.
+    The pruner calls :meth:`layout`, :meth:`begin`, :meth:`observe` for all rows (or
+    :meth:`observe_factors` once), :meth:`score` and :meth:`compensate`, in this order.
+    Vectors are float64 ``[D_r]``.
 
     Args:
-        fisher: how gradients become a Fisher matrix.
-        update: how the kept weights make up for the removed ones.
+        fisher: settings of the Fisher matrix.
+        update: how the kept weights compensate for the removed ones.
 
     Attributes:
-        needs: what it observes.
-        first_order: whether it has a mean gradient, to which ``first_order_samples`` and
-            :meth:`observe_first_order` belong.
+        needs: what the criterion observes.
+        first_order: whether it uses a mean gradient, and so ``first_order_samples`` and
+            :meth:`observe_first_order`.
         compensates: whether the kept weights change.
-        first_order_scale: share of :meth:`descent` that :meth:`score` takes for granted.
-        can_restrict: whether :meth:`restrict` makes it ready for another part.
-        damping: λ, None for a criterion without.
+        first_order_scale: the share of :meth:`descent` that :meth:`score` assumes.
+        can_restrict: whether :meth:`restrict` prepares it for another part of the step.
+        damping: λ, or None for a criterion without damping.
     """
 
     needs: ClassVar[Needs] = "gradients"
@@ -62,13 +63,13 @@ class Criterion(ABC):
         world_size: int,
         group_sizes: Sequence[int] | None = None,
     ) -> Partition:
-        """Cut the active weights into blocks and choose owners.
+        """Cut the active weights into blocks and choose their owners.
 
         Args:
             segments: active weights of each tensor.
             world_size: number of ranks.
-            group_sizes: weights of each tensor that go together, if any do; a group
-                begins at the start of the tensor and after each group.
+            group_sizes: weights in a group of each tensor, with a grouped pattern. Groups
+                follow one another from the start of the tensor.
 
         Returns:
             The partition.
@@ -79,43 +80,43 @@ class Criterion(ABC):
         """Prepare for the rows of this rank.
 
         Args:
-            partition: what :meth:`layout` gave.
+            partition: the result of :meth:`layout`.
             communicator: the ranks.
         """
 
-    def observe(self, rows: Tensor) -> None:  # noqa: B027  (magnitude has nothing to do)
-        """Take in rows of gradients or of the Hessian; each comes once, in order.
+    def observe(self, rows: Tensor) -> None:  # noqa: B027  (optional)
+        """Add rows of gradients or of the Hessian; each is passed once, in order.
 
         Args:
             rows: tensor ``[n, D_r]``.
         """
 
-    def leave_out(self, number: int) -> None:  # noqa: B027  (many count their rows)
-        """Learn how many of the announced rows do not come; called after the last one.
+    def leave_out(self, number: int) -> None:  # noqa: B027  (optional)
+        """Reduce the number of expected rows, after the last row.
 
         Args:
-            number: of gradients that were not finite.
+            number: gradients that were left out because they were not finite.
         """
 
-    def observe_first_order(self, rows: Tensor) -> None:  # noqa: B027  (few have any)
-        """Take in gradients of the sample for the mean gradient.
+    def observe_first_order(self, rows: Tensor) -> None:  # noqa: B027  (optional)
+        """Add gradients of the sample for the mean gradient.
 
         Args:
             rows: tensor ``[n, D_r]``.
         """
 
     def descent(self) -> Tensor | None:
-        """Give the step of first order with nothing removed; call it after all rows.
+        """Return the first-order step with nothing removed, after the last row.
 
         Returns:
-            float64 ``[D_r]``, or None for a criterion without.
+            float64 ``[D_r]``, or None for a criterion without a mean gradient.
         """
         return None
 
-    def observe_factors(  # noqa: B027  (only one criterion needs them)
+    def observe_factors(  # noqa: B027  (optional)
         self, factors: Sequence[KroneckerFactors]
     ) -> None:
-        """Take in the Kronecker factors of this rank's layers.
+        """Take the Kronecker factors of this rank's layers.
 
         Args:
             factors: one for each unit of this rank, in order.
@@ -123,7 +124,7 @@ class Criterion(ABC):
 
     @abstractmethod
     def score(self, weights: Tensor) -> Tensor:
-        """Give the saliency of each weight: small ones go first.
+        """Return the saliency of each weight; weights of low saliency are removed first.
 
         Args:
             weights: float64 ``[D_r]``.
@@ -136,16 +137,16 @@ class Criterion(ABC):
     def score_groups(
         self, weights: Tensor, runs: Sequence[GroupRun], pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
-        """Give the saliency of each group of weights: small ones go first.
+        """Return the saliency of each group of weights.
 
         Args:
             weights: float64 ``[D_r]``.
             runs: the groups of this rank.
-            pattern: what goes together.
+            pattern: the pattern that defines the groups.
 
         Returns:
             Cost of each group, float64 ``[G_r]``, not negative, and bool ``[D_r]``: the
-            weights that leave if their group does.
+            weights that are removed if their group is.
         """
 
     @abstractmethod
@@ -161,54 +162,55 @@ class Criterion(ABC):
         """
 
     def directions(self, weights: Tensor, removed: Tensor) -> Sequence[Tensor]:
-        """Take the change of the kept weights apart into what can be scaled on its own.
+        """Split the change of the kept weights into directions that can be scaled.
 
         Args:
             weights: float64 ``[D_r]``.
             removed: bool ``[D_r]``.
 
         Returns:
-            float64 ``[D_r]`` each, zero where removed: the compensation, and after it a
-            direction of first order where the criterion has one. Their sum is what
-            :meth:`compensate` does to the kept weights.
+            float64 ``[D_r]`` each, zero where removed: the compensation, followed by a
+            first-order direction if the criterion has one. Their sum is the change of the
+            kept weights in :meth:`compensate`.
         """
         if self.update == "none" or not self.compensates:
             return ()
         return (torch.where(removed, 0.0, self.compensate(weights, removed)),)
 
     def alternatives(self, weights: Tensor, removed: Tensor) -> Mapping[Update, Tensor]:
-        """Give other compensations for the same removed weights, to be tried whole.
+        """Return other compensations for the same removed weights.
 
         Args:
             weights: float64 ``[D_r]``.
             removed: bool ``[D_r]``.
 
         Returns:
-            By name what may stand in for the first of :meth:`directions`, float64
-            ``[D_r]`` each, zero where removed; nothing where there is no other.
+            Replacements for the first of :meth:`directions`, by name: float64 ``[D_r]``
+            each, zero where removed.
         """
         return {}
 
-    def restrict(self, kept: Tensor) -> None:  # noqa: B027  (many have nothing to drop)
-        """Drop weights for good, for another part with the same gradients.
+    def restrict(self, kept: Tensor) -> None:  # noqa: B027  (optional)
+        """Drop weights permanently, for another part with the same gradients.
 
         Args:
-            kept: bool ``[D_r]``; the others have become zero.
+            kept: bool ``[D_r]``; the other weights are zero now.
         """
 
     def predicted_increase(self, change: Tensor) -> Tensor | None:
-        """Predict the rise of the loss under a change of the weights.
+        """Predict the increase of the loss for a change of the weights.
 
         Args:
             change: δ, float64 ``[D_r]``.
 
         Returns:
-            Each weight's share of the rise, float64 ``[D_r]``; None without a model.
+            Each weight's share of the increase, float64 ``[D_r]``; None for a criterion
+            without a model of the loss.
         """
         return None
 
     def raised_damping(self) -> dict[int, float]:
-        """List blocks whose λ had to be raised.
+        """List the blocks whose λ had to be raised.
 
         Returns:
             λ by first active weight (global number).
@@ -217,10 +219,32 @@ class Criterion(ABC):
 
     @property
     def engine(self) -> str:
-        """What it keeps of the curvature, as estimates name it; ``"none"`` for nothing."""
+        """Representation of the curvature, as named in estimates; ``"none"`` for none."""
         return "none"
 
     @property
     def state_bytes(self) -> int:
         """Bytes that this rank keeps."""
         return 0
+
+
+class CompensatingCriterion(Criterion):
+    """A criterion with a model of how weights depend on each other.
+
+    Subclasses compute the update of either kind in ``_change``.
+    """
+
+    @abstractmethod
+    def _change(self, weights: Tensor, removed: Tensor, update: Update) -> Tensor:
+        """Return δ of the given update, float64 ``[D_r]``."""
+
+    @override
+    def compensate(self, weights: Tensor, removed: Tensor) -> Tensor:
+        return self._change(weights, removed, self.update)
+
+    @override
+    def alternatives(self, weights: Tensor, removed: Tensor) -> Mapping[Update, Tensor]:
+        if self.update != "joint":
+            return {}
+        change = self._change(weights, removed, "independent")
+        return {"independent": torch.where(removed, 0.0, change)}

@@ -1,15 +1,15 @@
-"""What criteria share that know nothing of how weights depend on each other."""
+"""Base of criteria without a model of how weights depend on each other."""
 
 from __future__ import annotations
 
 __all__ = ["DiagonalCriterion"]
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_woodfisher.criteria.base import Criterion
 from lightning_woodfisher.weights.partition import Partition, make_partition
@@ -17,55 +17,40 @@ from lightning_woodfisher.weights.patterns import GroupRun, Pattern, cheapest_in
 
 
 class DiagonalCriterion(Criterion):
-    """Weights have no blocks, groups cost what their weights cost, and none makes up."""
+    """A criterion that scores each weight alone.
+
+    Weights form no blocks, a group costs the sum of its weights, and kept weights do not
+    change. Subclasses define :meth:`begin`, :meth:`observe` and :meth:`score`.
+    """
 
     compensates: ClassVar[bool] = False
 
+    @override
     def layout(
         self,
         segments: Sequence[int],
         world_size: int,
         group_sizes: Sequence[int] | None = None,
     ) -> Partition:
-        """Cut the weights into equal shares; there are no blocks to respect.
-
-        Args:
-            segments: active weights of each tensor.
-            world_size: number of ranks.
-            group_sizes: weights of each tensor that go together.
-
-        Returns:
-            The partition.
-        """
         return make_partition(segments, group_sizes or 1, world_size)
 
+    @override
     def score_groups(
         self, weights: Tensor, runs: Sequence[GroupRun], pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
-        """Add up what leaves; of N:M these are the weights of least worth.
+        return cheapest_in_groups(self.cost_in_group(weights), runs, pattern)
+
+    def cost_in_group(self, weights: Tensor) -> Tensor:
+        """Return what each weight adds to the cost of its group; its score by default.
 
         Args:
             weights: float64 ``[D_r]``.
-            runs: the groups of this rank.
-            pattern: what goes together.
 
         Returns:
-            Costs, float64 ``[G_r]``, and bool ``[D_r]``: what leaves.
+            float64 ``[D_r]``.
         """
-        return cheapest_in_groups(self._worth(weights), runs, pattern)
+        return self.score(weights)
 
-    @abstractmethod
-    def _worth(self, weights: Tensor) -> Tensor:
-        """What each weight adds to the cost of its group, float64 ``[D_r]``."""
-
+    @override
     def compensate(self, weights: Tensor, removed: Tensor) -> Tensor:
-        """Remove without compensation.
-
-        Args:
-            weights: float64 ``[D_r]``.
-            removed: bool ``[D_r]``.
-
-        Returns:
-            −w where removed, 0 elsewhere.
-        """
         return torch.where(removed, -weights, 0.0)

@@ -1,12 +1,12 @@
-"""Diagonal Fisher, a baseline: as WoodFisher, but weights know nothing of each other."""
+"""Diagonal Fisher, a baseline: WoodFisher without dependence between weights."""
 
 from __future__ import annotations
 
 __all__ = ["DiagonalFisher"]
 
-
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_woodfisher.criteria.diagonal import DiagonalCriterion
 from lightning_woodfisher.criteria.obs import Update
@@ -18,78 +18,49 @@ from lightning_woodfisher.weights.partition import Partition
 class DiagonalFisher(DiagonalCriterion):
     """Saliency ½w²F_jj with F_jj = λ + mean of g_j², no change of the kept weights.
 
-    Without coupling between weights all three updates are the same: nothing can make up
-    for a weight that goes.
+    All updates are the same, because without coupling no weight can compensate for another.
     """
 
     def __init__(self, fisher: FisherConfig, update: Update) -> None:
         super().__init__(fisher, update)
         self.damping = fisher.damping
-        self._total = torch.zeros(0, dtype=torch.float64)
-        self._rows = 0
 
+    @override
     def begin(self, partition: Partition, communicator: Communicator) -> None:
-        """Make the empty diagonal of this rank's weights.
-
-        Args:
-            partition: what :meth:`layout` gave.
-            communicator: the ranks.
-        """
         own = partition.shard_sizes()[communicator.rank]
         self._total = torch.zeros(own, dtype=torch.float64, device=communicator.device)
         self._rows = 0
 
+    @override
     def observe(self, rows: Tensor) -> None:
-        """Add rows to the diagonal.
-
-        Args:
-            rows: tensor ``[n, D_r]``.
-        """
-        # One by one: the order in which torch sums a column depends on the columns beside
-        # it, and these on the number of ranks.
+        # One by one: the order in which torch sums a column depends on the neighboring
+        # columns, and these depend on the number of ranks.
         for row in rows:
             self._total += self._diagonal_of(row.double())
         self._rows += len(rows)
 
     def _diagonal_of(self, row: Tensor) -> Tensor:
-        """What one row says of the diagonal."""
+        """Return one row's estimate of the diagonal."""
         return row.square()
 
     def _curvature(self) -> Tensor:
-        """The damped diagonal, positive."""
+        """Return the damped diagonal, positive."""
         return self._total / max(1, self._rows) + self.fisher.damping
 
+    @override
     def score(self, weights: Tensor) -> Tensor:
-        """Give what the quadratic model says that each weight is worth.
-
-        Args:
-            weights: float64 ``[D_r]``.
-
-        Returns:
-            ½w²F_jj, float64 ``[D_r]``.
-        """
         return 0.5 * weights.square() * self._curvature()
 
-    def _worth(self, weights: Tensor) -> Tensor:
-        return self.score(weights)
-
+    @override
     def predicted_increase(self, change: Tensor) -> Tensor:
-        """Give each weight's share of ½δᵀFδ.
-
-        Args:
-            change: δ, float64 ``[D_r]``.
-
-        Returns:
-            ½δ²F_jj, float64 ``[D_r]``.
-        """
-        return 0.5 * change.square() * self._curvature()
+        return self.score(change)
 
     @property
+    @override
     def engine(self) -> str:
-        """Always the same."""
         return "diagonal"
 
     @property
+    @override
     def state_bytes(self) -> int:
-        """Bytes of the diagonal."""
         return self._total.nbytes

@@ -1,4 +1,4 @@
-"""Diagonal of the Hessian by Hutchinson's estimator, a baseline without Fisher."""
+"""Diagonal of the Hessian by Hutchinson's estimator, a baseline without the Fisher."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lightning_woodfisher.criteria.diagonal_fisher import DiagonalFisher
 class HessianDiagonal(DiagonalFisher):
     """Saliency ½w²(max(H_jj, 0) + λ), no change of the kept weights.
 
-    Each of ``num_gradients`` probes z of random signs sees a mini-batch of its own; the
-    mean of z∘Hz estimates diag(H) of the active weights (Hutchinson 1990; Bekas, Kokiopoulou
-    & Saad 2007). Where H couples weights the estimate is noisy: the error of one entry
-    falls like the root of Σ_k H_jk² over the number of probes. A negative curvature counts
-    as none, for a saddle is no reason to prefer a weight. An ``autograd.Function`` marked
-    ``once_differentiable`` counts as constant: PyTorch drops what lies behind it.
+    Each of ``num_gradients`` probes z of random signs uses its own mini-batch; the mean of
+    z∘Hz estimates diag(H) of the active weights (Hutchinson 1990; Bekas, Kokiopoulou & Saad
+    2007). The estimate is noisy where H couples weights: the squared error of entry j is
+    about Σ_k H_jk² divided by the number of probes. Negative curvature is set to zero,
+    because a saddle is no reason to prefer a weight. An ``autograd.Function`` marked
+    ``once_differentiable`` is treated as constant: PyTorch ignores its derivative.
     """
 
-    needs: ClassVar[Needs] = "curvature rows"
+    needs: ClassVar[Needs] = "hessian rows"
 
     def _diagonal_of(self, row: Tensor) -> Tensor:
         return row

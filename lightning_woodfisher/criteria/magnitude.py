@@ -1,4 +1,4 @@
-"""Magnitude pruning, the baseline: the smallest weights go, the others stay as they are."""
+"""Magnitude pruning, a baseline: remove the smallest weights and keep the others as is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ __all__ = ["Magnitude"]
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_woodfisher.criteria.base import Needs
 from lightning_woodfisher.criteria.diagonal import DiagonalCriterion
@@ -15,29 +16,19 @@ from lightning_woodfisher.weights.partition import Partition
 
 
 class Magnitude(DiagonalCriterion):
-    """Saliency ``|w|``, no update."""
+    """Saliency ``|w|``, no update. A group costs the sum of its w²."""
 
     needs: ClassVar[Needs] = "nothing"
     can_restrict: ClassVar[bool] = True
 
+    @override
     def begin(self, partition: Partition, communicator: Communicator) -> None:
-        """Do nothing.
+        pass
 
-        Args:
-            partition: not used.
-            communicator: not used.
-        """
-
+    @override
     def score(self, weights: Tensor) -> Tensor:
-        """Give the magnitudes.
-
-        Args:
-            weights: float64 ``[D_r]``.
-
-        Returns:
-            ``|w|``.
-        """
         return weights.abs()
 
-    def _worth(self, weights: Tensor) -> Tensor:
+    @override
+    def cost_in_group(self, weights: Tensor) -> Tensor:
         return weights.square()

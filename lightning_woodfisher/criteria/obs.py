@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon: what removing weights costs, and how to make up for it.
+"""Optimal Brain Surgeon: cost of removing weights, and change of the other weights.
 
 All functions work on this rank's active weights, float64 tensors of shape ``[D_r]``.
 """
@@ -18,7 +18,7 @@ Update = Literal["joint", "independent", "none"]
 
 
 def saliency(weights: Tensor, inverse_diagonal: Tensor) -> Tensor:
-    """Predict the loss increase of removing each weight alone, the others re-optimised.
+    """Predict the loss increase of removing each weight alone, with the others re-optimized.
 
     ρ_q = w_q² / (2 [F⁻¹]_qq)   (Hassibi & Stork 1993, eq. 5; WoodFisher, section 3).
 
@@ -35,18 +35,18 @@ def saliency(weights: Tensor, inverse_diagonal: Tensor) -> Tensor:
 def weight_update(
     weights: Tensor, removed: Tensor, inverse_fisher: InverseFisher, update: Update
 ) -> Tensor:
-    """Compute the change of the weights that goes with removing some of them.
+    """Compute the change of the weights when some of them are removed.
 
-    * ``"joint"``: the minimiser of ½δᵀFδ under w_S + δ_S = 0 (OBS for a set of weights).
+    * ``"joint"``: the minimizer of ½δᵀFδ under w_S + δ_S = 0 (OBS for a set of weights).
     * ``"independent"``: the sum of the single-weight updates,
       δ = −F⁻¹ Σ_{q∈S} e_q w_q / [F⁻¹]_qq, then S set to zero (as published for WoodFisher).
-    * ``"none"``: S set to zero, the other weights left alone.
+    * ``"none"``: S set to zero, the other weights unchanged.
 
     Args:
-        weights: w, ``[D_r]``, or for the joint update several, ``[V, D_r]``.
+        weights: w, ``[D_r]``, or several vectors ``[V, D_r]`` for the joint update.
         removed: S, bool ``[D_r]``.
         inverse_fisher: this rank's blocks.
-        update: which of the three.
+        update: one of the three.
 
     Returns:
         δ of the shape of w; exactly −w on the removed weights.

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_woodfisher.criteria.compensating import CompensatingCriterion
+from lightning_woodfisher.criteria.base import CompensatingCriterion
 from lightning_woodfisher.criteria.obs import Update, saliency, weight_update
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import FisherConfig, choose_engine
@@ -34,124 +35,63 @@ from lightning_woodfisher.weights.patterns import (
 
 
 class WoodFisher(CompensatingCriterion):
-    """Saliency w²/(2[F⁻¹]_qq) and the OBS update (Singh & Alistarh, NeurIPS 2020)."""
+    """Saliency w²/(2[F⁻¹]_qq) and the OBS update (Singh & Alistarh, NeurIPS 2020).
+
+    A group S of weights costs ½ w_Sᵀ([F⁻¹]_SS)⁻¹w_S.
+
+    Attributes:
+        inverse_fisher: this rank's blocks, from :meth:`begin` on.
+    """
 
     can_restrict: ClassVar[bool] = True
+    inverse_fisher: InverseFisher
 
     def __init__(self, fisher: FisherConfig, update: Update) -> None:
         super().__init__(fisher, update)
         self.damping = fisher.damping
-        self._inverse: InverseFisher | None = None
 
+    @override
     def layout(
         self,
         segments: Sequence[int],
         world_size: int,
         group_sizes: Sequence[int] | None = None,
     ) -> Partition:
-        """Cut the active weights into blocks of the Fisher.
-
-        Args:
-            segments: active weights of each tensor.
-            world_size: number of ranks.
-            group_sizes: weights of each tensor that go together.
-
-        Returns:
-            Blocks of ``block_size``; for the full Fisher, runs of its columns. With groups
-            blocks are whole groups, or equal parts of one if groups are large.
-        """
-        fisher = self.fisher
-        size = fisher.block_size or full_column_chunk(segments)
+        # Blocks of block_size, or chunks of the columns of the full Fisher. With groups, a
+        # block is whole groups, or an equal part of a large group.
+        size = self.fisher.block_size or full_column_chunk(segments)
         sizes: int | list[int] = size
         if group_sizes:
+            # The cost of a group is a sum over the blocks of a block-diagonal F.
+            may_cut = self.fisher.block_size is not None
             sizes = [
-                align_block_size(size, group, self._may_cut(group))
+                align_block_size(size, group, may_cut and group > SMALL_GROUP)
                 for group in group_sizes
             ]
-        return make_partition(
-            segments,
-            sizes,
-            world_size,
-            block_cost(fisher.num_gradients, fisher.block_size, fisher.engine),
-            group_sizes,
-        )
+        cost = block_cost(self.fisher)
+        return make_partition(segments, sizes, world_size, cost, group_sizes)
 
-    def _may_cut(self, group_size: int) -> bool:
-        # Across blocks of a block-diagonal F the cost of a group is a sum.
-        return self.fisher.block_size is not None and group_size > SMALL_GROUP
-
+    @override
     def begin(self, partition: Partition, communicator: Communicator) -> None:
-        """Make the empty Fisher of this rank's blocks.
+        self.inverse_fisher = make_inverse_fisher(partition, self.fisher, communicator)
 
-        Args:
-            partition: what :meth:`layout` gave.
-            communicator: the ranks.
-        """
-        self._inverse = make_inverse_fisher(
-            partition,
-            self.fisher.num_gradients,
-            self.fisher.damping,
-            communicator,
-            block_size=self.fisher.block_size,
-            engine=self.fisher.engine,
-            precision=self.fisher.precision,
-            offload_rows=self.fisher.offload_rows,
-            centered=self.fisher.centered,
-            max_nonfinite=self.fisher.max_nonfinite,
-        )
-
-    @property
-    def inverse_fisher(self) -> InverseFisher:
-        """This rank's blocks.
-
-        Raises:
-            RuntimeError: before :meth:`begin`.
-        """
-        if self._inverse is None:
-            raise RuntimeError("call begin() first")
-        return self._inverse
-
+    @override
     def observe(self, rows: Tensor) -> None:
-        """Add gradients to the Fisher.
-
-        Args:
-            rows: tensor ``[n, D_r]``.
-        """
         self.inverse_fisher.observe(rows)
 
+    @override
     def leave_out(self, number: int) -> None:
-        """Make N the number of rows that have come.
-
-        Args:
-            number: of gradients that were not finite.
-        """
         self.inverse_fisher.leave_out(number)
 
+    @override
     def score(self, weights: Tensor) -> Tensor:
-        """Invert the Fisher and give the saliencies.
-
-        Args:
-            weights: float64 ``[D_r]``.
-
-        Returns:
-            ρ, float64 ``[D_r]``.
-        """
         self.inverse_fisher.factorize()
         return saliency(weights, self.inverse_fisher.diagonal())
 
+    @override
     def score_groups(
         self, weights: Tensor, runs: Sequence[GroupRun], pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
-        """Invert the Fisher and give the joint saliencies of groups.
-
-        Args:
-            weights: float64 ``[D_r]``.
-            runs: the groups of this rank.
-            pattern: what goes together.
-
-        Returns:
-            ½ w_Sᵀ([F⁻¹]_SS)⁻¹w_S, float64 ``[G_r]``, and S, bool ``[D_r]``.
-        """
         inverse = self.inverse_fisher
         inverse.factorize()
         leaving = torch.zeros_like(weights, dtype=torch.bool)
@@ -175,7 +115,7 @@ class WoodFisher(CompensatingCriterion):
 
         inverse.visit_sub_blocks(sizes, compare)
         if cut:
-            # S is whole blocks, so that ([F⁻¹]_SS)⁻¹ is F_SS.
+            # S consists of whole blocks, so ([F⁻¹]_SS)⁻¹ is F_SS.
             shares = 0.5 * weights * inverse.fisher_matvec(weights)
             for i in cut:
                 run = runs[i]
@@ -187,42 +127,24 @@ class WoodFisher(CompensatingCriterion):
     def _change(self, weights: Tensor, removed: Tensor, update: Update) -> Tensor:
         return weight_update(weights, removed, self.inverse_fisher, update)
 
+    @override
     def restrict(self, kept: Tensor) -> None:
-        """Drop weights from the Fisher; the next :meth:`score` inverts what is left.
-
-        Args:
-            kept: bool ``[D_r]``.
-        """
         self.inverse_fisher.restrict(kept)
 
+    @override
     def predicted_increase(self, change: Tensor) -> Tensor:
-        """Give each weight's share of ½δᵀFδ.
-
-        Args:
-            change: δ, float64 ``[D_r]``.
-
-        Returns:
-            ½ δ∘Fδ, float64 ``[D_r]``.
-        """
         return 0.5 * change * self.inverse_fisher.fisher_matvec(change)
 
+    @override
     def raised_damping(self) -> dict[int, float]:
-        """List blocks whose λ had to be raised.
-
-        Returns:
-            λ by first active weight (global number).
-        """
-        return self.inverse_fisher.raised()
+        return self.inverse_fisher.raised_damping()
 
     @property
+    @override
     def engine(self) -> str:
-        """``"primal"``, ``"dual"`` or ``"full"``."""
-        fisher = self.fisher
-        if fisher.block_size is None:
-            return "full"
-        return choose_engine(fisher.engine, fisher.num_gradients, fisher.block_size)
+        return choose_engine(self.fisher)
 
     @property
+    @override
     def state_bytes(self) -> int:
-        """Bytes of this rank's Fisher state."""
         return self.inverse_fisher.state_bytes

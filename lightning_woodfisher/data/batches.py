@@ -1,13 +1,13 @@
-"""Which samples a gradient is taken of: mini-batches by number, equal on every rank."""
+"""Choose the samples of each gradient: numbered mini-batches, equal on every rank."""
 
 from __future__ import annotations
 
 __all__ = [
     "Batches",
+    "CachedBatches",
     "DatasetBatches",
-    "KeptBatches",
+    "RepeatableStream",
     "StreamBatches",
-    "Streams",
     "loader_batches",
 ]
 
@@ -36,49 +36,49 @@ from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.data.isolation import (
     RandomStates,
     derive_seed,
-    random_states_kept,
+    preserve_random_states,
     reseed,
     seeded,
 )
 
 # Samplers that visit the whole dataset.
-_DRAW_EVERYTHING = (SequentialSampler, RandomSampler, DistributedSampler)
-# What a batch may hold beside tensors that nobody can change in place.
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
-# States of the generators that are kept with a batch: torch's, Python's and NumPy's.
+_COMPLETE_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler)
+# Types besides tensors that a batch may contain and a loss cannot change in place.
+_IMMUTABLE = (bool, int, float, complex, str, bytes, type(None))
+# Generator states of torch, Python and NumPy that are cached with a batch.
 _BYTES_OF_GENERATORS = 2**15
 
 
 class Batches(ABC):
-    """Mini-batches by number; batch i is the same on every rank.
+    """Numbered mini-batches; batch i is the same on every rank.
 
     Attributes:
-        regroupable: whether asking for fewer and larger batches under the same seed gives
-            the same samples in larger groups.
-        why_whole: the reason when they are not regroupable.
-        size: samples in a batch, m; None when nobody knows.
+        regroupable: whether fewer and larger batches under the same seed contain the same
+            samples in larger groups.
+        why_not_regroupable: the reason if they are not regroupable.
+        size: samples in a batch, m; None if it is not known.
     """
 
     regroupable: bool = False
-    why_whole: str = "the data comes in batches"
+    why_not_regroupable: str = "the data comes in batches"
     size: int | None = None
 
     @abstractmethod
     def fetch(self, index: int) -> Any:
-        """Make one batch.
+        """Return one batch.
 
         Args:
-            index: which one; callers ask in rising order.
+            index: of the batch; callers ask in increasing order.
 
         Returns:
-            The batch, on whatever device the data lives.
+            The batch, on the device of the data.
         """
 
     def fetch_group(self, first: int, count: int, seed: int) -> Any:
-        """Make one batch of the samples of several.
+        """Return the samples of several batches as one batch.
 
         Args:
-            first: number of the first batch.
+            first: index of the first batch.
             count: number of batches.
             seed: the samples of batch i are drawn under ``derive_seed(seed, i)``.
 
@@ -86,7 +86,7 @@ class Batches(ABC):
             The samples, in order, collated at once.
 
         Raises:
-            NotImplementedError: when the batches cannot be regrouped.
+            NotImplementedError: if the batches cannot be regrouped.
         """
         raise NotImplementedError
 
@@ -95,7 +95,7 @@ class Batches(ABC):
         """Name the samples of a batch for an error message.
 
         Args:
-            index: which batch.
+            index: of the batch.
 
         Returns:
             For example ``"samples 3, 17"``.
@@ -103,24 +103,24 @@ class Batches(ABC):
 
 
 class DatasetBatches(Batches):
-    """Batches of a map-style dataset under an own seeded permutation.
+    """Batches of a map-style dataset under a seeded permutation of its own.
 
-    No sample comes twice, unless ``repeat`` allows to go through the data again.
+    No sample is drawn twice, unless ``repeat`` allows several passes over the data.
 
     Args:
         dataset: anything with ``__len__`` and ``__getitem__``.
         count: number of batches, N.
         size: samples in a batch, m.
         seed: of the permutation.
-        collate: list of samples to batch.
-        regroupable: False when ``collate`` can make a batch of one item only.
+        collate: converts a list of samples to a batch.
+        regroupable: False if ``collate`` can only make a batch of one item.
         indices: the samples that may be drawn; None for the whole dataset.
-        repeat: whether, when all samples were drawn, they may be drawn again in another
-            order.
+        repeat: whether samples may be drawn again, in another order, after all of them
+            have been drawn.
 
     Raises:
-        ConfigurationError: when there are fewer than N·m samples and none may be
-            repeated, or no sample at all.
+        ConfigurationError: if there are fewer than N·m samples and none may be repeated,
+            or no sample at all.
     """
 
     def __init__(
@@ -165,29 +165,13 @@ class DatasetBatches(Batches):
         self.size = size
 
     def fetch(self, index: int) -> Any:
-        """Make one batch.
-
-        Args:
-            index: which one.
-
-        Returns:
-            The collated samples.
-        """
+        """Return the collated samples of one batch."""
         return self._collate(self._samples(index))
 
     def fetch_group(self, first: int, count: int, seed: int) -> Any:
-        """Make one batch of the samples of several.
-
-        Args:
-            first: number of the first batch.
-            count: number of batches.
-            seed: the samples of batch i are drawn under ``derive_seed(seed, i)``.
-
-        Returns:
-            The samples, in order, collated at once.
-        """
+        """Return the samples of several batches, collated at once."""
         samples: list[Any] = []
-        with random_states_kept():
+        with preserve_random_states():
             for index in range(first, first + count):
                 reseed(derive_seed(seed, index))
                 samples += self._samples(index)
@@ -200,166 +184,126 @@ class DatasetBatches(Batches):
         return [self._dataset[i] for i in indices]
 
     def describe(self, index: int) -> str:
-        """Name the samples of a batch.
-
-        Args:
-            index: which batch.
-
-        Returns:
-            Their indices in the dataset.
-        """
+        """Name the indices of the samples in the dataset."""
         return f"samples {', '.join(map(str, self._indices[index][:8]))}"
 
 
 def loader_batches(
     loader: DataLoader[Any], count: int, size: int, seed: int, repeat: bool = False
 ) -> Batches | None:
-    """Draw from the dataset of a DataLoader rather than from its iterator.
+    """Draw batches from the dataset of a DataLoader instead of from its iterator.
 
-    The samples are those that its sampler may draw, where the sampler says so: the
+    Only samples that its sampler may draw are used if the sampler exposes them: the
     ``indices`` of a ``SubsetRandomSampler``, the positive weights of a
     ``WeightedRandomSampler``. They are drawn uniformly and without replacement, whatever
-    the sampler does. Its ``collate_fn`` makes the batches; its ``batch_size`` does not
-    count.
+    the sampler does. The ``collate_fn`` makes the batches; the ``batch_size`` is ignored.
 
     Args:
         loader: with its dataset.
         count: number of batches, N.
-        size: samples in a batch, m; not used where automatic batching is off.
+        size: samples in a batch, m; ignored if automatic batching is off.
         seed: of the choice.
         repeat: as in :class:`DatasetBatches`.
 
     Returns:
-        The batches; None when the dataset is iterable-style.
+        The batches; None if the dataset is iterable-style.
     """
     dataset, collate = loader.dataset, loader.collate_fn
+    sampler: Any = loader.sampler
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
         return None
-    if loader.batch_sampler is None:
-        # Automatic batching is off: every item is a batch.
-        return DatasetBatches(
-            dataset,
-            count,
-            1,
-            seed,
-            lambda items: collate(items[0]),
-            regroupable=False,
-            indices=_drawn_by(loader.sampler),
-            repeat=repeat,
-        )
-    sampler = loader.sampler
-    if type(loader.batch_sampler) is not BatchSampler:
+    has_batching = loader.batch_sampler is not None
+    if has_batching and type(loader.batch_sampler) is not BatchSampler:
         sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
     return DatasetBatches(
         dataset,
         count,
-        size,
+        # Without automatic batching every item is a batch.
+        size if has_batching else 1,
         seed,
-        collate,
-        indices=_drawn_by(sampler),
+        collate if has_batching else lambda items: collate(items[0]),
+        regroupable=has_batching,
+        indices=_sampled_indices(sampler),
         repeat=repeat,
     )
 
 
-def _drawn_by(sampler: Any) -> Sequence[int] | None:
-    """List the samples that a sampler may draw; None stands for all."""
+def _sampled_indices(sampler: Any) -> Sequence[int] | None:
+    """List the samples that a sampler may draw; None for all."""
     # Lightning hides a sampler of the user in the "dataset" of a DistributedSampler.
     inner = getattr(getattr(sampler, "dataset", None), "_sampler", None)
     if inner is not None:
-        return _drawn_by(inner)
+        return _sampled_indices(inner)
     if isinstance(sampler, WeightedRandomSampler):
         return torch.nonzero(sampler.weights).squeeze(1).tolist()
     indices = getattr(sampler, "indices", None)
     if isinstance(indices, Sequence | Tensor) or hasattr(indices, "__array__"):
         return torch.as_tensor(indices, dtype=torch.int64).tolist()
-    if not isinstance(sampler, _DRAW_EVERYTHING):
-        _warn_of(type(sampler).__name__)
+    if not isinstance(sampler, _COMPLETE_SAMPLERS):
+        _warn_unknown_sampler(type(sampler).__name__)
     return None
 
 
 @functools.cache
-def _warn_of(sampler: str) -> None:
-    """Warn once of each kind of sampler."""
+def _warn_unknown_sampler(sampler: str) -> None:
+    """Warn once for each class of sampler."""
     warnings.warn(
-        f"{sampler} does not tell which samples it may draw (it has no `indices`), so "
+        f"{sampler} has no attribute `indices` with the samples that it may draw, so "
         "gradients are taken of samples from the whole dataset; pass a loader over a "
-        "torch.utils.data.Subset if that is too much.",
+        "torch.utils.data.Subset to exclude samples.",
         stacklevel=4,
     )
 
 
-class KeptBatches(Batches):
-    """Batches that are fetched again and again, and kept as far as memory is given.
+class CachedBatches(Batches):
+    """Batches that are fetched repeatedly, and cached while memory is left.
 
-    Whether a batch was kept cannot be told: it is a copy, and what is drawn after it is
-    drawn from generators in the state in which making it leaves them.
+    A cached batch cannot be told from a new one: it is a copy, and fetching it restores the
+    generators to the state after the batch was made.
 
     Args:
-        batches: which can be fetched in any order, each under a seed of its own.
-        most_bytes: of what is kept.
+        batches: can be fetched in any order, each under a seed of its own.
+        most_bytes: of the cache.
     """
 
     def __init__(self, batches: Batches, most_bytes: int) -> None:
         self._batches = batches
-        self._left = most_bytes
-        self._kept: dict[int, tuple[Any, RandomStates]] = {}
+        self._bytes_left = most_bytes
+        self._cache: dict[int, tuple[Any, RandomStates]] = {}
         self.regroupable = batches.regroupable
         self.size = batches.size
-        self.why_whole = batches.why_whole
+        self.why_not_regroupable = batches.why_not_regroupable
 
     def fetch(self, index: int) -> Any:
-        """Make one batch, or give it once more.
-
-        Args:
-            index: which one.
-
-        Returns:
-            The batch.
-        """
-        if index in self._kept:
-            batch, states = self._kept[index]
+        """Return one batch, from the cache if it is there."""
+        if index in self._cache:
+            batch, states = self._cache[index]
             states.restore()
             return _copy(batch)
         batch = self._batches.fetch(index)
-        size = _bytes_to_keep(batch)
-        if size is not None and size <= self._left:
-            self._left -= size
-            self._kept[index] = _copy(batch), RandomStates.now()
+        size = _bytes_to_cache(batch)
+        if size is not None and size <= self._bytes_left:
+            self._bytes_left -= size
+            self._cache[index] = _copy(batch), RandomStates.capture()
         return batch
 
     def fetch_group(self, first: int, count: int, seed: int) -> Any:
-        """Make one batch of the samples of several.
-
-        Args:
-            first: number of the first batch.
-            count: number of batches.
-            seed: the samples of batch i are drawn under ``derive_seed(seed, i)``.
-
-        Returns:
-            The samples.
-        """
+        """Return the samples of several batches, without the cache."""
         return self._batches.fetch_group(first, count, seed)
 
     def describe(self, index: int) -> str:
-        """Name the samples of a batch.
-
-        Args:
-            index: which batch.
-
-        Returns:
-            Their indices in the dataset.
-        """
+        """Name the samples of a batch."""
         return self._batches.describe(index)
 
 
-def _bytes_to_keep(batch: Any) -> int | None:
-    """Bytes of a batch and of the generators after it; None if it is not to be kept."""
+def _bytes_to_cache(batch: Any) -> int | None:
+    """Count the bytes of a batch and generator states; None if it must not be cached."""
     size = _BYTES_OF_GENERATORS
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
-            size += leaf.numel() * leaf.element_size()
-        elif not isinstance(leaf, _PLAIN):
-            # A loss may change it in place, or it takes memory of an accelerator.
+            size += leaf.nbytes
+        elif not isinstance(leaf, _IMMUTABLE):
+            # A loss may change it in place, or it needs memory of an accelerator.
             return None
     return size
 
@@ -372,16 +316,16 @@ def _copy(batch: Any) -> Any:
 
 
 class StreamBatches(Batches):
-    """Batches as an iterable yields them, which must be in the same order on every rank.
+    """Batches in the order of an iterable, which must be the same on every rank.
 
-    The iterable is opened by the first :meth:`fetch`, and batch i is read under the seed
-    of i, so that one that shuffles with the global generators does so alike on all ranks.
+    The first :meth:`fetch` opens the iterable. Batch i is read under a seed of its own, so
+    that an iterable that shuffles with the global generators does the same on all ranks.
 
     Args:
-        iterable: of batches; each gives one gradient.
+        iterable: of batches, one for each gradient.
         count: number of batches that will be needed, N.
-        seed: of whatever the iterable draws.
-        repeat: whether to open the iterable again when it has ended too early.
+        seed: of the random numbers that the iterable draws.
+        repeat: whether to open the iterable again if it ends too early.
     """
 
     def __init__(
@@ -395,22 +339,22 @@ class StreamBatches(Batches):
         self._iterator: Iterator[Any] | None = None
         self._next = 0
         self._repeat = repeat
-        # Batches since it was opened: an empty one is not opened again.
+        # Batches since it was opened: an empty iterable is not opened again.
         self._since_opened = 0
         self._count = count
         self._seed = seed
 
     def fetch(self, index: int) -> Any:
-        """Read on to one batch.
+        """Read up to one batch.
 
         Args:
-            index: which one, not before an earlier one.
+            index: of the batch, not smaller than in earlier calls.
 
         Returns:
             The batch.
 
         Raises:
-            ConfigurationError: when the iterable ends too early.
+            ConfigurationError: if the iterable ends too early.
         """
         while True:
             with seeded(derive_seed(self._seed, "batch", self._next)):
@@ -429,28 +373,21 @@ class StreamBatches(Batches):
                 return batch
         raise ConfigurationError(
             f"the data ended after {self._next} batches, but num_gradients="
-            f"{self._count} (of channels: num_samples / batch_size) needs one batch each; "
-            "lower it or give more, or of gradients set fisher.repeat_samples, which an "
-            "iterator cannot do."
+            f"{self._count} (for channels: num_samples / batch_size) needs one batch each; "
+            "lower it or give more batches. For gradients you can also set "
+            "fisher.repeat_samples, unless the data is an iterator."
         )
 
     def describe(self, index: int) -> str:
-        """Name a batch.
-
-        Args:
-            index: which batch.
-
-        Returns:
-            Its number in the stream.
-        """
+        """Name the position of a batch in the stream."""
         return f"batch {index} of the stream"
 
 
-class Streams:
-    """Opens an iterable of batches again and again.
+class RepeatableStream:
+    """An iterable of batches that can be read several times.
 
-    An iterator, which can be read only once, has its last N batches kept in memory: the
-    loss is measured on the batches of the gradients.
+    The last N batches of an iterator, which can be read only once, are kept in memory,
+    because the loss is measured on the batches of the gradients.
 
     Args:
         data: the iterable or iterator.
@@ -462,11 +399,11 @@ class Streams:
         self._read: list[Any] = []
 
     def batches(self, count: int, seed: int, repeat: bool = False) -> StreamBatches:
-        """Open it.
+        """Start reading from the beginning.
 
         Args:
             count: number of batches that will be needed, N.
-            seed: with an iterator, another seed reads on.
+            seed: with an iterator, another seed continues after the last N batches.
             repeat: as in :class:`StreamBatches`.
 
         Returns:
@@ -476,11 +413,11 @@ class Streams:
             return StreamBatches(self._data, count, seed, repeat)
         if self._key != (count, seed):
             self.finish()
-            self._key, self._read = (count, seed), []
+            self._key = count, seed
         return StreamBatches(self._reading(self._data, self._read, count), count, seed)
 
     def finish(self) -> None:
-        """Read what is left of the N batches: not every rank has needed the last ones."""
+        """Read the rest of the N batches, because not every rank needs the last ones."""
         if self._key is not None and isinstance(self._data, Iterator):
             for _ in self._reading(self._data, self._read, self._key[0]):
                 pass

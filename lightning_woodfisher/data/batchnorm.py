@@ -1,9 +1,9 @@
-"""BatchNorm statistics of the pruned network, re-estimated on a few batches.
+"""Estimate BatchNorm statistics of the pruned network on a few batches.
 
-Batch k is normalised by its own statistics in every layer, as in training; running
-statistics become the mean over batches of the mean and the unbiased variance, which is what
-training's moving average estimates. Dropout is off, as when the network is used. Rank
-k mod R computes batch k, and all ranks add the numbers of all batches in order of k.
+Every layer normalizes batch k by the statistics of that batch, as in training. The running
+statistics become the mean over batches of the mean and the unbiased variance, which the
+moving average of training estimates. Dropout is off, as in evaluation. Rank k mod R computes
+batch k, and all ranks add the numbers of all batches in order of k.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = [
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,6 @@ from lightning_woodfisher.distributed.dtensor import reshard
 
 # Gradients may be those of single samples, which have no variance.
 _FEWEST_SAMPLES = 64
-
-_T = TypeVar("_T")
 
 
 def require_recalibration_batches(count: int) -> None:
@@ -63,7 +61,7 @@ def batchnorm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 @dataclass(frozen=True)
 class BatchNormStatistics:
-    """Running statistics by layer, as they are or as they should be.
+    """Running statistics by layer.
 
     Attributes:
         layers: mean and unbiased variance, each ``[C]``.
@@ -73,7 +71,7 @@ class BatchNormStatistics:
 
     @classmethod
     def of(cls, model: nn.Module) -> BatchNormStatistics:
-        """Copy those of a model.
+        """Copy the statistics of a model.
 
         Args:
             model: the network.
@@ -90,7 +88,7 @@ class BatchNormStatistics:
 
     @torch.no_grad()
     def write(self, model: nn.Module) -> None:
-        """Write them into a model, in place.
+        """Write the statistics into a model, in place.
 
         Args:
             model: the network.
@@ -105,23 +103,23 @@ class BatchNormStatistics:
 def estimate_statistics(
     source: LossSource, count: int, size: int, comm: Communicator, seed: int
 ) -> BatchNormStatistics:
-    """Estimate the running statistics at the present weights.
+    """Estimate the running statistics at the current weights.
 
-    Samples may repeat where the data has too few.
+    Samples may repeat if the data has too few.
 
     Args:
-        source: where batches come from, with its session entered.
+        source: where losses come from, with its session entered.
         count: number of batches.
         size: samples in a batch; at least 64 are taken.
         comm: the ranks.
         seed: of the samples.
 
     Returns:
-        Those of the layers that were used; the same bits on every rank and for any number
-        of ranks.
+        The statistics of the layers that were used; bit-identical on every rank and for
+        any number of ranks.
 
     Raises:
-        PruningError: when a statistic is not finite, or a batch has one value a channel.
+        PruningError: if a statistic is not finite, or a batch has one value per channel.
     """
     model = source.model
     layers = batchnorm_layers(model)
@@ -131,36 +129,40 @@ def estimate_statistics(
     comm.broadcast(model.buffers())
     batches = source.batches(count, max(size, _FEWEST_SAMPLES), seed, True)
     model.eval()
-    width = sum(2 * _mean(layer).numel() + 1 for layer in layers.values())
-    own = torch.zeros(-(-count // comm.world_size), width, device=comm.device)
+    # Of each layer: whether it was used, its means and its variances.
+    widths = [1 + 2 * _mean(layer).numel() for layer in layers.values()]
+    own = torch.zeros(-(-count // comm.world_size), sum(widths), device=comm.device)
     for round_, first in enumerate(range(0, count, comm.world_size)):
         # A rank without a batch of its own runs the last one: layers may be sharded.
         index = min(first + comm.rank, count - 1)
+        records = dict(zip(layers, torch.split(own[round_], widths), strict=True))
 
-        def run(index: int = index) -> dict[str, tuple[Tensor, Tensor]]:
-            with seeded(derive_seed(seed, index)), _observed(layers) as seen:
+        def run(index: int = index, records: dict[str, Tensor] = records) -> None:
+            with seeded(derive_seed(seed, index)), _batch_statistics(layers, records):
                 loss_value(source, batches, index)
-            return seen
 
-        seen = _together(comm, run)
-        own[round_] = _as_row(layers, seen).to(comm.device)
+        comm.run_together(run)
     reshard(model)
     every = comm.gather_shards(own.reshape(-1), [own.numel()] * comm.world_size)
-    rows = every.view(comm.world_size, -1, width).transpose(0, 1).reshape(-1, width)
-    total = torch.zeros(width, dtype=torch.float64, device=comm.device)
+    rows = every.view(comm.world_size, *own.shape).transpose(0, 1).flatten(0, 1)
+    total = torch.zeros(sum(widths), dtype=torch.float64, device=comm.device)
     for row in rows[:count]:
         total += row
     if not bool(total.isfinite().all()):
         raise PruningError("a BatchNorm statistic of the pruned network is not finite")
-    return BatchNormStatistics(dict(_averages(layers, total)))
+    statistics = {}
+    for name, record in zip(layers, torch.split(total, widths), strict=True):
+        if float(record[0]):
+            mean, variance = (record[1:] / record[0]).chunk(2)
+            statistics[name] = mean, variance
+    return BatchNormStatistics(statistics)
 
 
 @contextlib.contextmanager
-def _observed(
-    layers: Mapping[str, _BatchNorm],
-) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Normalise by the statistics of the batch, and note them; the last call counts."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+def _batch_statistics(
+    layers: Mapping[str, _BatchNorm], records: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Normalize by the statistics of the batch, and record those of the last call."""
 
     def hook(name: str) -> Callable[..., None]:
         def observe(
@@ -177,9 +179,9 @@ def _observed(
                 )
             wide = inputs if inputs.dtype == torch.float64 else inputs.float()
             variance, mean = torch.var_mean(wide, dimensions, correction=1)
-            seen[name] = mean, variance
-            # In evaluation mode the layer divides by what is there, and no layer of
-            # another rank takes part (SyncBatchNorm).
+            records[name].copy_(torch.cat([mean.new_ones(1), mean, variance]))
+            # In evaluation mode the layer divides by its running statistics, and does not
+            # communicate with other ranks (SyncBatchNorm).
             norm = cast("_BatchNorm", layer)
             _mean(norm).copy_(mean)
             _variance(norm).copy_(variance * ((values - 1) / values))
@@ -191,36 +193,10 @@ def _observed(
         for name, layer in layers.items()
     ]
     try:
-        yield seen
+        yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _as_row(
-    layers: Mapping[str, _BatchNorm], seen: Mapping[str, tuple[Tensor, Tensor]]
-) -> Tensor:
-    """Line up what was seen in every layer: whether it was, means, variances."""
-    pieces = []
-    for name, layer in layers.items():
-        blank = torch.zeros_like(_mean(layer))
-        mean, variance = seen.get(name, (blank, blank))
-        pieces += [mean.new_full((1,), float(name in seen)), mean, variance]
-    return torch.cat([piece.float() for piece in pieces])
-
-
-def _averages(
-    layers: Mapping[str, _BatchNorm], total: Tensor
-) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Undo :func:`_as_row` of a sum over batches; unused layers are left out."""
-    start = 0
-    for name, layer in layers.items():
-        channels = _mean(layer).numel()
-        part = total[start : start + 2 * channels + 1]
-        start += len(part)
-        if float(part[0]):
-            averages = part[1:] / part[0]
-            yield name, (averages[:channels], averages[channels:])
 
 
 def _mean(layer: _BatchNorm) -> Tensor:
@@ -229,15 +205,3 @@ def _mean(layer: _BatchNorm) -> Tensor:
 
 def _variance(layer: _BatchNorm) -> Tensor:
     return cast("Tensor", layer.running_var)
-
-
-def _together(comm: Communicator, compute: Callable[[], _T]) -> _T:
-    """Compute on every rank, or fail on every rank."""
-    result: _T | None = None
-    error: Exception | None = None
-    try:
-        result = compute()
-    except Exception as caught:
-        error = caught
-    comm.agree(error)
-    return cast("_T", result)

@@ -1,8 +1,8 @@
-"""Run a model without leaving a trace in it.
+"""Run a model and restore its state and the random generators afterwards.
 
 Computing gradients calls the user's code, which draws random numbers, updates BatchNorm
-statistics and metric states, clips or zeroes ``.grad``. Everything is put back, so that
-training goes on bit-identically to a run in which nothing happened.
+statistics and metric states, clips or zeroes ``.grad``. Everything is restored, so that
+training continues bit-identically to a run without pruning.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ __all__ = [
     "RandomStates",
     "derive_seed",
     "isolated",
-    "random_states_kept",
+    "preserve_random_states",
     "reseed",
     "seeded",
 ]
@@ -30,56 +30,61 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_woodfisher.base.types import ModelMode
+from lightning_woodfisher.distributed.dtensor import reshard
 
 # Attributes that make a torchmetrics.Metric exchange its state with other ranks.
-_METRIC_SYNCHRONISES = ("dist_sync_on_step", "sync_on_compute", "_to_sync")
+_METRIC_SYNC_FLAGS = ("dist_sync_on_step", "sync_on_compute", "_to_sync")
 
 
 @contextlib.contextmanager
 def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
-    """Put back random states, buffers, flags, metric states and ``.grad`` on leaving.
+    """Restore random states, buffers, flags, metric states and ``.grad`` on leaving.
 
-    Inside, every ``.grad`` is None, and neither metrics nor SyncBatchNorm talk to other
-    ranks, which may be at another batch or at none.
+    Inside, every ``.grad`` is None, and neither metrics nor SyncBatchNorm communicate,
+    because other ranks may compute another batch or none. The parameters of an FSDP2 model
+    are its shards before and after.
 
     Args:
         model: the network.
         mode: ``"eval"``: running statistics, no dropout; ``"train"``: the training flags
-            as they are, or all set when the model is in evaluation mode.
+            as they are, or all set if the model is in evaluation mode.
 
     Yields:
         Nothing; gradients are enabled inside.
     """
+    reshard(model)
     flags = [(module, module.training) for module in model.modules()]
-    buffers = _buffers(model)
+    buffers = [_SavedBuffers(module) for module in model.modules()]
     metrics = [(m, _metric_state(m)) for m in model.modules() if _is_metric(m)]
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     try:
         for parameter, _, _ in parameters:
             parameter.grad = None
         for metric, _ in metrics:
-            metric.__dict__.update(dict.fromkeys(_METRIC_SYNCHRONISES, False))
-        with random_states_kept(), torch.enable_grad(), _own_statistics(model):
+            metric.__dict__.update(dict.fromkeys(_METRIC_SYNC_FLAGS, False))
+        with preserve_random_states(), torch.enable_grad(), _local_statistics(model):
             if mode == "eval":
                 model.eval()
             elif not model.training:
                 model.train()
             yield
     finally:
+        reshard(model)
         for module, training in flags:
             module.training = training
-        _restore_buffers(buffers)
+        for saved in buffers:
+            saved.restore()
         for metric, state in metrics:
             metric.__dict__.update(state)
         for parameter, gradient, requires_grad in parameters:
-            # The same tensor: DDP keeps views of it.
+            # The same tensor, because DDP keeps views of it.
             parameter.grad = gradient
             parameter.requires_grad_(requires_grad)
 
 
 @contextlib.contextmanager
-def _own_statistics(model: nn.Module) -> Iterator[None]:
-    """Let SyncBatchNorm normalise by the batch of its own rank."""
+def _local_statistics(model: nn.Module) -> Iterator[None]:
+    """Make SyncBatchNorm normalize by the batch of its own rank."""
     layers = [
         module
         for module in model.modules()
@@ -95,7 +100,7 @@ def _own_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def derive_seed(*parts: object) -> int:
-    """Mix numbers and names into one seed.
+    """Derive a seed from numbers and names.
 
     Args:
         parts: anything with a stable ``repr``.
@@ -109,7 +114,7 @@ def derive_seed(*parts: object) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed every generator that user code is likely to draw from; put all back after.
+    """Seed every generator that user code may draw from, and restore all on leaving.
 
     Args:
         seed: any integer of at most 63 bits.
@@ -117,18 +122,18 @@ def seeded(seed: int) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    with random_states_kept():
+    with preserve_random_states():
         reseed(seed)
         yield
 
 
 def reseed(seed: int) -> None:
-    """Seed every generator that user code is likely to draw from.
+    """Seed every generator that user code may draw from.
 
     Args:
         seed: any integer of at most 63 bits.
     """
-    # torch.manual_seed asks for every kind of device, which takes longer than all this.
+    # torch.manual_seed checks every kind of device, which takes longer than all of this.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
@@ -139,7 +144,7 @@ def reseed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class RandomStates:
-    """The states of all generators at one moment: torch, CUDA, Python and NumPy."""
+    """The states of all generators at one time: torch, CUDA, Python and NumPy."""
 
     cpu: Tensor
     cuda: list[Tensor]
@@ -147,13 +152,13 @@ class RandomStates:
     numpy: Any
 
     @classmethod
-    def now(cls) -> RandomStates:
-        """Copy them.
+    def capture(cls) -> RandomStates:
+        """Copy the current states.
 
         Returns:
             The copies.
         """
-        # NumPy is looked up, not imported: if nobody has imported it, nobody draws from it.
+        # NumPy is looked up, not imported: if it is not imported, no code draws from it.
         numpy = sys.modules.get("numpy")
         # is_initialized has no annotations.
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
@@ -165,7 +170,7 @@ class RandomStates:
         )
 
     def restore(self) -> None:
-        """Put them back."""
+        """Set all generators to these states."""
         torch.set_rng_state(self.cpu)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
@@ -175,68 +180,52 @@ class RandomStates:
 
 
 @contextlib.contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Put the states of all generators back on leaving.
+def preserve_random_states() -> Iterator[None]:
+    """Restore the states of all generators on leaving.
 
     Yields:
         Nothing.
     """
-    states = RandomStates.now()
+    states = RandomStates.capture()
     try:
         yield
     finally:
         states.restore()
 
 
-@dataclass(frozen=True)
-class _Buffers:
-    """The buffers of one module, also those that are None, and their content."""
+class _SavedBuffers:
+    """The buffers of one module, also those that are None, and copies of their content."""
 
-    module: nn.Module
-    tensors: dict[str, Tensor | None]
-    contents: dict[str, Tensor]
-    not_persistent: set[str]
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._buffers = {
+            name: (buffer, None if buffer is None else buffer.detach().clone())
+            for name, buffer in module._buffers.items()
+        }
+        self._not_persistent = set(module._non_persistent_buffers_set)
 
-
-def _buffers(model: nn.Module) -> list[_Buffers]:
-    return [
-        _Buffers(
-            module,
-            dict(module._buffers),
-            {
-                n: b.detach().clone()
-                for n, b in module._buffers.items()
-                if b is not None
-            },
-            set(module._non_persistent_buffers_set),
-        )
-        for module in model.modules()
-    ]
-
-
-@torch.no_grad()
-def _restore_buffers(saved: list[_Buffers]) -> None:
-    for one in saved:
-        for name, content in one.contents.items():
-            buffer = one.tensors[name]
-            if buffer is not None:
+    @torch.no_grad()
+    def restore(self) -> None:
+        module = self._module
+        # User code may have registered other tensors, or only changed the content.
+        module._buffers.clear()
+        for name, (buffer, content) in self._buffers.items():
+            if buffer is not None and content is not None:
                 _restore_content(buffer, content)
-        # User code may have put other tensors there, or the first ones.
-        one.module._buffers.clear()
-        one.module._buffers.update(one.tensors)
-        one.module._non_persistent_buffers_set.clear()
-        one.module._non_persistent_buffers_set.update(one.not_persistent)
+            module._buffers[name] = buffer
+        module._non_persistent_buffers_set.clear()
+        module._non_persistent_buffers_set.update(self._not_persistent)
 
 
 def _restore_content(buffer: Tensor, content: Tensor) -> None:
     if buffer.shape != content.shape:
         buffer.resize_(content.shape)
-    # An expanded tensor has one element in many places, and is written to once.
+    # An expanded tensor has one element at several indices, and is written to once.
     strides = buffer.stride() if buffer.layout is torch.strided else ()
     for dim, stride in enumerate(strides):
         if stride == 0 and buffer.shape[dim] > 1:
             buffer, content = buffer.narrow(dim, 0, 1), content.narrow(dim, 0, 1)
-    # What was made in inference mode can only be replaced, not written to.
+    # A tensor created in inference mode can only be replaced, not written to.
     if not buffer.is_inference():
         buffer.copy_(content)
 
@@ -247,7 +236,7 @@ def _is_metric(module: nn.Module) -> bool:
 
 
 def _metric_state(metric: nn.Module) -> dict[str, Any]:
-    """Copy what a metric's update changes; its states are plain attributes."""
+    """Copy the attributes that an update of the metric changes."""
     states = vars(metric)["_defaults"]
     plain = (Tensor, int, float, bool, type(None))
     return {

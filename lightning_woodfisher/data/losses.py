@@ -1,15 +1,14 @@
-"""Where losses come from: a model, its data, and how a batch becomes a loss."""
+"""Compute losses from a model, its data and a loss function."""
 
 from __future__ import annotations
 
 __all__ = [
     "FunctionLoss",
     "LossSource",
+    "compute_losses",
     "differentiable_loss",
     "loss_value",
     "lower_loss_scale",
-    "mean_loss",
-    "require_finite",
     "run_loss",
     "scalar_loss",
 ]
@@ -29,35 +28,33 @@ from lightning_woodfisher.base.types import ModelMode
 from lightning_woodfisher.data.batches import (
     Batches,
     DatasetBatches,
-    Streams,
+    RepeatableStream,
     loader_batches,
 )
 from lightning_woodfisher.data.isolation import (
     derive_seed,
     isolated,
-    random_states_kept,
+    preserve_random_states,
     seeded,
 )
-from lightning_woodfisher.data.nonfinite import leave_out
-from lightning_woodfisher.data.sampled_labels import UnlabelledBatch, labelled
+from lightning_woodfisher.data.sampled_labels import UnlabeledBatch, draw_labels
 from lightning_woodfisher.distributed.communicator import Communicator
 
-# A loss scale that is lowered below this cannot be what makes gradients overflow.
+# Gradients that overflow at this loss scale do not overflow because of the scale.
 _SMALLEST_LOSS_SCALE = 1.0
 _LOSS_SCALE_STEP = 16.0
 
 
 class LossSource(ABC):
-    """Where losses come from: a model, its data, and how a batch becomes a loss.
+    """A model, its data, and the function that computes the loss of a batch.
 
     Args:
         model: the network whose gradients are taken.
 
     Attributes:
         loss_scale: factor by which the loss is multiplied before the backward pass, to
-            keep float16 gradients from vanishing.
-        predictor: the module that gives logits when it is called with the inputs of a
-            batch.
+            keep float16 gradients from underflowing.
+        predictor: the module that returns logits for the inputs of a batch.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,8 +71,8 @@ class LossSource(ABC):
         Args:
             count: N.
             size: m.
-            seed: different seeds give different samples where the data allows it.
-            repeat: whether samples may come again when there are fewer than N·m.
+            seed: different seeds give different samples if the data allows it.
+            repeat: whether samples may be repeated if there are fewer than N·m.
 
         Returns:
             The batches.
@@ -86,9 +83,9 @@ class LossSource(ABC):
         """Run the model.
 
         Args:
-            batch: what :class:`Batches` made; of an :class:`.UnlabelledBatch` the labels
-                are drawn (:func:`.labelled`).
-            index: number of the batch.
+            batch: from :class:`.Batches`; the labels of an :class:`.UnlabeledBatch` are
+                drawn (:func:`.draw_labels`).
+            index: of the batch.
 
         Returns:
             Scalar tensor with a graph: the mean loss of the batch.
@@ -96,10 +93,10 @@ class LossSource(ABC):
 
     @contextlib.contextmanager
     def session(self, mode: ModelMode) -> Iterator[None]:
-        """Enter before asking for losses; leaves no trace in the model.
+        """Set up the model for losses, and restore its state on leaving.
 
         Args:
-            mode: training or evaluation behaviour of the layers.
+            mode: training or evaluation behavior of the layers.
 
         Yields:
             Nothing.
@@ -114,8 +111,8 @@ class FunctionLoss(LossSource):
     Args:
         model: the network.
         data: a map-style Dataset of samples, a DataLoader, or an iterable of batches.
-            Of a DataLoader over a map-style dataset only the dataset, the sampler's
-            indices and the ``collate_fn`` are used (:func:`loader_batches`).
+            Only the dataset, the indices of the sampler and the ``collate_fn`` of a
+            DataLoader over a map-style dataset are used (:func:`.loader_batches`).
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
     """
 
@@ -128,22 +125,12 @@ class FunctionLoss(LossSource):
         super().__init__(model)
         self._data = data
         self._loss_fn = loss_fn
-        self._streams = Streams(data)  # type: ignore[arg-type]
+        self._stream = RepeatableStream(data)  # type: ignore[arg-type]
 
     def batches(
         self, count: int, size: int, seed: int, repeat: bool = False
     ) -> Batches:
-        """Choose the mini-batches; an iterable gives them as they come.
-
-        Args:
-            count: N.
-            size: m, for a Dataset.
-            seed: of the choice, for a Dataset.
-            repeat: whether samples may come again when there are fewer than N·m.
-
-        Returns:
-            The batches.
-        """
+        """Choose samples of a dataset, or read the batches of an iterable in order."""
         data = self._data
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             return DatasetBatches(data, count, size, seed, repeat=repeat)
@@ -151,55 +138,47 @@ class FunctionLoss(LossSource):
             chosen = loader_batches(data, count, size, seed, repeat)
             if chosen is not None:
                 return chosen
-        return self._streams.batches(count, seed, repeat)
+        return self._stream.batches(count, seed, repeat)
 
     def loss(self, batch: Any, index: int) -> Tensor:
-        """Call the loss function.
-
-        Args:
-            batch: moved to the device of the model.
-            index: named in errors.
-
-        Returns:
-            Scalar tensor.
-        """
+        """Call the loss function with the batch on the device of the model."""
         device = next(self.model.parameters()).device
-        drawn = batch if isinstance(batch, UnlabelledBatch) else None
-        batch = _to_device(batch if drawn is None else drawn.batch, device)
-        result = self._loss_fn(self.model, labelled(self.model, batch, drawn))
+        unlabeled = batch if isinstance(batch, UnlabeledBatch) else None
+        batch = _to_device(batch if unlabeled is None else unlabeled.batch, device)
+        result = self._loss_fn(self.model, draw_labels(self.model, batch, unlabeled))
         return scalar_loss(
             result, index, "loss_fn", "return the mean loss of the batch"
         )
 
     @contextlib.contextmanager
     def session(self, mode: ModelMode) -> Iterator[None]:
-        """Enter before asking for losses; leaves no trace in the model.
+        """Set up the model for losses, and restore its state on leaving.
 
         Args:
-            mode: training or evaluation behaviour of the layers.
+            mode: training or evaluation behavior of the layers.
 
         Yields:
             Nothing.
         """
         with super().session(mode):
             yield
-            self._streams.finish()
+            self._stream.finish()
 
 
 def scalar_loss(result: Any, index: int, origin: str, remedy: str) -> Tensor:
-    """Check what is meant to be a loss.
+    """Check that a result is a loss.
 
     Args:
-        result: what came out.
-        index: number of the batch.
-        origin: the function that gave it.
-        remedy: what to do otherwise.
+        result: of the loss function.
+        index: of the batch.
+        origin: name of the function that returned it.
+        remedy: what to do if it is not a loss.
 
     Returns:
         Tensor of shape ``[]``.
 
     Raises:
-        PruningError: when it is no tensor of one element.
+        PruningError: if it is not a tensor of one element.
     """
     if isinstance(result, Tensor) and result.numel() == 1:
         return result.reshape(())
@@ -213,20 +192,9 @@ def scalar_loss(result: Any, index: int, origin: str, remedy: str) -> Tensor:
     )
 
 
-def require_finite(
-    value: float,
-    batches: Batches,
-    index: int,
-    kind: type[PruningError] = PruningError,
+def _require_finite(
+    value: float, batches: Batches, index: int, kind: type[PruningError] = PruningError
 ) -> None:
-    """Refuse a loss that is not a finite number.
-
-    Args:
-        value: the loss.
-        batches: the mini-batches.
-        index: of which it is.
-        kind: of the error that names the samples.
-    """
     if not math.isfinite(value):
         raise kind(
             f"the loss of gradient {index} ({batches.describe(index)}) is {value}"
@@ -240,23 +208,23 @@ def differentiable_loss(
     batch: Any,
     kind: type[PruningError] = PruningError,
 ) -> Tensor:
-    """Run the model for a gradient.
+    """Compute a loss that can be differentiated.
 
     Args:
         source: where losses come from, with its session entered.
         batches: the mini-batches.
-        index: which one.
+        index: of the mini-batch.
         batch: its samples.
-        kind: of the error for one that is not finite.
+        kind: of the error if the loss is not finite.
 
     Returns:
         The loss: a finite scalar tensor with a graph.
 
     Raises:
-        PruningError: for any other.
+        PruningError: if it is not finite or has no graph.
     """
     loss = run_loss(source, batch, index)
-    require_finite(float(loss.detach()), batches, index, kind)
+    _require_finite(float(loss.detach()), batches, index, kind)
     if not loss.requires_grad:
         raise PruningError(
             f"the loss of gradient {index} has no graph: it was detached or computed "
@@ -265,7 +233,7 @@ def differentiable_loss(
     return loss
 
 
-def mean_loss(
+def compute_losses(
     source: LossSource,
     batches: Batches,
     count: int,
@@ -277,76 +245,74 @@ def mean_loss(
 ) -> list[float]:
     """Compute the losses of the mini-batches without gradients, shared by the ranks.
 
-    A loss that is not finite is a :class:`PruningError`.
-
     Args:
         source: where losses come from, with its session entered.
         batches: the mini-batches.
         count: N.
         comm: the ranks.
         seed: the one given to :func:`.collect_gradients`.
-        finite: False lets losses that are not finite pass.
-        skip: numbers of the mini-batches to leave out.
+        finite: whether a loss that is not finite is a :class:`.PruningError`.
+        skip: indices of the mini-batches to leave out.
 
     Returns:
         The losses in order, the same on every rank.
     """
-    own: dict[int, float] = {}
-    failure: Exception | None = None
-    try:
+
+    def compute() -> dict[int, float]:
+        own = {}
         for index in range(comm.rank, count, comm.world_size):
             if index in skip:
                 continue
             with seeded(derive_seed(seed, index)):
                 own[index] = loss_value(source, batches, index)
             if finite:
-                require_finite(own[index], batches, index)
-    except Exception as error:
-        failure = error
-    comm.agree(failure)
-    return leave_out(comm.gather_in_order(own, count), skip)
+                _require_finite(own[index], batches, index)
+        return own
+
+    losses = comm.gather_in_order(comm.run_together(compute), count)
+    return [loss for index, loss in enumerate(losses) if index not in skip]
 
 
 def loss_value(source: LossSource, batches: Batches, index: int) -> float:
-    """Compute one loss without gradients, or with them where the loss needs them.
+    """Compute one loss without gradients, or with them if the loss needs them.
 
     Args:
         source: where losses come from, with its session entered.
         batches: the mini-batches.
-        index: which one.
+        index: of the mini-batch.
 
     Returns:
         The loss.
 
     Raises:
-        RuntimeError: whatever the loss raises.
+        RuntimeError: any other error of the loss.
     """
     batch = batches.fetch(index)
     try:
-        with random_states_kept(), torch.no_grad():
+        with preserve_random_states(), torch.no_grad():
             return float(run_loss(source, batch, index))
     except RuntimeError as error:
         if "not require grad" not in str(error):
             raise
-    # A loss that differentiates inside, such as a gradient penalty. Each batch decides
-    # for itself, so that the result does not depend on which rank has computed it.
+    # A loss that differentiates inside, such as a gradient penalty. Each batch is decided
+    # alone, so that the result does not depend on the rank that computes it.
     return float(run_loss(source, batch, index).detach())
 
 
 def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
-    """Run the model, and explain what BatchNorm makes of a single sample.
+    """Run the model, and explain the error of BatchNorm for a single sample.
 
     Args:
         source: where losses come from, with its session entered.
         batch: the samples.
-        index: number of the batch.
+        index: of the batch.
 
     Returns:
-        What :meth:`LossSource.loss` gives.
+        The result of :meth:`LossSource.loss`.
 
     Raises:
         ConfigurationError: for a single sample in training mode.
-        ValueError: whatever else the model raises.
+        ValueError: any other error of the model.
     """
     try:
         return source.loss(batch, index)
@@ -361,13 +327,13 @@ def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
 
 
 def lower_loss_scale(scale: float) -> float | None:
-    """Choose the scale to try after gradients have overflowed under one.
+    """Choose the loss scale to try after gradients have overflowed.
 
     Args:
-        scale: the one under which they have.
+        scale: the one with which they overflowed.
 
     Returns:
-        A smaller one; None where the scale cannot be to blame.
+        A smaller one; None if the scale cannot be the cause.
     """
     if scale <= _SMALLEST_LOSS_SCALE:
         return None

@@ -1,16 +1,17 @@
 """Every collective of the package. On one rank each of them is the identity.
 
-Sums are of integers only, because the order of floating-point additions would go with the
-ranks; :mod:`.exact_sum` makes integers of floating-point numbers.
+Sums are of integers only, because the order of floating-point additions depends on the
+number of ranks; :mod:`.exact_sum` converts floating-point numbers to integers.
 
-A rank that fails must not leave the others waiting for it. So every collective but
-:meth:`Communicator.exchange` begins with :meth:`Communicator.agree`, a sum of one integer,
-and work with collectives in it stands in :meth:`Communicator.failing_together`, which takes
-a rank that has failed to that same sum. Both are needed: the sum is where they meet.
+A rank that fails must not leave the others waiting for it. So every collective except
+:meth:`Communicator.exchange` begins with :meth:`Communicator.raise_together`, a sum of one
+integer. Work that contains collectives runs inside :meth:`Communicator.failing_together`,
+which takes a rank that has failed to that same sum. Both are needed: the sum is where the
+ranks meet.
 
-A collective that fails itself, because a rank is gone or does not answer within the timeout
-of the process group, leaves nothing to meet at. No other collective follows it: the rank
-stops (:meth:`Communicator.no_return`), and its end stops the others.
+If a collective itself fails, because a rank has ended or does not answer within the timeout
+of the process group, the ranks cannot meet again. No other collective follows it: the rank
+stops (:meth:`Communicator.failing_alone`), and its end stops the others.
 """
 
 from __future__ import annotations
@@ -21,26 +22,30 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.distributed.checksum import checksum
 
+# Attribute of an error that all ranks know of, or that they cannot be told about.
 _SETTLED = "_settled_between_ranks"
-# Until this version a group of gloo joins its threads with the GIL held, in which one that
-# still lets go of a tensor of the last collective waits for the GIL for ever
+# Before this version a group of gloo joins its threads while it holds the GIL. A thread
+# that still releases a tensor of the last collective then waits for the GIL forever
 # (pytorch/pytorch#154976).
 _GLOO_JOINS_WITHOUT_GIL = "2.8"
-_SECONDS_TO_LET_GO = 0.1
+_SECONDS_TO_RELEASE = 0.1
+
+T = TypeVar("T")
 
 
 def destroy_group() -> None:
-    """Destroy the default process group, which need not be idle for long."""
+    """Destroy the default process group, even right after a collective."""
     if torch.__version__ < _GLOO_JOINS_WITHOUT_GIL:
-        time.sleep(_SECONDS_TO_LET_GO)
+        time.sleep(_SECONDS_TO_RELEASE)
     dist.destroy_process_group()
 
 
@@ -49,9 +54,9 @@ class Pending:
 
     Args:
         result: tensor that holds the result once the work is done.
-        work: handle to wait for, None when nothing is running.
+        work: handle to wait for; None if nothing is running.
         keep: tensors that must live until the work is done.
-        contact: entered while waiting.
+        guard: context manager to enter while waiting.
     """
 
     def __init__(
@@ -59,12 +64,12 @@ class Pending:
         result: Tensor,
         work: Any = None,
         keep: object = None,
-        contact: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
+        guard: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
     ) -> None:
         self._result = result
         self._work = work
         self._keep = keep
-        self._contact = contact or contextlib.nullcontext
+        self._guard = guard or contextlib.nullcontext
 
     def wait(self) -> Tensor:
         """Wait for the collective.
@@ -73,7 +78,7 @@ class Pending:
             Its result.
         """
         if self._work is not None:
-            with self._contact():
+            with self._guard():
                 self._work.wait()
             self._work = self._keep = None
         return self._result
@@ -84,10 +89,10 @@ class Communicator:
 
     Args:
         device: device of the tensors that are sent.
-        group: process group; None takes the default group when there is one.
+        group: process group; None for the default group, if there is one.
 
     Attributes:
-        rank: own rank.
+        rank: this rank.
         world_size: number of ranks, R.
         bytes_sent: bytes that this rank has sent to others in row exchanges and gathers.
     """
@@ -110,15 +115,15 @@ class Communicator:
     ) -> Pending:
         """Send each rank its columns of our rows and collect our columns of all rows.
 
-        Alone among the collectives it does not ask first whether a rank has failed: it
-        runs while the next row is computed. A rank that fails between two exchanges must
-        hold its error back and take part in those that are left.
+        Unlike the other collectives it does not check first whether a rank has failed,
+        because it runs while the next row is computed. A rank that fails between two
+        exchanges must hold its error back and take part in the remaining ones.
 
         Args:
-            rows: tensor of shape ``[n, D]``, or None when this rank has none this time.
+            rows: tensor of shape ``[n, D]``, or None if this rank has none this time.
             sizes: columns owned by each rank.
-            counts: rows that each rank has.
-            dtype: of the rows, also where this rank has none.
+            counts: rows of each rank.
+            dtype: of the rows, also if this rank has none.
 
         Returns:
             A pending tensor of shape ``[sum(counts), D_r]``, in order of the sender.
@@ -131,15 +136,15 @@ class Communicator:
                 raise ValueError("a single rank must have rows")
             return Pending(rows)
         own, total, mine = sizes[self.rank], sum(counts), counts[self.rank]
-        # Backends do not know every dtype, but all know bytes.
+        # Not every backend supports every dtype, but all support bytes.
         width = dtype.itemsize
-        with self.no_return():
+        with self.failing_alone():
             send = torch.empty(0, dtype=dtype, device=self.device)
             if rows is not None:
                 columns = torch.split(rows, list(sizes), dim=1)
                 send = torch.cat([part.reshape(-1) for part in columns])
             received = torch.empty(total, own, dtype=dtype, device=self.device)
-        with self._contact():
+        with self._guarded():
             work = dist.all_to_all_single(
                 received.view(-1).view(torch.uint8),
                 send.view(torch.uint8),
@@ -149,10 +154,10 @@ class Communicator:
                 async_op=True,
             )
         self.bytes_sent += (send.numel() - mine * own) * width
-        return Pending(received, work, keep=send, contact=self._contact)
+        return Pending(received, work, keep=send, guard=self._guarded)
 
-    def share_text(self, text: str) -> str:
-        """Tell every rank what rank 0 says.
+    def broadcast_text(self, text: str) -> str:
+        """Broadcast a string from rank 0.
 
         Args:
             text: only that of rank 0 counts.
@@ -160,17 +165,17 @@ class Communicator:
         Returns:
             The text of rank 0.
         """
-        everyone: list[str] = [text]
+        texts = [text]
         if self.world_size > 1:
-            self.agree()
-            with self._contact():
+            self.raise_together()
+            with self._guarded():
                 dist.broadcast_object_list(
-                    everyone, 0, group=self._group, device=self.device
+                    texts, 0, group=self._group, device=self.device
                 )
-        return everyone[0]
+        return texts[0]
 
     def gather_shards(self, shard: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Put the shards of all ranks one behind the other, on every rank.
+        """Concatenate the shards of all ranks, on every rank.
 
         Args:
             shard: tensor of shape ``[D_r]``.
@@ -181,60 +186,58 @@ class Communicator:
         """
         if self.world_size == 1:
             return shard
-        longest = max(sizes)
-        padded = shard.new_zeros(longest)
+        padded = shard.new_zeros(max(sizes))
         padded[: shard.numel()] = shard
-        gathered = shard.new_empty(longest * self.world_size)
-        self.agree()
-        with self._contact():
-            dist.all_gather_into_tensor(gathered, padded, group=self._group)
-        self.bytes_sent += (
-            (self.world_size - 1) * padded.numel() * padded.element_size()
-        )
-        rows = gathered.view(self.world_size, longest)
+        rows = self._all_gather(padded)
+        self.bytes_sent += (self.world_size - 1) * padded.nbytes
         return torch.cat([rows[r, :size] for r, size in enumerate(sizes)])
 
     def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
         """Collect a few numbers from every rank.
 
         Args:
-            numbers: equally many on every rank.
+            numbers: the same number of them on every rank.
 
         Returns:
             One list for each rank, in order.
         """
         if self.world_size == 1:
             return [list(numbers)]
-        mine = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
-        everyone = mine.new_empty(self.world_size * mine.numel())
-        self.agree()
-        with self._contact():
-            dist.all_gather_into_tensor(everyone, mine, group=self._group)
-        rows: list[list[float]] = everyone.view(self.world_size, -1).tolist()
+        own = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
+        rows: list[list[float]] = self._all_gather(own).tolist()
         return rows
+
+    def _all_gather(self, own: Tensor) -> Tensor:
+        """Collect ``[n]`` from every rank into ``[R, n]``."""
+        everyone = own.new_empty(self.world_size * own.numel())
+        self.raise_together()
+        with self._guarded():
+            dist.all_gather_into_tensor(everyone, own, group=self._group)
+        return everyone.view(self.world_size, own.numel())
 
     def gather_in_order(
         self, own: Mapping[int, float], count: int, at_once: int = 1
     ) -> list[float]:
-        """Put numbers that the ranks hold, micro-batch by micro-batch, into order.
+        """Collect the numbers of micro-batches from the ranks, in order.
 
         Args:
-            own: this rank's numbers by i; micro-batch k belongs to rank k mod R.
-            count: how many there are on all ranks.
+            own: this rank's numbers by index; micro-batch k belongs to rank k mod R.
+            count: numbers on all ranks.
             at_once: numbers of a micro-batch.
 
         Returns:
             All numbers, on every rank.
         """
-        size = self.world_size
-        mine = [
-            own.get((r * size + self.rank) * at_once + j, math.nan)
-            for r in range(-(-count // (size * at_once)))
-            for j in range(at_once)
-        ]
-        columns = self.gather_numbers(mine)
-        places = (divmod(i, at_once) for i in range(count))
-        return [columns[k % size][k // size * at_once + j] for k, j in places]
+        starts = range(0, count, self.world_size * at_once)
+
+        def indices(rank: int) -> list[int]:
+            return [s + rank * at_once + j for s in starts for j in range(at_once)]
+
+        rows = self.gather_numbers([own.get(i, math.nan) for i in indices(self.rank)])
+        numbers: dict[int, float] = {}
+        for rank, row in enumerate(rows):
+            numbers.update(zip(indices(rank), row, strict=True))
+        return [numbers[i] for i in range(count)]
 
     def sum_integers(self, values: Tensor) -> Tensor:
         """Add integer tensors over ranks, in place.
@@ -245,11 +248,7 @@ class Communicator:
         Returns:
             The same tensor, now the sum.
         """
-        if self.world_size > 1:
-            self.agree()
-            with self._contact():
-                dist.all_reduce(values, dist.ReduceOp.SUM, group=self._group)
-        return values
+        return self._all_reduce(values, dist.ReduceOp.SUM)
 
     def maximum(self, values: Tensor) -> Tensor:
         """Take the elementwise maximum over ranks, in place.
@@ -260,10 +259,13 @@ class Communicator:
         Returns:
             The same tensor, now the maximum.
         """
+        return self._all_reduce(values, dist.ReduceOp.MAX)
+
+    def _all_reduce(self, values: Tensor, operation: Any) -> Tensor:
         if self.world_size > 1:
-            self.agree()
-            with self._contact():
-                dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+            self.raise_together()
+            with self._guarded():
+                dist.all_reduce(values, operation, group=self._group)
         return values
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
@@ -273,64 +275,65 @@ class Communicator:
             tensors: same shapes and order on every rank.
         """
         if self.world_size > 1:
-            # An NCCL broadcast needs the device of the group.
+            # NCCL can only send tensors of its own device.
             pairs = [(tensor, tensor.to(self.device)) for tensor in tensors]
-            self.agree()
-            with self._contact():
+            self.raise_together()
+            with self._guarded():
                 for _, moved in pairs:
                     dist.broadcast(moved, 0, group=self._group)
             for tensor, moved in pairs:
                 if moved is not tensor:
                     tensor.copy_(moved)
 
-    def require_equal(self, checksum: Tensor, what: str) -> None:
-        """Check that all ranks have computed the same.
+    def require_equal(self, tensor: Tensor, what: str) -> None:
+        """Check that all ranks hold the same bits.
 
         Args:
-            checksum: int64 scalar.
+            tensor: of any dtype.
             what: named in the error.
 
         Raises:
-            PruningError: when the ranks differ.
+            PruningError: if the ranks differ.
         """
-        if self.who_differs(checksum.reshape(1)):
+        if self.world_size == 1:
+            return
+        if self.find_differing(checksum(tensor).reshape(1).to(self.device)):
             raise PruningError(f"the ranks disagree about {what}")
 
-    def who_differs(self, numbers: Tensor) -> dict[int, list[int]]:
+    def find_differing(self, numbers: Tensor) -> dict[int, list[int]]:
         """Find the numbers that are not the same on all ranks.
 
-        One small collective where they are, which is always but for a fault.
+        One small collective if they are the same, and two if not.
 
         Args:
             numbers: int64 ``[n]``.
 
         Returns:
-            By the place of a number, the ranks that have another one than rank 0.
+            For the index of each such number, the ranks that differ from rank 0.
         """
         if self.world_size == 1:
             return {}
-        count = len(numbers)
-        extremes = self.maximum(torch.cat([numbers, ~numbers]))
-        differ = torch.nonzero(extremes[:count] != ~extremes[count:]).flatten()
-        if not len(differ):
+        # The maximum of ~n is ~(the minimum of n), also at the ends of int64.
+        largest, smallest = self.maximum(torch.stack([numbers, ~numbers]))
+        differing = torch.nonzero(largest != ~smallest).flatten()
+        if not len(differing):
             return {}
-        everyone = self.gather_shards(numbers[differ], [len(differ)] * self.world_size)
-        rows = everyone.view(self.world_size, -1)
-        others = (rows != rows[0]).cpu()
+        rows = self._all_gather(numbers[differing])
+        columns = (rows != rows[0]).cpu().T
         return {
-            place: torch.nonzero(others[:, i]).flatten().tolist()
-            for i, place in enumerate(differ.tolist())
+            index: torch.nonzero(column).flatten().tolist()
+            for index, column in zip(differing.tolist(), columns, strict=True)
         }
 
     @contextlib.contextmanager
-    def no_return(self) -> Iterator[None]:
-        """Stand around what the other ranks cannot be told about when it fails.
+    def failing_alone(self) -> Iterator[None]:
+        """Mark an error of the body as one that the other ranks cannot be told about.
 
-        They wait in a collective that this rank will not enter. If it asked for another
-        one, it would only wait with them; so it stops, and its end stops them.
+        They wait in a collective that this rank will not enter. In another collective it
+        would only wait with them. So it stops, and its end stops them.
 
         Yields:
-            Nothing. :meth:`failing_together` passes an error from here on at once.
+            Nothing. :meth:`failing_together` raises such an error at once.
         """
         try:
             yield
@@ -339,85 +342,104 @@ class Communicator:
             raise
 
     @contextlib.contextmanager
-    def _contact(self) -> Iterator[None]:
-        """Stand around a collective; say what it means when it fails."""
-        with self.no_return():
+    def _guarded(self) -> Iterator[None]:
+        """Run a collective, and explain the error if it fails."""
+        with self.failing_alone():
             try:
                 yield
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                phase = self._phase()
                 raise PruningError(
-                    f"rank {self.rank} has lost the other ranks"
-                    f"{f' in phase {phase!r}' if phase else ''}: one of them has ended, or "
-                    "has not answered within the timeout of the process group. The output "
-                    f"of the other ranks tells why. ({type(error).__name__}: {error})"
+                    f"rank {self.rank} has lost the other ranks{self._in_phase()}: one of "
+                    "them has ended, or has not answered within the timeout of the process "
+                    "group. The output of the other ranks tells why. "
+                    f"({type(error).__name__}: {error})"
                 ) from error
 
     @contextlib.contextmanager
     def failing_together(
         self, phase: Callable[[], str | None] | None = None
     ) -> Iterator[None]:
-        """Raise the error of one rank on all of them.
+        """Raise an error of one rank on all of them.
 
-        The body may fail anywhere outside of :meth:`exchange`: the other ranks learn of it
-        in their next collective, or at the end. One such block stands around a whole
-        piece of work.
+        The body may fail anywhere except between two calls of :meth:`exchange`: the other
+        ranks learn of it in their next collective, or at the end. Put one such block
+        around a whole piece of work.
 
         Args:
-            phase: tells what is being done, for the error.
+            phase: returns what is being done, for the error.
 
         Yields:
-            Nothing. An error of this rank is raised as it is, that of another one by
-            :meth:`agree`.
+            Nothing. Errors are raised as by :meth:`raise_together`.
         """
         self._phase = phase or _no_phase
         try:
             yield
-            self.agree()
+            self.raise_together()
         except Exception as error:
             if not vars(error).get(_SETTLED):
-                self.agree(error)
+                self.raise_together(error)
             raise
         finally:
             self._phase = _no_phase
 
-    def agree(self, error: Exception | None = None) -> None:
-        """Let every rank fail when one has failed, so that none waits for it forever.
+    def run_together(self, compute: Callable[[], T]) -> T:
+        """Call a function on every rank, or fail on every rank.
 
-        The own error is raised as it is, that of another rank as a :class:`PruningError`
-        that names the rank and what it was doing.
+        If the function runs collectives of a model, such as those of FSDP2, a rank that
+        fails between two of them stops the others only by its end, as in training.
 
         Args:
-            error: what went wrong here, or None.
+            compute: what this rank does.
+
+        Returns:
+            Its result.
+        """
+        error: Exception | None = None
+        try:
+            result = compute()
+        except Exception as caught:
+            error = caught
+        self.raise_together(error)
+        return result
+
+    def raise_together(self, error: Exception | None = None) -> None:
+        """Raise an error on every rank if any rank has one.
+
+        The own error is raised as it is. The other ranks raise a :class:`PruningError`
+        that names the rank that failed and what it was doing.
+
+        Args:
+            error: of this rank, or None.
         """
         if self.world_size > 1:
             failed = torch.tensor([error is not None], dtype=torch.int64)
             failed = failed.to(self.device)
-            with self._contact():
+            with self._guarded():
                 dist.all_reduce(failed, dist.ReduceOp.SUM, group=self._group)
                 some_failed = bool(failed)
             if some_failed:
-                everyone: list[str | None] = [None] * self.world_size
-                mine = None
+                texts: list[str | None] = [None] * self.world_size
+                own = None
                 if error is not None:
-                    phase = self._phase()
-                    where = f" in phase {phase!r}" if phase else ""
-                    mine = f"{where}: {type(error).__name__}: {error}"
-                with self._contact():
-                    dist.all_gather_object(everyone, mine, group=self._group)
+                    own = f"{self._in_phase()}: {type(error).__name__}: {error}"
+                with self._guarded():
+                    dist.all_gather_object(texts, own, group=self._group)
                 if error is None:
-                    rank, text = next((r, t) for r, t in enumerate(everyone) if t)
+                    rank, text = next((r, t) for r, t in enumerate(texts) if t)
                     error = PruningError(f"rank {rank} failed{text}")
         if error is not None:
             _settle(error)
             raise error
 
+    def _in_phase(self) -> str:
+        phase = self._phase()
+        return f" in phase {phase!r}" if phase else ""
+
 
 def _settle(error: Exception) -> None:
-    """Mark an error as known to all ranks, or as one that they cannot be told."""
-    # On the error: it may pass several communicators on its way.
+    # On the error itself: it may pass several communicators on its way.
     vars(error)[_SETTLED] = True
 
 

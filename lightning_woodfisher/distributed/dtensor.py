@@ -1,25 +1,24 @@
-"""DTensor parameters and what this rank holds of them; nothing else knows DTensors.
+"""DTensor parameters and the part of them on this rank; no other module knows DTensors.
 
-FSDP2 (``fully_shard``) cuts every parameter by rows (dimension 0). Rank r of R holds the
-r-th of R runs of ⌈rows/R⌉ rows, which is shorter or empty at the end. A plain tensor
-passes through every function here as if it were its own only part.
+FSDP2 (``fully_shard``) shards every parameter by rows (dimension 0). Rank r of R holds the
+r-th of R runs of ⌈rows/R⌉ rows, which is shorter or empty at the end. Every function here
+treats a plain tensor as its own only part.
 """
 
 from __future__ import annotations
 
 __all__ = [
     "is_sharded",
-    "local",
-    "part_of",
-    "part_sizes",
-    "require_supported",
+    "local_sizes",
+    "require_supported_sharding",
     "reshard",
-    "undisturbed",
+    "take_local",
+    "to_local",
 ]
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -29,7 +28,7 @@ from lightning_woodfisher.base.errors import ConfigurationError
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether ranks may hold different parts of a tensor.
+    """Check whether ranks may hold different parts of a tensor.
 
     Args:
         tensor: any tensor.
@@ -40,24 +39,24 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Give this rank's part of a tensor.
+def to_local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a tensor.
 
     Args:
         tensor: any tensor.
 
     Returns:
-        A plain tensor without graph that shares its memory.
+        A plain, detached tensor that shares its memory.
     """
     detached = tensor.detach()
     return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
-def part_sizes(tensor: Tensor) -> list[int]:
+def local_sizes(tensor: Tensor) -> list[int]:
     """Count the elements of every rank's part.
 
     Args:
-        tensor: any tensor; a DTensor is cut by rows.
+        tensor: any tensor; a DTensor must be sharded by rows.
 
     Returns:
         R numbers that add up to the elements of the tensor; one for a plain tensor.
@@ -70,31 +69,31 @@ def part_sizes(tensor: Tensor) -> list[int]:
     return [max(0, min(most, rows - most * rank)) * width for rank in range(ranks)]
 
 
-def part_of(whole: Tensor, tensor: Tensor) -> Tensor:
+def take_local(whole: Tensor, tensor: Tensor) -> Tensor:
     """Cut this rank's part out of a full tensor.
 
     Args:
         whole: plain tensor, equal on all ranks.
-        tensor: of the same shape; says how it is sharded.
+        tensor: of the same shape, sharded as the result should be.
 
     Returns:
-        Plain tensor of the shape of ``local(tensor)``.
+        Plain tensor of the shape of ``to_local(tensor)``.
     """
     if not isinstance(tensor, DTensor):
         return whole
-    rank = tensor.device_mesh.get_local_rank()
-    sizes = part_sizes(tensor)
-    start = sum(sizes[:rank])
-    part = whole.reshape(-1)[start : start + sizes[rank]]
+    parts = torch.split(whole.reshape(-1), local_sizes(tensor))
+    part = parts[tensor.device_mesh.get_local_rank()]
     return part.view(-1, *whole.shape[1:]) if part.numel() else whole[:0]
 
 
-def require_supported(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse parameters that are not cut by rows over all ranks.
+def require_supported_sharding(
+    model: nn.Module, parameters: Mapping[str, Tensor]
+) -> None:
+    """Check that the parameters of a sharded model are sharded by rows over all ranks.
 
     Args:
         model: the network.
-        parameters: what is to be pruned, by name.
+        parameters: those to prune, by name.
 
     Raises:
         ConfigurationError: naming the parameter.
@@ -125,10 +124,10 @@ def require_supported(model: nn.Module, parameters: Mapping[str, Tensor]) -> Non
 
 
 def reshard(model: nn.Module) -> None:
-    """Let the parameters of an FSDP2 model be its shards again.
+    """Replace gathered parameters of an FSDP2 model by its shards.
 
-    A forward pass without a backward pass leaves gathered copies in the place of some
-    parameters. What is then written to the shards would not be seen.
+    A forward pass without a backward pass leaves gathered copies in place of some
+    parameters, which would hide what is written to the shards.
 
     Args:
         model: any network.
@@ -136,25 +135,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Take the ``.grad`` of all parameters away, and put them back on leaving.
-
-    Args:
-        model: a network whose gradients come from ``.backward()``.
-
-    Yields:
-        Nothing; the parameters are shards, before and after.
-    """
-    reshard(model)
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in gradients:
-            parameter.grad = None
-        yield
-    finally:
-        reshard(model)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient

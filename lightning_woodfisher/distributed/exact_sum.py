@@ -1,7 +1,7 @@
-"""Sums of floating-point numbers over ranks that know no order.
+"""Sums of floating-point numbers over ranks that do not depend on the order.
 
-The numbers are turned into 64-bit integers on a common scale first, because integer
-addition does not depend on the order. One rank and many therefore get the same bits.
+The numbers are first converted to 64-bit integers on a common scale, because integer
+addition does not depend on the order. Any number of ranks therefore gets the same bits.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _FIXED_POINT_BITS = 61
 
 
 class ExactSum:
-    """A sum over parts and ranks that knows no order: fixed-point numbers in int64.
+    """A sum over summands and ranks in any order: fixed-point numbers in int64.
 
     Args:
         communicator: the ranks.
         bound: scalar; an upper bound of the magnitude of any partial sum over all ranks.
-            The largest one counts.
+            The largest one of all ranks is used.
         shape: of a summand.
 
     Raises:
-        PruningError: when the bound is not finite.
+        PruningError: if the bound is not finite.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ExactSum:
         if not math.isfinite(largest):
             raise PruningError(f"cannot add numbers bounded by {largest} over ranks")
         exponent = _FIXED_POINT_BITS - (math.frexp(largest)[1] if largest > 0 else 0)
-        # The exponent of a float64 ends at 1023: scale in two steps.
+        # In two steps, because the exponent of a float64 ends at 1023.
         half = exponent // 2
         self._up = math.ldexp(1.0, half), math.ldexp(1.0, exponent - half)
         self._total = torch.zeros(
@@ -53,19 +53,21 @@ class ExactSum:
         )
         self._lock = threading.Lock()
 
-    def add(self, part: Tensor) -> None:
-        """Add one summand; several threads may do so at once.
+    def add(self, summand: Tensor) -> None:
+        """Add one summand. Several threads may do so at once.
 
         Args:
-            part: float32 or float64 tensor.
+            summand: float32 or float64 tensor.
         """
-        scaled = part.to(torch.float64, copy=True).mul_(self._up[0]).mul_(self._up[1])
+        scaled = (
+            summand.to(torch.float64, copy=True).mul_(self._up[0]).mul_(self._up[1])
+        )
         integers = scaled.round_().to(torch.int64)
         with self._lock:
             self._total += integers
 
     def result(self) -> Tensor:
-        """Add up over the ranks; call it once, on every rank.
+        """Add up over the ranks. Call it once, on every rank.
 
         Returns:
             float64 tensor.
@@ -76,27 +78,27 @@ class ExactSum:
 
 def sum_exactly(
     communicator: Communicator,
-    parts: Iterable[Tensor],
+    summands: Iterable[Tensor],
     bound: Tensor,
     shape: Sequence[int],
 ) -> Tensor:
-    """Add float64 tensors, whoever holds them, with a result that knows no order.
+    """Add float64 tensors over all ranks with a result that does not depend on the order.
 
-    Each part is rounded to a multiple of ``bound * 2**-61`` (256 times finer than float64
-    resolves at ``bound``) and added as an integer.
+    Each summand is rounded to a multiple of ``bound * 2**-61`` (256 times finer than
+    float64 resolves at ``bound``) and added as an integer.
 
     Args:
         communicator: the ranks.
-        parts: this rank's summands, each of ``shape``.
+        summands: of this rank, each of ``shape``.
         bound: scalar; on each rank an upper bound of the magnitude of any partial sum
-            over *all* ranks. The largest one counts.
-        shape: shape of a summand.
+            over *all* ranks. The largest one of all ranks is used.
+        shape: of a summand.
 
     Returns:
-        float64 tensor of ``shape``, bit-identical on every rank and for every way to
-        share the parts among ranks.
+        float64 tensor of ``shape``, bit-identical on every rank and for every
+        distribution of the summands over ranks.
     """
     total = ExactSum(communicator, bound, shape)
-    for part in parts:
-        total.add(part)
+    for summand in summands:
+        total.add(summand)
     return total.result()

@@ -1,8 +1,9 @@
 """Exact quantiles of each layer over all ranks, without gathering the values.
 
-As in :mod:`.selection`: a float64 that is not negative sorts like its bit pattern, so the
+As in :mod:`.smallest`: a float64 that is not negative sorts like its bit pattern, so the
 value of a rank is found digit by digit, from counts that are added over ranks as integers.
-Neither the number of ranks nor the order of the values can change a bit of the result.
+Neither the number of ranks nor the order of the values
+changes a bit of the result.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from lightning_woodfisher.distributed.communicator import Communicator
 
-# The exponent first, which parts values better than eight bits would; the sign is 0.
+# Bits of each digit. The exponent first, which separates values better than eight bits
+# would; the sign is 0.
 _DIGITS = (11, 8, 8, 8, 8, 8, 8, 4)
 _PIECE = 2**20
 
@@ -29,10 +31,10 @@ def quantiles_by_group(
     shares: Sequence[float],
     comm: Communicator,
 ) -> list[tuple[float, ...]]:
-    """Find quantiles of each group by the nearest rank: all of them are among the values.
+    """Find quantiles of each group by the nearest rank, so that each is one of the values.
 
     Args:
-        values: float64 ``[D_r]``, not negative; infinite ones do not count.
+        values: float64 ``[D_r]``, not negative; infinite ones are ignored.
         groups: int64 ``[D_r]``, group of each value.
         number: of groups, G.
         shares: which quantiles, each in [0, 1].
@@ -40,15 +42,15 @@ def quantiles_by_group(
 
     Returns:
         For each group the value at rank max(1, ⌈share · n⌉) of its n values, for every
-        share; nothing for a group without values.
+        share; an empty tuple for a group without values.
     """
     found = torch.zeros(number, len(shares), dtype=torch.int64, device=values.device)
     finite = values.isfinite()
     sizes = comm.sum_integers(torch.bincount(groups[finite], minlength=number))
-    # Values to pass by on the way to the one at the rank: its rank less one.
+    # Number of smaller values to skip: the rank less one.
     ranks = [[max(1, math.ceil(s * n)) - 1 for s in shares] for n in sizes.tolist()]
     left = torch.tensor(ranks, dtype=torch.int64, device=values.device)
-    # A slot is a group and the digits so far; each quantile is in one of them.
+    # A slot is a group and the digits so far; each quantile lies in one of them.
     slot_of = torch.arange(number, device=values.device).unsqueeze(1).expand_as(left)
     pieces = [
         ((piece.double() + 0.0).view(torch.int64)[inside], group[inside])
@@ -69,7 +71,7 @@ def quantiles_by_group(
             counts += torch.bincount(where, minlength=len(counts))
         counts = comm.sum_integers(counts).view(slots, width)
         ends = counts.cumsum(dim=1)[slot_of]
-        # First digit up to which there are more values than are to be passed by.
+        # First digit up to which there are more values than must be skipped.
         digit = (ends <= left.unsqueeze(2)).sum(dim=2).clamp(max=width - 1)
         below = ends - counts[slot_of]
         left = left - below.gather(2, digit.unsqueeze(2)).squeeze(2)
@@ -89,7 +91,7 @@ def quantiles_by_group(
 def _keep(
     keys: Tensor, slot: Tensor, shift: int, width: int, table: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Keep what shares its digits with a quantile, and give its new slot."""
+    """Keep the values that share their digits with a quantile; return their new slots."""
     slot = table[slot * width + ((keys >> shift) & (width - 1))]
     inside = slot >= 0
     return keys[inside], slot[inside]

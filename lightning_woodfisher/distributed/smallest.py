@@ -33,17 +33,17 @@ def select_smallest(
         scores: float64 ``[D_r]``, not negative; ranks hold consecutive runs of the global
             order.
         groups: int64 ``[D_r]`` group of each score, or None for a single group.
-        counts: how many to mark in each group.
+        counts: number of scores to mark in each group.
         comm: the ranks.
-        sizes: int64 ``[D_r]``, how much each score counts for, at least 1. The smallest
-            scores are marked as long as their sizes add up to no more than the count.
+        sizes: int64 ``[D_r]``, weight of each score in the count, at least 1. The smallest
+            scores are marked until their sizes would add up to more than the count.
 
     Returns:
         bool ``[D_r]``, True where marked. Ties go to the lowest global index.
 
     Raises:
-        PruningError: when a score is not a number or negative, or without sizes, when a
-            group has fewer members than wanted.
+        PruningError: if a score is NaN or negative, or if, without sizes, a group has
+            fewer members than ``counts`` asks for.
     """
     wanted = torch.tensor(list(counts), dtype=torch.int64, device=scores.device)
     member = torch.zeros_like(scores, dtype=torch.int64) if groups is None else groups
@@ -56,8 +56,8 @@ def select_smallest(
         raise PruningError(
             f"cannot remove {wanted.tolist()} of {totals.tolist()} remaining weights"
         )
-    # What is left of the count below the first score that does not go any more. A group
-    # that loses all has no such score; it finds some value and is marked below.
+    # The remaining count below the first score that is not marked. A group that is marked
+    # completely has no such score; its threshold has no meaning.
     everything = totals <= wanted
     left = wanted.clone()
     threshold = torch.zeros_like(wanted)
@@ -85,7 +85,7 @@ def select_smallest(
 
 
 def _count(bins: Tensor, number: int, sizes: Tensor | None) -> Tensor:
-    """Add sizes, or ones, up by bin; int64 ``[number]``."""
+    """Add up sizes (or ones) by bin, int64 ``[number]``."""
     if sizes is None:
         return torch.bincount(bins, minlength=number)
     return bins.new_zeros(number).scatter_add_(0, bins, sizes)
@@ -100,12 +100,12 @@ def _mark_ties(
     comm: Communicator,
     sizes: Tensor | None,
 ) -> None:
-    """Mark of the keys that equal the threshold the first that ``left[g]`` has room for."""
+    """Mark the first keys equal to the threshold, as many as fit into ``left[g]``."""
     ties = torch.nonzero((keys == threshold[member]) & ~marked).squeeze(1)
     tied_group = member[ties]
     weight = torch.ones_like(ties) if sizes is None else sizes[ties]
     mine = _count(tied_group, len(left), weight)
-    # As integers: sizes may add up to more than float64 counts exactly.
+    # As integers, because float64 cannot represent every sum of sizes exactly.
     everyone = mine.new_zeros(comm.world_size, len(left))
     everyone[comm.rank] = mine
     everyone = comm.sum_integers(everyone)

@@ -1,11 +1,11 @@
-"""A tensor as one bit for each element, and the elements whose bits are not all zero.
+"""Pack a tensor into a bitmask and the elements that are not zero.
 
-What counts is the pattern of bits, not the number: -0.0 and NaN are kept as they are.
+An element counts as zero if all its bits are zero, so that -0.0 and NaN are kept.
 """
 
 from __future__ import annotations
 
-__all__ = ["count_zeros", "pack", "packed_bytes", "unpack"]
+__all__ = ["count_packed_bytes", "count_zeros", "pack", "unpack"]
 
 import math
 from collections.abc import Sequence
@@ -21,72 +21,73 @@ def count_zeros(tensor: Tensor) -> int:
     """Count the elements whose bits are all zero.
 
     Args:
-        tensor: of at most eight bytes an element.
+        tensor: tensor of any shape, with at most eight bytes per element.
 
     Returns:
-        Their number; -0.0 is none of them.
+        Number of elements, without those that are -0.0.
     """
-    return tensor.numel() - int(torch.count_nonzero(_integers(tensor)))
+    return tensor.numel() - int(torch.count_nonzero(_as_integers(tensor)))
 
 
-def packed_bytes(numel: int, zeros: int, itemsize: int) -> int:
-    """Count the bytes of a packed tensor.
+def count_packed_bytes(tensor: Tensor) -> int:
+    """Count the bytes that a tensor needs when it is packed.
 
     Args:
-        numel: elements.
-        zeros: elements that are not stored.
-        itemsize: bytes of an element.
+        tensor: tensor of any shape, with at most eight bytes per element.
 
     Returns:
-        Bytes of the bits and the values.
+        Bytes of the bitmask and the values.
     """
-    return math.ceil(numel / 8) + (numel - zeros) * itemsize
+    nonzero = tensor.numel() - count_zeros(tensor)
+    return math.ceil(tensor.numel() / 8) + nonzero * tensor.itemsize
 
 
 def pack(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a tensor into bits and values.
+    """Split a tensor into a bitmask and values.
 
     Args:
-        tensor: on the CPU, of any shape.
+        tensor: tensor on the CPU, of any shape.
 
     Returns:
-        uint8 ``[⌈numel / 8⌉]``, element i in bit i mod 8 of byte i // 8 (row-major order,
-        last bits zero); and the elements whose bit is set, in order, of the same dtype.
+        The bitmask, uint8 ``[⌈numel / 8⌉]``, with element i in bit i mod 8 of byte i // 8
+        (row-major order, unused bits zero); and the elements whose bit is set, in order,
+        with the dtype of the tensor.
     """
-    integers = _integers(tensor)
+    integers = _as_integers(tensor)
     stored = integers != 0
     bits = np.packbits(stored.numpy(), bitorder="little")
     return torch.from_numpy(bits), integers[stored].view(tensor.dtype)
 
 
 def unpack(bits: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
-    """Put a tensor together again.
+    """Rebuild a tensor from its bitmask and values.
 
     Args:
-        bits: first part of what :func:`pack` gave.
-        values: second part.
-        shape: of the tensor.
+        bits: bitmask from :func:`pack`, uint8 ``[⌈numel / 8⌉]``.
+        values: values from :func:`pack`, ``[nonzero]``.
+        shape: shape of the tensor.
 
     Returns:
         The tensor, bit for bit.
 
     Raises:
-        ValueError: when bits, values and shape do not fit one another.
+        ValueError: if bits, values and shape do not match.
     """
     numel = math.prod(shape)
-    fitting = bits.dtype == torch.uint8 and bits.shape == (math.ceil(numel / 8),)
-    if not fitting or values.dim() != 1 or any(size < 0 for size in shape):
+    matches = bits.dtype == torch.uint8 and bits.shape == (math.ceil(numel / 8),)
+    if not matches or values.dim() != 1 or any(size < 0 for size in shape):
         raise ValueError(
-            f"{tuple(bits.shape)} bits do not fit the shape {tuple(shape)}"
+            f"a bitmask of shape {tuple(bits.shape)} does not match a tensor of shape "
+            f"{tuple(shape)}"
         )
-    unpacked = np.unpackbits(bits.numpy(), bitorder="little")
-    if np.count_nonzero(unpacked) != len(values) or unpacked[numel:].any():
+    stored = np.unpackbits(bits.numpy(), bitorder="little")
+    if np.count_nonzero(stored) != len(values) or stored[numel:].any():
         raise ValueError(f"{len(values)} values do not fit the bits")
     flat = np.zeros(numel, dtype=f"i{values.itemsize}")
-    flat[unpacked[:numel].view(np.bool_)] = _integers(values).numpy()
+    flat[stored[:numel].view(np.bool_)] = _as_integers(values).numpy()
     return torch.from_numpy(flat).view(values.dtype).view(tuple(shape))
 
 
-def _integers(tensor: Tensor) -> Tensor:
-    """View the bits of a tensor as integers, ``[numel]``."""
+def _as_integers(tensor: Tensor) -> Tensor:
+    """View the bits of a tensor as integers ``[numel]``."""
     return tensor.reshape(-1).view(_INTEGERS[tensor.itemsize])

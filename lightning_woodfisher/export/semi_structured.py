@@ -1,4 +1,4 @@
-"""2:4 weights in the form that sparse tensor cores multiply."""
+"""Convert 2:4 weights for sparse tensor cores, and measure the speed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
 
-# Sparse tensor cores came with Ampere.
+# Sparse tensor cores exist since the Ampere architecture.
 _CAPABILITY = (8, 0)
 _DTYPES = (torch.float16, torch.bfloat16)
 _WARMUP = 10
@@ -29,12 +29,12 @@ _WARMUP = 10
 
 @dataclass(frozen=True)
 class SpeedComparison:
-    """Medians of the time of a call.
+    """Median times of a forward pass.
 
     Attributes:
         dense_ms: milliseconds with dense weights.
         sparse_ms: milliseconds with 2:4 weights.
-        calls: measured of each.
+        calls: number of measured passes of each model.
     """
 
     dense_ms: float
@@ -43,7 +43,7 @@ class SpeedComparison:
 
     @property
     def speedup(self) -> float:
-        """How many times faster the sparse one is."""
+        """Dense time divided by sparse time."""
         return self.dense_ms / self.sparse_ms
 
 
@@ -52,24 +52,22 @@ def find_semi_structured(
 ) -> dict[str, nn.Linear]:
     """Find the Linear layers, and check that their weights are 2:4.
 
-    Convolutions stay dense: PyTorch has 2:4 products for matrices only.
-
     Args:
         model: the network.
-        exclude: regular expressions that are searched in the names of layers to leave
-            dense.
+        exclude: regular expressions, searched in the names of layers; matching layers
+            are ignored.
 
     Returns:
         Layers by name.
 
     Raises:
-        ConfigurationError: when a weight is not 2:4, or there is no Linear layer.
+        ConfigurationError: if a weight is not 2:4, or if there is no Linear layer.
     """
     try:
         patterns = [re.compile(pattern) for pattern in exclude]
     except re.error as error:
         raise ConfigurationError(
-            f"exclude={list(exclude)} has something that is no regular expression: {error}."
+            f"exclude={list(exclude)} is not a list of regular expressions: {error}."
         ) from error
     layers = {
         name: module
@@ -89,28 +87,27 @@ def find_semi_structured(
 def to_semi_structured(model: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
     """Convert the 2:4 weights of Linear layers for sparse tensor cores, in place.
 
-    The layers are for inference from then on. Convolutions stay dense: PyTorch has 2:4
+    Converted layers are for inference only. Convolutions stay dense: PyTorch has 2:4
     products for matrices only.
 
     Args:
-        model: float16 or bfloat16, on a GPU of compute capability 8.0 or later.
-        exclude: regular expressions that are searched in the names of layers to leave
-            dense.
+        model: network in float16 or bfloat16, on a GPU of compute capability 8.0 or later.
+        exclude: regular expressions, searched in the names of layers; matching layers
+            stay dense.
 
     Returns:
         Names of the converted layers.
 
     Raises:
-        ConfigurationError: when a weight is not 2:4, on another device or of another dtype,
-            or of a shape that the kernels do not take. Nothing is converted then.
+        ConfigurationError: if a weight is not 2:4, is on another device, or has a dtype or
+            shape that the kernels do not support. Nothing is converted then.
     """
     layers = find_semi_structured(model, exclude)
     converted: dict[int, nn.Parameter] = {}
     for name, layer in layers.items():
-        _check_device(name, layer.weight)
-    for name, layer in layers.items():
         if id(layer.weight) in converted:
             continue
+        _check_device(name, layer.weight)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*prototype stage", UserWarning)
@@ -134,25 +131,25 @@ def compare_speed(
     """Measure forward passes of a dense and a converted model.
 
     Args:
-        dense: the model before conversion (a deep copy).
-        sparse: after it.
+        dense: copy of the model from before the conversion.
+        sparse: the converted model.
         inputs: positional arguments of ``forward``, on the GPU.
-        calls: measured of each, in turn, after a warm-up.
+        calls: number of measured passes of each model, after a warm-up.
 
     Returns:
-        Medians by CUDA events.
+        Medians of times measured with CUDA events.
 
     Raises:
         ConfigurationError: without a GPU.
     """
     if not torch.cuda.is_available():
         raise ConfigurationError(
-            "compare_speed measures on a GPU, and there is none here."
+            "compare_speed measures on a GPU, and no GPU is available."
         )
     for model in (dense, sparse):
         for _ in range(_WARMUP):
             _milliseconds(model, inputs)
-    # In turn, so that a change of the clock rate meets both.
+    # In turn, so that a change of the clock rate affects both.
     times = [
         (_milliseconds(dense, inputs), _milliseconds(sparse, inputs))
         for _ in range(calls)
@@ -163,7 +160,7 @@ def compare_speed(
 
 @torch.no_grad()
 def _milliseconds(model: Callable[..., Any], inputs: Sequence[Any]) -> float:
-    event: Any = torch.cuda.Event  # without types
+    event: Any = torch.cuda.Event  # untyped
     start, end = (event(enable_timing=True) for _ in range(2))
     start.record()
     model(*inputs)

@@ -1,8 +1,8 @@
-"""Tensors of a ``state_dict`` that share memory: tied weights, views."""
+"""Find tensors of a ``state_dict`` that share memory, such as tied weights and views."""
 
 from __future__ import annotations
 
-__all__ = ["View", "find_views", "view_of"]
+__all__ = ["View", "find_views", "make_view"]
 
 import math
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class View:
-    """How a tensor lies in the memory of another one.
+    """The position of a tensor in the memory of another one.
 
     Attributes:
-        owner: name of the other one, which is no view.
-        shape: of the view; like the strides and the offset None where the two are the
-            same tensor.
-        stride: in elements.
-        offset: of the first element from the first one of the owner.
+        owner: name of the other tensor, which is not a view itself.
+        shape: shape of the view. None, like strides and offset, if the two tensors are
+            the same.
+        stride: strides in elements.
+        offset: elements between the first one of the owner and the first one of the view.
     """
 
     owner: str
@@ -30,14 +30,14 @@ class View:
 
 
 def find_views(state_dict: Mapping[str, Tensor]) -> dict[str, View]:
-    """Find the tensors whose memory is that of another one, or part of it.
+    """Find the tensors that lie in the memory of another one.
 
     Args:
         state_dict: tensors by name.
 
     Returns:
-        Views by name. The tensors without one own their memory, or overlap with another
-        one only in part.
+        Views by name. All other tensors own their memory, or overlap with another one
+        only partly.
     """
     owners: dict[object, list[tuple[str, Tensor]]] = {}
     views: dict[str, View] = {}
@@ -48,7 +48,7 @@ def find_views(state_dict: Mapping[str, Tensor]) -> dict[str, View]:
         memory = tensor.device, tensor.untyped_storage().data_ptr(), tensor.dtype
         candidates = owners.setdefault(memory, [])
         for owner, whole in candidates:
-            view = _place(tensor, owner, whole)
+            view = _locate(tensor, owner, whole)
             if view is not None:
                 views[name] = view
                 break
@@ -57,28 +57,26 @@ def find_views(state_dict: Mapping[str, Tensor]) -> dict[str, View]:
     return views
 
 
-def view_of(whole: Tensor, view: View) -> Tensor:
-    """Make the view.
+def make_view(whole: Tensor, view: View) -> Tensor:
+    """Make a view of its owner.
 
     Args:
         whole: the owner.
-        view: how the tensor lies in it.
+        view: position of the view in it.
 
     Returns:
         A tensor in the owner's memory.
 
     Raises:
-        ValueError: when it does not lie in it.
+        ValueError: if the view does not lie in the owner's memory.
     """
     if view.shape is None or view.stride is None or view.offset is None:
         return whole
     sizes = (*view.shape, *view.stride, view.offset)
-    last = view.offset + _reach(view.shape, view.stride)
     if (
         min(sizes) < 0
-        or len(view.shape) != len(view.stride)
-        or last >= whole.numel()
         or not whole.is_contiguous()
+        or view.offset + _span(view.shape, view.stride) >= whole.numel()
     ):
         raise ValueError(f"a view of {view.owner} does not lie in it")
     return whole.as_strided(
@@ -86,18 +84,19 @@ def view_of(whole: Tensor, view: View) -> Tensor:
     )
 
 
-def _place(tensor: Tensor, name: str, whole: Tensor) -> View | None:
+def _locate(tensor: Tensor, name: str, whole: Tensor) -> View | None:
+    """Return the position of a tensor in another one of that name, None if outside."""
     offset = int(tensor.storage_offset() - whole.storage_offset())
     if (offset, tensor.shape, tensor.stride()) == (0, whole.shape, whole.stride()):
         return View(name)
-    last = offset + _reach(tensor.shape, tensor.stride())
+    last = offset + _span(tensor.shape, tensor.stride())
     if whole.is_contiguous() and offset >= 0 and last < whole.numel():
         return View(name, tuple(tensor.shape), tensor.stride(), offset)
     return None
 
 
-def _reach(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Give the offset of the last element from the first one."""
+def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Return the offset of the last element from the first one."""
     if math.prod(shape) == 0:
         return 0
     return sum((n - 1) * step for n, step in zip(shape, stride, strict=True))

@@ -1,10 +1,10 @@
-"""What was written: bytes before and after, zeros, tensor by tensor."""
+"""Summarize what an export has written: bytes and zeros of each tensor."""
 
 from __future__ import annotations
 
-__all__ = ["ExportSummary", "TensorSummary", "summarise"]
+__all__ = ["ExportSummary", "TensorSummary", "summarize"]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from lightning_woodfisher.export.shared_memory import find_views
 from lightning_woodfisher.pruning.report import format_table
 
 Storage = Literal["dense", "sparse", "shared"]
-_MOST_ROWS = 24
+_MAX_ROWS = 24
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class TensorSummary:
     """One tensor of a file.
 
     Attributes:
-        name: its key.
+        name: its key in the ``state_dict``.
         shape: its shape.
-        elements: their number.
+        elements: number of elements.
         zeros: elements whose bits are all zero.
-        dense_bytes: bytes of the elements; 0 where another tensor shares its memory.
+        dense_bytes: bytes of the elements; 0 if another tensor shares its memory.
         written_bytes: bytes of the elements in the file.
-        storage: ``"sparse"``, ``"dense"``, or ``"shared"``: memory of another tensor.
+        storage: ``"sparse"``, ``"dense"``, or ``"shared"`` for memory of another tensor.
     """
 
     name: str
@@ -45,12 +45,12 @@ class TensorSummary:
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """A file and what is in it.
+    """A file and the tensors in it.
 
     Attributes:
-        path: of the file.
-        file_bytes: its size, with all headers, graphs and side files.
-        tensors: in the order of the ``state_dict``.
+        path: path of the file.
+        file_bytes: its size, with headers, graphs and side files.
+        tensors: the tensors, in the order of the ``state_dict``.
     """
 
     path: Path
@@ -59,88 +59,61 @@ class ExportSummary:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of all elements; memory that tensors share counts once."""
+        """Bytes of all elements, with shared memory counted once."""
         return sum(tensor.dense_bytes for tensor in self.tensors)
 
     @property
     def zeros(self) -> int:
-        """Zeros in all tensors; those of shared memory count once."""
+        """Zeros in all tensors, with shared memory counted once."""
         return sum(t.zeros for t in self.tensors if t.storage != "shared")
 
     @property
-    def elements(self) -> int:
-        """Elements of all tensors; those of shared memory count once."""
-        return sum(t.elements for t in self.tensors if t.storage != "shared")
-
-    @property
     def ratio(self) -> float:
-        """Size of the file over the bytes of all elements."""
+        """Size of the file divided by the bytes of all elements."""
         return self.file_bytes / max(1, self.dense_bytes)
 
     def to_table(self) -> str:
-        """Draw the tensors as a text table.
+        """Format the tensors as a text table.
 
         Returns:
-            A line for each tensor with zeros (the largest, when they are many), one for
-            the others together, and the totals of the file.
+            A line for each of the largest tensors with zeros, one for the others
+            together, and the totals of the file.
         """
         head = ("tensor", "shape", "zeros", "dense", "written", "stored")
-        listed = sorted(
-            (t for t in self.tensors if t.zeros and t.storage != "shared"),
-            key=lambda t: -t.elements,
-        )[:_MOST_ROWS]
-        rows: list[tuple[str, ...]] = [
-            (
-                t.name,
-                "×".join(map(str, t.shape)) or "–",
-                _share(t.zeros, t.elements),
-                format_bytes(t.dense_bytes),
-                format_bytes(t.written_bytes),
-                t.storage,
-            )
-            for t in self.tensors
-            if t in listed
-        ]
-        others = [t for t in self.tensors if t not in listed]
+        pruned = [t for t in self.tensors if t.zeros and t.storage != "shared"]
+        pruned = sorted(pruned, key=lambda t: -t.elements)[:_MAX_ROWS]
+        rows: list[tuple[str, ...]] = []
+        others = []
+        for tensor in self.tensors:
+            if tensor in pruned:
+                shape = "×".join(map(str, tensor.shape)) or "–"
+                cells = _format_sizes([tensor])
+                rows.append((tensor.name, shape, *cells, tensor.storage))
+            else:
+                others.append(tensor)
         if others:
-            owned = [t for t in others if t.storage != "shared"]
-            rows.append(
-                (
-                    f"{len(others)} others",
-                    "",
-                    _share(sum(t.zeros for t in owned), sum(t.elements for t in owned)),
-                    format_bytes(sum(t.dense_bytes for t in others)),
-                    format_bytes(sum(t.written_bytes for t in others)),
-                    "",
-                )
-            )
-        total = (
-            "file",
-            "",
-            _share(self.zeros, self.elements),
-            format_bytes(self.dense_bytes),
-            format_bytes(self.file_bytes),
-            f"{self.ratio:.1%}",
-        )
-        return format_table(head, rows, total)
+            rows.append((f"{len(others)} others", "", *_format_sizes(others), ""))
+        zeros, dense, _ = _format_sizes(self.tensors)
+        written = (format_bytes(self.file_bytes), f"{self.ratio:.1%}")
+        return format_table(head, rows, ("file", "", zeros, dense, *written))
 
 
-def summarise(
+def summarize(
     state_dict: Mapping[str, Tensor],
     path: Path,
     sparse_bytes: Mapping[str, int] | None = None,
     side_files: tuple[Path, ...] = (),
 ) -> ExportSummary:
-    """Describe a file that holds a ``state_dict``.
+    """Summarize a file that holds a ``state_dict``.
 
     Args:
-        state_dict: what was written.
-        path: of the file.
+        state_dict: tensors that were written, by name.
+        path: path of the file.
         sparse_bytes: bytes of the tensors that are stored sparse, by name.
-        side_files: files that belong to it.
+        side_files: paths of files that belong to it.
 
     Returns:
-        The description.
+        The summary.
     """
     views, sparse = find_views(state_dict), sparse_bytes or {}
     tensors = []
@@ -162,5 +135,13 @@ def summarise(
     return ExportSummary(path, written, tuple(tensors))
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.2%}" if whole else "–"
+def _format_sizes(tensors: Sequence[TensorSummary]) -> tuple[str, str, str]:
+    """Format the share of zeros, the dense and the written bytes of tensors together."""
+    owned = [tensor for tensor in tensors if tensor.storage != "shared"]
+    elements = sum(tensor.elements for tensor in owned)
+    zeros = sum(tensor.zeros for tensor in owned)
+    return (
+        f"{zeros / elements:.2%}" if elements else "–",
+        format_bytes(sum(tensor.dense_bytes for tensor in tensors)),
+        format_bytes(sum(tensor.written_bytes for tensor in tensors)),
+    )

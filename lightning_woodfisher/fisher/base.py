@@ -1,82 +1,69 @@
-"""What every form of the inverse Fisher can do."""
+"""Common interface of all forms of the inverse Fisher."""
 
 from __future__ import annotations
 
-__all__ = ["InverseFisher", "group_products", "raise_until_definite"]
+__all__ = [
+    "BlockwiseInverseFisher",
+    "InverseFisher",
+    "group_products",
+    "raise_until_definite",
+]
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.config import Precision
-from lightning_woodfisher.fisher.parallel import run_pieces
+from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.fisher.parallel import run_in_threads
 from lightning_woodfisher.weights.partition import Partition, Unit
 
-# From the smallest λ that is allowed to one that dwarfs any gradient.
-_MOST_RAISES = 120
+# Enough to go from the smallest allowed λ to one that exceeds any gradient.
+_MAX_RAISES = 120
 
 
 class InverseFisher(ABC):
     """This rank's blocks of the inverse Fisher.
 
-    Feed all N gradients with :meth:`observe`, call :meth:`factorize` once, then ask.
-    Vectors are float64 tensors of shape ``[D_r]``.
+    Pass all N gradients to :meth:`observe` and call :meth:`factorize` once before any
+    query. Vectors are float64 tensors of shape ``[D_r]``.
 
     Args:
         partition: all blocks and their owners.
-        num_gradients: N, the number of rows that will be observed.
-        damping: λ.
+        fisher: the settings; N, the damping λ and the precision among them.
         communicator: the ranks.
-        precision: of the products of gradients; factorisations are always float64.
-        offload_rows: keep rows in host memory, for the forms that keep rows.
-        centered: subtract the mean gradient: F = λI + (1/N) Σ (g_i − ḡ)(g_i − ḡ)ᵀ.
-        max_missing: rows that may not come (:meth:`leave_out`).
     """
 
     def __init__(
-        self,
-        partition: Partition,
-        num_gradients: int,
-        damping: float,
-        communicator: Communicator,
-        precision: Precision = "auto",
-        offload_rows: bool = False,
-        centered: bool = False,
-        max_missing: int = 0,
+        self, partition: Partition, fisher: FisherConfig, communicator: Communicator
     ) -> None:
         self.units = partition.owned(communicator.rank)
-        self.num_gradients = num_gradients
-        self._fewest_gradients = max(1, num_gradients - max_missing)
-        self.precision: Precision = precision
+        self.num_gradients = fisher.num_gradients
+        shard = partition.shard(communicator.rank)
+        self.size = shard.stop - shard.start
+        self._offset = shard.start
+        self._partition = partition
+        self._fisher = fisher
         self._comm = communicator
         self._device = communicator.device
-        shard = partition.shard(communicator.rank)
-        self._offset = shard.start
-        self.size = shard.stop - shard.start
         self._observed = 0
-        self._total_units = len(partition.units)
-        self._total_size = partition.size
-        self._initial_damping = damping
-        self._centered = centered
         self._is_complete = False
-        # False where a weight was dropped; None while none was.
+        # False where a weight was dropped; None until :meth:`restrict` is called.
         self._kept: Tensor | None = None
-        self._diagonal = torch.zeros(
-            self.size, dtype=torch.float64, device=self._device
-        )
-        self._dampings = [self._full(unit.count, damping) for unit in self.units]
-        self._begin(offload_rows)
+        self._diagonal = self._full(self.size, 0.0)
+        self._dampings = [self._full(unit.count, fisher.damping) for unit in self.units]
+        self._allocate()
 
     @property
     def damping(self) -> Tensor:
         """λ of each block of this rank, float64 ``[blocks]``; raised where needed."""
         return torch.cat([self._full(0, 0.0), *self._dampings])
 
-    def raised(self) -> dict[int, float]:
+    def raised_damping(self) -> dict[int, float]:
         """List the blocks whose damping had to be raised.
 
         Returns:
@@ -86,22 +73,22 @@ class InverseFisher(ABC):
             unit.start + block * unit.size: value
             for unit, damping in zip(self.units, self._dampings, strict=True)
             for block, value in enumerate(damping.tolist())
-            if value != self._initial_damping
+            if value != self._fisher.damping
         }
 
     @property
     @abstractmethod
     def state_bytes(self) -> int:
-        """Bytes of the state that this rank keeps for its blocks."""
+        """Bytes on the device of the state that this rank keeps for its blocks."""
 
     def observe(self, rows: Tensor) -> None:
-        """Take in the next gradients.
+        """Add the next gradients.
 
         Args:
-            rows: tensor of shape ``[n, D_r]``, any floating dtype.
+            rows: tensor of shape ``[n, D_r]``, any floating-point dtype.
 
         Raises:
-            ValueError: for more rows than announced or a wrong width.
+            ValueError: if there are more than N rows or their width is wrong.
         """
         if (
             rows.shape[1] != self.size
@@ -115,13 +102,13 @@ class InverseFisher(ABC):
         self._observed += len(rows)
 
     def leave_out(self, number: int) -> None:
-        """Make N the number of rows that have come; call it when no more will.
+        """Reduce N to the number of observed rows, after the last row.
 
         Args:
-            number: of the announced rows that do not come.
+            number: gradients of the N that were left out.
 
         Raises:
-            ValueError: when that is not what is missing, or nothing has come.
+            ValueError: if a different number is missing, or no row was observed.
         """
         if self._observed + number != self.num_gradients or not self._observed:
             raise ValueError(
@@ -131,10 +118,10 @@ class InverseFisher(ABC):
         self.num_gradients = self._observed
 
     def factorize(self) -> None:
-        """Invert; call it after the last gradient.
+        """Invert the Fisher, after the last gradient.
 
         Raises:
-            ValueError: when fewer gradients than announced were observed.
+            ValueError: if fewer than N gradients were observed.
         """
         if self._observed != self.num_gradients:
             raise ValueError(
@@ -146,17 +133,17 @@ class InverseFisher(ABC):
         self._factorize()
 
     def restrict(self, kept: Tensor) -> None:
-        """Drop weights for good, without new gradients; call :meth:`factorize` again.
+        """Drop weights permanently without new gradients; call :meth:`factorize` again.
 
-        What is left is the inverse of F_RR, the Fisher of the kept weights R, with the
-        configured λ. A dropped weight is decoupled from them: its row and column of F are
-        those of λI. The work stays that of all weights.
+        The result is the inverse of F_RR, the Fisher of the kept weights R, with the
+        configured λ. Rows and columns of F that belong to a dropped weight become those of
+        λI. The cost stays that of all weights.
 
         Args:
-            kept: bool tensor ``[D_r]``, R; what was dropped before stays dropped.
+            kept: R, bool tensor ``[D_r]``; weights dropped before stay dropped.
 
         Raises:
-            ValueError: when gradients are missing or the width is wrong.
+            ValueError: if gradients are missing or the width is wrong.
         """
         if not self._is_complete or kept.shape != (self.size,):
             raise ValueError(
@@ -165,54 +152,34 @@ class InverseFisher(ABC):
             )
         self._kept = kept.clone() if self._kept is None else self._kept & kept
         for damping in self._dampings:
-            damping.fill_(self._initial_damping)
+            damping.fill_(self._fisher.damping)
         self._restrict(self._kept)
 
     def diagonal(self) -> Tensor:
-        """Give the diagonal of F⁻¹.
+        """Return the diagonal of F⁻¹.
 
         Returns:
             float64 tensor ``[D_r]``.
         """
         return self._diagonal
 
-    def sub_blocks(self, size: int) -> Tensor:
-        """Give the blocks of F⁻¹ on its diagonal that belong to groups of weights.
-
-        Args:
-            size: consecutive weights in a group, q; the first group begins where a block
-                begins. What a block has left over at its end is in no group.
-
-        Returns:
-            [F⁻¹]_SS of each group S, float64 ``[D_r/q, q, q]``.
-        """
-        found = [torch.empty(0, size, size, dtype=torch.float64, device=self._device)]
-        found *= 1 + len(self.units)
-
-        def keep(index: int, blocks: Tensor) -> None:
-            found[index + 1] = blocks
-
-        self.visit_sub_blocks([size] * len(self.units), keep)
-        return torch.cat(found)
-
+    @abstractmethod
     def visit_sub_blocks(
         self, sizes: Sequence[int], consume: Callable[[int, Tensor], None]
     ) -> None:
-        """Hand the sub-blocks of one unit after another over, to keep few of them.
+        """Compute the diagonal sub-blocks of F⁻¹ that belong to groups of weights.
 
-        Damping may be raised where digits do not suffice. Call it on all ranks.
+        One unit is computed after another, so that few sub-blocks are in memory at a time.
+        Damping is raised where float64 has too few digits. Call on all ranks.
 
         Args:
-            sizes: q of each unit as in :meth:`sub_blocks`, 0 to pass it over.
-            consume: gets the number of a unit and its ``[K·(B // q), q, q]``; it may be
-                called for several units at once, and again with better numbers.
+            sizes: consecutive weights in a group, q, for each unit; 0 skips the unit. The
+                first group begins where a block begins. Weights left over at the end of a
+                block are in no group.
+            consume: called with the index of a unit and [F⁻¹]_SS of each of its groups S,
+                float64 ``[K·(B // q), q, q]``. Several calls may run at the same time; a
+                later call for the same unit replaces an earlier one.
         """
-
-        def visit(index: int) -> None:
-            if sizes[index]:
-                consume(index, self._sub_blocks(index, sizes[index]))
-
-        self._each_unit(visit)
 
     @abstractmethod
     def matvec(self, vector: Tensor) -> Tensor:
@@ -238,11 +205,11 @@ class InverseFisher(ABC):
 
     @abstractmethod
     def constrained_solve(self, weights: Tensor, removed: Tensor) -> Tensor:
-        """Minimise ½δᵀFδ under ``weights + δ = 0`` where ``removed`` holds.
+        """Minimize ½δᵀFδ under ``weights + δ = 0`` where ``removed`` holds.
 
         Args:
-            weights: float64 tensor ``[D_r]``, or several of them ``[V, D_r]``, which
-                share one factorisation.
+            weights: float64 tensor ``[D_r]``, or several vectors ``[V, D_r]`` that share
+                one factorization.
             removed: bool tensor ``[D_r]``.
 
         Returns:
@@ -250,40 +217,27 @@ class InverseFisher(ABC):
             on the removed weights S.
         """
 
-    def to_dense(self) -> Tensor:
-        """Build this rank's part of F⁻¹ as one matrix; for small problems and tests.
-
-        Returns:
-            float64 tensor ``[D_r, D_r]``, zero outside the blocks.
-        """
-        identity = torch.eye(self.size, dtype=torch.float64, device=self._device)
-        return torch.stack([self.matvec(column) for column in identity], dim=1)
-
     @abstractmethod
-    def _begin(self, offload_rows: bool) -> None:
-        """Make the state that waits for gradients; called once all else is set."""
+    def _allocate(self) -> None:
+        """Create the state for the gradients; called at the end of ``__init__``."""
 
     @abstractmethod
     def _add(self, rows: Tensor) -> None: ...
 
     @abstractmethod
     def _complete(self) -> None:
-        """Do what needs all gradients and is done only once."""
+        """Finish the sums over all gradients; called once."""
 
     @abstractmethod
     def _restrict(self, kept: Tensor) -> None:
-        """Set the gradients of all weights but the kept ones to zero, ``[D_r]``."""
+        """Set the gradients of all weights outside ``kept`` to zero, bool ``[D_r]``."""
 
     @abstractmethod
     def _factorize(self) -> None: ...
 
-    @abstractmethod
-    def _sub_blocks(self, index: int, size: int) -> Tensor:
-        """[F⁻¹]_SS of the groups of one unit, float64 ``[K·(B // q), q, q]``."""
-
     def _each_unit(self, work: Callable[[int], None]) -> None:
-        """Do something for the number of every unit, several at a time."""
-        run_pieces(work, range(len(self.units)), self._device)
+        """Call ``work`` with the index of each unit, several units at a time."""
+        run_in_threads(work, len(self.units), self._device)
 
     def _full(self, size: int, value: float) -> Tensor:
         return torch.full((size,), value, dtype=torch.float64, device=self._device)
@@ -299,6 +253,86 @@ class InverseFisher(ABC):
         """View the weights of a unit as ``[..., K, B]``."""
         shape = (*vector.shape[:-1], unit.count, unit.size)
         return vector[..., self._local(unit)].view(shape)
+
+
+class BlockwiseInverseFisher(InverseFisher):
+    """An inverse Fisher whose blocks are independent of each other."""
+
+    @override
+    def visit_sub_blocks(
+        self, sizes: Sequence[int], consume: Callable[[int, Tensor], None]
+    ) -> None:
+        def visit(index: int) -> None:
+            if sizes[index]:
+                consume(index, self._sub_blocks(index, sizes[index]))
+
+        self._each_unit(visit)
+
+    @override
+    def matvec(self, vector: Tensor) -> Tensor:
+        return self._map_blocks(self._solve, vector)
+
+    @override
+    def fisher_matvec(self, vector: Tensor) -> Tensor:
+        def multiply(index: int, blocks: Tensor) -> Tensor:
+            damped = self._dampings[index].unsqueeze(-1) * blocks
+            return self._multiply(index, blocks) + damped
+
+        return self._map_blocks(multiply, vector)
+
+    @override
+    def constrained_solve(self, weights: Tensor, removed: Tensor) -> Tensor:
+        change = torch.where(removed, -weights, 0.0)
+        vectors = self._stacked(change)
+
+        def solve(index: int) -> None:
+            unit = self.units[index]
+            blocks = self._blocks(vectors, unit).movedim(0, -1)
+            kept = ~self._blocks(removed, unit)
+            blocks.add_(self._solve_kept(index, blocks, kept) * kept.unsqueeze(-1))
+
+        self._each_unit(solve)
+        return change
+
+    def _factorize(self) -> None:
+        self._each_unit(self._factorize_unit)
+
+    @abstractmethod
+    def _factorize_unit(self, index: int) -> None:
+        """Fill in the diagonal of F⁻¹ of one unit."""
+
+    @abstractmethod
+    def _sub_blocks(self, index: int, size: int) -> Tensor:
+        """Return [F⁻¹]_SS of the groups of one unit, float64 ``[K·(B // q), q, q]``."""
+
+    @abstractmethod
+    def _solve(self, index: int, blocks: Tensor) -> Tensor:
+        """Return F⁻¹v of one unit, ``[K, B]``."""
+
+    @abstractmethod
+    def _multiply(self, index: int, blocks: Tensor) -> Tensor:
+        """Return GᵀGv/N of one unit, ``[K, B]``."""
+
+    @abstractmethod
+    def _solve_kept(self, index: int, blocks: Tensor, kept: Tensor) -> Tensor:
+        """Return −F_RR⁻¹F_RS δ_S of one unit on R, ``[K, B, V]``; other rows are ignored.
+
+        ``blocks`` is δ_S, ``[K, B, V]``, and ``kept`` is R, bool ``[K, B]``.
+        """
+
+    def _map_blocks(
+        self, compute: Callable[[int, Tensor], Tensor], vector: Tensor
+    ) -> Tensor:
+        """Apply ``compute`` to the blocks ``[K, B]`` of each unit of a vector."""
+        result = torch.empty_like(vector)
+
+        def run(index: int) -> None:
+            unit = self.units[index]
+            blocks = self._blocks(vector, unit)
+            self._blocks(result, unit).copy_(compute(index, blocks))
+
+        self._each_unit(run)
+        return result
 
 
 def group_products(columns: Tensor, size: int) -> Tensor:
@@ -321,7 +355,7 @@ def group_products(columns: Tensor, size: int) -> Tensor:
 def raise_until_definite(
     attempt: Callable[[Tensor], tuple[Tensor, Tensor]], damping: Tensor
 ) -> Tensor:
-    """Multiply λ of the failing blocks by ten, in place, until none fails.
+    """Multiply λ of the failing blocks by ten, in place, until no block fails.
 
     Args:
         attempt: maps λ ``[K]`` to a result and a bool ``[K]`` of failures.
@@ -331,9 +365,9 @@ def raise_until_definite(
         The result of the first attempt without failure.
 
     Raises:
-        PruningError: when λ has grown by 120 orders of magnitude in vain.
+        PruningError: if a block still fails after λ has grown by 120 orders of magnitude.
     """
-    for _ in range(_MOST_RAISES):
+    for _ in range(_MAX_RAISES):
         result, bad = attempt(damping)
         if not bool(bad.any()):
             return result

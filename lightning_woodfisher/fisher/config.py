@@ -1,4 +1,4 @@
-"""Settings of the empirical Fisher, and the batch sizes that follow from them."""
+"""Settings of the empirical Fisher and the batch sizes derived from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ __all__ = [
     "rows_in_chunk",
 ]
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -33,53 +32,72 @@ Collection = Literal["auto", "loop"]
 Precision = Literal["auto", "float32", "float64"]
 RowDtype = Literal["float32", "bfloat16"]
 
-# Beyond, products and inverses of λ overflow.
+# Outside of these limits, products and inverses of λ overflow.
 _SMALLEST_DAMPING, _LARGEST_DAMPING = 1e-100, 1e100
-# Numbers that a chunk of gradients may hold before it takes fewer gradients.
+# Entries of a chunk of gradients; a chunk of a large network has fewer gradients.
 _ENTRIES_IN_CHUNK = 2**26
 # Samples of a mini-batch of the first order.
 _FIRST_ORDER_BATCH = 256
 _SAMPLES_EVALUATED_AT_ONCE = 64
+_SMALLEST = {
+    "num_gradients": 1,
+    "gradient_batch_size": 1,
+    "block_size": 1,
+    "first_order_samples": 1,
+    "max_nonfinite": 0,
+}
+_HINTS = {
+    "block_size": "; None means one block over all weights",
+    "max_nonfinite": "; 0 allows none",
+}
+_CHOICES = {
+    "model_mode": ModelMode,
+    "engine": Engine,
+    "precision": Precision,
+    "collection": Collection,
+    "row_dtype": RowDtype,
+}
 
 
 @dataclass(frozen=True)
 class FisherConfig:
-    """How the empirical Fisher is estimated.
+    """Settings of the empirical Fisher.
 
     Args:
         num_gradients: N, the number of gradients.
         gradient_batch_size: m, samples in the mini-batch of one gradient. 1 is the
-            empirical Fisher proper; larger m is the paper's heuristic for large data.
-        block_size: B, most weights in a block; None for one block over all weights (best
-            where N gradients fit into memory).
+            empirical Fisher proper; a larger m is the paper's heuristic for large data.
+        block_size: B, the largest number of weights in a block; None for one block over all
+            weights (best if N gradients fit into memory).
         damping: λ, added to the diagonal.
-        model_mode: ``"eval"`` takes gradients with running BatchNorm statistics and no
-            dropout, ``"train"`` with those of training.
-        engine: ``"primal"``, ``"dual"``, or ``"auto"`` for the cheaper one; they are the
+        model_mode: ``"eval"`` computes gradients with running BatchNorm statistics and
+            without dropout, ``"train"`` with the behavior of training.
+        engine: ``"primal"``, ``"dual"``, or ``"auto"`` for the cheaper one. Both give the
             same matrix.
-        precision: of the products of gradients: ``"auto"`` goes over from float32 to
-            float64 where float32 would cost F⁻¹ more than 1e-5.
-        offload_rows: keep gradient rows in host memory where the Fisher keeps rows.
-        memory_budget: most memory that a step may take on each rank for itself, beside the
-            network and its activations: bytes, ``"80GB"`` or ``"24GiB"``. Checked before
-            training starts; None checks against the memory that is free then.
-        collection: ``"auto"`` computes many gradients in one pass where that gives the
-            same numbers, ``"loop"`` each of them on its own.
-        row_dtype: of gradients that are exchanged and kept; bfloat16 halves both.
+        precision: dtype of the products of gradients. ``"auto"`` changes from float32 to
+            float64 where float32 would change F⁻¹ by more than 1e-5.
+        offload_rows: keep gradient rows in host memory, if the engine keeps rows.
+        memory_budget: the most memory that a step may use on each rank, in addition to the
+            network and its activations: bytes, ``"80GB"`` or ``"24GiB"``. It is checked
+            before training starts; None checks against the memory that is free then.
+        collection: ``"auto"`` computes many gradients in one pass if that gives the same
+            numbers, ``"loop"`` computes one gradient in each pass.
+        row_dtype: dtype of the gradients that are exchanged and kept; bfloat16 halves
+            memory and traffic.
         first_order_samples: samples of the mean gradient of ``criterion="woodtaylor"``,
-            rounded down to whole mini-batches of 256; None takes those of the N gradients.
-            The step search measures its losses on the latter in either case.
-        sample_labels: draw labels from the model's own softmax (the true Fisher, where
-            m = 1) in place of those of the data (the empirical Fisher). Batches must be
-            ``(inputs, class labels)`` and ``model(inputs)`` the logits ``[n, C, ...]``, or
-            the model must have a method ``sample_labels(batch)`` that returns the batch
-            with labels drawn from what it predicts.
-        centered: subtract the mean gradient, which leaves the covariance of the gradients.
-        repeat_samples: where N·m samples are more than there are, go through the data
-            again in another order; without it that is an error.
-        max_nonfinite: so many gradients of a part may be NaN or infinite: they are left
-            out, N becomes the number of the others, and the report counts them. One more
-            is an error that names its samples.
+            rounded down to whole mini-batches of 256; None uses the samples of the N
+            gradients. The step search always measures its losses on the latter.
+        sample_labels: draw labels from the model's own softmax (the true Fisher, for
+            m = 1) instead of using those of the data (the empirical Fisher). Batches must
+            be ``(inputs, class labels)`` and ``model(inputs)`` the logits ``[n, C, ...]``,
+            or the model must have a method ``sample_labels(batch)`` that returns the batch
+            with labels drawn from the model's predictions.
+        centered: subtract the mean gradient, which gives the covariance of the gradients.
+        repeat_samples: if the data has fewer than N·m samples, go through it again in
+            another order; otherwise that is an error.
+        max_nonfinite: how many gradients may be NaN or infinite. They are left out, N
+            becomes the number of the others, and the report counts them. One more is an
+            error that names its samples.
     """
 
     num_gradients: int = 256
@@ -100,51 +118,33 @@ class FisherConfig:
     max_nonfinite: int = 0
 
     def __post_init__(self) -> None:
-        optional = ("block_size", "first_order_samples")
-        for name in ("num_gradients", "gradient_batch_size", *optional):
+        for name, smallest in _SMALLEST.items():
             value = getattr(self, name)
-            if name in optional and value is None:
+            if value is None and name in {"block_size", "first_order_samples"}:
                 continue
+            # A block may be larger than any sensible count.
             require = require_integer if name == "block_size" else require_count
             require(f"fisher.{name}", value)
-            if value < 1:
-                hint = "; None means one block over all weights" * (
-                    name == "block_size"
-                )
+            if value < smallest:
                 raise ConfigurationError(
-                    f"fisher.{name}={value} must be at least 1{hint}."
+                    f"fisher.{name}={value} must be at least {smallest}"
+                    f"{_HINTS.get(name, '')}."
                 )
-        require_integer("fisher.max_nonfinite", self.max_nonfinite)
-        if self.max_nonfinite < 0:
-            raise ConfigurationError(
-                f"fisher.max_nonfinite={self.max_nonfinite} must be at least 0; 0 allows "
-                "none."
-            )
         require_number("fisher.damping", self.damping)
-        if not (self.damping > 0 and math.isfinite(self.damping)):
-            raise ConfigurationError(
-                f"fisher.damping={self.damping} must be positive and finite; without it "
-                "the Fisher of fewer gradients than weights has no inverse."
-            )
         if not _SMALLEST_DAMPING <= self.damping <= _LARGEST_DAMPING:
             raise ConfigurationError(
-                f"fisher.damping={self.damping} is outside [{_SMALLEST_DAMPING:g}, "
-                f"{_LARGEST_DAMPING:g}]; its products would leave the range of float64."
+                f"fisher.damping={self.damping} must be positive and not outside "
+                f"[{_SMALLEST_DAMPING:g}, {_LARGEST_DAMPING:g}]: without damping the Fisher "
+                "of fewer gradients than weights has no inverse, and its products with a "
+                "smaller or larger one overflow."
             )
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget, "fisher.memory_budget")
-        choices = {
-            "model_mode": ModelMode,
-            "engine": Engine,
-            "precision": Precision,
-            "collection": Collection,
-            "row_dtype": RowDtype,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in get_args(known):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
                 raise ConfigurationError(
                     f"fisher.{name}={getattr(self, name)!r} is unknown; use one of "
-                    f"{', '.join(get_args(known))}."
+                    f"{', '.join(get_args(choices))}."
                 )
         for name in ("sample_labels", "centered", "repeat_samples", "offload_rows"):
             require_flag(f"fisher.{name}", getattr(self, name))
@@ -155,42 +155,42 @@ class FisherConfig:
             )
 
 
-def choose_engine(engine: Engine, num_gradients: int, block_size: int) -> Engine:
-    """Resolve ``"auto"``.
+def choose_engine(fisher: FisherConfig) -> Literal["primal", "dual", "full"]:
+    """Choose the form of the inverse Fisher.
 
     Args:
-        engine: what the user asked for.
-        num_gradients: N.
-        block_size: B.
+        fisher: the settings.
 
     Returns:
-        ``"primal"`` when N >= B and ``"dual"`` otherwise, unless one was asked for.
+        ``"full"`` without a block size. Otherwise the engine of the settings; for
+        ``"auto"``, ``"primal"`` if N >= B and ``"dual"`` if N < B.
     """
-    if engine != "auto":
-        return engine
-    return "primal" if num_gradients >= block_size else "dual"
+    if fisher.block_size is None:
+        return "full"
+    if fisher.engine != "auto":
+        return fisher.engine
+    return "primal" if fisher.num_gradients >= fisher.block_size else "dual"
 
 
 def rows_in_chunk(fisher: FisherConfig, weights: int) -> int:
-    """Choose how many gradients enter the Fisher at once.
+    """Choose how many gradients are added to the Fisher at once.
 
-    More make the products larger, but wait in memory. Sums have the same grouping, and
-    therefore the same bits, for every world size.
+    A larger chunk makes products faster but needs more memory. The size does not depend on
+    the world size, so that sums have the same bits for every number of ranks.
 
     Args:
         fisher: the settings.
         weights: D, active weights of all ranks.
 
     Returns:
-        For the primal form 64 to 256, few for large networks; the dual one only stores.
+        64 to 256 for the primal form, fewer for larger networks; at most 32 for the other
+        forms, which only store the rows.
     """
-    size, most = fisher.block_size, fisher.num_gradients
-    if (
-        size is None
-        or choose_engine(fisher.engine, fisher.num_gradients, size) == "dual"
-    ):
-        return min(32, most)
-    return min(most, max(64, min(256, _ENTRIES_IN_CHUNK // max(1, weights))))
+    if choose_engine(fisher) == "primal":
+        largest = max(64, min(256, _ENTRIES_IN_CHUNK // max(1, weights)))
+    else:
+        largest = 32
+    return min(fisher.num_gradients, largest)
 
 
 def first_order_batches(fisher: FisherConfig) -> tuple[int, int]:
@@ -200,7 +200,7 @@ def first_order_batches(fisher: FisherConfig) -> tuple[int, int]:
         fisher: the settings.
 
     Returns:
-        Number and size; (0, 0) without such a sample.
+        Number and size of the mini-batches; (0, 0) without ``first_order_samples``.
     """
     samples = fisher.first_order_samples
     if samples is None:
@@ -213,7 +213,7 @@ def first_order_batches(fisher: FisherConfig) -> tuple[int, int]:
 
 
 def mini_batches_in_group(fisher: FisherConfig) -> int:
-    """Choose how many mini-batches are evaluated as one: small ones are slow one by one.
+    """Choose how many mini-batches are evaluated as one, to avoid many small passes.
 
     Args:
         fisher: the settings.

@@ -1,4 +1,4 @@
-"""Blocks by Cholesky of the N×N matrix NλI + GGᵀ: for N < B."""
+"""Inverse Fisher from Cholesky factors of the N×N matrices NλI + GGᵀ, for N < B."""
 
 from __future__ import annotations
 
@@ -10,53 +10,56 @@ __all__ = [
     "group_complements",
 ]
 
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_woodfisher.fisher.base import (
+    BlockwiseInverseFisher,
     InverseFisher,
     group_products,
     raise_until_definite,
 )
-from lightning_woodfisher.fisher.products import (
+from lightning_woodfisher.fisher.linalg import (
     cholesky,
     half_product,
     is_well_scaled,
     solve_lower,
 )
-from lightning_woodfisher.fisher.rows import RowStore
+from lightning_woodfisher.fisher.rows import GradientRows
 
-# λ·[F⁻¹]_jj = 1 − Σ Z² is a difference of numbers near one. Below this float32 has too few
-# digits left for it, and the unit is computed again in float64 …
+# λ·[F⁻¹]_jj = 1 − Σ Z² is a difference of numbers near one. Below this limit float32 has
+# too few digits left, and the unit is computed again in float64.
 _SMALLEST_FLOAT32_COMPLEMENT = 2.0**-4
-# … and below this float64 has: measured, the relative error of diag(F⁻¹) is up to 3e-15
-# divided by the complement. Damping is raised then.
+# Below this limit float64 has too few digits as well, and damping is raised. Measured: the
+# relative error of diag(F⁻¹) is up to 3e-15 divided by the complement.
 SMALLEST_COMPLEMENT = 1e-9
 
 
 class RowsInverseFisher(InverseFisher):
-    """What the two dual forms share: the rows, kept as they came, unit by unit."""
+    """An inverse Fisher in the dual form, which keeps all gradient rows."""
 
-    def _begin(self, offload_rows: bool) -> None:
-        # ḡ, float64 [D_r]; the sum of the rows until all have come.
-        self._mean = self._full(self.size, 0.0) if self._centered else None
-        self._rows = RowStore(
+    def _allocate(self) -> None:
+        # ḡ, float64 [D_r]; the sum of the rows until all have arrived.
+        self._mean = self._full(self.size, 0.0) if self._fisher.centered else None
+        self._rows = GradientRows(
             [self._local(unit) for unit in self.units],
             self.num_gradients,
             self._device,
-            offload_rows,
+            self._fisher.offload_rows,
         )
 
     @property
+    @override
     def state_bytes(self) -> int:
-        """Bytes of the rows on the device."""
         return self._rows.device_bytes
 
     def _add(self, rows: Tensor) -> None:
         self._rows.append(rows)
         if self._mean is not None:
-            # One after the other: the order of the sum depends on nothing else.
+            # One by one, so that the order of the sum depends on nothing else.
             for row in rows:
                 self._mean += row
 
@@ -70,47 +73,51 @@ class RowsInverseFisher(InverseFisher):
             self._mean.masked_fill_(~kept, 0.0)
 
     def _unit_rows(self, index: int, dtype: torch.dtype) -> Tensor:
-        """Copy a unit's rows, ``[N, K·B]``, centred where that is asked for."""
+        """Copy the rows of a unit, ``[N, K·B]``, and center them if configured."""
         rows = self._rows[index].to(dtype, copy=True)
         if self._mean is not None:
             rows -= self._mean[self._local(self.units[index])].to(dtype)
         return rows
 
     def _product_dtype(self, columns: int) -> torch.dtype:
-        """Choose the dtype in which products of rows are tried."""
-        wanted = self.precision == "float64" or self._are_few(columns)
+        """Choose the dtype in which products of rows are tried first."""
+        wanted = self._fisher.precision == "float64" or self._needs_float64(columns)
         double = wanted or self._rows.dtype == torch.float64
         return torch.float64 if double else torch.float32
 
-    def _are_few(self, columns: int) -> bool:
-        """Tell whether F⁻¹v may be a small difference of large vectors."""
-        return self.precision == "auto" and columns < 2 * self.num_gradients
+    def _needs_float64(self, columns: int) -> bool:
+        """Return whether F⁻¹v may be a small difference of large vectors."""
+        return self._fisher.precision == "auto" and columns < 2 * self.num_gradients
+
+    def _may_repeat(self, dtype: torch.dtype) -> bool:
+        """Return whether a float32 result may be computed again in float64."""
+        return dtype == torch.float32 and self._fisher.precision == "auto"
 
     def _is_too_coarse(
         self, dtype: torch.dtype, complement: Tensor, digits: float = 1.0
     ) -> bool:
-        """Tell whether float32 products were not enough for 1 − ΣZ²."""
-        single = dtype == torch.float32 and self.precision == "auto"
-        return single and not bool(complement > _SMALLEST_FLOAT32_COMPLEMENT / digits)
+        """Return whether float32 products have too few digits for 1 − ΣZ²."""
+        return self._may_repeat(dtype) and not bool(
+            complement > _SMALLEST_FLOAT32_COMPLEMENT / digits
+        )
 
     def _must_repeat(self, factor: Tensor, dtype: torch.dtype) -> bool:
-        """Tell whether float32 products were not enough for a factor."""
-        single = dtype == torch.float32 and self.precision == "auto"
-        return single and not is_well_scaled(factor)
+        """Return whether float32 products have too few digits for a factor."""
+        return self._may_repeat(dtype) and not is_well_scaled(factor)
 
     def _damped_factor(self, gram: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-        """Cholesky factor of NλI + GGᵀ from ``[K, N, N]`` and λ ``[K]``."""
+        """Factorize NλI + GGᵀ, from GGᵀ ``[K, N, N]`` and λ ``[K]``."""
         damped = gram.to(torch.float64, copy=True)
         ridge = (self.num_gradients * damping).unsqueeze(-1)
         damped.diagonal(dim1=-2, dim2=-1).add_(ridge)
         return cholesky(damped)
 
 
-class DualInverseFisher(RowsInverseFisher):
-    """State is the rows, N·D_r numbers."""
+class DualInverseFisher(RowsInverseFisher, BlockwiseInverseFisher):
+    """Independent blocks in the dual form; the state is N·D_r numbers."""
 
-    def _begin(self, offload_rows: bool) -> None:
-        super()._begin(offload_rows)
+    def _allocate(self) -> None:
+        super()._allocate()
         # Units for which float32 has turned out not to be enough.
         self._in_double: set[int] = set()
 
@@ -137,29 +144,46 @@ class DualInverseFisher(RowsInverseFisher):
             columns = int(kept.sum(dim=-1).min())
         return self._product_dtype(columns)
 
-    def _factorize(self) -> None:
-        self._each_unit(self._factorize_unit)
-
     def _factorize_unit(self, index: int) -> None:
+        def compute(factor: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            complement = complement_of(factor, rows)
+            return complement, complement
+
+        complement = self._resolve(index, compute)
+        self._blocks(self._diagonal, self.units[index]).copy_(
+            complement / self._dampings[index].unsqueeze(-1)
+        )
+
+    def _resolve(
+        self, index: int, compute: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """Compute complements of a unit with enough digits.
+
+        Uses float64 where float32 has too few digits, and raises damping where float64 has
+        too few.
+
+        Args:
+            index: of the unit.
+            compute: maps L and G to complements and their pivots, ``[K, ...]``.
+
+        Returns:
+            The complements.
+        """
+
         def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
             factor, rows = self._factor(index, damping)
-            complement = complement_of(factor, rows)
-            if self._is_too_coarse(rows.dtype, complement.min()):
+            result, pivots = compute(factor, rows)
+            if self._is_too_coarse(rows.dtype, pivots.min()):
                 self._in_double.add(index)
-                complement = complement_of(*self._factor(index, damping))
-            unresolved = ~(complement > SMALLEST_COMPLEMENT).all(dim=-1)
-            return complement, unresolved
+                result, pivots = compute(*self._factor(index, damping))
+            return result, ~(pivots > SMALLEST_COMPLEMENT).all(dim=-1)
 
-        damping = self._dampings[index]
-        complement = raise_until_definite(attempt, damping)
-        self._blocks(self._diagonal, self.units[index]).copy_(
-            complement / damping.unsqueeze(-1)
-        )
+        return raise_until_definite(attempt, self._dampings[index])
 
     def _factor(
         self, index: int, damping: Tensor, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Factorise NλI + GGᵀ of a unit; raises damping where needed.
+        """Factorize NλI + GGᵀ of a unit; raise damping where needed.
 
         Returns:
             L, float64 ``[K, N, N]``, over the kept columns, and all of G, ``[K, N, B]``, in
@@ -176,95 +200,30 @@ class DualInverseFisher(RowsInverseFisher):
         return factor, rows
 
     def _sub_blocks(self, index: int, size: int) -> Tensor:
-        before = self._dampings[index].clone()
-
-        def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
-            factor, rows = self._factor(index, damping)
-            complements, pivots = group_complements(factor, rows, size)
-            if self._is_too_coarse(rows.dtype, pivots.min()):
-                self._in_double.add(index)
-                factor, rows = self._factor(index, damping)
-                complements, pivots = group_complements(factor, rows, size)
-            return complements, ~(pivots > SMALLEST_COMPLEMENT).all(dim=-1)
-
         if self.units[index].size < size:
             return self._full(0, 0.0).view(0, size, size)
-        complements = raise_until_definite(attempt, self._dampings[index])
+        before = self._dampings[index].clone()
+        complements = self._resolve(
+            index, lambda factor, rows: group_complements(factor, rows, size)
+        )
         if not torch.equal(before, self._dampings[index]):
             self._factorize_unit(index)
         damping = self._dampings[index].view(-1, 1, 1, 1)
         return (complements / damping).flatten(0, 1)
 
-    def matvec(self, vector: Tensor) -> Tensor:
-        """See :meth:`InverseFisher.matvec`.
+    def _solve(self, index: int, blocks: Tensor) -> Tensor:
+        factor, rows = self._factor(index, self._dampings[index])
+        product = _project(factor, rows, blocks.unsqueeze(-1)).squeeze(-1)
+        return (blocks - product) / self._dampings[index].unsqueeze(-1)
 
-        Args:
-            vector: float64 tensor ``[D_r]``.
+    def _multiply(self, index: int, blocks: Tensor) -> Tensor:
+        rows = self._blocks_of_rows(index, self._dtype(index))
+        projected = rows @ blocks.to(rows.dtype).unsqueeze(-1)
+        return (rows.mT @ projected).squeeze(-1) / self.num_gradients
 
-        Returns:
-            F⁻¹v.
-        """
-        result = torch.empty_like(vector)
-
-        def multiply(index: int) -> None:
-            unit = self.units[index]
-            blocks = self._blocks(vector, unit)
-            factor, rows = self._factor(index, self._dampings[index])
-            solved = _solve(factor, rows, blocks.unsqueeze(-1))
-            product = (rows.mT @ solved.to(rows.dtype)).squeeze(-1)
-            damping = self._dampings[index].unsqueeze(-1)
-            self._blocks(result, unit).copy_((blocks - product) / damping)
-
-        self._each_unit(multiply)
-        return result
-
-    def fisher_matvec(self, vector: Tensor) -> Tensor:
-        """See :meth:`InverseFisher.fisher_matvec`.
-
-        Args:
-            vector: float64 tensor ``[D_r]``.
-
-        Returns:
-            Fv.
-        """
-        result = torch.empty_like(vector)
-
-        def multiply(index: int) -> None:
-            unit = self.units[index]
-            blocks = self._blocks(vector, unit)
-            rows = self._blocks_of_rows(index, self._dtype(index))
-            projected = rows @ blocks.to(rows.dtype).unsqueeze(-1)
-            product = (rows.mT @ projected).squeeze(-1) / self.num_gradients
-            damped = self._dampings[index].unsqueeze(-1) * blocks
-            self._blocks(result, unit).copy_(product + damped)
-
-        self._each_unit(multiply)
-        return result
-
-    def constrained_solve(self, weights: Tensor, removed: Tensor) -> Tensor:
-        """See :meth:`InverseFisher.constrained_solve`.
-
-        Args:
-            weights: float64 tensor ``[D_r]`` or ``[V, D_r]``.
-            removed: bool tensor ``[D_r]``.
-
-        Returns:
-            δ.
-        """
-        change = torch.where(removed, -weights, 0.0)
-        vectors = self._stacked(change)
-
-        def solve(index: int) -> None:
-            unit = self.units[index]
-            blocks = self._blocks(vectors, unit).movedim(0, -1)
-            kept = ~self._blocks(removed, unit)
-            factor, rows = self._factor(index, self._dampings[index], kept)
-            solved = _solve(factor, rows, -blocks)
-            pull = rows.mT @ solved.to(rows.dtype)
-            blocks.add_(pull * kept.unsqueeze(-1))
-
-        self._each_unit(solve)
-        return change
+    def _solve_kept(self, index: int, blocks: Tensor, kept: Tensor) -> Tensor:
+        factor, rows = self._factor(index, self._dampings[index], kept)
+        return _project(factor, rows, -blocks)
 
 
 def complement_of(factor: Tensor, rows: Tensor) -> Tensor:
@@ -275,7 +234,7 @@ def complement_of(factor: Tensor, rows: Tensor) -> Tensor:
         rows: G, ``[K, N, B]``; overwritten.
 
     Returns:
-        λ·diag(F⁻¹), float64 ``[K, B]``; negative or NaN where digits did not suffice.
+        λ·diag(F⁻¹), float64 ``[K, B]``; negative or NaN if there were too few digits.
     """
     return 1.0 - solve_lower(factor, rows).square_().sum(dim=-2).double()
 
@@ -289,9 +248,9 @@ def group_complements(factor: Tensor, rows: Tensor, size: int) -> tuple[Tensor, 
         size: columns of a group, q.
 
     Returns:
-        λ·[F⁻¹]_SS, float64 ``[K, B // q, q, q]``, and the smallest pivot of each,
-        ``[K, B // q]``: what is left of a weight's own complement when the group is
-        known; negative where digits did not suffice.
+        λ·[F⁻¹]_SS, float64 ``[K, B // q, q, q]``, and the smallest Cholesky pivot of each,
+        ``[K, B // q]``: the complement of a weight given the rest of its group. It is
+        negative if there were too few digits.
     """
     complements = -group_products(solve_lower(factor, rows), size).double()
     complements.diagonal(dim1=-2, dim2=-1).add_(1.0)
@@ -300,7 +259,8 @@ def group_complements(factor: Tensor, rows: Tensor, size: int) -> tuple[Tensor, 
     return complements, torch.where(info == 0, pivots, -1.0).nan_to_num(nan=-1.0)
 
 
-def _solve(factor: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
-    """Solve LLᵀx = Gv for v of ``[K, B, V]``, float64 ``[K, N, V]``."""
+def _project(factor: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
+    """Compute Gᵀ(LLᵀ)⁻¹Gv for v of ``[K, B, V]``, in the dtype of G."""
     target = rows @ vectors.to(rows.dtype)
-    return torch.cholesky_solve(target.double(), factor)
+    solved = torch.cholesky_solve(target.double(), factor)
+    return rows.mT @ solved.to(rows.dtype)

@@ -1,4 +1,4 @@
-"""One block over all weights of all ranks (``block_size=None``), in the dual form."""
+"""Inverse Fisher with one block over all weights of all ranks (``block_size=None``)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_woodfisher.distributed.exact_sum import ExactSum
 from lightning_woodfisher.fisher.base import raise_until_definite
@@ -18,83 +19,120 @@ from lightning_woodfisher.fisher.dual import (
     complement_of,
     group_complements,
 )
-from lightning_woodfisher.fisher.products import half_product, mirror
+from lightning_woodfisher.fisher.linalg import half_product, mirror
 
 
 class FullInverseFisher(RowsInverseFisher):
-    """K = NλI + Σ_r G_rG_rᵀ is one N×N sum over ranks; all else is local.
+    """The dual form, with K = NλI + Σ_r G_rG_rᵀ summed over the ranks r.
 
-    The sum is exact (:class:`.ExactSum`), so every world size gets the same bits.
+    The N×N sum is exact (:class:`.ExactSum`), so every world size gets the same bits. All
+    other work is local to a rank.
     """
 
-    def _begin(self, offload_rows: bool) -> None:
-        super()._begin(offload_rows)
-        self._lambda = self._full(1, self._initial_damping)
+    def _allocate(self) -> None:
+        super()._allocate()
+        self._lambda = self._full(1, self._fisher.damping)
+        self._dampings = [self._lambda]
 
     def _add(self, rows: Tensor) -> None:
         super()._add(rows)
-        self._dtype = self._product_dtype(self._total_size)
+        self._dtype = self._product_dtype(self._partition.size)
 
     def _restrict(self, kept: Tensor) -> None:
         super()._restrict(kept)
-        self._lambda.fill_(self._initial_damping)
         self._dtype = self._product_dtype(self._count(kept))
 
     def _count(self, marked: Tensor) -> int:
-        """Count the marks of all ranks."""
+        """Count the True entries over all ranks."""
         return int(self._comm.sum_integers(marked.sum().reshape(1)))
 
-    @property
-    def damping(self) -> Tensor:
-        """λ of the one block, float64 ``[1]``."""
-        return self._lambda
-
-    def raised(self) -> dict[int, float]:
-        """List the blocks whose damping had to be raised.
-
-        Returns:
-            λ under index 0, or nothing.
-        """
+    @override
+    def raised_damping(self) -> dict[int, float]:
         value = float(self._lambda)
-        return {} if value == self._initial_damping else {0: value}
+        return {} if value == self._fisher.damping else {0: value}
 
     def _factorize(self) -> None:
         self._largest = self._largest_square_norm()
+        self._factor = self._factorize_gram(None)
+        self._resolve(self._solve_diagonal)
+
+    @override
+    def visit_sub_blocks(
+        self, sizes: Sequence[int], consume: Callable[[int, Tensor], None]
+    ) -> None:
+        def visit(index: int, dtype: torch.dtype) -> Tensor:
+            size = sizes[index]
+            if not size or self.units[index].size < size:
+                return self._full(1, 1.0)
+            rows = self._unit_rows(index, dtype).unsqueeze(0)
+            blocks, pivots = group_complements(self._factor.unsqueeze(0), rows, size)
+            if bool(pivots.min() > SMALLEST_COMPLEMENT):
+                consume(index, blocks[0] / self._lambda)
+            return pivots
+
+        before = self._factor
+        self._resolve(lambda: self._smallest_pivot(visit))
+        if self._factor is not before:
+            self._solve_diagonal()
+
+    def _resolve(self, compute: Callable[[], Tensor]) -> None:
+        """Repeat a computation in float64, and then with larger λ, until digits suffice.
+
+        Args:
+            compute: returns the smallest pivot of all ranks, ``[1]``.
+        """
+        first = float(self._lambda)
+        # Rounding errors of units are independent and their sum is exact, so the sum has
+        # more digits than a unit.
+        digits = math.sqrt(len(self._partition.units))
 
         def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
-            factor = self._factorize_gram(None)
-            least = self._solve_diagonal(factor, damping)
-            # Rounding errors of units are independent and their sum is exact: the sum has
-            # more digits than a unit.
-            if self._is_too_coarse(self._dtype, least, math.sqrt(self._total_units)):
+            if float(damping) != first:
+                self._factor = self._factorize_gram(None)
+            smallest = compute()
+            if self._is_too_coarse(self._dtype, smallest, digits):
                 self._dtype = torch.float64
-                factor = self._factorize_gram(None)
-                least = self._solve_diagonal(factor, damping)
-            return factor, least <= SMALLEST_COMPLEMENT
+                self._factor = self._factorize_gram(None)
+                smallest = compute()
+            return smallest, smallest <= SMALLEST_COMPLEMENT
 
-        self._factor = raise_until_definite(attempt, self._lambda)
+        raise_until_definite(attempt, self._lambda)
 
-    def _solve_diagonal(self, factor: Tensor, damping: Tensor) -> Tensor:
-        """Fill in diag(F⁻¹); give the smallest λ·[F⁻¹]_jj of all ranks, ``[1]``."""
+    def _solve_diagonal(self) -> Tensor:
+        """Fill in diag(F⁻¹) and return the smallest λ·[F⁻¹]_jj of all ranks, ``[1]``."""
+
+        def solve(index: int, dtype: torch.dtype) -> Tensor:
+            rows = self._unit_rows(index, dtype).unsqueeze(0)
+            values = complement_of(self._factor.unsqueeze(0), rows)[0]
+            self._diagonal[self._local(self.units[index])] = values / self._lambda
+            return values
+
+        return self._smallest_pivot(solve)
+
+    def _smallest_pivot(self, compute: Callable[[int, torch.dtype], Tensor]) -> Tensor:
+        """Compute every unit and return the smallest pivot of all ranks.
+
+        Args:
+            compute: returns the pivots of a unit from products in the given dtype; called
+                again with float64 where float32 has too few digits.
+
+        Returns:
+            float64 ``[1]``.
+        """
         smallest = self._full(len(self.units) + 1, 1.0)
 
-        def solve(index: int) -> None:
-            values = self._complement(factor, index, self._dtype)
-            if self._is_too_coarse(self._dtype, values.min()):
-                values = self._complement(factor, index, torch.float64)
-            self._diagonal[self._local(self.units[index])] = values / damping
-            smallest[index] = values.min()
+        def visit(index: int) -> None:
+            pivot = compute(index, self._dtype).min()
+            if self._is_too_coarse(self._dtype, pivot):
+                pivot = compute(index, torch.float64).min()
+            smallest[index] = pivot
 
-        self._each_unit(solve)
-        least = smallest.nan_to_num(nan=-1.0).min().reshape(1)
-        return -self._comm.maximum(-least)
-
-    def _complement(self, factor: Tensor, index: int, dtype: torch.dtype) -> Tensor:
-        rows = self._unit_rows(index, dtype).unsqueeze(0)
-        return complement_of(factor.unsqueeze(0), rows)[0]
+        self._each_unit(visit)
+        own = smallest.nan_to_num(nan=-1.0).min().reshape(1)
+        return -self._comm.maximum(-own)
 
     def _factorize_gram(self, kept: Tensor | None) -> Tensor:
-        """L of NλI + Σ_r G_rG_rᵀ over the kept columns, ``[N, N]``; raises λ if needed."""
+        """Factorize K over the kept columns, ``[N, N]``; raise λ where needed."""
 
         def compute() -> Tensor:
             gram = self._gram(kept)
@@ -108,129 +146,38 @@ class FullInverseFisher(RowsInverseFisher):
             factor = compute()
         return factor[0]
 
-    def visit_sub_blocks(
-        self, sizes: Sequence[int], consume: Callable[[int, Tensor], None]
-    ) -> None:
-        """See :meth:`InverseFisher.visit_sub_blocks`.
-
-        Args:
-            sizes: of the groups of each unit.
-            consume: gets a unit and its sub-blocks.
-        """
-        first = float(self._lambda)
-
-        def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
-            if float(damping) != first:
-                self._refactorize()
-            least = self._visit(sizes, consume)
-            if self._is_too_coarse(self._dtype, least, math.sqrt(self._total_units)):
-                self._dtype = torch.float64
-                self._refactorize()
-                least = self._visit(sizes, consume)
-            return self._factor, least <= SMALLEST_COMPLEMENT
-
-        raise_until_definite(attempt, self._lambda)
-
-    def _refactorize(self) -> None:
-        self._factor = self._factorize_gram(None)
-        self._solve_diagonal(self._factor, self._lambda)
-
-    def _visit(
-        self, sizes: Sequence[int], consume: Callable[[int, Tensor], None]
-    ) -> Tensor:
-        """Hand out what has enough digits; give the smallest pivot of all ranks, ``[1]``."""
-        smallest = self._full(len(self.units) + 1, 1.0)
-
-        def visit(index: int) -> None:
-            size = sizes[index]
-            if not size or self.units[index].size < size:
-                return
-            blocks, pivots = self._group_complements(index, size, self._dtype)
-            if self._is_too_coarse(self._dtype, pivots.min()):
-                blocks, pivots = self._group_complements(index, size, torch.float64)
-            smallest[index] = pivots.min()
-            if bool(smallest[index] > SMALLEST_COMPLEMENT):
-                consume(index, blocks / self._lambda)
-
-        self._each_unit(visit)
-        return -self._comm.maximum(-smallest.min().reshape(1))
-
-    def _group_complements(
-        self, index: int, size: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        rows = self._unit_rows(index, dtype).unsqueeze(0)
-        blocks, pivots = group_complements(self._factor.unsqueeze(0), rows, size)
-        return blocks[0], pivots[0]
-
-    def _sub_blocks(self, index: int, size: int) -> Tensor:
-        return self._group_complements(index, size, torch.float64)[0] / self._lambda
-
+    @override
     def matvec(self, vector: Tensor) -> Tensor:
-        """See :meth:`InverseFisher.matvec`.
-
-        Args:
-            vector: float64 tensor ``[D_r]``.
-
-        Returns:
-            F⁻¹v.
-        """
         solved = torch.cholesky_solve(self._project(vector).unsqueeze(-1), self._factor)
         return (vector - self._combine(solved.squeeze(-1))) / self._lambda
 
+    @override
     def fisher_matvec(self, vector: Tensor) -> Tensor:
-        """See :meth:`InverseFisher.fisher_matvec`.
-
-        Args:
-            vector: float64 tensor ``[D_r]``.
-
-        Returns:
-            Fv.
-        """
         product = self._combine(self._project(vector))
         return product / self.num_gradients + self._lambda * vector
 
+    @override
     def constrained_solve(self, weights: Tensor, removed: Tensor) -> Tensor:
-        """See :meth:`InverseFisher.constrained_solve`.
-
-        Args:
-            weights: float64 tensor ``[D_r]`` or ``[V, D_r]``.
-            removed: bool tensor ``[D_r]``.
-
-        Returns:
-            δ.
-        """
         change = torch.where(removed, -weights, 0.0)
         kept = ~removed if self._kept is None else ~removed & self._kept
-        if self._are_few(self._count(kept)):
+        if self._needs_float64(self._count(kept)):
             self._dtype = torch.float64
         factor = self._factorize_gram(kept)
-        # One after the other: each has a scale of its own in the exact sum.
+        # One by one, because each vector has its own scale in the exact sum.
         for vector in self._stacked(change):
             target = -self._project(vector).unsqueeze(-1)
             solved = torch.cholesky_solve(target, factor).squeeze(-1)
             vector.copy_(torch.where(removed, vector, self._combine(solved)))
         return change
 
-    def to_dense(self) -> Tensor:
-        """Build F⁻¹ as one matrix; for small problems on one rank.
-
-        Returns:
-            float64 tensor ``[D, D]``.
-
-        Raises:
-            ValueError: on more than one rank.
-        """
-        if self._comm.world_size > 1:
-            raise ValueError("the full inverse Fisher is dense on one rank only")
-        return super().to_dense()
-
     def _largest_square_norm(self) -> Tensor:
-        """Largest squared norm of a row inside any unit of any rank, float64 ``[1]``."""
+        """Return the largest squared norm of a row within a unit, float64 ``[1]``."""
         largest = self._full(len(self.units) + 1, 0.0)
+        double = self._rows.dtype == torch.float64
+        dtype = torch.float64 if double else torch.float32
 
         def measure(index: int) -> None:
-            double = self._rows.dtype == torch.float64
-            rows = self._unit_rows(index, torch.float64 if double else torch.float32)
+            rows = self._unit_rows(index, dtype)
             norms = torch.linalg.vector_norm(rows, dim=1)
             largest[index] = norms.max().double().square()
 
@@ -238,7 +185,7 @@ class FullInverseFisher(RowsInverseFisher):
         return self._comm.maximum(largest.max().reshape(1))
 
     def _gram(self, kept: Tensor | None) -> Tensor:
-        """Σ over ranks of G_rG_rᵀ, float64 ``[1, N, N]``, over the kept columns."""
+        """Sum G_rG_rᵀ over the ranks, float64 ``[1, N, N]``, over the kept columns."""
 
         def product(index: int) -> Tensor:
             rows = self._unit_rows(index, self._dtype)
@@ -251,7 +198,7 @@ class FullInverseFisher(RowsInverseFisher):
         return mirror(self._sum_over_units(product, self._largest, shape).unsqueeze(0))
 
     def _project(self, vector: Tensor) -> Tensor:
-        """Σ over ranks of G_r v_r, float64 ``[N]``."""
+        """Sum G_r v_r over the ranks, float64 ``[N]``."""
         # |g·v| <= |g||v|; the norm of v over a unit depends on the unit only.
         norms = [vector[self._local(unit)].norm() for unit in self.units]
         largest = torch.stack([self._full(1, 0.0)[0], *norms]).max()
@@ -267,13 +214,14 @@ class FullInverseFisher(RowsInverseFisher):
         self, product: Callable[[int], Tensor], bound: Tensor, shape: tuple[int, ...]
     ) -> Tensor:
         """Add a product of each unit of each rank, none larger than the bound."""
-        # A float32 product may exceed its bound by a rounding.
-        total = ExactSum(self._comm, bound * 1.01 * self._total_units, shape)
+        # A float32 product may exceed its bound by a rounding error.
+        bound = bound * 1.01 * len(self._partition.units)
+        total = ExactSum(self._comm, bound, shape)
         self._each_unit(lambda index: total.add(product(index)))
         return total.result()
 
     def _combine(self, coefficients: Tensor) -> Tensor:
-        """G_rᵀc on this rank, float64 ``[D_r]``."""
+        """Return G_rᵀc on this rank, float64 ``[D_r]``."""
         result = self._full(self.size, 0.0)
 
         def product(index: int) -> None:

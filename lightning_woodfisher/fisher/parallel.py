@@ -1,50 +1,46 @@
-"""Independent pieces of work on the cores of this process.
+"""Independent work on the CPU cores of this process.
 
-On a CPU a piece runs in one thread, and as many pieces run at once as torch has threads.
-That is faster than threads inside every product (LAPACK factorises a batch one matrix
-after the other), and a piece gives the same bits whatever the number of threads.
+On a CPU each call runs in one thread, and as many calls run at once as torch has threads.
+That is faster than threads within each product, because LAPACK factorizes the matrices of a
+batch one after another. A call gives the same bits for any number of threads.
 """
 
 from __future__ import annotations
 
-__all__ = ["run_pieces"]
+__all__ = ["run_in_threads"]
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 import torch
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
-
-def run_pieces(
-    work: Callable[[Item], Result], items: Sequence[Item], device: torch.device
-) -> list[Result]:
-    """Do the same work for every item, with float32 products in full float32.
+def run_in_threads(
+    work: Callable[[int], None], count: int, device: torch.device
+) -> None:
+    """Call ``work`` with 0 .. count − 1, with float32 products in full float32.
 
     Args:
-        work: called once for each item, possibly in another thread; it shares nothing
-            with the work for another item.
-        items: in the order in which they are started.
-        device: where the tensors are; on a GPU the items follow one another.
-
-    Returns:
-        The results, in order of the items.
+        work: called once for each number, possibly in another thread; calls must not share
+            data that they change.
+        count: number of calls.
+        device: device of the tensors; on a GPU the calls run one after another.
     """
     threads = torch.get_num_threads()
     with _full_float32():
-        if device.type != "cpu" or threads == 1 or len(items) < 2:
-            return [work(item) for item in items]
+        if device.type != "cpu" or threads == 1 or count < 2:
+            for index in range(count):
+                work(index)
+            return
         try:
             with ThreadPoolExecutor(
-                min(threads, len(items)), initializer=_use_one_thread
+                min(threads, count), initializer=_use_one_thread
             ) as pool:
-                return list(pool.map(work, items))
+                # The list raises the first error of a call.
+                list(pool.map(work, range(count)))
         finally:
-            # The number is kept per thread, but threads to come copy the last one set.
+            # The number is kept per thread, but new threads copy the last one that was set.
             torch.set_num_threads(threads)
 
 
@@ -54,7 +50,7 @@ def _use_one_thread() -> None:
 
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
-    """Forbid TF32 and bfloat16 inside float32 products: eleven bits cannot decide."""
+    """Forbid TF32 and bfloat16 in float32 products, whose 8 to 11 bits are too few."""
     previous = torch.get_float32_matmul_precision()
     if previous == "highest":
         yield

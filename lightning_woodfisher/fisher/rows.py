@@ -1,8 +1,8 @@
-"""Gradient rows that are kept, unit by unit, on the device or in host memory."""
+"""Storage of gradient rows by unit, on the device or in host memory."""
 
 from __future__ import annotations
 
-__all__ = ["RowStore"]
+__all__ = ["GradientRows"]
 
 from collections.abc import Sequence
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 
-class RowStore:
-    """N rows, cut into the columns of each unit.
+class GradientRows:
+    """N gradient rows, cut into the columns of each unit.
 
     Args:
         columns: slice of each unit in a row.
         num_gradients: N.
-        device: where rows arrive and where they are wanted.
-        offload: keep them in host memory. On a GPU a unit is copied back while the one
-            before it is in work, if units are asked for in order.
+        device: device of the rows that are appended and returned.
+        offload: keep the rows in host memory. On a GPU, a unit is copied back while the
+            previous unit is used, if units are read in order.
     """
 
     def __init__(
@@ -43,21 +43,16 @@ class RowStore:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rows; float32 while there are none."""
+        """Dtype of the rows; float32 before the first row."""
         return self._units[0].dtype if self._units else torch.float32
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that the rows take on the device."""
-        return 0 if self._on_host else self._bytes()
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes that offloaded rows take in host memory."""
-        return self._bytes() if self._on_host else 0
+        """Bytes of the rows on the device."""
+        return 0 if self._on_host else sum(unit.nbytes for unit in self._units)
 
     def append(self, rows: Tensor) -> None:
-        """Keep more rows.
+        """Store the next rows.
 
         Args:
             rows: ``[n, D_r]``; copied.
@@ -75,13 +70,13 @@ class RowStore:
         place = slice(self._count, self._count + len(rows))
         for columns, unit in zip(self._columns, self._units, strict=True):
             part = rows[:, columns]
-            # Only a contiguous source is copied to the host without waiting.
+            # Only a contiguous source is copied to the host asynchronously.
             part = part.contiguous() if self._on_host else part
             unit[place].copy_(part, non_blocking=self._on_host)
         self._count += len(rows)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Give the rows of one unit that have come, on the device; not to be changed."""
+        """Return the rows of one unit on the device; do not change them."""
         if self._stream is None:
             return self._units[index][: self._count]
         self._begin_copy(index)
@@ -98,9 +93,9 @@ class RowStore:
         """Set columns to zero.
 
         Args:
-            columns: bool ``[D_r]``, True where the rows become zero.
+            columns: bool ``[D_r]``, True for columns that become zero.
         """
-        # No copy to or from the host may be under way.
+        # No copy to or from the host may be in progress.
         self._arriving.clear()
         if self._stream is not None:
             torch.cuda.synchronize(self._device)
@@ -111,11 +106,8 @@ class RowStore:
         stream = self._stream
         if stream is None or index in self._arriving:
             return
-        # The rows may still be on their way to the host.
+        # The copy of the rows to the host may still be in progress.
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             rows = self._units[index].to(self._device, non_blocking=True)
         self._arriving[index] = rows, stream.record_event()
-
-    def _bytes(self) -> int:
-        return sum(unit.numel() * unit.element_size() for unit in self._units)

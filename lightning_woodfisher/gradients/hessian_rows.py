@@ -1,16 +1,16 @@
 """Hessian rows for Hutchinson's estimator, in the shape of gradient rows.
 
-Row i is z∘Hz with random signs z and the Hessian H of the mean loss of mini-batch i; its
-expectation over z is diag(H) of the active weights. Rows travel to their owners as those
-of gradients do.
+Row i is z∘Hz with random signs z and the Hessian H of the mean loss of mini-batch i. Its
+expectation over z is diag(H) of the active weights. Rows are sent to their owners like
+gradient rows.
 """
 
 from __future__ import annotations
 
-__all__ = ["hutchinson", "twice_differentiable"]
+__all__ = ["make_hessian_derivative", "twice_differentiable"]
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +20,29 @@ from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.isolation import derive_seed
 
 
-def hutchinson(
-    parameters: Mapping[str, nn.Parameter], active: Mapping[str, Tensor], seed: int
+def make_hessian_derivative(
+    parameters: Mapping[str, nn.Parameter], positions: Mapping[str, Tensor], seed: int
 ) -> Callable[[Tensor, int], list[Tensor]]:
-    """Make the function that turns a loss into z∘Hz.
+    """Return a function that computes z∘Hz of a loss.
 
     Args:
-        parameters: what is differentiated by.
-        active: int64 positions of the active weights in each flattened parameter; z is
+        parameters: the parameters to differentiate with respect to, by name.
+        positions: int64 positions of the active weights in each flattened parameter; z is
             zero elsewhere, so that pruned weights add no noise.
-        seed: probe i is drawn under a seed of its own, the same on any number of ranks.
+        seed: probe i is drawn under a seed derived from this one and i.
 
     Returns:
-        Given a loss with graph and its number, one tensor for each parameter.
+        A function of a loss with graph and its number; one tensor for each parameter.
     """
 
     def products(loss: Tensor, index: int) -> list[Tensor]:
-        signs = _signs(parameters, active, derive_seed(seed, "probe", index))
+        signs = _signs(parameters, positions, derive_seed(seed, "probe", index))
         weights = list(parameters.values())
         try:
             gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
                 loss, weights, create_graph=True, allow_unused=True
             )
-            # A gradient without graph is constant, and adds nothing to the Hessian.
+            # A gradient without graph is constant and adds nothing to the Hessian.
             sums = [
                 (gradient * sign).sum()
                 for gradient, sign in zip(gradients, signs, strict=True)
@@ -68,25 +68,23 @@ def hutchinson(
     return products
 
 
-@contextlib.contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Let attention be computed by operations that can be differentiated twice.
+def twice_differentiable() -> contextlib.AbstractContextManager[None]:
+    """Compute attention by operations that can be differentiated twice.
 
-    Yields:
-        Nothing; the fused kernels of attention are not used inside.
+    Returns:
+        A context manager inside which no fused attention kernel is used.
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _signs(
-    parameters: Mapping[str, nn.Parameter], active: Mapping[str, Tensor], seed: int
+    parameters: Mapping[str, nn.Parameter], positions: Mapping[str, Tensor], seed: int
 ) -> list[Tensor]:
     """Draw z for every parameter."""
     generator = torch.Generator().manual_seed(seed)
     signs = []
     for name, parameter in parameters.items():
-        where = active[name]
+        where = positions[name]
         drawn = torch.randint(
             0, 2, (len(where),), generator=generator, dtype=torch.int8
         )

@@ -1,9 +1,9 @@
 """Many gradients from one forward and one backward pass.
 
 A batch of P·m samples gives P rows; row p is the gradient of the mean loss of samples
-p·m .. (p+1)·m - 1. The weight gradient of a linear or convolution layer is a sum of
-products of what went in and the gradient of what came out. Autograd is asked for the
-latter only, and the products are summed within each row instead of over the batch.
+p·m .. (p+1)·m - 1. The weight gradient of a linear or convolution layer is a sum of products
+of its inputs and the gradients of its outputs. Autograd computes the latter only, and the
+products are summed within each row instead of over the batch.
 
 Legend: P rows, m samples of a row, I/O channels in and out, G groups, L positions of the
 output, D active weights.
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 __all__ = [
     "LayerCall",
+    "find_obstacle",
     "is_plain",
     "per_sample_rows",
     "record_calls",
     "unfold",
-    "why_not",
 ]
 
 import contextlib
@@ -47,13 +47,13 @@ _CHANNEL_BLOCK = 8
 
 @dataclass
 class LayerCall:
-    """One call of a layer: what went in, and where the gradient will come out.
+    """One call of a layer: its inputs, and the graph edge of its outputs.
 
     Attributes:
-        layer: the one that was called.
-        inputs: what went in, without graph.
-        edge: of what came out.
-        names: of the wanted parameters, by their key in the layer.
+        layer: the layer.
+        inputs: the input tensor, without graph.
+        edge: the gradient edge of the output tensor.
+        names: names of the wanted parameters by their key in the layer.
     """
 
     layer: nn.Module
@@ -62,16 +62,18 @@ class LayerCall:
     names: dict[str, str] = field(default_factory=dict)
 
 
-def why_not(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str | None:
-    """Tell why :func:`per_sample_rows` cannot serve a model, as far as its layers show.
+def find_obstacle(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> str | None:
+    """Check the layers of a model for a reason not to use :func:`per_sample_rows`.
 
     Args:
         model: the network.
-        parameters: what gradients are taken of.
+        parameters: the parameters to differentiate with respect to, by name.
 
     Returns:
-        A reason, or None when every owner of a parameter is a plain linear or
-        convolution layer.
+        A reason, or None if every parameter belongs to a plain linear or convolution
+        layer.
     """
     wanted = {id(parameter): name for name, parameter in parameters.items()}
     for module in model.modules():
@@ -89,7 +91,7 @@ def why_not(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> str | N
 def per_sample_rows(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
-    active: Mapping[str, Tensor],
+    positions: Mapping[str, Tensor],
     compute_loss: Callable[[], Tensor],
     rows: Tensor,
     samples: int,
@@ -97,12 +99,12 @@ def per_sample_rows(
 ) -> tuple[float, torch.dtype]:
     """Fill rows with gradients.
 
-    Nothing is left in the model: no hook, no ``.grad``.
+    The model is left unchanged, without hooks and ``.grad``.
 
     Args:
-        model: the network; :func:`why_not` has no objection to it.
-        parameters: what gradients are taken of.
-        active: int64 positions of the active weights in each flattened parameter.
+        model: a network for which :func:`find_obstacle` returns None.
+        parameters: the parameters to differentiate with respect to, by name.
+        positions: int64 positions of the active weights in each flattened parameter.
         compute_loss: runs the model on P·m samples and returns their mean loss.
         rows: ``[P, D]``, overwritten: row p is the gradient of the mean loss of samples
             p·m .. (p+1)·m - 1.
@@ -113,11 +115,10 @@ def per_sample_rows(
         The mean loss of all samples, and the coarsest dtype of an output's gradient.
 
     Raises:
-        PruningError: when the loss is not finite, or a layer gets a tensor whose first
-            dimension does not number the samples.
+        PruningError: if the loss is not finite, or the first dimension of an input of a
+            layer is not the number of samples.
     """
-    calls: list[LayerCall] = []
-    with record_calls(model, parameters, calls):
+    with record_calls(model, parameters) as calls:
         loss = compute_loss()
     value = float(loss.detach())
     if not math.isfinite(value):
@@ -136,21 +137,22 @@ def per_sample_rows(
             [call.edge for call in calls],
             allow_unused=True,
         )
-    targets, start = {}, 0
-    for name in parameters:
-        targets[name] = rows[:, start : start + len(active[name])]
-        start += len(active[name])
+    lengths = [len(positions[name]) for name in parameters]
+    targets = dict(zip(parameters, torch.split(rows, lengths, dim=1), strict=True))
     written: set[str] = set()
     for call, gradient in zip(calls, outputs, strict=True):
         if gradient is None:
             continue
         for key, name in call.names.items():
-            _add(
-                targets[name],
-                _products(call, key, gradient, len(rows)),
-                active[name],
-                first=name not in written,
-            )
+            values = _products(call, key, gradient, len(rows))
+            everything = torch.arange(values.shape[1], device=values.device)
+            # With a pattern, all weights of a tensor may come in another order.
+            if not torch.equal(positions[name], everything):
+                values = values[:, positions[name]]
+            if name in written:
+                targets[name].add_(values)
+            else:
+                targets[name].copy_(values)
             written.add(name)
     for name in targets.keys() - written:
         targets[name].zero_()
@@ -161,13 +163,13 @@ def per_sample_rows(
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Tell whether a layer computes what its class in ``torch.nn`` says.
+    """Return whether a layer is a linear or convolution layer of ``torch.nn``.
 
     Args:
         module: any layer.
 
     Returns:
-        True for a Linear or convolution layer whose forward pass is that of torch.
+        True if it is, and its forward pass is that of torch.
     """
     for cls in _LAYERS:
         if isinstance(module, cls):
@@ -186,18 +188,18 @@ def is_plain(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def record_calls(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], calls: list[LayerCall]
-) -> Iterator[None]:
-    """Note the calls of all layers that own a parameter.
+    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> Iterator[list[LayerCall]]:
+    """Record the calls of all layers that own one of the parameters.
 
     Args:
         model: the network.
-        parameters: the wanted ones, by name.
-        calls: receives the calls, in order.
+        parameters: the wanted parameters, by name.
 
     Yields:
-        Nothing; hooks are there inside only.
+        A list that receives the calls, in order. Hooks exist inside the context only.
     """
+    calls: list[LayerCall] = []
     names = {id(parameter): name for name, parameter in parameters.items()}
     handles = []
 
@@ -211,7 +213,7 @@ def record_calls(
         if inputs.dim() < dimensions:
             raise PruningError(f"a {type(layer).__name__} got a sample without a batch")
         owned = layer.named_parameters(recurse=False)
-        # The edge, not the tensor: an operation in place would change what that means.
+        # The edge, not the tensor, whose meaning an in-place operation would change.
         edge = get_gradient_edge(output)
         used = {key: names[id(p)] for key, p in owned if id(p) in names}
         calls.append(LayerCall(layer, inputs.detach(), edge, used))
@@ -220,37 +222,24 @@ def record_calls(
         for module in model.modules():
             if any(id(p) in names for p in module.parameters(recurse=False)):
                 handles.append(
-                    # Before other hooks, which may replace the output.
+                    # Before other hooks, because these may replace the output.
                     module.register_forward_hook(record, prepend=True, with_kwargs=True)
                 )
-        yield
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _add(target: Tensor, values: Tensor, where: Tensor, first: bool) -> None:
-    """Put ``[P, n]`` values of a flattened parameter into its columns of the rows."""
-    everything = torch.arange(values.shape[1], device=where.device)
-    # With a pattern all weights of a tensor may come in another order.
-    if not torch.equal(where, everything):
-        values = values[:, where]
-    if first:
-        target.copy_(values)
-    else:
-        target.add_(values)
-
-
 @torch.no_grad()
 def _products(call: LayerCall, key: str, gradient: Tensor, count: int) -> Tensor:
-    """Gradient of one parameter in one call for every row, ``[P, n]``."""
+    """Compute the gradient of one parameter in one call for every row, ``[P, n]``."""
     layer = call.layer
     if isinstance(layer, _ConvNd):
         if key == "bias":
-            return gradient.reshape(count, -1, layer.out_channels, _rest(gradient)).sum(
-                dim=(1, 3)
-            )
-        # Autocast has run the layer in another dtype than that of its input.
+            pixels = math.prod(gradient.shape[2:])
+            return gradient.reshape(count, -1, layer.out_channels, pixels).sum((1, 3))
+        # Autocast may run the layer in another dtype than that of its input.
         inputs, padding = _padded(layer, call.inputs.to(gradient.dtype))
         if _by_convolution(layer, gradient, count):
             return _convolve(layer, inputs, padding, gradient, count)
@@ -263,10 +252,10 @@ def _products(call: LayerCall, key: str, gradient: Tensor, count: int) -> Tensor
 
 
 def unfold(layer: _ConvNd, inputs: Tensor) -> Tensor:
-    """Give what a convolution multiplies its weight with.
+    """Return the patches that the weight of a convolution multiplies.
 
     Args:
-        layer: the convolution; L are the positions of its output, k its taps.
+        layer: the convolution, with output positions L and kernel elements k.
         inputs: ``[S, C, ...]``.
 
     Returns:
@@ -285,12 +274,8 @@ def _windows(layer: _ConvNd, inputs: Tensor, padding: tuple[int, ...]) -> Tensor
     return inputs
 
 
-def _rest(gradient: Tensor) -> int:
-    return math.prod(gradient.shape[2:])
-
-
 def _padded(layer: _ConvNd, inputs: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Pad as far as a convolution cannot; return what it still has to pad."""
+    """Apply the padding that a convolution cannot; return the padding that is left."""
     none = (0,) * (inputs.dim() - 2)
     if layer.padding == "valid":
         return inputs, none
@@ -301,9 +286,9 @@ def _padded(layer: _ConvNd, inputs: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _by_convolution(layer: _ConvNd, gradient: Tensor, count: int) -> bool:
-    """Whether a grouped convolution beats unfolding and a matrix product."""
-    # Measured on CPUs: it does for 32-bit kernels of more than one tap over whole blocks
-    # of channels, unless weights outnumber the positions that they are summed over.
+    """Return whether a grouped convolution is faster than unfolding and a product."""
+    # Measured on CPUs: it is for 32-bit kernels of more than one element and at least a
+    # block of channels, unless there are more weights than positions to sum over.
     if gradient.device.type != "cpu" or gradient.dtype != torch.float32:
         return False
     if math.prod(layer.kernel_size) == 1:
@@ -321,7 +306,7 @@ def _convolve(
     gradient: Tensor,
     count: int,
 ) -> Tensor:
-    """Weight gradients as that of one convolution with P·G groups."""
+    """Compute weight gradients as that of one convolution with P·G groups."""
 
     def by_row(tensor: Tensor) -> Tensor:
         # [P·m, C, ...] -> [m, P·C, ...]
@@ -347,7 +332,7 @@ def _multiply(
     gradient: Tensor,
     count: int,
 ) -> Tensor:
-    """Weight gradients as a product of unfolded inputs and output gradients."""
+    """Compute weight gradients from products of unfolded inputs and output gradients."""
     inputs = _windows(layer, inputs, padding)
     groups, axes = layer.groups, len(padding)
     # [P·m, I, L.., k..] -> [P, m, G, I/G, L.., k..] -> [P·G, I/G·k, m·L]

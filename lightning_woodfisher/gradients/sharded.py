@@ -1,8 +1,8 @@
 """Gradient rows of a model whose parameters are sharded (FSDP2).
 
-Every rank takes part in every forward and backward pass, for those gather parameters.
-``.backward()`` leaves each rank its shard of the gradient, averaged over the ranks: it is
-this rank's slice of the row already, and no row is exchanged.
+Every rank takes part in every forward and backward pass, because the passes gather
+parameters. ``.backward()`` leaves each rank its shard of the gradient, averaged over the
+ranks. That shard is already this rank's part of the row, and no row is exchanged.
 """
 
 from __future__ import annotations
@@ -10,84 +10,65 @@ from __future__ import annotations
 __all__ = ["collect_sharded_gradients", "sharded_mean_loss"]
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_woodfisher.base.errors import PruningError
-from lightning_woodfisher.base.precision import common_dtype
 from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, seeded
-from lightning_woodfisher.data.losses import (
-    LossSource,
-    differentiable_loss,
-    lower_loss_scale,
-    run_loss,
-)
+from lightning_woodfisher.data.losses import LossSource, differentiable_loss, run_loss
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.distributed.dtensor import local, reshard
+from lightning_woodfisher.distributed.dtensor import reshard, to_local
+from lightning_woodfisher.gradients.task import GradientTask
 
 _T = TypeVar("_T")
 
 
 def collect_sharded_gradients(
-    source: LossSource,
-    count: int,
+    task: GradientTask,
     size: int,
-    parameters: Mapping[str, nn.Parameter],
-    active: Mapping[str, Tensor],
-    comm: Communicator,
-    seed: int,
-    losses: list[float],
-    tick: Callable[[int], object] = lambda _: None,
+    *,
     divisible: bool = True,
     choose: Callable[[int, int, int], Batches] | None = None,
 ) -> Iterator[Tensor]:
-    """Compute all gradients on all ranks and yield this rank's slice of them.
+    """Compute all gradients on all ranks and yield this rank's part of them.
 
-    Gradient i has the same samples for any number of ranks. Where R divides m each rank
-    evaluates m/R of them; otherwise all ranks evaluate all m, and the mean over ranks of
+    Gradient i has the same samples for any number of ranks. If R divides m, each rank
+    evaluates m/R of them. Otherwise all ranks evaluate all m, and the mean over ranks of
     equal gradients is that gradient.
 
     Args:
-        source: where losses come from, with its session entered.
-        count: N.
+        task: the gradients; its parameters are sharded.
         size: m.
-        parameters: what the gradient is taken of, sharded.
-        active: int64 positions of the active weights in each flattened local part.
-        comm: the ranks.
-        seed: of the samples; gradient i runs under ``derive_seed(seed, i)``.
-        losses: receives the N losses, in order, when all are done.
-        tick: called with the number of gradients that have been done.
-        divisible: False when the loss of a mini-batch is not the mean of its samples'
-            (BatchNorm in training mode).
-        choose: makes the mini-batches of N, m and a seed; by default those of the source.
+        divisible: False if the loss of a mini-batch is not the mean of the losses of its
+            samples (BatchNorm in training mode).
+        choose: returns the mini-batches of N, m and a seed; those of the source by default.
 
     Yields:
         Tensors of shape ``[1, D_r]``: gradients in order of i.
     """
+    comm, model = task.comm, task.source.model
     parts = 1
-    choose = source.batches if choose is None else choose
-    batches = choose(count, size, seed)
+    choose = task.source.batches if choose is None else choose
+    batches = choose(task.count, size, task.seed)
     if divisible and batches.regroupable and size % comm.world_size == 0:
         parts = comm.world_size
-        batches = choose(count * parts, size // parts, seed)
+        batches = choose(task.count * parts, size // parts, task.seed)
     offset = comm.rank if parts > 1 else 0
     # BatchNorm statistics differ between ranks in the middle of training.
-    comm.broadcast(source.model.buffers())
+    comm.broadcast(model.buffers())
     own = []
-    for index in range(count):
-        row, value = _gradient(
-            source, batches, index * parts + offset, parameters, active, comm, seed
-        )
+    for index in range(task.count):
+        row, value = _gradient(task, batches, index * parts + offset)
         own.append(value)
         yield row.unsqueeze(0)
-        tick(1)
-    reshard(source.model)
+        task.tick(1)
+    reshard(model)
     everyone = comm.gather_numbers(own)[:parts]
-    losses.extend(sum(values) / parts for values in zip(*everyone, strict=True))
+    task.losses.extend(sum(values) / parts for values in zip(*everyone, strict=True))
 
 
 @torch.no_grad()
@@ -109,86 +90,53 @@ def sharded_mean_loss(
     values: list[float] = []
     batch: Any = None
     for first in range(0, count, comm.world_size):
-        # A rank that is left without a batch must still gather parameters with the others.
+        # A rank without a batch must still gather parameters with the others.
         index = min(first + comm.rank, count - 1)
         with seeded(derive_seed(seed, index)):
             if first == 0 or first + comm.rank < count:
-                batch = _together(comm, functools.partial(batches.fetch, index))
+                batch = comm.run_together(functools.partial(batches.fetch, index))
             else:
-                comm.agree(None)
-            value = _together(comm, functools.partial(run_loss, source, batch, index))
+                comm.raise_together(None)
+            value = comm.run_together(functools.partial(run_loss, source, batch, index))
             values.append(float(value))
     reshard(source.model)
     columns = comm.gather_numbers(values)
     return [columns[i % comm.world_size][i // comm.world_size] for i in range(count)]
 
 
-def _gradient(
-    source: LossSource,
-    batches: Batches,
-    index: int,
-    parameters: Mapping[str, nn.Parameter],
-    active: Mapping[str, Tensor],
-    comm: Communicator,
-    seed: int,
-) -> tuple[Tensor, float]:
-    """Give this rank's slice of the mean over ranks, and this rank's loss."""
-    scale = source.loss_scale
-    with seeded(derive_seed(seed, index)):
-        batch = _together(comm, lambda: batches.fetch(index))
-        while True:
-            loss = _together(
-                comm, lambda: differentiable_loss(source, batches, index, batch)
+def _gradient(task: GradientTask, batches: Batches, index: int) -> tuple[Tensor, float]:
+    """Return this rank's part of the mean over ranks, and this rank's loss."""
+    comm = task.comm
+    with task.seeded(index):
+        batch = comm.run_together(lambda: batches.fetch(index))
+        for scale in task.loss_scales():
+            loss = comm.run_together(
+                lambda: differentiable_loss(task.source, batches, index, batch)
             )
             (loss * scale).backward()  # type: ignore[no-untyped-call]
-            row = _take_row(source.model, parameters, active).div_(scale)
+            row = _take_row(task).div_(scale)
             # Ranks see different parts of the gradient, but must decide alike.
             bad = (~row.isfinite()).sum().reshape(1)
             if int(comm.sum_integers(bad)) == 0:
                 return row, float(loss.detach())
-            # float16 has overflowed under the scale of the GradScaler.
-            lower = lower_loss_scale(scale)
-            if lower is None:
-                raise PruningError(
-                    f"gradient {index} ({batches.describe(index)}) is not finite"
-                )
-            scale = lower
+    raise PruningError(f"gradient {index} ({batches.describe(index)}) is not finite")
 
 
-def _take_row(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    active: Mapping[str, Tensor],
-) -> Tensor:
+def _take_row(task: GradientTask) -> Tensor:
     """Move the gradient out of ``.grad``, ``[D_r]``."""
-    dtype = common_dtype(parameters.values())
-    if all(parameter.grad is None for parameter in parameters.values()):
+    if all(parameter.grad is None for parameter in task.parameters.values()):
         raise PruningError(
             "the backward pass has left no gradient in the shards of the selected "
             "parameters: is set_requires_gradient_sync(False) in force, or does the loss "
             "not depend on them?"
         )
     pieces = []
-    for name, parameter in parameters.items():
-        where = active[name]
+    for name, parameter in task.parameters.items():
+        where = task.positions[name]
         if parameter.grad is None:
-            pieces.append(torch.zeros(len(where), dtype=dtype, device=where.device))
+            pieces.append(where.new_zeros(len(where), dtype=task.dtype))
         else:
-            pieces.append(local(parameter.grad).reshape(-1)[where].to(dtype))
-    for parameter in model.parameters():
+            pieces.append(to_local(parameter.grad).reshape(-1)[where].to(task.dtype))
+    for parameter in task.source.model.parameters():
         parameter.grad = None
     return torch.cat(pieces)
-
-
-def _together(comm: Communicator, compute: Callable[[], _T]) -> _T:
-    """Compute on every rank, or fail on every rank."""
-    # A rank that fails alone in the middle of a forward pass cannot be helped: the others
-    # wait for it in a collective of the model, as they would in training.
-    result: _T | None = None
-    error: Exception | None = None
-    try:
-        result = compute()
-    except Exception as caught:
-        error = caught
-    comm.agree(error)
-    return cast("_T", result)

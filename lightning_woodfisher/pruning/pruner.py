@@ -41,7 +41,6 @@ from lightning_woodfisher.pruning.stage_results import StageResult, summarize
 from lightning_woodfisher.pruning.stages import Stages
 from lightning_woodfisher.pruning.step_length import StepLength
 from lightning_woodfisher.weights.active import ActiveWeights
-from lightning_woodfisher.weights.agreement import require_same
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import parse_pattern
 from lightning_woodfisher.weights.rollback import rollback_on_error
@@ -124,7 +123,7 @@ class Pruner:
             self.comm.failing_together(lambda: clock.phase),
         ):
             with clock("check"):
-                require_same(self.masks, self.comm, "before the step")
+                self.masks.require_equal_on_ranks(self.comm, "before the step")
             quotas = self._quotas(target_sparsity, final_sparsity)
             zeros_before = self.masks.zeros()
             with sampling.session():
@@ -156,7 +155,7 @@ class Pruner:
                 **selector.flops_before_and_after(),
             )
             with clock("check"):
-                require_same(self.masks, self.comm, "after the step")
+                self.masks.require_equal_on_ranks(self.comm, "after the step")
         return report
 
     def rehearse(self, source: LossSource) -> None:

@@ -132,7 +132,7 @@ def make_quotas(
         weights[group] += layers.weights[layer]
         zeros[group] += layers.zeros[layer]
         if pattern.is_grouped:
-            leaving = pattern.leaving(layers.shapes[layer])
+            leaving = pattern.removed_per_group(layers.shapes[layer])
             grains[group] = max(grains[group], leaving)
     quotas = Quotas(
         tuple(competitors),
@@ -288,7 +288,9 @@ def _require_feasible(
         members = [i for i, g in enumerate(quotas.competitors) if g == group]
         room = 0
         for i in members:
-            leaving = pattern.leaving(layers.shapes[i]) if pattern.is_grouped else 1
+            leaving = (
+                pattern.removed_per_group(layers.shapes[i]) if pattern.is_grouped else 1
+            )
             room += quotas.caps[i] - quotas.caps[i] % leaving
         if wanted - room >= quotas.granularity[group]:
             names = ", ".join(layers.names[i] for i in members[:8])

@@ -14,18 +14,12 @@ from torch import Tensor
 from lightning_woodfisher.base.clock import PhaseClock, Progress, no_progress
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.criteria import Criterion
-from lightning_woodfisher.criteria.kronecker_factors import (
-    KroneckerFactors,
-    collect_factors,
-)
-from lightning_woodfisher.data.batches import Batches, KeptBatches
+from lightning_woodfisher.data.batches import Batches, CachedBatches
 from lightning_woodfisher.data.batchnorm import BatchNormStatistics, estimate_statistics
 from lightning_woodfisher.data.isolation import derive_seed
-from lightning_woodfisher.data.losses import LossSource, mean_loss
-from lightning_woodfisher.data.nonfinite import SkippedGradients
-from lightning_woodfisher.data.sampled_labels import UnlabelledBatches
+from lightning_woodfisher.data.losses import LossSource, compute_losses
+from lightning_woodfisher.data.sampled_labels import UnlabeledBatches
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.distributed.dtensor import undisturbed
 from lightning_woodfisher.fisher.config import (
     FisherConfig,
     first_order_batches,
@@ -33,11 +27,20 @@ from lightning_woodfisher.fisher.config import (
     rows_in_chunk,
 )
 from lightning_woodfisher.gradients.collect import collect_gradients, iterate_chunks
-from lightning_woodfisher.gradients.hessian_rows import hutchinson, twice_differentiable
+from lightning_woodfisher.gradients.hessian_rows import (
+    make_hessian_derivative,
+    twice_differentiable,
+)
+from lightning_woodfisher.gradients.kronecker_factors import (
+    KroneckerFactors,
+    collect_factors,
+)
+from lightning_woodfisher.gradients.nonfinite import SkippedGradients
 from lightning_woodfisher.gradients.sharded import (
     collect_sharded_gradients,
     sharded_mean_loss,
 )
+from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.pruning.flops import LayerFlops, count_flops
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks
@@ -96,11 +99,7 @@ class Sampling:
         Yields:
             Nothing.
         """
-        sharded = self._masks.sharded
-        with (
-            undisturbed(self._source.model) if sharded else contextlib.nullcontext(),
-            self._source.session(self._fisher.model_mode),
-        ):
+        with self._source.session(self._fisher.model_mode):
             yield
 
     def observe(
@@ -126,7 +125,7 @@ class Sampling:
                 losses = self.measure(seed)
             # They are of the same groups as the losses after the step.
             return losses if self._measure_loss else [], "factors of layers"
-        fisher, curved = self._fisher, criterion.needs == "curvature rows"
+        fisher, curved = self._fisher, criterion.needs == "hessian rows"
         losses = []
         notes: list[str] = []
         what = "Hessian products" if curved else "gradients"
@@ -144,8 +143,8 @@ class Sampling:
                 criterion.leave_out(len(left_out))
             self._observe_first_order(criterion, active, seed)
         # The loss after the step is measured in groups and on the labels of the data, and
-        # so must be the one before.
-        if self._group(seed) > 1 or fisher.sample_labels:
+        # so must be the one before. Stored rows come without losses.
+        if not losses or self._group(seed) > 1 or fisher.sample_labels:
             losses = self.measure(seed)
         return losses, "; ".join(notes)
 
@@ -168,13 +167,17 @@ class Sampling:
             tick: called with the number of gradients that have been done.
             notes: receives how gradients were computed.
             fisher: how many gradients of how many samples, if not as given at first.
-            curved: rows are z∘Hz (:mod:`.curvature`).
+            curved: rows are z∘Hz (:mod:`.hessian_rows`).
 
         Returns:
             This rank's slice of all gradients, in order: tensors ``[n, D_r]``.
         """
         losses = [] if losses is None else losses
         notes = [] if notes is None else notes
+        if fisher is None and not curved:
+            stored = self._stored_rows(active, seed, tick, notes)
+            if stored is not None:
+                return stored
         # Other samples are read once and make no room for themselves.
         choose = self._batches_of_gradients
         if fisher is not None:
@@ -183,46 +186,50 @@ class Sampling:
         count, size = fisher.num_gradients, fisher.gradient_batch_size
         skipped = SkippedGradients(fisher.max_nonfinite, self._comm)
         self._skipped[seed, count, size] = skipped
+        task = GradientTask(
+            self._source,
+            parameters,
+            active.positions,
+            count,
+            seed,
+            self._comm,
+            losses,
+            tick,
+        )
         if self._masks.sharded:
             self._require_no_limit(fisher.max_nonfinite)
             if curved:
                 self._require_whole_parameters("hessian_diagonal")
             notes.append("loop: the model is sharded")
+            divisible = fisher.model_mode == "eval"
             return collect_sharded_gradients(
-                self._source,
-                count,
-                size,
-                parameters,
-                active.positions,
-                self._comm,
-                seed,
-                losses,
-                tick,
-                divisible=fisher.model_mode == "eval",
-                choose=choose,
+                task, size, divisible=divisible, choose=choose
             )
         rows = collect_gradients(
-            self._source,
+            task,
             choose(count, size, seed),
-            parameters,
-            active.positions,
             active.partition.shard_sizes(),
-            count,
-            self._comm,
-            seed,
-            losses,
-            tick,
             collection="loop" if curved else fisher.collection,
             row_dtype=fisher.row_dtype,
             note=(lambda _: notes.append("loop: Hessian products"))
             if curved
             else notes.append,
-            derivative=hutchinson(parameters, active.positions, seed)
+            derivative=make_hessian_derivative(parameters, active.positions, seed)
             if curved
             else None,
             skipped=skipped,
         )
         return _in_context(twice_differentiable, rows) if curved else rows
+
+    def _stored_rows(
+        self,
+        active: ActiveWeights,
+        seed: int,
+        tick: Callable[[int], object],
+        notes: list[str],
+    ) -> Iterator[Tensor] | None:
+        """Return gradients that a subclass has stored, or None to compute them."""
+        return None
 
     def factors(
         self,
@@ -246,18 +253,18 @@ class Sampling:
             self.clock("collect"),
             self._progress("Collecting factors", count) as tick,
         ):
-            return collect_factors(
+            task = GradientTask(
                 self._source,
-                self._batches_of_gradients(count, size, seed),
                 self._masks.parameters,
                 active.positions,
-                active.partition,
                 count,
-                self._comm,
                 seed,
+                self._comm,
                 [] if losses is None else losses,
                 tick,
             )
+            batches = self._batches_of_gradients(count, size, seed)
+            return collect_factors(task, batches, active.partition)
 
     def rehearse(self, criterion: Criterion, seed: int, pattern: Pattern) -> None:
         """Compute what a criterion needs, and drop it.
@@ -276,7 +283,7 @@ class Sampling:
         if criterion.needs == "factors":
             self.factors(active, seed)
             return
-        for _ in self.rows(active, seed, curved=criterion.needs == "curvature rows"):
+        for _ in self.rows(active, seed, curved=criterion.needs == "hessian rows"):
             pass
 
     def _require_whole_parameters(self, criterion: str) -> None:
@@ -359,7 +366,7 @@ class Sampling:
         batches = self._batches(count, size, seed)
         if self._masks.sharded:
             return sharded_mean_loss(self._source, batches, count, self._comm, seed)
-        return mean_loss(
+        return compute_losses(
             self._source,
             batches,
             count,
@@ -438,7 +445,7 @@ class Sampling:
             batches = self._fresh_batches(*key)
             if not batches.regroupable:
                 return batches
-            self._kept = key, KeptBatches(batches, _BYTES_OF_SAMPLES_KEPT)
+            self._kept = key, CachedBatches(batches, _BYTES_OF_SAMPLES_KEPT)
         return self._kept[1]
 
     def _groups(self, seed: int) -> tuple[int, int]:
@@ -453,7 +460,7 @@ class Sampling:
         batches = choose(count, size, seed)
         if not self._fisher.sample_labels:
             return batches
-        return UnlabelledBatches(batches, seed, self._source.model)
+        return UnlabeledBatches(batches, seed, self._source.model)
 
     def _group(self, seed: int) -> int:
         """How many mini-batches are evaluated as one."""

@@ -10,7 +10,7 @@ __all__ = [
     "Selector",
     "is_too_sparse",
     "layers_of",
-    "take_zeros",
+    "prune_zeros",
     "weights_to_remove",
 ]
 
@@ -126,12 +126,12 @@ class Selector:
         leaving: Tensor | None = None
         if self.pattern.is_grouped:
             costs, leaving = criterion.score_groups(weights, active.runs, self.pattern)
-            layers = active.layers_of_groups()
-            each = [self.pattern.leaving(s) for s in self._shapes()]
+            layers = active.group_layers()
+            each = [self.pattern.removed_per_group(s) for s in self._shapes()]
             sizes = self._by_layer(each, layers)
             scores = costs / sizes
         else:
-            scores, layers = criterion.score(weights), active.layers()
+            scores, layers = criterion.score(weights), active.weight_layers()
             if removed is not None:
                 scores = scores.masked_fill(removed, math.inf)
         power = self._selection.flops_power
@@ -161,7 +161,7 @@ class Selector:
         )
         if candidates.leaving is None:
             return chosen, thresholds
-        return active.members(chosen) & candidates.leaving, thresholds
+        return active.weights_in_groups(chosen) & candidates.leaving, thresholds
 
     def flops_before_and_after(self) -> dict[str, Any]:
         """Return FLOPs before the step and now, as fields of a report; none if not counted."""
@@ -285,7 +285,7 @@ def layers_of(masks: Masks) -> Layers:
     )
 
 
-def take_zeros(masks: Masks, selection: SelectionConfig) -> None:
+def prune_zeros(masks: Masks, selection: SelectionConfig) -> None:
     """Mark weights that are exactly zero as pruned. Call on all ranks.
 
     With a pattern, only groups with all the zeros that the pattern asks for count.
@@ -296,10 +296,13 @@ def take_zeros(masks: Masks, selection: SelectionConfig) -> None:
     """
     pattern = parse_pattern(selection.pattern)
     if not pattern.is_grouped:
-        masks.take_zeros()
+        masks.prune_zeros()
         return
-    masks.grow(
-        {name: pattern.complete(masks.local(name) == 0) for name in masks.parameters}
+    masks.prune(
+        {
+            name: pattern.complete_groups(masks.local(name) == 0)
+            for name in masks.parameters
+        }
     )
 
 

@@ -127,7 +127,7 @@ class StepLength:
             )
             losses = measured[scales]
             for name, other in alternatives.items():
-                if self._active.is_same(directions[0], other):
+                if self._active.is_close(directions[0], other):
                     continue
                 trial = (self._largest, *scales[1:])
                 instead = (other, *directions[1:])
@@ -144,7 +144,7 @@ class StepLength:
 
     def _losses(self, change: Tensor, removed: Tensor) -> list[float]:
         """Return the losses at trial weights; none if the weights are not finite."""
-        if not self._active.try_on(self._weights + change, removed):
+        if not self._active.write_trial(self._weights + change, removed):
             return []
         return self._sampling.measure_trial(self._seed)
 

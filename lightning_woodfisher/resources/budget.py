@@ -1,11 +1,11 @@
-"""Whether a pruning step fits into memory, asked before the first one."""
+"""Check that a pruning step fits into memory before the first step."""
 
 from __future__ import annotations
 
-__all__ = ["fit_into_memory", "free_bytes", "require_one_device", "within_memory"]
+__all__ = ["fit_into_memory", "free_bytes", "require_one_device"]
 
 import dataclasses
-import os
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,104 +15,118 @@ from torch import nn
 from lightning_woodfisher.base.byte_sizes import format_bytes
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.pruning.config import PruningConfig
-from lightning_woodfisher.resources.estimate import ResourceEstimate, estimate_counts
-from lightning_woodfisher.resources.workload import Work
+from lightning_woodfisher.resources.estimate import ResourceEstimate, estimate_workload
+from lightning_woodfisher.resources.workload import Workload
 from lightning_woodfisher.weights.masks import Masks
-from lightning_woodfisher.weights.patterns import parse_pattern
 
-# What tests allow between the estimate and the bytes counted.
+# Tests allow this ratio between counted and estimated bytes.
 _TOLERANCE = 1.15
 
 
 def require_one_device(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse parameters without values, or on several devices.
+    """Refuse parameters without values or on several devices.
 
     Args:
-        parameters: the selected ones.
+        parameters: the selected parameters by name.
 
     Raises:
-        ConfigurationError: naming some of them.
+        ConfigurationError: with the names of some of them.
     """
     devices: dict[torch.device, str] = {}
     for name, parameter in parameters.items():
         devices.setdefault(parameter.device, name)
-    if any(device.type == "meta" for device in devices):
-        raise ConfigurationError(
-            f"{devices[torch.device('meta')]} is on the meta device and has no values; "
-            "give the weights memory (to_empty) and values before pruning."
-        )
+    for device, name in devices.items():
+        if device.type == "meta":
+            raise ConfigurationError(
+                f"{name} is on the meta device and has no values; allocate the weights "
+                "(to_empty) and initialize them before pruning."
+            )
     if len(devices) > 1:
         found = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise ConfigurationError(
             f"the selected weights are on several devices ({found}); move the model to "
-            "one, or leave some out with selection.include or exclude."
+            "one device, or restrict the selection with selection.include or exclude."
         )
 
 
 def fit_into_memory(
-    work: Work, comm: Communicator, ranks_on_host: int = 1
-) -> tuple[FisherConfig, ResourceEstimate]:
-    """Check a step against ``fisher.memory_budget``, or the memory that is free.
+    masks: Masks, config: PruningConfig, comm: Communicator, ranks_on_host: int = 1
+) -> tuple[PruningConfig, ResourceEstimate]:
+    """Check the next step against ``fisher.memory_budget``, or against free memory.
 
-    With a budget that the step exceeds, gradient rows move to host memory where that is
-    another memory and enough; nothing that changes the result is changed. Without a
-    budget only what cannot fit is refused.
+    If the step exceeds the budget on a GPU, gradient rows are offloaded to host memory
+    where that is enough; no setting that changes the result is touched. Without a budget,
+    only a step that certainly does not fit is refused.
 
     Args:
-        work: the part of a step with most active weights.
+        masks: current masks.
+        config: settings of the step.
         comm: the ranks.
-        ranks_on_host: how many of them share the memory of this machine.
+        ranks_on_host: number of ranks that share the memory of this machine.
 
     Returns:
-        The settings to use and their estimate.
+        The settings to use, and their estimate.
 
     Raises:
-        ConfigurationError: with what is needed and what would fit; on every rank.
+        ConfigurationError: on every rank, with the memory needed and settings that fit.
     """
-    fisher = work.fisher
-    budget = fisher.memory_budget
+    zeros, parameters = masks.zeros(), masks.parameters
+    workload = Workload(
+        config,
+        [parameter.shape for parameter in parameters.values()],
+        [parameter.numel() - zeros[name] for name, parameter in parameters.items()],
+        comm.world_size,
+        max(parameter.element_size() for parameter in parameters.values()),
+        torch.get_num_threads() if comm.device.type == "cpu" else 1,
+        masks.sharded,
+    )
+    budget = config.fisher.memory_budget
     if budget is not None:
-        cost = estimate_counts(work, budget)
-        if not cost.fits and comm.device.type == "cuda" and not fisher.offload_rows:
-            offloaded = dataclasses.replace(fisher, offload_rows=True)
-            there = estimate_counts(dataclasses.replace(work, fisher=offloaded), budget)
+        cost = estimate_workload(workload, budget)
+        if cost.fits:
+            return config, cost
+        if comm.device.type == "cuda":
+            fisher = dataclasses.replace(config.fisher, offload_rows=True)
+            offloaded = dataclasses.replace(config, fisher=fisher)
+            there = estimate_workload(
+                dataclasses.replace(workload, config=offloaded), budget
+            )
             if there.fits:
                 return offloaded, there
-        if not cost.fits:
-            raise ConfigurationError(
-                f"fisher.memory_budget={budget!r} is too small. The pruning step "
-                f"{cost.verdict}."
-            )
-        return fisher, cost
-    cost = estimate_counts(work)
-    sharing = ranks_on_host if comm.device.type == "cpu" else 1
-    free = _least_free(comm)
-    if free is not None and _least_needed(cost, sharing) > free:
-        advice = estimate_counts(work, max(1, free // sharing))
         raise ConfigurationError(
-            f"{format_bytes(free)} are free on {comm.device} for {sharing} rank(s). The "
-            f"pruning step {advice.verdict}."
+            f"fisher.memory_budget={budget!r} is too small: the pruning step "
+            f"{cost.verdict}."
         )
-    return fisher, cost
+    cost = estimate_workload(workload)
+    sharing = ranks_on_host if comm.device.type == "cpu" else 1
+    known = free_bytes(comm.device)
+    rows = comm.gather_numbers([math.inf if known is None else known])
+    free = min(row[0] for row in rows)
+    # Ranks that share memory need at least this much of it together.
+    needed = max(sharing * cost.smallest_peak_bytes, cost.peak_bytes) / _TOLERANCE
+    if needed > free:
+        advice = estimate_workload(workload, max(1, int(free) // sharing))
+        raise ConfigurationError(
+            f"{format_bytes(free)} are free on {comm.device} for {sharing} rank(s), but "
+            f"the pruning step {advice.verdict}."
+        )
+    return config, cost
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Ask for the memory that tensors on a device could still take.
+    """Return the memory that is available for new tensors on a device.
 
     Args:
-        device: which one.
+        device: the device.
 
     Returns:
-        Bytes, or None when that cannot be known.
+        Bytes, or None if unknown.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
-            device
-        )
-        return int(free + unused)
+        reserved = torch.cuda.memory_reserved(device)
+        return int(free + reserved - torch.cuda.memory_allocated(device))
     if device.type != "cpu":
         return None
     try:
@@ -120,57 +134,4 @@ def free_bytes(device: torch.device) -> int | None:
         found = dict(line.split(":", 1) for line in lines)
         return int(found["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
         return None
-
-
-def _least_free(comm: Communicator) -> int | None:
-    """Free memory of the rank with the least of it, the same number on every rank."""
-    known = free_bytes(comm.device)
-    rows = comm.gather_numbers([-1.0 if known is None else float(known)])
-    least = min((row[0] for row in rows if row[0] >= 0), default=None)
-    return None if least is None else int(least)
-
-
-def _least_needed(cost: ResourceEstimate, sharing: int) -> float:
-    """What the ranks that share one memory are sure to take of it together."""
-    return max(sharing * cost.smallest_peak_bytes, cost.peak_bytes) / _TOLERANCE
-
-
-def within_memory(
-    masks: Masks, config: PruningConfig, comm: Communicator, ranks_on_host: int = 1
-) -> tuple[PruningConfig, ResourceEstimate]:
-    """Check that the next step fits into memory; see :func:`~.budget.fit_into_memory`.
-
-    Args:
-        masks: what is pruned already.
-        config: how to prune.
-        comm: the ranks.
-        ranks_on_host: how many of them share the memory of this machine.
-
-    Returns:
-        The settings, changed where only that makes it fit, and the estimate.
-    """
-    zeros = masks.zeros()
-    weights = {name: p.numel() for name, p in masks.parameters.items()}
-    work = Work(
-        list(weights.values()),
-        [count - zeros[name] for name, count in weights.items()],
-        config.fisher,
-        comm.world_size,
-        config.criterion,
-        config.step.update,
-        max(p.element_size() for p in masks.parameters.values()),
-        torch.get_num_threads() if comm.device.type == "cpu" else 1,
-        masks.sharded,
-        [p.shape for p in masks.parameters.values()],
-        config.step.line_search,
-        config.step.measure_loss,
-        config.step.local_model_points,
-        parse_pattern(config.selection.pattern),
-    )
-    fisher, cost = fit_into_memory(work, comm, ranks_on_host)
-    return dataclasses.replace(config, fisher=fisher), cost

@@ -1,4 +1,4 @@
-"""What a pruning step will cost each rank, before it is run.
+"""Estimate what a pruning step costs each rank, before anything is run.
 
 Bytes, traffic and floating-point operations follow from the shapes, the settings and the
 number of ranks; nothing is allocated. The formulas are in :mod:`.costs`.
@@ -6,9 +6,11 @@ number of ranks; nothing is allocated. The formulas are in :mod:`.costs`.
 
 from __future__ import annotations
 
-__all__ = ["ResourceEstimate", "estimate", "estimate_counts"]
+__all__ = ["ResourceEstimate", "estimate", "estimate_workload"]
 
+import bisect
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,65 +19,67 @@ from typing import Any
 from torch import nn
 
 from lightning_woodfisher.base.byte_sizes import format_bytes, format_count, parse_bytes
-from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.base.errors import require_integer, require_number
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.pruning.config import (
+    PruningConfig,
     SelectionConfig,
+    StepConfig,
 )
 from lightning_woodfisher.pruning.report import format_table
 from lightning_woodfisher.resources.costs import (
     Memory,
-    host_bytes,
-    rank_flops,
-    rank_memory,
-    rank_traffic,
+    count_flops,
+    count_host_bytes,
+    count_memory,
+    count_traffic,
 )
-from lightning_woodfisher.resources.workload import Work
+from lightning_woodfisher.resources.workload import Workload
 from lightning_woodfisher.weights.layers import prunable_parameters
-from lightning_woodfisher.weights.patterns import parse_pattern
 
 # More ranks than this are not proposed.
 _MOST_RANKS = 2**16
+_COLUMNS = ("state", "rows", "workspace", "copies")
 
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """What one part of a pruning step costs; per rank, the one with the most of it.
+    """Cost of one stage of a pruning step, for the rank with the highest cost.
 
     The activations of the network, its gradients in training and the optimizer are not
-    part of it. With ``recompute_steps`` the step has that many parts, none of which costs
+    included. With ``recompute_steps`` a step has that many stages, none of which costs
     more.
 
     Attributes:
-        weights: selected weights.
-        active: those of them that are not pruned yet, D.
+        weights: number of selected weights.
+        active: number of selected weights that are not pruned yet, D.
         engine: ``"primal"``, ``"dual"``, ``"full"``; ``"diagonal"``, ``"factors"`` (K-FAC), or
             ``"none"`` for magnitude.
-        fisher: the settings.
+        fisher: settings of the Fisher.
         world_size: number of ranks, R.
-        blocks: blocks of the Fisher.
-        idle_ranks: ranks that own no block.
-        rank: the one with the highest peak.
-        phases: its bytes by phase of the step.
-        host_bytes: bytes of rows that it keeps in host memory.
-        smallest_peak_bytes: peak of the rank with the lowest one.
+        blocks: number of blocks of the Fisher.
+        idle_ranks: number of ranks that own no block.
+        rank: index of the rank with the highest peak.
+        phases: memory of that rank by phase of the step.
+        host_bytes: bytes of rows in host memory.
+        smallest_peak_bytes: peak of the rank with the lowest peak.
         bytes_sent: bytes that a rank sends: ``"exchange"`` of gradient rows, ``"gather"``
-            of new weights, ``"search"`` of weights on trial, ``"reduce"`` (full Fisher).
+            of new weights, ``"search"`` of trial weights, ``"reduce"`` (full Fisher).
         total_bytes_sent: all but ``"reduce"`` of all ranks together, as in
             :attr:`PruningReport.bytes_exchanged`.
         flops: floating-point operations by phase, without those of the gradients.
-        gradient_passes: gradients of mini-batches that a rank computes.
-        first_order_passes: the same of the mini-batches of ``first_order_samples``, which
-            have up to 256 samples.
-        loss_passes: losses of mini-batches that a rank computes without a gradient: trials
-            of the search, before and after, and points of the local model.
-        trials: fewest and most losses that the search measures; the other numbers are
-            for a usual search.
-        seconds: estimated seconds by phase, of those phases whose rate was given.
-        memory: bytes that a rank may use, None when not said.
-        largest_block_size: largest B that fits, the rest unchanged; None when there is
-            none, or nothing needed to be changed.
+        gradient_passes: number of mini-batches of which a rank computes gradients.
+        first_order_passes: the same for the mini-batches of ``first_order_samples``, of up
+            to 256 samples each.
+        loss_passes: number of mini-batches of which a rank computes losses without
+            gradients: in the step search, before and after the step, and at points of the
+            local model.
+        trials: fewest and most losses that the step search measures; all other numbers
+            assume a usual search.
+        seconds: estimated seconds of the phases whose rate was given.
+        memory: bytes available on a rank, None if not given.
+        largest_block_size: largest B that fits with all other settings unchanged; None if
+            no B fits, or the step fits.
         largest_num_gradients: the same for N.
         world_size_needed: the same for the smallest number of ranks.
     """
@@ -107,95 +111,78 @@ class ResourceEstimate:
     @property
     def state_bytes(self) -> int:
         """Bytes of Fisher state on the device."""
-        return max(phase.state for phase in self.phases.values())
-
-    @property
-    def rows_bytes(self) -> int:
-        """Most bytes of gradient rows on their way."""
-        return max(phase.rows for phase in self.phases.values())
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Most bytes of matrices in work."""
-        return max(phase.workspace for phase in self.phases.values())
-
-    @property
-    def copies_bytes(self) -> int:
-        """Most bytes of whole vectors."""
-        return max(phase.copies for phase in self.phases.values())
+        return self._largest("state")
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes at one time; less than the sum of the parts' own maxima."""
-        return max(phase.total for phase in self.phases.values())
+        """Most bytes at one time; less than the sum of the columns' maxima."""
+        return self._largest("total")
+
+    def _largest(self, column: str) -> int:
+        return max(int(getattr(phase, column)) for phase in self.phases.values())
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak is within ``memory``; None when that was not given."""
+        """Whether the peak is within ``memory``; None if that was not given."""
         return None if self.memory is None else self.peak_bytes <= self.memory
 
     @property
     def verdict(self) -> str:
-        """Whether it fits, and else what would; one sentence."""
-        need = f"{format_bytes(self.peak_bytes)} on each rank"
+        """Whether the step fits into memory, and if not, which changes would help."""
+        need = f"{format_bytes(self.peak_bytes)} per rank"
         if self.memory is None:
             return f"needs {need}"
-        given = format_bytes(self.memory)
+        available = format_bytes(self.memory)
         if self.fits:
-            return f"fits: {need} of {given}"
-        found = {
-            "block_size": self.largest_block_size,
-            "num_gradients": self.largest_num_gradients,
+            return f"fits: needs {need}, {available} available"
+        remedies = {
+            f"block_size={self.largest_block_size}": self.largest_block_size,
+            f"num_gradients={self.largest_num_gradients}": self.largest_num_gradients,
+            f"{self.world_size_needed} devices": self.world_size_needed,
         }
-        remedies = [f"{k}={v}" for k, v in found.items() if v is not None]
-        if self.world_size_needed is not None:
-            remedies.append(f"{self.world_size_needed} devices")
-        if not remedies:
-            least = "no block size, number of gradients or number of devices would"
-            return f"does not fit: {need}, but there is {given}; {least}"
-        return (
-            f"does not fit: {need}, but there is {given}; what would: "
-            f"{' or '.join(remedies)}"
-        )
+        found = " or ".join(text for text, value in remedies.items() if value)
+        found = found or "no block size, number of gradients or number of devices"
+        return f"does not fit: needs {need}, {available} available; {found} would fit"
 
     def summary(self) -> str:
-        """Say in a few sentences what matters before training.
+        """Summarize the memory of a step in a few sentences.
 
         Returns:
             One line.
         """
         text = (
-            f"A step takes up to {format_bytes(self.peak_bytes)} on a rank "
-            f"({format_bytes(self.state_bytes)} of it the Fisher), beside the network's "
-            "activations."
+            f"A step needs up to {format_bytes(self.peak_bytes)} per rank "
+            f"({format_bytes(self.state_bytes)} of it for the Fisher), in addition to the "
+            "activations of the network."
         )
         if self.host_bytes:
-            text += f" Rows lie in host memory: {format_bytes(self.host_bytes)}."
+            text += f" Rows in host memory: {format_bytes(self.host_bytes)}."
         if self.idle_ranks:
             text += (
-                f" {self.idle_ranks} of {self.world_size} ranks own no block: there are "
-                "too few blocks for more ranks."
+                f" {self.idle_ranks} of {self.world_size} ranks own no block, because "
+                "there are too few blocks."
             )
         return text
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to plain types, for JSON.
+        """Convert to plain types for JSON.
 
         Returns:
             Nested dicts, numbers, strings and None, with the derived numbers.
         """
         plain = dataclasses.asdict(self)
-        for name in ("state", "rows", "workspace", "copies", "peak"):
-            plain[f"{name}_bytes"] = getattr(self, f"{name}_bytes")
+        for column in _COLUMNS:
+            plain[f"{column}_bytes"] = self._largest(column)
         for name, phase in self.phases.items():
             plain["phases"][name]["total"] = phase.total
-        return {**plain, "fits": self.fits, "verdict": self.verdict}
+        derived = {"peak_bytes": self.peak_bytes, "fits": self.fits}
+        return {**plain, **derived, "verdict": self.verdict}
 
     def to_table(self) -> str:
-        """Draw the estimate as text.
+        """Format the estimate as text.
 
         Returns:
-            Lines: the settings, bytes by phase, traffic and work, the verdict.
+            Lines: the settings, bytes by phase, traffic and operations, the verdict.
         """
         share = 1 - self.active / self.weights if self.weights else 0.0
         block = self.fisher.block_size or "all"
@@ -204,50 +191,42 @@ class ResourceEstimate:
             f"{self.weights:,} weights, {share:.2%} pruned, N={count} m={size} B={block}, "
             f"{self.engine}, {self.world_size} rank(s), {self.blocks:,} blocks"
         )
-        head = ("bytes on a rank", "state", "rows", "workspace", "copies", "together")
+        columns = (*_COLUMNS, "total")
         rows = [
-            (
-                name,
-                *map(format_bytes, (p.state, p.rows, p.workspace, p.copies, p.total)),
-            )
-            for name, p in self.phases.items()
+            (name, *(format_bytes(getattr(phase, column)) for column in columns))
+            for name, phase in self.phases.items()
         ]
-        most = tuple(
-            format_bytes(getattr(self, f"{name}_bytes"))
-            for name in ("state", "rows", "workspace", "copies", "peak")
-        )
-        parts = [title, "", format_table(head, rows, ("peak", *most)), ""]
-        if self.host_bytes:
-            parts.append(f"in host memory    {format_bytes(self.host_bytes)}")
-        if self.idle_ranks:
-            parts.append(f"without a block   {self.idle_ranks} rank(s)")
-        parts += [
-            f"gradients         {self.gradient_passes:,} of mini-batches of "
-            f"{self.fisher.gradient_batch_size}"
-            + (
-                f", {self.first_order_passes:,} of the first order"
-                * bool(self.first_order_passes)
-            ),
-            f"losses            {self.loss_passes:,} of mini-batches of {size}"
-            + (f", search {_range_of(self.trials)} times" * bool(self.trials[1])),
-            f"sent              {_list_of(self.bytes_sent, format_bytes)}",
-            f"operations        {_list_of(self.flops, format_count)}",
-        ]
-        if self.seconds:
-            parts.append(f"seconds           {_list_of(self.seconds, '{:.3g}'.format)}")
-        return "\n".join([*parts, f"memory            {self.verdict}"])
+        peak = ("peak", *(format_bytes(self._largest(column)) for column in columns))
+        lines = [title, "", format_table(("bytes on a rank", *columns), rows, peak), ""]
+        gradients = f"{self.gradient_passes:,} of mini-batches of {size}"
+        if self.first_order_passes:
+            gradients += f", {self.first_order_passes:,} for the first order"
+        losses = f"{self.loss_passes:,} of mini-batches of {size}"
+        fewest, most = self.trials
+        if most:
+            trials = str(most) if fewest == most else f"{fewest} to {most}"
+            losses += f", search {trials} times"
+        facts = {
+            "in host memory": self.host_bytes and format_bytes(self.host_bytes),
+            "without a block": self.idle_ranks and f"{self.idle_ranks} rank(s)",
+            "gradients": gradients,
+            "losses": losses,
+            "sent": _format_counts(self.bytes_sent, format_bytes),
+            "operations": _format_counts(self.flops, format_count),
+            "seconds": self.seconds and _format_counts(self.seconds, "{:.3g}".format),
+            "memory": self.verdict,
+        }
+        lines += [f"{name:<17} {fact}" for name, fact in facts.items() if fact]
+        return "\n".join(lines)
 
 
 def estimate(
     model_or_shapes: nn.Module | Mapping[str, Sequence[int]],
     *,
-    fisher: FisherConfig | None = None,
-    selection: SelectionConfig | None = None,
+    fisher: FisherConfig = FisherConfig(),
+    selection: SelectionConfig = SelectionConfig(),
     criterion: str = "woodfisher",
-    update: Update = "joint",
-    line_search: bool = True,
-    measure_loss: bool = True,
-    local_model_points: int = 0,
+    step: StepConfig = StepConfig(),
     sparsity: float = 0.0,
     world_size: int = 1,
     memory: str | int | None = None,
@@ -262,223 +241,162 @@ def estimate(
     Args:
         model_or_shapes: the network, which may be on the meta device, or shapes of the
             weights to prune by name (float32).
-        fisher: how the Fisher is estimated.
+        fisher: settings of the Fisher.
         selection: which weights of a network are pruned, and their pattern; shapes are
-            taken as they are.
+            not filtered.
         criterion: name of the criterion.
-        update: how the kept weights make up for the removed ones.
-        line_search: the length of the update is measured.
-        measure_loss: so is the loss after the step.
-        local_model_points: points at which it is measured on the way.
-        sparsity: share of the weights that is pruned before the step, assumed the same in
-            every tensor.
+        step: weight update, line search and measurements of the step.
+        sparsity: share of the weights that are pruned before the step, assumed to be the
+            same in every tensor.
         world_size: number of ranks.
-        memory: of a device, for the step: bytes, ``"80GB"`` or ``"24GiB"``.
-        flops_per_second: of a rank in matrix products, for seconds.
-        bytes_per_second: that a rank can send, for seconds.
-        seconds_per_gradient: of one mini-batch, forward and backward, for seconds.
-        threads: of torch on each rank; on a CPU each works on blocks of its own. 1 for a
-            GPU.
-        sharded: the parameters are sharded over the ranks (FSDP2).
+        memory: memory of a device for the step: bytes, ``"80GB"`` or ``"24GiB"``.
+        flops_per_second: rate of a rank in matrix products; without it, ``seconds`` has no
+            entry for them.
+        bytes_per_second: rate at which a rank sends; the same.
+        seconds_per_gradient: seconds of one mini-batch, forward and backward; the same.
+        threads: torch threads of each rank. On a CPU each thread processes its own blocks;
+            use 1 for a GPU.
+        sharded: whether the parameters are sharded over the ranks (FSDP2).
 
     Returns:
-        The estimate for the rank that needs most.
-
-    Raises:
-        ConfigurationError: for a value that cannot be.
+        The estimate for the rank that needs most memory.
 
     Examples:
         >>> cost = estimate({"fc": (1000, 512)}, memory="1GB")
         >>> cost.fits
         True
     """
-    if not 0.0 <= sparsity < 1.0:
-        raise ConfigurationError(f"sparsity={sparsity} is outside [0, 1).")
-    if world_size < 1:
-        raise ConfigurationError(f"world_size={world_size} must be at least 1.")
+    require_number("sparsity", sparsity, "[0, 1)")
+    require_integer("world_size", world_size, least=1)
+    config = PruningConfig(criterion, fisher, selection, step)
     weight_bytes = 4
     if isinstance(model_or_shapes, nn.Module):
-        chosen = selection or SelectionConfig()
-        parameters = prunable_parameters(
-            model_or_shapes, chosen.include, chosen.exclude
-        )
-        shapes = [tuple(parameter.shape) for parameter in parameters.values()]
-        weight_bytes = max(p.element_size() for p in parameters.values())
+        chosen = config.selection
+        found = prunable_parameters(model_or_shapes, chosen.include, chosen.exclude)
+        shapes = [tuple(parameter.shape) for parameter in found.values()]
+        weight_bytes = max(parameter.element_size() for parameter in found.values())
     else:
         shapes = [tuple(shape) for shape in model_or_shapes.values()]
-    weights = [math.prod(shape) for shape in shapes]
-    work = Work(
-        weights,
-        [round(count * (1 - sparsity)) for count in weights],
-        fisher or FisherConfig(),
-        world_size,
-        criterion,
-        update,
-        weight_bytes,
-        threads,
-        sharded,
-        shapes,
-        line_search,
-        measure_loss,
-        local_model_points,
-        parse_pattern((selection or SelectionConfig()).pattern),
+    active = [round(math.prod(shape) * (1 - sparsity)) for shape in shapes]
+    workload = Workload(
+        config, shapes, active, world_size, weight_bytes, threads, sharded
     )
-    return estimate_counts(
-        work, memory, flops_per_second, bytes_per_second, seconds_per_gradient
-    )
-
-
-def estimate_counts(
-    work: Work,
-    memory: str | int | None = None,
-    flops_per_second: float | None = None,
-    bytes_per_second: float | None = None,
-    seconds_per_gradient: float | None = None,
-) -> ResourceEstimate:
-    """Estimate from counts of weights; see :func:`estimate`.
-
-    Args:
-        work: the part of the step.
-        memory: of a device, for the step.
-        flops_per_second: of a rank.
-        bytes_per_second: that a rank can send.
-        seconds_per_gradient: of one mini-batch.
-
-    Returns:
-        The estimate.
-    """
-    ranks = range(work.exchanging)
-    memories = [rank_memory(work, rank) for rank in ranks]
-    peaks = [max(phase.total for phase in phases.values()) for phases in memories]
-    worst = max(ranks, key=peaks.__getitem__)
-    sent = [rank_traffic(work, rank) for rank in ranks]
-    flops = _largest_of([rank_flops(work, rank) for rank in ranks])
-    bytes_sent = _largest_of(sent)
-    size = work.fisher.gradient_batch_size
-    passes, more = work.gradient_passes, work.first_order_passes
-    losses = -(-work.loss_samples // size)
+    result = estimate_workload(workload, memory)
     seconds: dict[str, float] = {}
     if seconds_per_gradient is not None:
         # A Hessian product takes about as long as two gradients.
-        each = seconds_per_gradient * (2 if work.twice else 1)
-        share = work.first_order_batches[1] / size
-        seconds["gradients"] = passes * each + more * share * seconds_per_gradient
-        # Without the backward pass, which takes twice as long.
-        seconds["losses"] = losses * seconds_per_gradient / 3
+        gradients = result.gradient_passes * (2 if workload.uses_hessian else 1)
+        ratio = workload.first_order_batches[1] / config.fisher.gradient_batch_size
+        first_order = result.first_order_passes * ratio
+        seconds["gradients"] = (gradients + first_order) * seconds_per_gradient
+        # The backward pass takes twice as long as the forward pass.
+        seconds["losses"] = result.loss_passes * seconds_per_gradient / 3
     if bytes_per_second is not None:
-        seconds["send"] = sum(bytes_sent.values()) / bytes_per_second
+        seconds["send"] = sum(result.bytes_sent.values()) / bytes_per_second
     if flops_per_second is not None:
-        seconds |= {phase: n / flops_per_second for phase, n in flops.items()}
-    partition = work.partition
+        seconds |= {name: n / flops_per_second for name, n in result.flops.items()}
+    return dataclasses.replace(result, seconds=seconds)
+
+
+def estimate_workload(
+    workload: Workload, memory: str | int | None = None
+) -> ResourceEstimate:
+    """Estimate the cost of a workload; see :func:`estimate`.
+
+    Args:
+        workload: one stage of a pruning step.
+        memory: memory of a device for the step.
+
+    Returns:
+        The estimate, without seconds.
+    """
+    ranks = range(workload.exchange_ranks)
+    memories = [count_memory(workload, rank) for rank in ranks]
+    peaks = [max(phase.total for phase in phases.values()) for phases in memories]
+    worst = max(ranks, key=peaks.__getitem__)
+    sent = [count_traffic(workload, rank) for rank in ranks]
+    owned = [workload.partition.owned(rank) for rank in ranks]
     result = ResourceEstimate(
-        weights=sum(work.weights),
-        active=sum(work.active),
-        engine=work.engine,
-        fisher=work.fisher,
-        world_size=work.world_size,
-        blocks=_count_blocks(work),
-        idle_ranks=sum(not partition.owned(rank) for rank in ranks),
+        weights=sum(map(math.prod, workload.shapes)),
+        active=sum(workload.active),
+        engine=workload.engine,
+        fisher=workload.fisher,
+        world_size=workload.world_size,
+        blocks=_count_blocks(workload),
+        idle_ranks=sum(not units for units in owned),
         rank=worst,
         phases=memories[worst],
-        host_bytes=max(host_bytes(work, partition.owned(rank)) for rank in ranks),
+        host_bytes=max(count_host_bytes(workload, units) for units in owned),
         smallest_peak_bytes=min(peaks),
-        bytes_sent=bytes_sent,
+        bytes_sent=_take_largest(sent),
         total_bytes_sent=sum(s["exchange"] + s["gather"] + s["search"] for s in sent),
-        flops=flops,
-        gradient_passes=passes,
-        first_order_passes=more,
-        loss_passes=losses,
-        trials=work.trials,
-        seconds=seconds,
+        flops=_take_largest([count_flops(workload, rank) for rank in ranks]),
+        gradient_passes=workload.gradient_passes,
+        first_order_passes=workload.first_order_passes,
+        loss_passes=workload.loss_passes,
+        trials=workload.trials,
+        seconds={},
         memory=None if memory is None else parse_bytes(memory),
     )
     if result.memory is None or result.fits:
         return result
-    return dataclasses.replace(result, **_remedies(work, result.memory))
+    return dataclasses.replace(result, **_find_remedies(workload, result.memory))
 
 
-def _remedies(work: Work, memory: int) -> dict[str, Any]:
-    """Search the largest settings and the smallest number of ranks that fit."""
+def _find_remedies(workload: Workload, memory: int) -> dict[str, Any]:
+    """Find the largest B and N and the smallest number of ranks that fit."""
 
-    def fits(changed: Work) -> bool:
+    def fits(changed: Workload) -> bool:
         return all(
             phase.total <= memory
-            for rank in range(changed.exchanging)
-            for phase in rank_memory(changed, rank).values()
+            for rank in range(changed.exchange_ranks)
+            for phase in count_memory(changed, rank).values()
         )
 
-    def with_fisher(**changes: Any) -> Work:
-        return dataclasses.replace(
-            work, fisher=dataclasses.replace(work.fisher, **changes)
-        )
+    def fits_with(name: str, value: int) -> bool:
+        # A tolerance for nonfinite gradients costs nothing, but must stay below N.
+        changes: dict[str, Any] = {name: value, "max_nonfinite": 0}
+        fisher = dataclasses.replace(workload.fisher, **changes)
+        config = dataclasses.replace(workload.config, fisher=fisher)
+        return fits(dataclasses.replace(workload, config=config))
 
-    def with_ranks(world_size: int) -> Work:
-        return dataclasses.replace(work, world_size=world_size)
-
-    block, count = work.fisher.block_size, work.fisher.num_gradients
     # Ranks beyond the number of units own nothing and cannot help.
-    most = min(_MOST_RANKS, max(work.world_size, len(work.partition.units)))
-    fewer_ranks = _largest_where(
-        lambda n: not fits(with_ranks(n)), work.world_size, most
-    )
-    gradients = block_size = None
-    if work.engine in {"primal", "dual", "full"}:
-        gradients = _largest_where(
-            lambda n: fits(with_fisher(num_gradients=n)), 1, count
+    fewest = workload.world_size
+    most = min(_MOST_RANKS, max(fewest, len(workload.partition.units)))
+    found = {
+        "world_size_needed": _find_first(
+            range(fewest, most + 1),
+            lambda n: fits(dataclasses.replace(workload, world_size=n)),
         )
-        # Without blocks all weights are one; the widest tensor bounds a block.
-        widest = block or max(work.active, default=1)
-        block_size = _largest_where(
-            lambda b: fits(with_fisher(block_size=b)), 1, max(1, widest)
-        )
-    needed = None if fewer_ranks is None or fewer_ranks >= most else fewer_ranks + 1
-    return {
-        "largest_block_size": block_size,
-        "largest_num_gradients": gradients,
-        "world_size_needed": needed,
     }
+    if workload.has_blocks:
+        count = workload.fisher.num_gradients
+        # Without blocks all weights are one block; the widest tensor bounds a block.
+        size = workload.fisher.block_size or max(workload.active, default=1)
+        for name, largest in (("num_gradients", count), ("block_size", max(1, size))):
+            found[f"largest_{name}"] = _find_first(
+                range(largest, 0, -1), functools.partial(fits_with, name)
+            )
+    return found
 
 
-def _largest_where(holds: Callable[[int], bool], low: int, high: int) -> int | None:
-    """Bisect for the largest number in low .. high at which ``holds``.
-
-    Args:
-        holds: true up to some number and false beyond; where it is not quite so, the
-            result still holds.
-        low: smallest candidate.
-        high: largest candidate.
-
-    Returns:
-        The number, None when there is none.
-    """
-    if not holds(low):
-        return None
-    if holds(high):
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+def _find_first(candidates: range, fits: Callable[[int], bool]) -> int | None:
+    """Find the first candidate that fits by bisection, None if there is none."""
+    index = bisect.bisect_left(candidates, True, key=fits)
+    return candidates[index] if index < len(candidates) else None
 
 
-def _count_blocks(work: Work) -> int:
-    if work.engine in {"full", "none", "diagonal"}:
-        return int(work.engine == "full")
-    shards = work.world_size // work.exchanging
-    return shards * sum(unit.count for unit in work.partition.units)
+def _count_blocks(workload: Workload) -> int:
+    if workload.engine in {"full", "none", "diagonal"}:
+        return int(workload.engine == "full")
+    shards = workload.world_size // workload.exchange_ranks
+    return shards * sum(unit.count for unit in workload.partition.units)
 
 
-def _largest_of(every: Sequence[Mapping[str, int]]) -> dict[str, int]:
+def _take_largest(every: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return {key: max(one[key] for one in every) for key in every[0]}
 
 
-def _range_of(numbers: tuple[int, int]) -> str:
-    fewest, most = numbers
-    return str(most) if fewest == most else f"{fewest} to {most}"
-
-
-def _list_of(numbers: Mapping[str, Any], write: Callable[[Any], str]) -> str:
-    return (
-        ", ".join(f"{name} {write(n).strip()}" for name, n in numbers.items() if n)
-        or "nothing"
-    )
+def _format_counts(numbers: Mapping[str, Any], write: Callable[[Any], str]) -> str:
+    texts = [f"{name} {write(n).strip()}" for name, n in numbers.items() if n]
+    return ", ".join(texts) or "nothing"

@@ -1,35 +1,20 @@
-"""Shapes of the prunable weights of well-known networks, from their architectures.
+"""Shapes of the prunable weights of well-known networks.
 
-Prunable are the weights of Linear and convolution layers, as in
-:func:`~.layers.prunable_parameters`; biases, embeddings and normalisation are not.
-Linear weights are ``(out, in)``, convolutions ``(out, in / groups, height, width)``.
+As in :func:`~.weights.layers.prunable_parameters`, weights of Linear and convolution
+layers are prunable; biases, embeddings and normalization layers are not. Linear weights
+are ``(out, in)``, convolutions ``(out, in / groups, height, width)``.
 """
 
 from __future__ import annotations
 
-__all__ = ["SHAPES", "count_weights"]
-
-import math
-from collections.abc import Mapping
+__all__ = ["SHAPES"]
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 
 
-def count_weights(shapes: Mapping[str, Shape]) -> int:
-    """Count the weights of all tensors.
-
-    Args:
-        shapes: by name.
-
-    Returns:
-        Their number of elements in all.
-    """
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
 def _resnet20() -> Shapes:
-    """ResNet-20 for CIFAR-10 with parameter-free shortcuts (He et al. 2016, 4.2)."""
+    """Return ResNet-20 for CIFAR-10 with parameter-free shortcuts (He et al. 2016, 4.2)."""
     shapes: Shapes = {"conv1": (16, 3, 3, 3)}
     width = 16
     for stage, out in enumerate((16, 32, 64), start=1):
@@ -42,7 +27,7 @@ def _resnet20() -> Shapes:
 
 
 def _resnet50() -> Shapes:
-    """ResNet-50 for ImageNet (He et al. 2016, table 1)."""
+    """Return ResNet-50 for ImageNet (He et al. 2016, table 1)."""
     shapes: Shapes = {"conv1": (64, 3, 7, 7)}
     width = 64
     stages = ((64, 3), (128, 4), (256, 6), (512, 3))
@@ -59,7 +44,7 @@ def _resnet50() -> Shapes:
 
 
 def _mobilenetv1() -> Shapes:
-    """MobileNetV1, width 1.0 (Howard et al. 2017, table 1)."""
+    """Return MobileNetV1, width 1.0 (Howard et al. 2017, table 1)."""
     shapes: Shapes = {"conv": (32, 3, 3, 3)}
     width = 32
     outputs = (64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)
@@ -70,39 +55,35 @@ def _mobilenetv1() -> Shapes:
     return {**shapes, "fc": (1000, 1024)}
 
 
-def _encoder(layers: int, width: int, inner: int) -> Shapes:
-    """Matrices of a transformer encoder: attention and the two of the MLP."""
+def _transformer(
+    layers: int, width: int, inner: int, inputs: tuple[str, ...] = ("up",)
+) -> Shapes:
+    """Return the matrices of a transformer: attention and MLP of each layer."""
     shapes: Shapes = {}
     for layer in range(layers):
-        for part in ("query", "key", "value", "output"):
-            shapes[f"layers.{layer}.attention.{part}"] = (width, width)
-        shapes[f"layers.{layer}.mlp.up"] = (inner, width)
+        for name in ("query", "key", "value", "output"):
+            shapes[f"layers.{layer}.attention.{name}"] = (width, width)
+        for name in inputs:
+            shapes[f"layers.{layer}.mlp.{name}"] = (inner, width)
         shapes[f"layers.{layer}.mlp.down"] = (width, inner)
     return shapes
 
 
 def _bert_base() -> Shapes:
-    """BERT-base with its pooler, without embeddings (Devlin et al. 2019)."""
-    return {**_encoder(12, 768, 3072), "pooler": (768, 768)}
+    """Return BERT-base with its pooler, without embeddings (Devlin et al. 2019)."""
+    return {**_transformer(12, 768, 3072), "pooler": (768, 768)}
 
 
 def _vit_b() -> Shapes:
-    """ViT-B/16 with patch projection and a head of 1000 (Dosovitskiy et al. 2021)."""
+    """Return ViT-B/16 with patch projection and 1,000 classes (Dosovitskiy et al. 2021)."""
     patches: Shapes = {"patches": (768, 3, 16, 16)}
-    return {**patches, **_encoder(12, 768, 3072), "head": (1000, 768)}
+    return {**patches, **_transformer(12, 768, 3072), "head": (1000, 768)}
 
 
 def _llama7b() -> Shapes:
-    """LLaMA 7B with its output projection (Touvron et al. 2023, table 2)."""
-    width, inner = 4096, 11008
-    shapes: Shapes = {}
-    for layer in range(32):
-        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            shapes[f"layers.{layer}.self_attn.{part}"] = (width, width)
-        shapes[f"layers.{layer}.mlp.gate_proj"] = (inner, width)
-        shapes[f"layers.{layer}.mlp.up_proj"] = (inner, width)
-        shapes[f"layers.{layer}.mlp.down_proj"] = (width, inner)
-    return {**shapes, "lm_head": (32000, width)}
+    """Return LLaMA 7B with its output projection (Touvron et al. 2023, table 2)."""
+    layers = _transformer(32, 4096, 11008, ("gate", "up"))
+    return {**layers, "lm_head": (32000, 4096)}
 
 
 SHAPES: dict[str, Shapes] = {

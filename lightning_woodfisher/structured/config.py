@@ -1,18 +1,18 @@
-"""How structures are scored and chosen, checked as far as possible without a network."""
+"""Settings of structured pruning: how structures are scored and which may be removed."""
 
 from __future__ import annotations
 
 __all__ = [
+    "Measure",
     "ScoreLabels",
     "ScoringMethod",
     "Search",
     "StructureConfig",
     "StructureKind",
-    "StructureLimits",
 ]
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal, get_args
 
@@ -22,93 +22,53 @@ from lightning_woodfisher.base.errors import (
     require_integer,
     require_number,
 )
-from lightning_woodfisher.base.types import ModelMode
+from lightning_woodfisher.data.batchnorm import require_recalibration_batches
 
 ScoringMethod = Literal["sosp_i", "sosp_h", "hap", "magnitude", "random"]
-#: Which entries make the vector θ_s of a structure: ``conv`` filter and bias, ``bn`` weight
-#: and bias of the norms behind it, ``conv+bn`` both.
+#: The entries of the vector θ_s of a structure: ``conv`` for filter and bias, ``bn`` for
+#: weight and bias of the norms that follow, ``conv+bn`` for both.
 StructureKind = Literal["conv", "bn", "conv+bn"]
 ScoreLabels = Literal["sampled", "true", "logits"]
 Search = Literal["greedy", "rowsum"]
-
-
-@dataclass(frozen=True)
-class StructureLimits:
-    """How many structures of a group may go.
-
-    Args:
-        min_kept: structures that every group keeps at least.
-        min_kept_share: share of a group that is kept at least.
-        max_ratio: share of a group that is removed at most.
-        round_to: a group that loses any keeps a multiple of this.
-    """
-
-    min_kept: int = 2
-    min_kept_share: float = 0.05
-    max_ratio: float = 1.0
-    round_to: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("min_kept", "round_to"):
-            require_integer(name, getattr(self, name))
-            if getattr(self, name) < 1:
-                raise ConfigurationError(
-                    f"{name}={getattr(self, name)} must be at least 1."
-                )
-        for name in ("min_kept_share", "max_ratio"):
-            require_number(name, getattr(self, name))
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigurationError(
-                    f"{name}={getattr(self, name)} is outside [0, 1]; it is a share of "
-                    "the structures of a group."
-                )
-
-    def removable(self, size: int) -> list[int]:
-        """List how many structures of a group may be removed.
-
-        Args:
-            size: structures of the group.
-
-        Returns:
-            The permitted numbers, ascending; 0 is always the first.
-        """
-        # Decimal fractions as they are written: 0.05 of 20 is one, not a little more.
-        share = Fraction(str(float(self.min_kept_share)))
-        ratio = Fraction(str(float(self.max_ratio)))
-        floor = max(self.min_kept, math.ceil(share * size))
-        most = min(size - floor, math.floor(ratio * size))
-        return [0] + [
-            gone for gone in range(1, most + 1) if (size - gone) % self.round_to == 0
-        ]
+Measure = Literal["structures", "parameters", "macs"]
 
 
 @dataclass(frozen=True)
 class StructureConfig:
-    """How structures are scored and chosen.
+    """Settings of structured pruning: how structures are scored and chosen.
 
     Args:
-        method: ``"sosp_i"`` and ``"sosp_h"`` (SOSP, both with the correlations of all
-            structures), ``"hap"`` (trace of the Hessian), or the baselines
+        method: ``"sosp_i"`` and ``"sosp_h"`` (SOSP, with the correlations between all
+            structures), ``"hap"`` (trace of the Hessian), or one of the baselines
             ``"magnitude"`` and ``"random"``.
-        structure: what makes up a structure when it is scored: ``"conv"``, ``"bn"`` or
+        structure: entries of a structure that are scored: ``"conv"``, ``"bn"`` or
             ``"conv+bn"``.
-        num_samples: samples of the estimate.
-        batch_size: most samples that go through the network at once.
-        labels: of SOSP-I: ``"sampled"`` from the model, which estimates the Gauss-Newton
-            matrix without bias; ``"true"``, the empirical Fisher; ``"logits"``, the exact
-            Gauss-Newton matrix of the softmax cross-entropy at one backward pass for
-            each class. The others take those of the data.
-        search: of SOSP-I: ``"greedy"``, or ``"rowsum"`` that ranks once.
-        probes: most probes of HAP's trace; fewer where the ranking has settled.
-        min_kept: structures that every group keeps at least.
-        min_kept_share: share of a group that is kept at least.
-        max_ratio: share of a group that is removed at most.
-        round_to: a group that loses any structure keeps a multiple of this.
-        per_cost: divide scores by what one structure costs in the dense network, in what
-            the target counts (multiply-accumulates or parameters), so that the target is
-            reached at a small sum of scores.
-        seed: of samples, labels, probes and random scores.
-        model_mode: only ``"eval"``.
+        num_samples: number of samples that the scores are computed on.
+        batch_size: largest number of samples in one forward pass.
+        labels: labels for SOSP-I: ``"sampled"`` draws them from the model, which gives an
+            unbiased estimate of the Gauss-Newton matrix; ``"true"`` gives the empirical
+            Fisher; ``"logits"`` gives the exact Gauss-Newton matrix of the softmax
+            cross-entropy, with one backward pass for each class. Other methods use the
+            labels of the data.
+        search: search for SOSP-I: ``"greedy"`` removes one structure after the other,
+            ``"rowsum"`` ranks all structures once.
+        probes: largest number of probes for HAP's trace; fewer are used once the ranking
+            is stable.
+        measure: what the target is a share of: ``"macs"`` (multiply-accumulates, half the
+            FLOPs), ``"parameters"`` or ``"structures"`` (channels).
+        per_cost: divide the score of a structure by what it costs in the dense network, in
+            units of ``measure``. The target is then reached at a smaller sum of scores.
+        include: class paths of layers, or regular expressions on their names, that may be
+            pruned; empty for all layers. Used when the network is traced.
+        exclude: class paths or regular expressions of layers that are not pruned.
+        min_kept: smallest number of structures that every group keeps.
+        min_kept_share: smallest share of its structures that every group keeps.
+        max_ratio: largest share of its structures that a group loses.
+        round_to: a group that loses any structure keeps a multiple of this number.
+        batchnorm_recalibration_batches: re-estimate the running statistics of BatchNorm on
+            this number of batches after each step (of 64 or ``batch_size`` samples,
+            whichever is larger); 0 leaves them unchanged.
+        seed: seed of samples, labels, probes and random scores.
     """
 
     method: ScoringMethod = "sosp_i"
@@ -118,13 +78,16 @@ class StructureConfig:
     labels: ScoreLabels = "sampled"
     search: Search = "greedy"
     probes: int = 300
+    measure: Measure = "macs"
+    per_cost: bool = False
+    include: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
     min_kept: int = 2
     min_kept_share: float = 0.05
     max_ratio: float = 1.0
     round_to: int = 1
-    per_cost: bool = False
+    batchnorm_recalibration_batches: int = 0
     seed: int = 0
-    model_mode: ModelMode = "eval"
 
     def __post_init__(self) -> None:
         kinds = {
@@ -132,7 +95,7 @@ class StructureConfig:
             "structure": StructureKind,
             "labels": ScoreLabels,
             "search": Search,
-            "model_mode": ModelMode,
+            "measure": Measure,
         }
         for name, kind in kinds.items():
             value = getattr(self, name)
@@ -141,32 +104,57 @@ class StructureConfig:
                     f"{name}={value!r} is unknown; use one of "
                     f"{', '.join(get_args(kind))}.{nearest(str(value), get_args(kind))}"
                 )
-        for name, least in (("num_samples", 1), ("batch_size", 1), ("probes", 2)):
+        counts = {"num_samples": 1, "batch_size": 1, "probes": 2}
+        for name, least in {**counts, "min_kept": 1, "round_to": 1}.items():
             value = getattr(self, name)
             require_integer(name, value)
             if value < least:
                 raise ConfigurationError(f"{name}={value} must be at least {least}.")
+        for name in ("min_kept_share", "max_ratio"):
+            value = getattr(self, name)
+            require_number(name, value)
+            if not 0.0 <= value <= 1.0:
+                raise ConfigurationError(
+                    f"{name}={value} is outside [0, 1]; it is a share of the structures "
+                    "of a group."
+                )
         require_integer("seed", self.seed)
-        if self.model_mode == "train":
+        require_recalibration_batches(self.batchnorm_recalibration_batches)
+        if self.per_cost and self.measure == "structures":
             raise ConfigurationError(
-                "model_mode='train' cannot score structures: with the statistics of the "
-                "batch a BatchNorm takes out the scale of the channel before it, so that "
-                "the loss has no slope and no curvature along a filter; use 'eval'."
+                "per_cost=True has no effect with measure='structures', where every "
+                "structure costs one; use measure='macs' or 'parameters', or "
+                "per_cost=False."
             )
-        _ = self.limits
 
     @property
-    def limits(self) -> StructureLimits:
-        """How many structures of a group may go."""
-        return StructureLimits(
-            self.min_kept, self.min_kept_share, self.max_ratio, self.round_to
-        )
+    def num_batches(self) -> int:
+        """Number of batches, independent of the number of ranks."""
+        return -(-self.num_samples // self.batch_size)
 
-    @property
-    def batches(self) -> tuple[int, int]:
-        """Number and size of the batches, nearly equal parts of the samples.
+    def max_removable(self, size: int) -> int:
+        """Return the largest number of structures that a group may lose.
 
-        They do not depend on the ranks; fewer samples than there are batches are left out.
+        Args:
+            size: number of structures of the group.
+
+        Returns:
+            The number; ``round_to`` is not taken into account.
         """
-        count = -(-self.num_samples // self.batch_size)
-        return count, self.num_samples // count
+        # Decimal fractions as written: 0.05 of 20 is exactly one.
+        share = Fraction(str(float(self.min_kept_share)))
+        ratio = Fraction(str(float(self.max_ratio)))
+        floor = max(self.min_kept, math.ceil(share * size))
+        return max(0, min(size - floor, math.floor(ratio * size)))
+
+    def removable(self, size: int) -> list[int]:
+        """Return the numbers of structures that a group may lose.
+
+        Args:
+            size: number of structures of the group.
+
+        Returns:
+            The permitted numbers, ascending; 0 is always the first.
+        """
+        counts = range(1, self.max_removable(size) + 1)
+        return [0, *(n for n in counts if (size - n) % self.round_to == 0)]

@@ -1,13 +1,13 @@
-"""Expand-pruning: find layers that are too narrow, from what pruning has left of them.
+"""Expand-pruning: find layers that are too narrow by how little pruning removes of them.
 
 A group that loses much less than the others is a bottleneck. Widen it in the dense network,
 train that from scratch, and prune it back to the old size (SOSP; Nonnenmacher et al. 2022).
-The authors give no threshold for "much less": the defaults here are our choice.
+The paper gives no threshold for "much less"; the defaults here are our choice.
 """
 
 from __future__ import annotations
 
-__all__ = ["find_bottlenecks", "shrink_target"]
+__all__ = ["find_bottlenecks", "target_for_size"]
 
 import math
 
@@ -24,62 +24,54 @@ def find_bottlenecks(
 ) -> dict[str, float]:
     """Find the layers to widen.
 
-    A group is a bottleneck when its pruning ratio (removed over all structures) is among
-    the lowest of the groups, and clearly below that of the network. Layers that are tied
-    to each other belong to one group, and are widened together.
+    A group is a bottleneck if its pruning ratio (removed structures over all) is among the
+    lowest of the groups, and clearly below that of the network. Layers that are tied to
+    each other belong to one group, and are widened together. Raise a ConfigurationError
+    for numbers out of range.
 
     Args:
-        report: of the pruned network; its targets should be those of the end.
-        quantile: share of the groups that may be bottlenecks, those of the lowest ratios;
-            groups with the ratio of the last one count, too.
+        report: of the last pruning step.
+        quantile: share of the groups that can be bottlenecks, those with the lowest
+            ratios. Groups with the same ratio as the last one count as well.
         share: a bottleneck loses less than this times the ratio of the network.
-        factor: how much wider it should be.
+        factor: how much wider it should become.
 
     Returns:
-        Width multipliers by name of the producing layer; empty without bottlenecks.
-
-    Raises:
-        ConfigurationError: for numbers out of range.
+        Width multipliers by name of the producing layer. Empty if there is no bottleneck.
     """
-    for name, value, low, high in (
-        ("quantile", quantile, 0.0, 1.0),
-        ("share", share, 0.0, 1.0),
-        ("factor", factor, 1.0, math.inf),
-    ):
-        require_number(name, value)
-        if not low < value <= high:
-            raise ConfigurationError(f"{name}={value} is outside ({low:g}, {high:g}].")
+    require_number("quantile", quantile, "(0, 1]")
+    require_number("share", share, "(0, 1]")
+    require_number("factor", factor, "(1, inf)")
     ratios = {group.name: len(group.removed) / group.size for group in report.groups}
-    whole = sum(len(group.removed) for group in report.groups) / report.structures
-    number = math.ceil(quantile * len(ratios))
-    lowest = sorted(ratios.values())[number - 1]
+    overall = sum(len(group.removed) for group in report.groups) / report.structures
+    limit = sorted(ratios.values())[math.ceil(quantile * len(ratios)) - 1]
     return {
         layer: factor
         for group in report.groups
-        if ratios[group.name] <= lowest and ratios[group.name] < share * whole
+        if ratios[group.name] <= limit and ratios[group.name] < share * overall
         for layer in group.layers
     }
 
 
-def shrink_target(parameters: int, parameters_wide: int) -> float:
-    """Work out the target that brings a wider network back to a size.
+def target_for_size(parameters: int, dense_parameters: int) -> float:
+    """Compute the target that prunes a network to a number of parameters.
 
     Args:
-        parameters: at most so many are to be left.
-        parameters_wide: of the wider network, dense.
+        parameters: largest number of parameters after pruning.
+        dense_parameters: number of parameters of the dense network.
 
     Returns:
         The target for ``measure="parameters"``.
 
     Raises:
-        ConfigurationError: when the wider network is not larger.
+        ConfigurationError: if the dense network is smaller.
     """
-    if not 0 < parameters <= parameters_wide:
+    if not 0 < parameters <= dense_parameters:
         raise ConfigurationError(
-            f"a network of {parameters_wide} parameters cannot be pruned to {parameters}."
+            f"a network of {dense_parameters} parameters cannot be pruned to {parameters}."
         )
-    target = 1.0 - parameters / parameters_wide
-    # The pruner leaves at most (1 - target) · N; rounding must not allow one more.
-    while (1.0 - target) * parameters_wide > parameters:
+    target = 1.0 - parameters / dense_parameters
+    # At most (1 - target) · N parameters are left. Rounding must not allow one more.
+    while (1.0 - target) * dense_parameters > parameters:
         target = math.nextafter(target, 1.0)
     return target

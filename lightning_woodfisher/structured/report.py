@@ -1,4 +1,4 @@
-"""The numbers of one structured pruning step, frozen."""
+"""The report of one structured pruning step, frozen."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class GroupReport:
     """What a step did to one group of coupled channels.
 
     Attributes:
-        name: of the group, after its first layer.
-        layers: producing layers.
+        name: name of the group, that of its first layer.
+        layers: names of the layers that produce the channels.
         size: number of structures.
-        removed_before: structures that were gone before the step.
-        removed: numbers of the structures that are gone after it, ascending.
-        implanted: numbers of those that have 1×1 filters after it, ascending.
+        removed_before: number of structures that were removed before the step.
+        removed: indices of the structures that are removed after the step, ascending.
+        implanted: indices of the structures with 1×1 filters after the step, ascending.
     """
 
     name: str
@@ -33,7 +33,7 @@ class GroupReport:
 
     @property
     def kept(self) -> int:
-        """Structures that are left, implants among them."""
+        """Number of structures that are left, including implants."""
         return self.size - len(self.removed)
 
 
@@ -44,26 +44,26 @@ class StructureReport:
     Attributes:
         method: how structures were scored.
         structure: which entries make up a structure: ``"conv"``, ``"bn"``, ``"conv+bn"``.
-        measure: what the target counts.
-        target: share of the measure that was to be gone after the step.
+        measure: what the target is a share of.
+        target: share of the measure to remove.
         groups: one report for each group.
-        parameters_dense: of the whole network.
-        parameters: of the network without what is removed.
+        parameters_dense: parameters of the dense network.
+        parameters: parameters of the network without the removed structures.
         macs_dense: multiply-accumulates of the dense network for one sample.
-        macs: of the network without what is removed.
-        loss_before: mean loss before, in evaluation mode; None when not measured.
-        loss_after: mean loss after, on the same samples; with the new statistics, where
-            those of BatchNorm were estimated anew.
-        notes: figures of the method, such as the number of probes.
+        macs: multiply-accumulates without the removed structures.
+        loss_before: mean loss before the step, in evaluation mode; None if not measured.
+        loss_after: mean loss after the step on the same samples, with the new BatchNorm
+            statistics if they were re-estimated.
+        notes: numbers of the method, such as the number of probes.
         seconds: wall-clock seconds by phase.
         world_size: number of ranks.
-        epoch: epoch at whose start it happened, None outside a Trainer.
-        step: optimizer steps done before it, None outside a Trainer.
+        epoch: epoch at whose start the step happened; None without a Trainer.
+        step: optimizer steps done before it; None without a Trainer.
         latency_dense: median seconds of a forward pass of the dense network on one sample;
-            None when not measured.
-        latency: that of the smaller network, measured in turns with it.
-        latency_runs: passes of each that were timed.
-        batchnorm_layers: layers whose running statistics were estimated anew.
+            None if not measured.
+        latency: the same for the smaller network, timed alternately with the dense one.
+        latency_runs: number of timed passes of each network.
+        batchnorm_layers: number of layers whose running statistics were re-estimated.
     """
 
     method: str
@@ -94,7 +94,7 @@ class StructureReport:
 
     @property
     def kept(self) -> int:
-        """Number of structures that are left, implants among them."""
+        """Number of structures that are left, including implants."""
         return sum(group.kept for group in self.groups)
 
     @property
@@ -109,7 +109,7 @@ class StructureReport:
 
     @property
     def latency_left(self) -> float | None:
-        """Time of a forward pass as a share of the dense network's, if measured."""
+        """Forward time as a share of the dense network's; None if not measured."""
         if self.latency is None or self.latency_dense is None:
             return None
         return self.latency / self.latency_dense
@@ -125,48 +125,36 @@ class StructureReport:
         return {g.name: g.implanted for g in self.groups if g.implanted}
 
     def metrics(self) -> dict[str, float]:
-        """Give scalars for loggers.
+        """Return the scalars for loggers.
 
         Returns:
             Values by metric name, all under ``pruning/``.
         """
-        gone = self.structures - self.kept
-        found: dict[str, float] = {
-            "pruning/structures_removed": gone / self.structures,
-            "pruning/parameters": self.parameters,
-            "pruning/parameters_dense": self.parameters_dense,
-            "pruning/parameters_left": self.parameters_left,
-            "pruning/macs": self.macs,
-            "pruning/macs_dense": self.macs_dense,
-            "pruning/macs_left": self.macs_left,
+        found: dict[str, float | None] = {
+            "structures_removed": (self.structures - self.kept) / self.structures
         }
         if self.implanted:
             number = sum(map(len, self.implanted.values()))
-            found["pruning/structures_implanted"] = number / self.structures
+            found["structures_implanted"] = number / self.structures
+        for size in ("parameters", "macs", "latency"):
+            for name in (size, f"{size}_dense", f"{size}_left"):
+                found[name] = getattr(self, name)
         for group in self.groups:
-            found[f"pruning/channels/{group.name}"] = group.kept
-        for name, value in (
-            ("loss_before", self.loss_before),
-            ("loss_after", self.loss_after),
-            ("latency_dense", self.latency_dense),
-            ("latency", self.latency),
-            ("latency_left", self.latency_left),
-        ):
-            if value is not None:
-                found[f"pruning/{name}"] = value
-        return found
+            found[f"channels/{group.name}"] = group.kept
+        found |= {"loss_before": self.loss_before, "loss_after": self.loss_after}
+        return {f"pruning/{n}": v for n, v in found.items() if v is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all numbers as plain types.
+        """Return all numbers as plain types.
 
         Returns:
-            What :meth:`from_dict` reads.
+            A dict that :meth:`from_dict` reads.
         """
         return asdict(self)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> StructureReport:
-        """Read what :meth:`to_dict` gave, perhaps through JSON.
+        """Read the result of :meth:`to_dict`, also after a round trip through JSON.
 
         Args:
             plain: the numbers.
@@ -174,21 +162,15 @@ class StructureReport:
         Returns:
             The report.
         """
+        lists = ("layers", "removed", "implanted")
         groups = tuple(
-            GroupReport(
-                **{
-                    **group,
-                    "layers": tuple(group["layers"]),
-                    "removed": tuple(group["removed"]),
-                    "implanted": tuple(group.get("implanted", ())),
-                }
-            )
+            GroupReport(**{**group, **{name: tuple(group[name]) for name in lists}})
             for group in plain["groups"]
         )
         return cls(**{**plain, "groups": groups})
 
     def to_table(self) -> str:
-        """Lay out a table of the groups.
+        """Format a table of the groups.
 
         Returns:
             Lines of text.
@@ -205,9 +187,8 @@ class StructureReport:
         ]
         share = f"{self.kept / self.structures:.0%}"
         total = ("all", "", str(self.structures), str(self.kept), share)
-        table = format_table(
-            ("channels of", "layers", "dense", "left", ""), rows, total
-        )
+        head = ("channels of", "layers", "dense", "left", "")
+        table = format_table(head, rows, total)
         number = sum(map(len, self.implanted.values()))
         implants = f"; {number} of them with 1x1 filters" if number else ""
         lines = [
@@ -226,10 +207,10 @@ class StructureReport:
 
 
 def format_structure_steps(reports: Sequence[StructureReport]) -> str:
-    """Draw the steps of a run that removed channels as a text table.
+    """Format the steps of a run that removed channels as a text table.
 
     Args:
-        reports: in order.
+        reports: reports of the steps, in order.
 
     Returns:
         Lines of equal width, one for each step below the head.
@@ -237,18 +218,22 @@ def format_structure_steps(reports: Sequence[StructureReport]) -> str:
     rows = [
         (
             f"{number}",
-            "–" if report.epoch is None else f"{report.epoch}",
-            "–" if report.step is None else f"{report.step:,}",
+            _format(report.epoch, ""),
+            _format(report.step, ","),
             f"{report.target:.1%} of {report.measure}",
             f"{report.kept:,}",
             f"{report.macs_left:.1%}",
             f"{report.parameters_left:.1%}",
-            "–" if report.latency_left is None else f"{report.latency_left:.0%}",
-            "–" if report.loss_before is None else f"{report.loss_before:.3g}",
-            "–" if report.loss_after is None else f"{report.loss_after:.3g}",
+            _format(report.latency_left, ".0%"),
+            _format(report.loss_before, ".3g"),
+            _format(report.loss_after, ".3g"),
             f"{sum(report.seconds.values()):.1f}",
         )
         for number, report in enumerate(reports, start=1)
     ]
     head = ("", "epoch", "step", "to remove", "channels left", "MACs", "parameters")
     return format_table((*head, "time", "loss before", "after", "seconds"), rows)
+
+
+def _format(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)

@@ -1,294 +1,225 @@
-"""Which structures go: an exact number of them, or as few as make the network small enough.
+"""Choose which structures to remove: a number of them, or as few as meet a size target.
 
 Scores of structures add up, so the best choice of j structures of a group are its j lowest.
-What remains is how many of each group: within the limits of every group, as many in all as
-wanted, at the least sum of scores. Equal scores go in order of groups and structures.
+It remains to decide how many structures each group loses: within the limits of every group,
+at the least sum of scores. Ties are broken by the order of groups and structures.
 """
 
 from __future__ import annotations
 
-__all__ = ["Before", "additive_scores", "select_count", "select_for_size"]
+__all__ = ["GroupIndices", "additive_scores", "select_count", "select_for_size"]
 
+import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.base.errors import ConfigurationError, PruningError
-from lightning_woodfisher.structured.config import Search, StructureLimits
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.network_cost import NetworkSize, Removed
 from lightning_woodfisher.structured.scores.methods import StructureScores
-from lightning_woodfisher.structured.shrink.network_size import NetworkSize, Removed
 
-#: Numbers of structures that are gone already, by the name of their group.
-Before = Mapping[str, Sequence[int]]
+#: Indices of structures within their group, by the name of the group.
+GroupIndices = Mapping[str, Sequence[int]]
 
 
 def additive_scores(
     scores: StructureScores,
     groups: Sequence[Group],
-    limits: StructureLimits,
-    search: Search = "greedy",
+    config: StructureConfig,
     count: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Turn scores of pairs into scores of structures that add up.
 
     Args:
-        scores: of any method; those without pairs are returned as they are.
-        groups: the structures.
-        limits: within which the greedy search moves.
-        search: ``"greedy"`` scores a structure by what it adds to those that went before;
-            ``"rowsum"`` by its row of A.
-        count: how many structures will be removed at most, if that is known.
+        scores: from any method; scores without pairs are returned unchanged.
+        groups: the groups of structures.
+        config: search and limits. ``search="greedy"`` scores a structure by what it adds to
+            those removed before, ``"rowsum"`` by its row of A.
+        count: largest number of structures that will be removed, if it is known.
 
     Returns:
-        float64 ``[group.size]`` for each group; infinite for what the greedy search has
-        not removed.
+        float64 ``[group.size]`` for each group; infinite for structures that the greedy
+        search has not removed.
     """
-    if scores.pairs is None or search == "rowsum":
+    if scores.pairs is None or config.search == "rowsum":
         return scores.values
     sizes = [group.size for group in groups]
-    # To keep a multiple the choice may need others than the first ones.
-    steps = count if limits.round_to == 1 else None
-    return tuple(torch.split(scores.pairs.greedy(sizes, limits, steps), sizes))
+    # With round_to the choice may need more structures than the first ones.
+    steps = count if config.round_to == 1 else None
+    most = [config.max_removable(size) for size in sizes]
+    return torch.split(scores.pairs.greedy(sizes, most, steps), sizes)
 
 
 def select_count(
     groups: Sequence[Group],
     scores: Sequence[Tensor],
     count: int,
-    limits: StructureLimits | None = None,
-    *,
-    before: Before | None = None,
-    nearest_reachable: bool = False,
+    config: StructureConfig = StructureConfig(),
+    earlier: GroupIndices | None = None,
 ) -> dict[str, Tensor]:
-    """Choose exactly so many structures.
+    """Choose a number of structures.
 
     Args:
-        groups: the structures.
-        scores: ``[group.size]`` for each group; the lowest go.
-        count: K.
-        limits: how many may go from a group; the defaults of :class:`.StructureLimits` if
-            None.
-        before: structures that are gone already, by group; they stay gone, and count.
-        nearest_reachable: where ``round_to`` does not allow K, take the nearest number
-            that it allows, of two the larger; and of fewer than are gone already, those.
+        groups: the groups of structures.
+        scores: ``[group.size]`` for each group; the lowest are removed.
+        count: number of structures. If ``round_to`` or ``earlier`` does not allow it, the
+            nearest number that they allow is taken, the larger one of two.
+        config: limits on what a group may lose.
+        earlier: structures that are already removed; they stay removed, and count.
 
     Returns:
-        int64 numbers of the removed structures of every group, ascending, by its name.
+        int64 indices of the removed structures of every group, ascending, by group name.
 
     Raises:
-        ConfigurationError: when the limits do not allow K.
+        ConfigurationError: if the limits do not allow that many.
     """
-    plan = _Plan(groups, scores, limits or StructureLimits(), before)
-    if nearest_reachable and count <= plan.reachable[-1]:
-        count = min(plan.reachable, key=lambda k: (abs(k - count), -k))
-    problem = plan.why_not(count)
-    if problem:
-        raise ConfigurationError(problem)
-    return plan.removed(count)
+    choices = _Choices(groups, scores, config, earlier or {})
+    most = choices.counts[-1]
+    if count > most:
+        raise ConfigurationError(
+            f"the target asks for {count} of {sum(group.size for group in groups)} "
+            f"structures to be removed, but the limits of the groups allow {most}; lower "
+            "the target, min_kept or min_kept_share, or raise max_ratio."
+        )
+    return choices.removed(min(choices.counts, key=lambda k: (abs(k - count), -k)))
 
 
 def select_for_size(
     groups: Sequence[Group],
     scores: Sequence[Tensor],
     size: NetworkSize,
-    limits: StructureLimits | None = None,
-    *,
-    parameters_left: float | None = None,
-    macs_left: float | None = None,
-    before: Before | None = None,
-    split: Callable[[Removed], tuple[Removed, Removed]] | None = None,
-    per_cost: bool = False,
+    target: float,
+    config: StructureConfig = StructureConfig(),
+    earlier: GroupIndices | None = None,
+    divide: Callable[[Removed], tuple[Removed, Removed]] | None = None,
 ) -> dict[str, Tensor]:
-    """Choose as few structures as make the network small enough.
+    """Choose the fewest structures whose removal makes the network small enough.
 
     Args:
-        groups: the structures.
-        scores: ``[group.size]`` for each group; the lowest go.
-        size: counts what is left.
-        limits: how many may go from a group; the defaults if None.
-        parameters_left: largest share of the parameters that may be left.
-        macs_left: largest share of the multiply-accumulates that may be left; with both,
-            both hold.
-        before: structures that are gone already, by group; they stay gone.
-        split: divides the chosen ones into removed and implanted ones; None for no
+        groups: the groups of structures.
+        scores: ``[group.size]`` for each group; the lowest are removed. With
+            ``config.per_cost`` they are divided by what one structure costs, the greedy
+            solution of a knapsack problem.
+        size: counts what is left of the network.
+        target: share of the parameters or multiply-accumulates (``config.measure``) to
+            remove, in [0, 1).
+        config: measure and limits.
+        earlier: structures that are already removed; they stay removed.
+        divide: divides the chosen structures into removed and implanted ones; None without
             implants.
-        per_cost: choose by the score for each multiply-accumulate that goes (without
-            ``macs_left``, for each parameter), the greedy solution of a knapsack.
 
     Returns:
-        As :func:`select_count`.
+        int64 indices of the removed structures of every group, ascending, by group name.
 
     Raises:
-        ConfigurationError: when the limits do not allow it.
+        ConfigurationError: if the limits do not allow the target.
     """
-    shares = {"parameters_left": parameters_left, "macs_left": macs_left}
-    for name, share in shares.items():
-        if share is not None and not 0.0 < share <= 1.0:
-            raise ConfigurationError(f"{name}={share} is outside (0, 1].")
-    if parameters_left is None and macs_left is None:
-        raise ConfigurationError("give parameters_left or macs_left.")
-    if per_cost:
+    is_parameters = config.measure == "parameters"
+    if config.per_cost:
         scores = [
             score.double()
-            / size.of_one(group, "parameters" if macs_left is None else "macs")
+            / size.structure_cost(group, "parameters" if is_parameters else "macs")
             for group, score in zip(groups, scores, strict=True)
         ]
-    plan = _Plan(groups, scores, limits or StructureLimits(), before)
+    choices = _Choices(groups, scores, config, earlier or {})
+    counts = choices.counts
 
-    def left(count: int) -> tuple[float, float]:
-        removed = plan.removed(count)
-        parts = split(removed) if split else (removed, {})
-        return (
-            size.parameters(*parts) / size.dense_parameters,
-            size.macs(*parts) / max(1, size.dense_macs),
-        )
+    def share_left(count: int) -> float:
+        removed = choices.removed(count)
+        split = divide(removed) if divide else (removed, {})
+        if is_parameters:
+            return size.parameters(*split) / size.dense_parameters
+        return size.macs(*split) / max(1, size.dense_macs)
 
-    def reached(count: int) -> bool:
-        parameters, macs = left(count)
-        return parameters <= (parameters_left or 1.0) and macs <= (macs_left or 1.0)
+    def is_reached(count: int) -> bool:
+        return share_left(count) <= 1.0 - target
 
-    counts = plan.reachable
-    if not reached(counts[-1]):
-        parameters, macs = left(counts[-1])
-        wanted = ", ".join(f"{n}={s}" for n, s in shares.items() if s is not None)
+    if not is_reached(counts[-1]):
         raise ConfigurationError(
-            f"targets below the floors: {wanted}, but with all {counts[-1]} structures "
-            f"removed that the limits allow {parameters:.4g} of the parameters and "
-            f"{macs:.4g} of the multiply-accumulates are left; lower min_kept or "
+            f"target={target} of the {config.measure} cannot be reached: with all "
+            f"{counts[-1]} structures removed that the limits of the groups allow, "
+            f"{share_left(counts[-1]):.4g} of them are left; lower the target, min_kept or "
             "min_kept_share, or raise max_ratio."
         )
-    if not plan.nested:
-        return plan.removed(next(count for count in counts if reached(count)))
-    low, high = 0, len(counts) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if reached(counts[middle]):
-            high = middle
-        else:
-            low = middle + 1
-    return plan.removed(counts[low])
+    if choices.is_nested:
+        last = len(counts) - 1
+        index = bisect.bisect_left(counts, True, hi=last, key=is_reached)
+        return choices.removed(counts[index])
+    return choices.removed(next(count for count in counts if is_reached(count)))
 
 
-class _Plan:
-    """The best choice for every number of structures.
+class _Choices:
+    """The choice with the least sum of scores, for every number of structures.
 
     Attributes:
-        nested: whether the choice for more structures contains that for fewer.
-        reachable: numbers of structures that can be removed, ascending.
+        is_nested: whether the choice of more structures contains that of fewer.
+        counts: numbers of structures that can be removed, ascending.
     """
 
     def __init__(
         self,
         groups: Sequence[Group],
         scores: Sequence[Tensor],
-        limits: StructureLimits,
-        before: Before | None = None,
+        config: StructureConfig,
+        earlier: GroupIndices,
     ) -> None:
-        _require_scores(groups, scores)
         self._names = [group.name for group in groups]
-        gone = [list((before or {}).get(name, ())) for name in self._names]
-        # Ranks instead of numbers, so that equal scores have an order.
-        self._orders = [
-            torch.sort(_first(score, those), stable=True)
-            for score, those in zip(scores, gone, strict=True)
-        ]
-        self._allowed = [
+        self._values: list[Tensor] = []
+        self._order: list[Tensor] = []
+        self._allowed: list[list[int]] = []
+        for group, score in zip(groups, scores, strict=True):
+            gone = list(earlier.get(group.name, ()))
+            score = score.cpu().clone()
+            score[gone] = -math.inf
+            values, order = torch.sort(score, stable=True)
+            self._values.append(values)
+            self._order.append(order)
             # Limits that are tighter than those of an earlier step bring nothing back.
-            [n for n in limits.removable(group.size) if n > len(those)]
-            for group, those in zip(groups, gone, strict=True)
-        ]
-        for allowed, those in zip(self._allowed, gone, strict=True):
-            allowed.insert(0, len(those))
-        self.nested = limits.round_to == 1
-        self._sizes = [group.size for group in groups]
-        if self.nested:
-            self._sequence = self._sort()
+            more = [n for n in config.removable(group.size) if n > len(gone)]
+            self._allowed.append([len(gone), *more])
+        self.is_nested = config.round_to == 1
+        if self.is_nested:
+            # The group of each structure that may be removed, lowest score first.
+            most = [allowed[-1] for allowed in self._allowed]
+            places = torch.arange(len(most)).repeat_interleave(torch.tensor(most))
+            lowest = [v[:number] for v, number in zip(self._values, most, strict=True)]
+            self._sequence = places[torch.cat(lowest).sort(stable=True).indices]
             fewest = sum(allowed[0] for allowed in self._allowed)
-            self.reachable = list(range(fewest, len(self._sequence) + 1))
+            self.counts = list(range(fewest, len(places) + 1))
         else:
-            self._choices, self.reachable = self._solve()
-
-    def why_not(self, count: int) -> str:
-        """Tell why the limits do not allow a number.
-
-        Args:
-            count: K.
-
-        Returns:
-            The reason and what can be reached; ``""`` when they do.
-        """
-        if count in self.reachable:
-            return ""
-        total, most = sum(self._sizes), self.reachable[-1]
-        if 0 <= count < self.reachable[0]:
-            return (
-                f"{count} of {total} structures are fewer than the {self.reachable[0]} "
-                "that are gone already, and stay gone."
-            )
-        if not 0 <= count <= most:
-            return (
-                f"targets below the floors: {count} of {total} structures cannot be "
-                f"removed, at most {most} within the limits of every group; ask for "
-                "fewer, lower min_kept or min_kept_share, or raise max_ratio."
-            )
-        below = max(c for c in self.reachable if c < count)
-        above = min(c for c in self.reachable if c > count)
-        return (
-            f"{count} structures cannot be removed while every group keeps a multiple of "
-            f"round_to; {below} and {above} can."
-        )
+            self._taken, self.counts = self._solve_knapsack()
 
     def removed(self, count: int) -> dict[str, Tensor]:
-        """Choose structures.
-
-        Args:
-            count: a reachable number.
-
-        Returns:
-            Removed structures by group.
-        """
+        """Return the removed structures by group, for one of ``counts``."""
         taken = [0] * len(self._names)
-        if self.nested:
+        if self.is_nested:
             for place in self._sequence[:count].tolist():
                 taken[place] += 1
         else:
             for place in reversed(range(len(taken))):
-                taken[place] = int(self._choices[place][count])
+                taken[place] = int(self._taken[place][count])
                 count -= taken[place]
         return {
-            name: order.indices[:number].sort().values
-            for name, order, number in zip(
-                self._names, self._orders, taken, strict=True
-            )
+            name: order[:number].sort().values
+            for name, order, number in zip(self._names, self._order, taken, strict=True)
         }
 
-    def _sort(self) -> Tensor:
-        """Give the groups of all structures that may go, in the order in which they go."""
-        places, values = [], []
-        for place, (order, allowed) in enumerate(
-            zip(self._orders, self._allowed, strict=True)
-        ):
-            values.append(order.values[: allowed[-1]])
-            places.append(torch.full((allowed[-1],), place))
-        return torch.cat(places)[torch.cat(values).sort(stable=True).indices]
-
-    def _solve(self) -> tuple[list[Tensor], list[int]]:
-        """Find how many of each group for every total: a knapsack, group by group."""
-        finite = [
-            v for order in self._orders for v in order.values[order.values.isfinite()]
-        ]
-        # What the greedy search has left aside is a last resort, but not forbidden.
+    def _solve_knapsack(self) -> tuple[list[Tensor], list[int]]:
+        """Return how many each group loses for every total, and the possible totals."""
+        finite = [v for values in self._values for v in values[values.isfinite()]]
+        # Structures that the greedy search has not removed are a last resort.
         ceiling = 1 + sum(abs(float(v)) for v in finite)
         total = sum(allowed[-1] for allowed in self._allowed)
         best = torch.full((total + 1,), math.inf, dtype=torch.float64)
         best[0] = 0.0
-        choices = []
-        for order, allowed in zip(self._orders, self._allowed, strict=True):
-            values = order.values.double().clamp(max=ceiling)
-            # What is gone already costs nothing.
+        taken = []
+        for values, allowed in zip(self._values, self._allowed, strict=True):
+            values = values.double().clamp(max=ceiling)
+            # What is already removed costs nothing.
             costs = torch.where(values.isfinite(), values, 0.0).cumsum(0)
             new = torch.full_like(best, math.inf)
             choice = torch.zeros(total + 1, dtype=torch.int64)
@@ -299,25 +230,5 @@ class _Plan:
                 better = tried < new
                 new[better], choice[better] = tried[better], number
             best = new
-            choices.append(choice)
-        return choices, best.isfinite().nonzero().flatten().tolist()
-
-
-def _first(score: Tensor, gone: Sequence[int]) -> Tensor:
-    """Put what is gone already below any score."""
-    score = score.cpu().clone()
-    score[list(gone)] = -math.inf
-    return score
-
-
-def _require_scores(groups: Sequence[Group], scores: Sequence[Tensor]) -> None:
-    if len({group.name for group in groups}) != len(groups) or not groups:
-        raise ConfigurationError("groups must be there, and have names of their own.")
-    for group, score in zip(groups, scores, strict=True):
-        if tuple(score.shape) != (group.size,):
-            raise PruningError(
-                f"{tuple(score.shape)} scores for the {group.size} structures of "
-                f"{group.name!r}"
-            )
-        if bool(score.isnan().any()):
-            raise PruningError(f"a score of {group.name!r} is not a number")
+            taken.append(choice)
+        return taken, best.isfinite().nonzero().flatten().tolist()

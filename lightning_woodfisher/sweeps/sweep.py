@@ -1,7 +1,7 @@
-"""Try many one-shot settings on one network, and put it back after each.
+"""Try many one-shot settings on one network, and restore it after each.
 
-Gradients are collected once for all settings that take the same ones
-(:mod:`.stored_rows`). Every setting starts from the weights that were given.
+Gradients are collected once for all settings that use the same ones
+(:mod:`.stored_rows`). Every setting starts from the given weights.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.selector import is_too_sparse
 from lightning_woodfisher.resources.budget import (
+    fit_into_memory,
     free_bytes,
     require_one_device,
-    within_memory,
 )
 from lightning_woodfisher.sweeps.report import TARGET, SweepReport, SweepResult
 from lightning_woodfisher.sweeps.stored_rows import (
@@ -60,8 +60,8 @@ class Setting:
     """One point of the grid.
 
     Attributes:
-        values: of the swept names, and the target sparsity.
-        config: how to prune.
+        values: values of the swept names, and the target sparsity.
+        config: the configuration of the step.
     """
 
     values: Mapping[str, Any]
@@ -69,7 +69,7 @@ class Setting:
 
     @property
     def target_sparsity(self) -> float:
-        """Share of zeros that is wanted."""
+        """Share of zeros after the step."""
         return float(self.values[TARGET])
 
 
@@ -90,35 +90,36 @@ def sweep(
 ) -> SweepReport:
     """Try every combination of one-shot settings on a plain PyTorch model.
 
-    The model is put back, bit for bit, after each setting. Gradients are collected once
+    The model is restored, bit for bit, after each setting. Gradients are collected once
     for all settings with the same ``gradient_batch_size``; a smaller ``num_gradients``
-    takes the first of them. Later parts of ``recompute_steps`` need gradients of their
-    own. With an initialised ``torch.distributed``, call it on every rank.
+    uses the first of them. Later parts of ``recompute_steps`` need new gradients. If
+    ``torch.distributed`` is initialized, call it on every rank.
 
     Args:
         model: the network.
-        data: as for :func:`~.prune`; not an iterator, which can be read only once.
+        data: the data, as for :func:`~.prune`; not an iterator, which can be read once.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
         evaluate: ``evaluate(model)`` returns a metric, or several by name. It is called
-            once for the network as given, and after each setting.
+            once for the given network, and after each setting.
         grid: values by the name of a setting: ``target_sparsity``, ``damping``,
             ``num_gradients``, ``block_size``, ``update``, ``recompute_steps``, or any other
             field of :class:`FisherConfig`, :class:`SelectionConfig` and
             :class:`StepConfig`.
-        target_sparsity: where the grid has none.
-        criterion: where the grid has none.
+        target_sparsity: target sparsity if the grid has none.
+        criterion: criterion if the grid has none.
         fisher: settings of the Fisher that the grid does not vary.
         selection: settings of the selection that the grid does not vary.
         step: settings of the step that the grid does not vary.
-        row_memory: host memory that kept gradients may take, such as ``"8GB"``; more of
-            them go to a temporary file. None for a quarter of what is free.
-        progress: given a title and a total, a context that yields a counter.
+        row_memory: host memory for stored gradients, such as ``"8GB"``; larger ones go to
+            a temporary file. None for a quarter of the free memory.
+        progress: a function of a title and a total that returns a context manager; this
+            yields a counter.
 
     Returns:
-        What each setting gave, in the order of the grid, the last name running fastest.
+        The results, in the order of the grid; its last name changes fastest.
 
     Raises:
-        ConfigurationError: for a setting that cannot work, before anything is tried.
+        ConfigurationError: if a setting cannot work; raised before any is tried.
     """
     if isinstance(data, Iterator):
         raise ConfigurationError(
@@ -137,25 +138,25 @@ def expand_grid(
 ) -> list[Setting]:
     """Make a configuration for every combination of values.
 
-    Magnitude has neither gradients nor an update, so that it appears once for each
-    sparsity and selection.
+    Magnitude has neither gradients nor an update, so it appears once for each sparsity
+    and selection.
 
     Args:
         grid: values by name.
-        base: what is not in the grid.
-        target_sparsity: where the grid has none.
+        base: the settings that are not in the grid.
+        target_sparsity: target sparsity if the grid has none.
 
     Returns:
-        The settings; the last name of the grid runs fastest.
+        The settings; the last name of the grid changes fastest.
 
     Raises:
-        ConfigurationError: for an unknown name, or a name without values.
+        ConfigurationError: if a name is unknown or has no values.
     """
-    owners = _owners()
+    groups = _setting_groups()
     for name, values in grid.items():
-        if name not in owners:
+        if name not in groups:
             raise ConfigurationError(
-                f"{name!r} is no setting of a sweep.{nearest(name, owners)}"
+                f"{name!r} is not a setting of a sweep.{nearest(name, groups)}"
             )
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ConfigurationError(
@@ -168,11 +169,11 @@ def expand_grid(
         check_sparsity(picked[TARGET])
         config = _configure(base, picked)
         if config.criterion == "magnitude":
-            # The names that make no difference are left out.
+            # Omit the names that make no difference.
             picked = {
                 name: value
                 for name, value in picked.items()
-                if owners[name] != "fisher"
+                if groups[name] != "fisher"
                 and name not in {"update", "recompute_steps"}
             }
         settings.setdefault(repr(picked), Setting(picked, config))
@@ -186,24 +187,24 @@ def run_sweep(
     row_memory: str | int | None = None,
     progress: Progress | None = None,
 ) -> SweepReport:
-    """Try settings. Call on all ranks.
+    """Try settings. Call it on all ranks.
 
     Args:
-        source: where losses come from.
+        source: source of the losses.
         evaluate: see :func:`sweep`.
-        settings: what to try.
+        settings: the settings to try.
         row_memory: see :func:`sweep`.
         progress: see :func:`sweep`.
 
     Returns:
-        What each setting gave.
+        The results, in the order of the settings.
     """
     progress = progress or no_progress
-    start = _Weights(source.model)
-    comm = Communicator(start.device)
+    start = _SavedState(source.model)
+    comm = Communicator(next(source.model.parameters()).device)
     jobs = [_prepare(setting, source, comm) for setting in settings]
     store = RowStore(_row_bytes(row_memory, comm), _most_gradients(jobs))
-    sampling = functools.partial(StoredSampling, store=store, is_start=start.holds)
+    sampling = functools.partial(StoredSampling, store=store, is_start=start.equals)
     results: dict[int, SweepResult] = {}
     try:
         with progress("Trying settings", len(jobs)) as tick:
@@ -228,12 +229,12 @@ def _try(
     sampling: Callable[..., StoredSampling],
     progress: Progress,
 ) -> SweepResult:
-    masks = _masks(source.model, job.config.selection)
+    masks = _make_masks(source.model, job.config.selection)
     pruner = Pruner(masks, job.config, comm, progress, sampling)
     try:
         report: PruningReport = pruner.step(source, job.target_sparsity)
     except PruningError as error:
-        # One value that is too small must not cost the results of the others.
+        # A setting that fails must not cost the results of the others.
         return SweepResult(job.values, {}, error=str(error))
     return SweepResult(
         job.values,
@@ -246,9 +247,9 @@ def _try(
 
 
 def _prepare(setting: Setting, source: LossSource, comm: Communicator) -> Setting:
-    """Refuse early what cannot work; give the setting as it fits into memory."""
+    """Check a setting; return it with the changes that make it fit into memory."""
     config, target = setting.config, setting.target_sparsity
-    masks = _masks(source.model, config.selection)
+    masks = _make_masks(source.model, config.selection)
     if masks.sharded:
         raise ConfigurationError(
             "a sweep needs whole parameters on every rank, but these are sharded; run it "
@@ -257,85 +258,75 @@ def _prepare(setting: Setting, source: LossSource, comm: Communicator) -> Settin
     if is_too_sparse(masks, config.selection, target):
         raise ConfigurationError(
             f"target_sparsity={target} is below the {masks.sparsity():.4f} that the "
-            "network has already; pruning can only add zeros."
+            "network already has; pruning can only add zeros."
         )
     if config.reads_data:
         fisher = config.fisher
         source.batches(
             fisher.num_gradients, fisher.gradient_batch_size, config.step.seed
         )
-    config, _ = within_memory(masks, config, comm, comm.world_size)
+    config, _ = fit_into_memory(masks, config, comm, comm.world_size)
     return dataclasses.replace(setting, config=config)
 
 
-def _masks(model: nn.Module, selection: SelectionConfig) -> Masks:
+def _make_masks(model: nn.Module, selection: SelectionConfig) -> Masks:
     parameters = prunable_parameters(model, selection.include, selection.exclude)
     require_one_device(parameters)
     masks = Masks(parameters)
-    masks.take_zeros()
+    masks.prune_zeros()
     return masks
 
 
-class _Weights:
-    """Everything that a state_dict holds, to be put back."""
+class _SavedState:
+    """A copy of the parameters and buffers of a model, to be restored."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._saved = [(t, t.detach().clone()) for t in self._tensors()]
-
-    @property
-    def device(self) -> torch.device:
-        return next(self._model.parameters()).device
-
-    def _tensors(self) -> Iterator[Tensor]:
-        yield from self._model.parameters()
-        yield from self._model.buffers()
+        tensors = (*model.parameters(), *model.buffers())
+        self._saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     @torch.no_grad()
     def restore(self) -> None:
         for tensor, saved in self._saved:
             tensor.copy_(saved)
 
-    def holds(self, masks: Masks) -> bool:
-        """Whether selected weights are as they were at the start."""
+    def equals(self, masks: Masks) -> bool:
+        """Return whether the selected weights are those that were saved."""
         saved = {id(tensor): content for tensor, content in self._saved}
         return all(
             torch.equal(p.detach(), saved[id(p)]) for p in masks.parameters.values()
         )
 
 
-def _owners() -> dict[str, str]:
-    """Name which part of the configuration has a setting."""
-    owners = {TARGET: "", "criterion": "config"}
-    for part in ("fisher", "selection", "step"):
-        fields = dataclasses.fields(getattr(PruningConfig(), part))
-        owners |= {field.name: part for field in fields}
-    return owners
+def _setting_groups() -> dict[str, str]:
+    """Return the group of the configuration to which each setting belongs."""
+    groups = {TARGET: "", "criterion": ""}
+    for group in ("fisher", "selection", "step"):
+        fields = dataclasses.fields(getattr(PruningConfig(), group))
+        groups |= {field.name: group for field in fields}
+    return groups
 
 
 def _configure(base: PruningConfig, values: Mapping[str, Any]) -> PruningConfig:
-    owners = _owners()
+    groups = _setting_groups()
     changed: dict[str, Any] = {}
-    for part in ("fisher", "selection", "step"):
-        own = {name: value for name, value in values.items() if owners[name] == part}
-        changed[part] = dataclasses.replace(getattr(base, part), **own)
+    for group in ("fisher", "selection", "step"):
+        own = {name: value for name, value in values.items() if groups[name] == group}
+        changed[group] = dataclasses.replace(getattr(base, group), **own)
     if "criterion" in values:
         changed["criterion"] = values["criterion"]
     return dataclasses.replace(base, **changed)
 
 
 def _most_gradients(jobs: Sequence[Setting]) -> dict[int, int]:
-    most: dict[int, int] = {}
-    for job in jobs:
-        fisher = job.config.fisher
-        size = fisher.gradient_batch_size
-        most[size] = max(most.get(size, 0), fisher.num_gradients)
-    return most
+    """Return the largest N of the settings, by their m."""
+    configs = sorted((job.config.fisher for job in jobs), key=lambda f: f.num_gradients)
+    return {fisher.gradient_batch_size: fisher.num_gradients for fisher in configs}
 
 
 def _order(config: PruningConfig) -> tuple[str, ...]:
+    """Return a sort key by which settings with the same gradients are neighbors."""
     fisher, selection = config.fisher, config.selection
-    # On several ranks the owner of a weight, and so its gradients, go with the blocks.
+    # The blocks decide which rank owns a weight, and so which rank stores its gradients.
     return (
         repr((selection.include, selection.exclude)),
         repr(kind_of_rows(fisher)),

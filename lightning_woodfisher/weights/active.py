@@ -1,8 +1,8 @@
-"""The weights that are not pruned yet, as one vector that is shared by the ranks.
+"""The weights that are not pruned yet, as one vector that is sharded over the ranks.
 
-Out of the model and back: active weights of all selected tensors, one behind the other,
-are cut into blocks; each rank takes the slice ``[D_r]`` that it owns, and gives new values
-for it back. Parameters that are sharded already (FSDP2) keep their owner.
+The active weights of all selected tensors are concatenated and cut into blocks. Each rank
+reads the slice ``[D_r]`` that it owns, and returns new values for it. Parameters that are
+already sharded (FSDP2) keep their owner.
 """
 
 from __future__ import annotations
@@ -17,36 +17,37 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
-from lightning_woodfisher.base.precision import common_dtype
+from lightning_woodfisher.base.types import common_dtype
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.exact_sum import sum_exactly
-from lightning_woodfisher.weights.agreement import checksum
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.partition import Partition
 from lightning_woodfisher.weights.patterns import UNSTRUCTURED, GroupRun, Pattern
 
+# Relative difference of two vectors that are equal up to rounding.
 _ROUNDING = 1e-6
 
 
 class ActiveWeights:
-    """The active weights at the start of one part of a step.
+    """The active weights at the start of one stage of a pruning step.
 
     Args:
-        masks: what is selected and what is already pruned.
-        layout: cuts so many weights of each tensor into blocks for so many ranks.
+        masks: of the selected weights.
+        layout: cuts the active weights of each tensor into blocks for the ranks:
+            :meth:`.Criterion.layout`.
         communicator: the ranks.
-        pattern: what goes together. The weights of a tensor are then in the order of its
-            groups, those of groups that have still to give first.
+        pattern: which weights form a group. The weights of a tensor are then in the order
+            of its groups, starting with the groups that are still dense.
 
     Attributes:
         positions: int64 positions of the active weights in each flattened tensor, or in
             this rank's part of it.
         partition: the blocks and their owners.
-        runs: the groups of this rank that have still to give; none without a pattern.
+        runs: the dense groups of this rank; none without a pattern.
         pattern: as given.
 
     Raises:
-        ConfigurationError: for a group that has given up a part of what it must.
+        ConfigurationError: if a group is pruned in part.
     """
 
     def __init__(
@@ -59,17 +60,20 @@ class ActiveWeights:
         self._masks = masks
         self._comm = communicator
         self.pattern = pattern
-        # Weights in groups that have still to give, of each tensor.
+        # Weights in the dense groups of each tensor.
         self._in_groups = dict.fromkeys(masks.parameters, 0)
+        self._group_sizes: list[int] | None = None
         if pattern.is_grouped:
+            shapes = [parameter.shape for parameter in masks.parameters.values()]
+            self._group_sizes = [pattern.group_size(shape) for shape in shapes]
             self.positions = {name: self._by_group(name) for name in masks.parameters}
         else:
             self.positions = {
                 name: torch.nonzero(masks.kept(name).reshape(-1)).squeeze(1)
                 for name in masks.parameters
             }
-        self.partition = self._cut(layout)
-        self.runs = tuple(self._runs()) if pattern.is_grouped else ()
+        self.partition = self._make_partition(layout)
+        self.runs = tuple(self._find_runs(self._group_sizes or ()))
 
     def gather(self) -> Tensor:
         """Read the weights of this rank.
@@ -78,40 +82,42 @@ class ActiveWeights:
             float64 ``[D_r]``.
         """
         dtype = common_dtype(self._masks.parameters.values())
-        everything = torch.cat(
+        weights = torch.cat(
             [
                 self._masks.local(name).reshape(-1)[where].to(dtype)
                 for name, where in self.positions.items()
             ]
         ).to(torch.float64)
         if self._masks.sharded:
-            return everything
-        return everything[self.partition.shard(self._comm.rank)]
+            return weights
+        return weights[self.partition.shard(self._comm.rank)]
 
-    def layers(self) -> Tensor:
-        """Tell which tensor each weight of this rank belongs to.
+    def weight_layers(self) -> Tensor:
+        """Find the tensor that each weight of this rank belongs to.
 
         Returns:
             int64 ``[D_r]``, index of the tensor.
         """
         units = self.partition.owned(self._comm.rank)
-        number = len(self.positions)
-        ids = torch.tensor([unit.segment % number for unit in units], dtype=torch.int64)
-        lengths = torch.tensor(
-            [unit.stop - unit.start for unit in units], dtype=torch.int64
-        )
-        return ids.repeat_interleave(lengths).to(self._comm.device)
+        layers = [unit.segment % len(self.positions) for unit in units]
+        return self._repeat(layers, [unit.stop - unit.start for unit in units])
 
-    def layers_of_groups(self) -> Tensor:
-        """Tell which tensor each group of this rank belongs to.
+    def group_layers(self) -> Tensor:
+        """Find the tensor that each group of this rank belongs to.
 
         Returns:
             int64 ``[G_r]``, index of the tensor.
         """
-        return self._by_run([run.layer for run in self.runs])
+        layers = [run.layer for run in self.runs]
+        return self._repeat(layers, [run.count for run in self.runs])
 
-    def members(self, chosen: Tensor) -> Tensor:
-        """Find the weights of groups.
+    def _repeat(self, values: Sequence[int], counts: Sequence[int]) -> Tensor:
+        repeats = torch.tensor(counts, dtype=torch.int64)
+        repeated = torch.tensor(values, dtype=torch.int64).repeat_interleave(repeats)
+        return repeated.to(self._comm.device)
+
+    def weights_in_groups(self, chosen: Tensor) -> Tensor:
+        """Find the weights of chosen groups.
 
         Args:
             chosen: bool ``[G_r]``.
@@ -120,29 +126,20 @@ class ActiveWeights:
             bool ``[D_r]``, True in the chosen groups.
         """
         shard = self.partition.shard(self._comm.rank)
-        inside = torch.zeros(
-            shard.stop - shard.start, dtype=torch.bool, device=chosen.device
-        )
-        first = 0
-        for run in self.runs:
-            own = chosen[first : first + run.count]
+        inside = chosen.new_zeros(shard.stop - shard.start)
+        runs = torch.split(chosen, [run.count for run in self.runs])
+        for run, own in zip(self.runs, runs, strict=True):
             inside[run.local] = own.repeat_interleave(run.size)
-            first += run.count
         return inside
 
-    def _by_run(self, values: Sequence[int]) -> Tensor:
-        counts = torch.tensor([run.count for run in self.runs], dtype=torch.int64)
-        numbers = torch.tensor(values, dtype=torch.int64)
-        return numbers.repeat_interleave(counts).to(self._comm.device)
-
     def sum_by_layer(self, values: Tensor) -> list[float]:
-        """Add a number of each weight up.
+        """Add up one value per weight within each tensor.
 
         Args:
             values: float64 ``[D_r]``.
 
         Returns:
-            A sum over all ranks for each tensor, the same bits for every world size.
+            The sum over all ranks for each tensor, bit-identical for every world size.
         """
         offset = self.partition.shard(self._comm.rank).start
         number = len(self.positions)
@@ -160,7 +157,7 @@ class ActiveWeights:
     def largest_by_layer(
         self, values: Tensor, chosen: Tensor, layers: Tensor
     ) -> list[float | None]:
-        """Find the largest value among chosen weights, or groups, of each tensor.
+        """Find the largest value among chosen weights (or groups) of each tensor.
 
         Args:
             values: float64 ``[D_r]``, not negative.
@@ -168,7 +165,7 @@ class ActiveWeights:
             layers: int64 ``[D_r]``, index of the tensor.
 
         Returns:
-            A value over all ranks for each tensor, None where none is chosen.
+            The maximum over all ranks for each tensor, None if none is chosen.
         """
         largest = values.new_full((len(self.positions),), -1.0)
         largest.scatter_reduce_(0, layers[chosen], values[chosen], "amax")
@@ -176,84 +173,78 @@ class ActiveWeights:
         return [None if value < 0 else value for value in found]
 
     def name_blocks(self, values: Mapping[int, float]) -> dict[str, float]:
-        """Name blocks of this rank, and collect those of every rank.
+        """Collect a number per block from all ranks, and name the blocks.
 
         Args:
-            values: a number by the block's first active weight (global number).
+            values: of blocks of this rank, by the global index of the block's first
+                active weight.
 
         Returns:
             The numbers of all ranks by tensor and weight.
         """
         most = int(max(row[0] for row in self._comm.gather_numbers([len(values)])))
         pairs = [*values.items(), *[(-1, 0.0)] * (most - len(values))]
-        everyone = self._comm.gather_numbers([x for pair in pairs for x in pair])
-        names = list(self.positions)
-        by_start = {unit.start: unit.segment for unit in self.partition.units}
-        starts = sorted(by_start)
+        rows = self._comm.gather_numbers([x for pair in pairs for x in pair])
+        names, units = list(self.positions), self.partition.units
+        starts = [unit.start for unit in units]
         found: dict[str, float] = {}
-        for row in everyone:
+        for row in rows:
             for first, value in zip(row[::2], row[1::2], strict=True):
                 if first >= 0:
-                    unit = starts[bisect.bisect_right(starts, first) - 1]
-                    name = names[by_start[unit] % len(names)]
+                    unit = units[bisect.bisect_right(starts, first) - 1]
+                    name = names[unit.segment % len(names)]
                     found[f"{name} from weight {int(first)}"] = value
         return found
 
     @torch.no_grad()
     def write(self, weights: Tensor, removed: Tensor) -> None:
-        """Share new weights, check them, and write them in place with the masks.
+        """Exchange new weights, check them, write them in place and extend the masks.
 
         Args:
             weights: float64 ``[D_r]``.
-            removed: bool ``[D_r]``; these become zero and pruned.
+            removed: bool ``[D_r]``; these weights become zero and pruned.
 
         Raises:
-            PruningError: when a weight is not finite in the dtype of its tensor; nothing
-                has been written then.
+            PruningError: if a weight is not finite in the dtype of its tensor, before
+                anything is written.
         """
         comm, masks = self._comm, self._masks
-        new, gone = self._share(weights, removed), removed
+        new, gone = self._exchange(weights, removed), removed
         if not masks.sharded:
             sizes = self.partition.shard_sizes()
             gone = comm.gather_shards(gone.to(torch.uint8), sizes).bool()
-            comm.require_equal(checksum([new]), "the updated weights")
-            comm.require_equal(checksum([gone]), "the masks")
-        parts = self._in_own_dtype(new)
-        bad = self._count_bad(parts)
+            comm.require_equal(new, "the updated weights")
+            comm.require_equal(gone, "the masks")
+        bad = self._write_if_finite(new)
         if bad:
             raise PruningError(
                 f"{bad} updated weights are not finite; "
                 "raise fisher.damping or recompute_steps, or lower the step's sparsity"
             )
-        self._put(parts)
         pruned = {}
         for name, leaving in self._by_tensor(gone).items():
             part = masks.local(name)
-            mask = torch.zeros_like(part, dtype=torch.bool).reshape(-1)
+            mask = torch.zeros(part.numel(), dtype=torch.bool, device=part.device)
             mask[self.positions[name]] = leaving
             pruned[name] = mask.view(part.shape)
-        masks.grow(pruned)
+        masks.prune(pruned)
 
     @torch.no_grad()
-    def try_on(self, weights: Tensor, removed: Tensor) -> bool:
-        """Put weights into the model that :meth:`write` will overwrite; no mask grows.
+    def write_trial(self, weights: Tensor, removed: Tensor) -> bool:
+        """Write weights that :meth:`write` will overwrite, without changing the masks.
 
         Args:
             weights: float64 ``[D_r]``.
-            removed: bool ``[D_r]``; these are zero in the trial.
+            removed: bool ``[D_r]``; these weights are zero in the trial.
 
         Returns:
-            False when a weight is not finite in the dtype of its tensor; nothing has been
-            written then.
+            Whether all weights are finite in the dtype of their tensor. If not, nothing
+            has been written.
         """
-        parts = self._in_own_dtype(self._share(weights, removed))
-        if self._count_bad(parts):
-            return False
-        self._put(parts)
-        return True
+        return not self._write_if_finite(self._exchange(weights, removed))
 
-    def is_same(self, one: Tensor, other: Tensor) -> bool:
-        """Tell whether two vectors differ by no more than roundings.
+    def is_close(self, one: Tensor, other: Tensor) -> bool:
+        """Check whether two vectors are equal up to rounding.
 
         Args:
             one: float64 ``[D_r]``.
@@ -268,97 +259,85 @@ class ActiveWeights:
         size, gap = self._comm.maximum(largest).tolist()
         return bool(gap <= _ROUNDING * size)
 
-    def _share(self, weights: Tensor, removed: Tensor) -> Tensor:
-        """Give all active weights that this rank holds in the model, ``[D]``."""
+    def _exchange(self, weights: Tensor, removed: Tensor) -> Tensor:
+        """Return all active weights that this rank holds in the model, ``[D]``."""
         # A kept weight may not underflow to zero silently, but a removed one is zero.
         dtype = common_dtype(self._masks.parameters.values())
         new = torch.where(removed, 0.0, weights).to(dtype)
-        # Nobody else needs the weights of a shard.
+        # In a sharded model no other rank needs these weights.
         if self._masks.sharded:
             return new
         return self._comm.gather_shards(new, self.partition.shard_sizes())
 
-    def _in_own_dtype(self, values: Tensor) -> dict[str, Tensor]:
-        """Cut a vector of all active weights, each tensor in the dtype of the model."""
-        masks = self._masks
-        return {
-            name: part.to(masks.local(name).dtype)
-            for name, part in self._by_tensor(values).items()
+    def _write_if_finite(self, weights: Tensor) -> int:
+        """Write ``[D]`` into the model; return the largest number of bad ones of a rank."""
+        # In the dtypes in which they are written: float16 overflows early.
+        new = {
+            name: values.to(self._masks.local(name).dtype)
+            for name, values in self._by_tensor(weights).items()
         }
+        bad = sum(int((~values.isfinite()).sum()) for values in new.values())
+        bad = int(max(row[0] for row in self._comm.gather_numbers([bad])))
+        if not bad:
+            self._overwrite(new)
+        return bad
 
-    def _count_bad(self, parts: Mapping[str, Tensor]) -> int:
-        """Count what is not finite, on the rank that has most of it."""
-        # In the dtype in which they will be written: float16 overflows early.
-        bad = sum(int((~values.isfinite()).sum()) for values in parts.values())
-        return int(max(row[0] for row in self._comm.gather_numbers([bad])))
-
-    def _put(self, parts: Mapping[str, Tensor]) -> None:
-        """Overwrite the active weights in the model."""
-        for name, values in parts.items():
+    def _overwrite(self, new: Mapping[str, Tensor]) -> None:
+        for name, values in new.items():
             part = self._masks.local(name)
             flat = part.reshape(-1).clone()
             flat[self.positions[name]] = values
             part.copy_(flat.view(part.shape))
 
     def _by_tensor(self, values: Tensor) -> dict[str, Tensor]:
-        """Cut a vector of all active weights that this rank holds."""
+        """Split a vector of all active weights that this rank holds."""
         lengths = [len(where) for where in self.positions.values()]
         return dict(zip(self.positions, torch.split(values, lengths), strict=True))
 
     def _by_group(self, name: str) -> Tensor:
-        """Positions of the active weights of one tensor in the order of its groups."""
+        """Return the positions of the active weights of a tensor in order of its groups."""
         pattern, kept = self.pattern, self._masks.kept(name)
         places = torch.arange(kept.numel(), device=kept.device).view(kept.shape)
         groups, active = pattern.grouped(places), pattern.grouped(kept)
         number, size = active.sum(dim=1), groups.shape[1]
-        waiting = number == size
-        if bool((~waiting & (number != pattern.kept)).any()):
-            # Masks of another pattern, of a checkpoint for example.
+        dense = number == size
+        if bool((~dense & (number != pattern.kept)).any()):
+            # Masks of another pattern, for example from a checkpoint.
             raise ConfigurationError(
                 f"{name} has groups of weights that are pruned in part, which does not fit "
                 f"selection.pattern of groups of {size} that keep {pattern.kept}; start "
                 "from a dense network or go on with the pattern of the masks."
             )
-        self._in_groups[name] = int(waiting.sum()) * size
-        return torch.cat(
-            [groups[waiting].flatten(), groups[~waiting][active[~waiting]]]
-        )
+        self._in_groups[name] = int(dense.sum()) * size
+        return torch.cat([groups[dense].flatten(), groups[~dense][active[~dense]]])
 
-    def _runs(self) -> Iterator[GroupRun]:
-        """Groups of each unit of this rank; they lie at the start of a segment."""
+    def _find_runs(self, group_sizes: Sequence[int]) -> Iterator[GroupRun]:
+        """Yield the dense groups of each unit of this rank, at the start of segments."""
         number, rank = len(self.positions), self._comm.rank
-        sizes = [
-            self.pattern.group_size(parameter.shape)
-            for parameter in self._masks.parameters.values()
-        ]
-        waiting = list(self._in_groups.values())
+        in_groups = list(self._in_groups.values())
         if self._masks.sharded:
             # Only this rank has units in its segments.
-            waiting = [0] * (rank * number) + waiting
+            in_groups = [0] * (rank * number) + in_groups
         starts = [0, *itertools.accumulate(self.partition.segments)]
         offset = self.partition.shard(rank).start
         for index, unit in enumerate(self.partition.owned(rank)):
             layer = unit.segment % number
-            end = starts[unit.segment] + waiting[unit.segment]
+            end = starts[unit.segment] + in_groups[unit.segment]
             inside = max(0, min(unit.stop, end) - unit.start)
             if inside:
-                count = inside // sizes[layer]
-                yield GroupRun(index, layer, unit.start - offset, sizes[layer], count)
+                size = group_sizes[layer]
+                yield GroupRun(index, layer, unit.start - offset, size, inside // size)
 
-    def _cut(self, layout: Callable[..., Partition]) -> Partition:
+    def _make_partition(self, layout: Callable[..., Partition]) -> Partition:
         # Sharded parameters are numbered rank by rank, each rank's part of each tensor as
         # a segment of its own: segment r·L + l is tensor l on rank r, which owns it.
         segments = [len(positions) for positions in self.positions.values()]
-        ranks = self._comm.world_size
-        sizes: list[int] | None = None
-        if self.pattern.is_grouped:
-            shapes = [p.shape for p in self._masks.parameters.values()]
-            sizes = [self.pattern.group_size(shape) for shape in shapes]
+        ranks, sizes = self._comm.world_size, self._group_sizes
         if not self._masks.sharded:
             return layout(segments, ranks, sizes)
-        everyone = self._comm.gather_numbers([float(count) for count in segments])
-        counts = [int(count) for row in everyone for count in row]
+        rows = self._comm.gather_numbers(segments)
+        counts = [int(count) for row in rows for count in row]
         partition = layout(counts, ranks, sizes and sizes * ranks)
         return partition.owned_by_segment(
-            [rank for rank, row in enumerate(everyone) for _ in row]
+            [rank for rank in range(ranks) for _ in segments]
         )

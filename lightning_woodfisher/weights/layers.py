@@ -1,8 +1,8 @@
-"""Which tensors of a model are pruned: names, regular expressions and class paths."""
+"""Select the tensors to prune by name, regular expression and class path."""
 
 from __future__ import annotations
 
-__all__ = ["class_paths", "prunable_parameters"]
+__all__ = ["class_paths", "matches_pattern", "prunable_parameters"]
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,14 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
-from lightning_woodfisher.distributed.dtensor import local, require_supported
+from lightning_woodfisher.distributed.dtensor import (
+    require_supported_sharding,
+    to_local,
+)
 
-# What is pruned when `include` says nothing.
+# Layers that are pruned if `include` is empty.
 _DEFAULT_LAYERS = (nn.Linear, _ConvNd)
-# Tensors that a regular expression passes over: only their class path selects them.
+# Layers whose tensors are selected only by class path, never by a regular expression.
 _NEVER_BY_NAME = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, _NormBase)
 
 
@@ -32,30 +35,29 @@ def prunable_parameters(
     """Find the weights to prune.
 
     A pattern is a class path of a layer (``torch.nn.Conv2d``, ``Conv2d`` or the path of
-    your own class; subclasses count) or else a regular expression that is searched in the
-    parameter's name (anchor it with ``^`` and ``$`` where needed).
+    your own class; it also matches subclasses) or else a regular expression that is
+    searched in the parameter's name (anchor it with ``^`` and ``$`` if needed).
 
-    Without ``include`` these are the tensors ``weight`` of Linear and convolution layers;
-    a layer whose weight is computed from other tensors (``torch.nn.utils.parametrize``,
-    the older ``weight_norm`` and ``spectral_norm``) has none and stays dense. With it,
-    every trainable tensor of two or more dimensions that a pattern matches, save
-    normalisation and embedding weights, which only their class path selects. Biases
-    are never pruned. A tensor that is shared by several layers appears once, under its
-    first name.
+    Without ``include`` the weights of Linear and convolution layers are selected. A layer
+    whose weight is computed from other tensors (``torch.nn.utils.parametrize``, the older
+    ``weight_norm`` and ``spectral_norm``) stays dense. With ``include``, every trainable
+    tensor of two or more dimensions that a pattern matches is selected; normalization and
+    embedding weights only by their class path. Biases are never pruned. A tensor that is
+    shared by several layers appears once, under its first name.
 
     Args:
         model: the network.
-        include: patterns of what to prune; empty for the default.
-        exclude: patterns of what to leave dense.
-        frozen: also select what is not trainable now, because it will be.
+        include: patterns of the tensors to prune; empty for the default.
+        exclude: patterns of the tensors to leave dense.
+        frozen: also select tensors that are not trainable now but will be later.
 
     Returns:
         Parameters by name, in the order of ``model.named_parameters()``.
 
     Raises:
-        ConfigurationError: when a pattern is not a regular expression or matches
-            nothing, nothing is left to prune, or a tensor is sharded in a way that
-            cannot be pruned.
+        ConfigurationError: if a pattern is not a regular expression or matches nothing,
+            nothing is left to prune, or a tensor is sharded in a way that cannot be
+            pruned.
     """
     tensors = list(_tensors(model, frozen))
     if not tensors:
@@ -66,8 +68,8 @@ def prunable_parameters(
     unmatched = {*include, *exclude}
     chosen: dict[str, nn.Parameter] = {}
     for parameter, owners in tensors:
-        included = [p for p in include if _matches(p, owners)]
-        excluded = [p for p in exclude if _matches(p, owners)]
+        included = [p for p in include if matches_pattern(p, owners)]
+        excluded = [p for p in exclude if matches_pattern(p, owners)]
         unmatched -= {*included, *excluded}
         by_default = any(
             isinstance(m, _DEFAULT_LAYERS) and n.split(".")[-1] == "weight"
@@ -86,18 +88,18 @@ def prunable_parameters(
         raise ConfigurationError(
             f"Nothing to prune in {type(model).__name__}: include={list(include)} and "
             f"exclude={list(exclude)} leave no weight. Without include, layers whose "
-            f"weight is reparametrised are left out. Names: {_shorten(names)}"
+            f"weight is reparametrized are left out. Names: {_shorten(names)}"
         )
-    require_supported(model, chosen)
+    require_supported_sharding(model, chosen)
     return chosen
 
 
 def _require_plain(name: str, owner: nn.Module) -> None:
     if isinstance(owner, ParametrizationList):
         raise ConfigurationError(
-            f"{name} is not the weight of a layer, but what its parametrization computes "
-            "the weight from, so that zeros in it need not be zeros of the weight; leave it "
-            "out with exclude, or bake the weight in with "
+            f"{name} is not the weight of a layer: a parametrization computes the weight "
+            "from it, so that its zeros need not be zeros of the weight; leave it out with "
+            "exclude, or make the weight permanent with "
             "torch.nn.utils.parametrize.remove_parametrizations()."
         )
 
@@ -105,16 +107,16 @@ def _require_plain(name: str, owner: nn.Module) -> None:
 def _tensors(
     model: nn.Module, frozen: bool
 ) -> Iterator[tuple[nn.Parameter, list[tuple[str, nn.Module]]]]:
-    """Yield each distinct trainable (or any) matrix with every (name, layer) that uses it."""
+    """Yield each distinct tensor that may be pruned with the (name, layer)s that use it."""
     uses: dict[object, tuple[nn.Parameter, list[tuple[str, nn.Module]]]] = {}
     for prefix, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if is_lazy(parameter):
                 raise ConfigurationError(
                     f"{prefix}.{key} of a lazy layer has no shape yet; run one batch "
-                    "through the model before it is pruned."
+                    "through the model before pruning."
                 )
-            # LayerNorm has biases of several dimensions.
+            # A LayerNorm can have biases of several dimensions.
             trainable = parameter.requires_grad or frozen
             if parameter.dim() >= 2 and trainable and key != "bias":
                 name = f"{prefix}.{key}" if prefix else key
@@ -125,14 +127,26 @@ def _tensors(
 
 
 def _storage(parameter: nn.Parameter) -> object:
-    # Two Parameter objects may be views of one storage; a meta tensor has none.
-    part = local(parameter)
+    # Two Parameter objects may share one storage; a meta tensor has none.
+    part = to_local(parameter)
     if part.is_meta or part.numel() == 0:
         return id(parameter)
     return part.device, part.data_ptr(), parameter.shape
 
 
-def _matches(pattern: str, owners: list[tuple[str, nn.Module]]) -> bool:
+def matches_pattern(pattern: str, owners: list[tuple[str, nn.Module]]) -> bool:
+    """Check if a pattern matches one of the layers that use a tensor.
+
+    Args:
+        pattern: a class path or a regular expression.
+        owners: names, of the tensor or the layer, and layers.
+
+    Returns:
+        Whether the class path is one of the layer's, or the expression is found in a name.
+
+    Raises:
+        ConfigurationError: if the pattern is not a regular expression.
+    """
     try:
         regex = re.compile(pattern)
     except re.error as error:

@@ -1,12 +1,12 @@
-"""The masks: the only owner of what is pruned.
+"""The masks, which record what is pruned.
 
-A mask is a bool tensor of its parameter's shape, True where the weight is kept. Masks
-only ever lose True entries. They live beside the model, never in it: parameter names,
-storages and ``state_dict`` keys stay as they are.
+A mask is a bool tensor of its parameter's shape, True where the weight is kept. Masks never
+turn an entry back to True. They are kept beside the model, never in it: parameter names,
+storages and ``state_dict`` keys stay unchanged.
 
-Of a sharded parameter each rank holds the mask of its own part. Counts are those of the
-whole parameter, and so are the masks in a checkpoint. What needs the other ranks for
-that must be called on all of them; it says so.
+Each rank holds the mask of its own part of a sharded parameter. Counts are those of the
+whole parameter, and checkpoints contain whole masks. Methods that need the other ranks for
+this must be called on all of them, and their docstrings say so.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 __all__ = ["Masks"]
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -21,47 +22,51 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.distributed.checksum import checksum
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import (
     is_sharded,
-    local,
-    part_of,
-    part_sizes,
+    local_sizes,
+    take_local,
+    to_local,
 )
+
+# Tensors named in an error; the rest are counted.
+_NAMED = 4
 
 
 class Masks:
     """Masks of the selected parameters.
 
     Args:
-        parameters: what may be pruned, by name; held by reference.
+        parameters: those that may be pruned, by name; held by reference.
 
     Attributes:
-        sharded: whether each rank holds a part of every parameter only.
+        sharded: whether each rank holds only a part of every parameter.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
         self.sharded = any(is_sharded(p) for p in self.parameters.values())
-        # What is pruned, True where the weight is gone: masked_fill_ wants it that way.
-        # Parameters without zeros have no entry, so that a dense network costs nothing.
+        # True where the weight is pruned, as masked_fill_ needs it. Parameters without
+        # pruned weights have no entry, so that a dense network needs no memory for masks.
         self._pruned: dict[str, Tensor] = {}
         self._zeros = dict.fromkeys(self.parameters, 0)
 
     def local(self, name: str) -> Tensor:
-        """Give the weights of one parameter that this rank holds.
+        """Return the part of a parameter on this rank.
 
         Args:
             name: the parameter.
 
         Returns:
-            Plain tensor without graph that shares the parameter's memory; all of the
-            parameter unless it is sharded.
+            Plain, detached tensor that shares the parameter's memory; the whole parameter
+            unless it is sharded.
         """
-        return local(self.parameters[name])
+        return to_local(self.parameters[name])
 
     def kept(self, name: str) -> Tensor:
-        """Give the mask of one parameter.
+        """Return the mask of a parameter on this rank.
 
         Args:
             name: the parameter.
@@ -77,26 +82,26 @@ class Masks:
         """Count the pruned weights.
 
         Returns:
-            Pruned weights by parameter name, for every parameter, over all ranks.
+            Pruned weights on all ranks, for every parameter by name.
         """
         return dict(self._zeros)
 
     def sparsity(self) -> float:
-        """Give the share of the selected weights that is pruned.
+        """Return the share of the selected weights that is pruned.
 
         Returns:
-            A number in [0, 1).
+            A number in [0, 1].
         """
         weights = sum(parameter.numel() for parameter in self.parameters.values())
-        return sum(self.zeros().values()) / weights
+        return sum(self._zeros.values()) / weights
 
     @torch.no_grad()
-    def grow(self, pruned: Mapping[str, Tensor]) -> None:
-        """Prune more weights; what is pruned stays pruned. Call on all ranks.
+    def prune(self, pruned: Mapping[str, Tensor]) -> None:
+        """Mark more weights as pruned. Call on all ranks.
 
         Args:
             pruned: bool tensors by parameter name, of the shape of :meth:`local`, True
-                where the weight goes.
+                where the weight is removed.
         """
         for name, gone in pruned.items():
             if name in self._pruned:
@@ -107,10 +112,8 @@ class Masks:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set the pruned weights to zero, in place.
-
-        ``masked_fill_`` and not a product: 0·∞ is not 0, and −1·0 is −0.
-        """
+        """Set the pruned weights to zero, in place."""
+        # masked_fill_ and not a product, because 0·∞ is not 0 and −1·0 is −0.
         for name, gone in self._pruned.items():
             self.local(name).masked_fill_(gone, 0.0)
 
@@ -119,8 +122,8 @@ class Masks:
         """Set the pruned weights of copies to zero, in place.
 
         Args:
-            copies: tensors of the shape of :meth:`local` on any device, by the names of
-                the parameters; there may be others.
+            copies: tensors of the shape of :meth:`local` on any device, by parameter
+                name; other names are ignored.
         """
         for name, gone in self._pruned.items():
             copies[name].masked_fill_(gone.to(copies[name].device), 0.0)
@@ -129,41 +132,40 @@ class Masks:
     def apply_to_gradients(self) -> None:
         """Set the gradients of pruned weights to zero, in place.
 
-        Otherwise they count in the clipping norm and stay in momentum.
+        Otherwise they would contribute to the clipping norm and to momentum.
         """
         for name, gone in self._pruned.items():
             gradient = self.parameters[name].grad
             if gradient is None:
                 continue
             if gradient.is_sparse:
-                # Of an embedding: some rows, each perhaps several times.
+                # The gradient of an embedding: some rows, each possibly repeated.
                 rows = gradient.coalesce()
                 rows.values().masked_fill_(gone[rows.indices()[0]], 0.0)
                 self.parameters[name].grad = rows
             else:
-                local(gradient).masked_fill_(gone, 0.0)
+                to_local(gradient).masked_fill_(gone, 0.0)
 
     @torch.no_grad()
     def apply_to_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
         """Set the optimizer state of pruned weights to zero, in place.
 
         Args:
-            optimizers: their state tensors of a parameter's shape are masked.
+            optimizers: whose state tensors of a parameter's shape are masked.
         """
-        for optimizer in optimizers:
-            for name, gone in self._pruned.items():
-                for value in optimizer.state.get(self.parameters[name], {}).values():
-                    if not isinstance(value, Tensor):
-                        continue
-                    part = local(value)
-                    if part.shape == gone.shape:
-                        part.masked_fill_(gone.to(part.device), 0.0)
+        for optimizer, (name, gone) in itertools.product(
+            optimizers, self._pruned.items()
+        ):
+            for value in optimizer.state.get(self.parameters[name], {}).values():
+                part = to_local(value) if isinstance(value, Tensor) else None
+                if part is not None and part.shape == gone.shape:
+                    part.masked_fill_(gone.to(part.device), 0.0)
 
     def violations(self) -> dict[str, int]:
         """Count the pruned weights that are not zero. Call on all ranks.
 
         Returns:
-            Their number by parameter name, without the parameters that have none.
+            Their number by parameter name, for parameters that have any.
         """
         counts = self._count(
             {n: self.local(n)[gone] != 0 for n, gone in self._pruned.items()}
@@ -174,7 +176,7 @@ class Masks:
         """Check that every pruned weight is zero. Call on all ranks.
 
         Raises:
-            PruningError: naming the parameters where that is not so.
+            PruningError: if one is not, naming the parameters.
         """
         violations = self.violations()
         if violations:
@@ -183,13 +185,46 @@ class Masks:
                 "has changed the weights after the optimizer step."
             )
 
-    def take_zeros(self) -> None:
-        """Take the weights that are exactly zero now for pruned. Call on all ranks."""
-        self.grow({name: self.local(name) == 0 for name in self.parameters})
+    def prune_zeros(self) -> None:
+        """Mark the weights that are exactly zero as pruned. Call on all ranks."""
+        self.prune({name: self.local(name) == 0 for name in self.parameters})
+
+    def require_equal_on_ranks(self, communicator: Communicator, when: str) -> None:
+        """Check that all ranks hold the same weights and masks. Call on all ranks.
+
+        Ranks of a sharded model hold different parts, which cannot be compared.
+
+        Args:
+            communicator: the ranks.
+            when: as in "the ranks disagree about ... after the step".
+
+        Raises:
+            PruningError: naming tensors, and the ranks that differ from rank 0.
+        """
+        if self.sharded or communicator.world_size == 1:
+            return
+        names = list(self.parameters)
+        hashes = [checksum(self.local(name)) for name in names]
+        hashes += [checksum(self.kept(name)) for name in names]
+        differing = communicator.find_differing(torch.stack(hashes))
+        if not differing:
+            return
+        labels = [
+            f"the {kind} of {n!r}" for kind in ("weights", "masks") for n in names
+        ]
+        found = [
+            f"{labels[index]} (rank {', '.join(map(str, ranks))} differs from rank 0)"
+            for index, ranks in differing.items()
+        ]
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise PruningError(
+            f"the ranks disagree about {'; '.join(found[:_NAMED])}{more} {when}. Something "
+            "has changed them on one rank only."
+        )
 
     @contextlib.contextmanager
     def restored_on_error(self) -> Iterator[None]:
-        """Put the masks back when the body fails, without asking the other ranks.
+        """Restore the masks if the body fails, without communication.
 
         Yields:
             Nothing.
@@ -203,25 +238,25 @@ class Masks:
             raise
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Give the masks for a checkpoint. Call on all ranks.
+        """Return the masks for a checkpoint. Call on all ranks.
 
         Returns:
             bool tensors on the CPU by parameter name, True where kept; parameters
-            without pruned weights are left out. Whole masks on every rank, so that any
-            number of ranks can load them.
+            without pruned weights are left out. The masks are whole on every rank, so
+            that any number of ranks can load them.
         """
         return {
             name: self.whole(name).cpu() for name, zeros in self._zeros.items() if zeros
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the masks of a checkpoint. Call on all ranks.
+        """Load the masks of a checkpoint. Call on all ranks.
 
         Args:
-            state: what :meth:`state_dict` gave.
+            state: what :meth:`state_dict` returned.
 
         Raises:
-            ConfigurationError: when names or shapes do not fit the parameters.
+            ConfigurationError: if names or shapes do not fit the parameters.
         """
         for name, kept in state.items():
             if name not in self.parameters:
@@ -236,26 +271,25 @@ class Masks:
                     f"the parameter {tuple(shape)}."
                 )
         self._pruned = {
-            name: ~part_of(kept, self.parameters[name]).to(self.local(name).device)
+            name: ~take_local(kept, self.parameters[name]).to(self.local(name).device)
             for name, kept in state.items()
         }
         self._zeros = self._count(self._pruned)
 
     def _count(self, marks: Mapping[str, Tensor]) -> dict[str, int]:
-        """Count the True entries of every parameter, over all ranks."""
+        """Count the True entries for every parameter, over all ranks."""
         counts = [int(marks[n].sum()) if n in marks else 0 for n in self.parameters]
         if self.sharded:
-            comm = self._ranks()
-            counts = comm.sum_integers(
-                torch.tensor(counts, device=comm.device)
-            ).tolist()
+            comm = self._communicator()
+            total = comm.sum_integers(torch.tensor(counts, device=comm.device))
+            counts = total.tolist()
         return dict(zip(self.parameters, counts, strict=True))
 
-    def _ranks(self) -> Communicator:
+    def _communicator(self) -> Communicator:
         return Communicator(next(iter(self.parameters.values())).device)
 
     def whole(self, name: str) -> Tensor:
-        """Give the mask of a whole parameter, sharded or not. Call on all ranks.
+        """Return the mask of a whole parameter, sharded or not. Call on all ranks.
 
         Args:
             name: the parameter.
@@ -266,6 +300,6 @@ class Masks:
         parameter, kept = self.parameters[name], self.kept(name)
         if self.sharded:
             part = kept.reshape(-1).to(torch.uint8)
-            whole = self._ranks().gather_shards(part, part_sizes(parameter))
+            whole = self._communicator().gather_shards(part, local_sizes(parameter))
             kept = whole.bool().view(parameter.shape)
         return kept

@@ -1,19 +1,19 @@
-"""Blocks of the Fisher matrix and the ranks that own them: pure data, no tensors.
+"""Cut weights into blocks of the Fisher and assign them to ranks, without tensors.
 
 Legend of shape suffixes used in the package: D active weights, N gradients,
 B block size, K blocks, R ranks, L tensors (segments).
 
 The active (not yet pruned) weights of all selected tensors are numbered 0 .. D-1 in the
-order of the tensors. Each tensor is cut into blocks that never leave it; consecutive
-blocks of equal size form a *unit*, the smallest thing that is owned and computed.
+order of the tensors. Each tensor is cut into blocks that do not cross its ends. Consecutive
+blocks of equal size form a *unit*, which is owned and computed as a whole.
 
            tensor 0            tensor 1
-    | B B B B | B B B | b | B B B | B B B | b |      b is what is left over
+    | B B B B | B B B | b | B B B | B B B | b |      b is the remainder
     |- unit --|- unit-|-u-|- unit-|- unit-|-u-|
     '----- rank 0 ----'-------- rank 1 -------'
 
-Units do not depend on the number of ranks. Ranks take whole units, so every product
-is computed from the same numbers in the same order whatever the world size.
+Units do not depend on the number of ranks. Ranks own whole units, so every product is
+computed from the same numbers in the same order for every world size.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-# A unit costs at most this share of the whole, so that R ranks can share evenly.
+# A unit costs at most 1/96 of the whole, so that R ranks can share the cost evenly.
 _UNITS_WANTED = 96
-# Nor does it hold more weights than this, unless a block does: units in work take memory.
+# It holds at most this number of weights, unless a block is larger, to limit memory.
 _LARGEST_UNIT = 2**22
 
 
@@ -55,7 +55,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Partition:
-    """All units in order, and which rank owns which.
+    """All units in order, and their owners.
 
     Attributes:
         segments: active weights of each tensor.
@@ -84,12 +84,12 @@ class Partition:
             rank: the owner.
 
         Returns:
-            Its units, possibly none.
+            Its units; possibly none.
         """
         return self.units[self.bounds[rank] : self.bounds[rank + 1]]
 
     def shard(self, rank: int) -> slice:
-        """Locate the active weights of one rank.
+        """Return the range of active weights of one rank.
 
         Args:
             rank: the owner.
@@ -110,10 +110,10 @@ class Partition:
         return [shard.stop - shard.start for shard in shards]
 
     def owned_by_segment(self, owners: Sequence[int]) -> Partition:
-        """Let the owner of a tensor own all its units: nobody else holds it.
+        """Assign all units of a tensor to the rank that holds the tensor.
 
         Args:
-            owners: rank of each segment, rising from 0 to R-1.
+            owners: rank of each segment, increasing from 0 to R-1.
 
         Returns:
             The same units with other bounds.
@@ -124,11 +124,11 @@ class Partition:
 
 
 def align_block_size(block_size: int, group_size: int, may_cut: bool = False) -> int:
-    """Choose a block size such that blocks and groups of weights do not straddle.
+    """Choose a block size such that block boundaries do not cut groups of weights.
 
     Args:
         block_size: the wanted size, B.
-        group_size: weights that go together, q.
+        group_size: weights of a group, q.
         may_cut: whether a group may consist of several blocks.
 
     Returns:
@@ -155,38 +155,37 @@ def make_partition(
     cost: Callable[[int], float] = float,
     group_sizes: Sequence[int] | None = None,
 ) -> Partition:
-    """Cut tensors into blocks and give the blocks to ranks.
+    """Cut tensors into blocks and assign the blocks to ranks.
 
-    A tensor of n active weights becomes blocks of ``block_size`` and one of what is left
-    over. Each rank owns a contiguous run of units of about equal cost.
+    A tensor of n active weights becomes blocks of ``block_size`` and one block for the
+    remainder. Each rank owns a contiguous run of units of about equal cost.
 
     Args:
         segments: active weights of each tensor, zero allowed.
         block_size: largest number of weights in a block, B; or one for each tensor.
         world_size: number of ranks, R.
         cost: work for one block of the given size; only ratios matter.
-        group_sizes: weights that go together in each tensor; no unit ends inside a group
-            of which B is a divisor.
+        group_sizes: weights of a group in each tensor; no unit ends inside a group of
+            which B is a divisor.
 
     Returns:
         The partition. Ranks beyond the number of units own nothing.
     """
     sizes = [block_size] * len(segments) if isinstance(block_size, int) else block_size
-    together = [
-        max(1, group // size)
-        for group, size in zip(group_sizes or [1] * len(segments), sizes, strict=True)
-    ]
-    blocks = list(_blocks(segments, sizes))
-    total = sum(cost(size) * count for _, _, size, count in blocks)
-    units = tuple(
-        unit
-        for segment, start, size, count in blocks
-        for unit in _split(
-            segment, start, size, count, total, cost(size), together[segment]
-        )
-    )
+    runs = list(_equal_blocks(segments, sizes))
+    total = sum(cost(run.size) * run.count for run in runs)
+    units: list[Unit] = []
+    for run in runs:
+        group_size = group_sizes[run.segment] if group_sizes else 1
+        together = max(1, group_size // sizes[run.segment])
+        at_once = int(total / _UNITS_WANTED / cost(run.size))
+        at_once = min(at_once, _LARGEST_UNIT // run.size)
+        at_once = max(together, at_once - at_once % together)
+        for first in range(0, run.count, at_once):
+            start, count = run.start + first * run.size, min(at_once, run.count - first)
+            units.append(Unit(run.segment, start, run.size, count))
     ends = list(itertools.accumulate(cost(unit.size) * unit.count for unit in units))
-    # A boundary is put where the accumulated cost comes closest to r/R of the whole.
+    # Each boundary is where the accumulated cost is closest to r/R of the whole.
     bounds = [0]
     for rank in range(1, world_size):
         wanted = total * rank / world_size
@@ -195,38 +194,18 @@ def make_partition(
         if index < len(ends) and ends[index] - wanted <= wanted - before:
             index += 1
         bounds.append(min(max(index, bounds[-1]), len(units)))
-    return Partition(tuple(segments), units, (*bounds, len(units)))
+    return Partition(tuple(segments), tuple(units), (*bounds, len(units)))
 
 
-def _blocks(
+def _equal_blocks(
     segments: Sequence[int], block_sizes: Sequence[int]
-) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (segment, start, size, count) runs of equal blocks."""
-    start = 0
-    for segment, weights in enumerate(segments):
-        if weights == 0:
-            continue
-        block_size = block_sizes[segment]
-        count, rest = divmod(weights, block_size)
-        if count:
-            yield segment, start, block_size, count
-        if rest:
-            yield segment, start + count * block_size, rest, 1
-        start += weights
-
-
-def _split(
-    segment: int,
-    start: int,
-    size: int,
-    count: int,
-    total: float,
-    block_cost: float,
-    together: int,
 ) -> Iterator[Unit]:
-    """Cut a run of equal blocks into units of at most the wanted cost and size."""
-    at_once = int(total / _UNITS_WANTED / block_cost)
-    at_once = min(at_once, _LARGEST_UNIT // size)
-    at_once = max(together, at_once - at_once % together)
-    for first in range(0, count, at_once):
-        yield Unit(segment, start + first * size, size, min(at_once, count - first))
+    """Yield the longest runs of equal blocks: those of each segment, and its remainder."""
+    start = 0
+    for segment, (weights, size) in enumerate(zip(segments, block_sizes, strict=True)):
+        count, rest = divmod(weights, size) if weights else (0, 0)
+        if count:
+            yield Unit(segment, start, size, count)
+        if rest:
+            yield Unit(segment, start + count * size, rest, 1)
+        start += weights

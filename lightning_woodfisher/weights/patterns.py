@@ -1,12 +1,12 @@
-"""Weights that may only go together: N:M, blocks of consecutive weights, whole rows.
+"""Groups of weights that are pruned together: N:M, consecutive weights, whole rows.
 
-Groups of N:M and of blocks lie along the inputs of a layer: consecutive columns of a
-Linear weight ``[out, in]``, and consecutive input channels at one place of the kernel of
-a convolution ``[out, in, h, w]``. That is the order in which sparse matrix products read
-a convolution (channels last), and the one in which 2:4 is accelerated.
+Groups of N:M and of blocks run along the inputs of a layer: consecutive columns of a Linear
+weight ``[out, in]``, and consecutive input channels at one position of the kernel of a
+convolution ``[out, in, h, w]``. Sparse matrix products read a convolution in this order
+(channels last), and hardware accelerates 2:4 in this order.
 
-What a group costs is its joint saliency ½ w_Sᵀ([F⁻¹]_SS)⁻¹w_S: the rise of the quadratic
-model when S goes and all other weights of the block are re-optimised.
+The cost of a group is its joint saliency ½ w_Sᵀ([F⁻¹]_SS)⁻¹w_S: the increase of the quadratic
+model if S is removed and all other weights of the block are re-optimized.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = [
     "Pattern",
     "cheapest_in_groups",
     "group_costs",
-    "numbers_in_work",
+    "numbers_at_once",
     "parse_pattern",
     "require_pattern_fits",
 ]
@@ -38,20 +38,20 @@ from lightning_woodfisher.base.errors import ConfigurationError
 
 _LARGEST_GROUP = 8
 _LARGEST_BLOCK = 64
-# Only rows are larger; they may consist of several blocks of the Fisher.
+# Only rows can be larger; they may consist of several blocks of the Fisher.
 SMALL_GROUP = _LARGEST_BLOCK
-# Numbers in the matrices of all supports of the groups that are compared at once.
+# Elements of the matrices of all supports of the groups that are compared at once.
 _NUMBERS_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """What goes together.
+    """Which weights form a group, and how many of them are kept.
 
     Attributes:
         kind: of group.
-        size: weights of a group (M of N:M, Q of blocks); 0 for rows, whose size is that
-            of the tensor.
+        size: weights of a group (M of N:M, Q of blocks); 0 for rows, whose size depends
+            on the tensor.
         kept: weights that a group keeps (N of N:M).
     """
 
@@ -61,12 +61,12 @@ class Pattern:
 
     @property
     def sparsity(self) -> float | None:
-        """Share of zeros of a network of this pattern; None where it is free."""
+        """Share of zeros that the pattern determines; None if it does not."""
         return 1.0 - self.kept / self.size if self.kind == "N:M" else None
 
     @property
     def is_grouped(self) -> bool:
-        """Whether weights go in groups."""
+        """Whether weights are pruned in groups."""
         return self.kind != "unstructured"
 
     def group_size(self, shape: Sequence[int]) -> int:
@@ -80,8 +80,8 @@ class Pattern:
         """
         return math.prod(shape[1:]) if self.kind == "rows" else self.size
 
-    def leaving(self, shape: Sequence[int]) -> int:
-        """Count the weights that a group gives up.
+    def removed_per_group(self, shape: Sequence[int]) -> int:
+        """Count the weights that are removed from a group.
 
         Args:
             shape: of the tensor.
@@ -103,18 +103,18 @@ class Pattern:
         along = tensor if self.kind == "rows" else tensor.movedim(1, -1)
         return along.reshape(-1, self.group_size(tensor.shape))
 
-    def complete(self, zero: Tensor) -> Tensor:
-        """Find groups that have given up already what they must.
+    def complete_groups(self, zero: Tensor) -> Tensor:
+        """Mark the zeros of groups that have enough of them.
 
         Args:
             zero: bool, of the shape of a weight.
 
         Returns:
-            bool, of the same shape: in each group with enough zeros as many as a group
-            gives up, the first ones; no others.
+            bool, of the same shape: in each group with enough zeros the first ones, up to
+            the number that is removed from a group.
         """
         groups = self.grouped(zero)
-        wanted = self.leaving(zero.shape)
+        wanted = self.removed_per_group(zero.shape)
         enough = groups.sum(dim=1, keepdim=True) >= wanted
         taken = groups & enough & (groups.cumsum(dim=1) <= wanted)
         places = torch.arange(zero.numel(), device=zero.device).view(zero.shape)
@@ -146,21 +146,21 @@ class GroupRun:
 
     @property
     def local(self) -> slice:
-        """Where the weights are in the shard."""
+        """Range of the weights in the shard."""
         return slice(self.start, self.start + self.size * self.count)
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Read ``selection.pattern``.
+    """Parse ``selection.pattern``.
 
     Args:
-        text: ``"unstructured"``, ``"2:4"``, ``"block4"``, ``"rows"`` and the like.
+        text: for example ``"unstructured"``, ``"2:4"``, ``"block4"`` or ``"rows"``.
 
     Returns:
         The pattern.
 
     Raises:
-        ConfigurationError: for anything else.
+        ConfigurationError: for any other text.
 
     Examples:
         >>> parse_pattern("2:4").sparsity
@@ -189,15 +189,15 @@ def parse_pattern(text: str) -> Pattern:
 def require_pattern_fits(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], text: str
 ) -> None:
-    """Refuse tensors that cannot be cut into groups.
+    """Check that all tensors can be cut into groups.
 
     Args:
-        model: owns them.
-        parameters: the selected ones, by name.
+        model: the network.
+        parameters: those to prune, by name.
         text: ``selection.pattern``.
 
     Raises:
-        ConfigurationError: naming all of them.
+        ConfigurationError: naming the tensors that cannot.
     """
     pattern = parse_pattern(text)
     if not pattern.is_grouped:
@@ -210,13 +210,11 @@ def require_pattern_fits(
         elif pattern.kind != "rows" and parameter.shape[1] % pattern.size:
             bad[name] = f"{parameter.shape[1]} inputs"
     if bad:
-        needs = (
-            "" if pattern.kind == "rows" else f" needs a multiple of {pattern.size} "
-        )
+        needs = "" if pattern.kind == "rows" else f" needs a multiple of {pattern.size}"
         listed = ", ".join(f"{name} ({why})" for name, why in bad.items())
         names = [f"^{re.escape(name)}$" for name in bad]
         raise ConfigurationError(
-            f"selection.pattern={text!r}{needs or ' '}inputs and does not fit {listed}; "
+            f"selection.pattern={text!r}{needs} inputs and does not fit {listed}; "
             f"leave them dense with selection.exclude={names}."
         )
 
@@ -224,16 +222,16 @@ def require_pattern_fits(
 def group_costs(
     inverse: Tensor, weights: Tensor, pattern: Pattern
 ) -> tuple[Tensor, Tensor]:
-    """Find what each group gives up at least cost, and the cost.
+    """Find the weights that can be removed from each group at least cost.
 
     Args:
         inverse: [F⁻¹] of each group, float64 ``[G, q, q]``.
         weights: float64 ``[G, q]``.
-        pattern: of N:M all supports are compared; otherwise the whole group goes.
+        pattern: for N:M all supports are compared; otherwise the whole group is removed.
 
     Returns:
-        ½ w_Sᵀ([F⁻¹]_SS)⁻¹w_S, ``[G]``, and S, bool ``[G, q]``. Of equal costs the first S
-        in lexicographic order.
+        The cost ½ w_Sᵀ([F⁻¹]_SS)⁻¹w_S, ``[G]``, and S, bool ``[G, q]``. For equal costs the
+        first S in lexicographic order.
     """
     size = weights.shape[1]
     if pattern.kind != "N:M":
@@ -263,16 +261,16 @@ def group_costs(
     return cost, leaving
 
 
-def numbers_in_work(groups: int, size: int, pattern: Pattern) -> int:
-    """Count the numbers of the sub-matrices of supports that are compared at once.
+def numbers_at_once(groups: int, size: int, pattern: Pattern) -> int:
+    """Count the elements of the submatrices that :func:`group_costs` compares at once.
 
     Args:
-        groups: how many there are.
+        groups: number of groups.
         size: weights of a group.
         pattern: N:M.
 
     Returns:
-        What :func:`group_costs` holds of them.
+        Elements in memory at once.
     """
     leaving = size - pattern.kept
     each = math.comb(size, leaving) * leaving**2
@@ -280,11 +278,11 @@ def numbers_in_work(groups: int, size: int, pattern: Pattern) -> int:
 
 
 def _support_costs(inverse: Tensor, weights: Tensor, supports: Tensor) -> Tensor:
-    """Joint cost of every support of every group, ``[g, C]``."""
+    """Compute the joint cost of every support of every group, ``[g, C]``."""
     matrices = inverse[:, supports.unsqueeze(2), supports.unsqueeze(1)]
     values = weights[:, supports]
     total = torch.zeros_like(values[..., 0])
-    # Elimination over the whole batch: LAPACK is called once for each tiny matrix.
+    # Eliminate over the whole batch, because LAPACK is called once per tiny matrix.
     for _ in range(supports.shape[1]):
         pivot, head = matrices[..., 0, 0], values[..., 0]
         total += head.square() / pivot
@@ -296,22 +294,23 @@ def _support_costs(inverse: Tensor, weights: Tensor, supports: Tensor) -> Tensor
 
 
 def cheapest_in_groups(
-    worth: Tensor, runs: Sequence[GroupRun], pattern: Pattern
+    scores: Tensor, runs: Sequence[GroupRun], pattern: Pattern
 ) -> tuple[Tensor, Tensor]:
-    """Choose what leaves each group when weights do not depend on each other.
+    """Choose the weights to remove from each group if their scores simply add up.
 
     Args:
-        worth: of each weight, float64 ``[D_r]``.
+        scores: of each weight, float64 ``[D_r]``.
         runs: the groups.
-        pattern: how many of a group stay.
+        pattern: says how many weights of a group are kept.
 
     Returns:
-        What leaves costs, float64 ``[G_r]``, and bool ``[D_r]``: what leaves.
+        The cost of each group, float64 ``[G_r]``, and bool ``[D_r]``, True for weights
+        that are removed.
     """
-    leaving = torch.zeros_like(worth, dtype=torch.bool)
-    costs = [worth.new_zeros(0)]
+    leaving = torch.zeros_like(scores, dtype=torch.bool)
+    costs = [scores.new_zeros(0)]
     for run in runs:
-        each = worth[run.local].view(run.count, run.size)
+        each = scores[run.local].view(run.count, run.size)
         order = each.sort(dim=1, stable=True).indices[:, : run.size - pattern.kept]
         costs.append(each.gather(1, order).sum(dim=1))
         leaving[run.local].view(run.count, run.size).scatter_(1, order, True)

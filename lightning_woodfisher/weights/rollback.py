@@ -1,4 +1,4 @@
-"""A step is whole or absent: what it has changed is put back when it fails."""
+"""Roll back weights, masks and BatchNorm statistics if a pruning step fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_woodfisher.weights.masks import Masks
 
 @contextlib.contextmanager
 def rollback_on_error(masks: Masks, model: nn.Module) -> Iterator[None]:
-    """Put weights, masks and BatchNorm statistics back when the body fails.
+    """Restore weights, masks and BatchNorm statistics if the body fails.
 
     Args:
         masks: of the weights that the body may change.

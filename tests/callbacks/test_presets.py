@@ -16,7 +16,7 @@ from lightning_woodfisher import (
 )
 from lightning_woodfisher.callbacks.presets import PRESETS, source
 from lightning_woodfisher.cli.estimate import read_run
-from lightning_woodfisher.cli.main import _CLI, main
+from lightning_woodfisher.cli.main import main
 from lightning_woodfisher.pruning.schedule import Horizon
 from lightning_woodfisher.weights.layers import prunable_parameters
 
@@ -130,7 +130,7 @@ def test_the_yaml_gives_the_same_callback(
     assert main(["preset", name]) == 0
     Path("preset.yaml").write_text(capsys.readouterr().out)
     arguments = ["--config", "run.yaml", "--config", "preset.yaml"]
-    callback = read_run(arguments, _CLI).callback
+    callback = read_run(arguments).callback
     expected = WoodFisherPruningCallback.from_preset(name)
     assert repr(callback) == repr(expected)
     assert callback.config == expected.config

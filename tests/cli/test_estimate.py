@@ -54,7 +54,7 @@ trainer:
     - class_path: WoodFisherPruningCallback
       init_args:
         target_sparsity: 0.75
-        recompute_steps: 2
+        step: {recompute_steps: 2}
         schedule:
           class_path: PolynomialSchedule
           init_args: {start_epoch: 0, end_epoch: 2, degree: 1}

@@ -303,10 +303,10 @@ def test_what_is_no_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     for name, part in {
         "absent.ckpt": "absent.ckpt is not a file",
         "folder.ckpt": "consolidate_checkpoint folder.ckpt",
-        "text.ckpt": "text.ckpt is no checkpoint",
-        "cut.ckpt": "cut.ckpt is no checkpoint, or it is cut off",
-        "list.ckpt": "neither a state_dict nor is one",
-        "numbers.ckpt": "neither a state_dict nor is one",
+        "text.ckpt": "text.ckpt is not a checkpoint",
+        "cut.ckpt": "cut.ckpt is not a checkpoint, or it is cut off",
+        "list.ckpt": "it neither is nor contains a state_dict",
+        "numbers.ckpt": "it neither is nor contains a state_dict",
     }.items():
         assert export("dense", "a.pt", checkpoint=name) == 2
         assert part in short_message(capsys)
@@ -326,9 +326,9 @@ def test_a_checkpoint_without_masks_is_exported_from_its_zeros(
         message = short_message(capsys)
         assert f"{path} has no masks" in message
         assert "--from_zeros" in message
-        more = ["--from-zeros", "--network", "net"]
+        more = ["--from_zeros", "--network", "net"]
         assert export("sparse", "a.safetensors", *more, checkpoint=path) == 0
-        assert "Masks were not looked at" in capsys.readouterr().out
+        assert "Masks were not read" in capsys.readouterr().out
         assert_bare(load_sparse("a.safetensors"))
         Path("a.safetensors").unlink()
 
@@ -365,7 +365,7 @@ def test_a_later_state_of_the_callback(capsys: pytest.CaptureFixture[str]) -> No
 def test_what_is_no_tensor_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     path = change(lambda c: c["state_dict"].update({"metric._extra_state": {"n": 3}}))
     assert export("sparse", "a.safetensors", checkpoint=path) == 0
-    assert "no tensors: metric._extra_state." in capsys.readouterr().out
+    assert "not tensors: metric._extra_state." in capsys.readouterr().out
     assert list(load_sparse("a.safetensors")) == list(trained()["state_dict"])
 
 

@@ -388,8 +388,8 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
         ['"criterion"', "value: woodfischer. Did you mean 'woodfisher'?"],
     ),
     "update": (
-        lambda c: pruning(c).update(update="jiont"),
-        ['"update"', "value: jiont. Did you mean 'joint'?"],
+        lambda c: pruning(c).update(step={"update": "jiont"}),
+        ['"step.update"', "value: jiont. Did you mean 'joint'?"],
     ),
     "scope": (
         lambda c: pruning(c)["selection"].update(scope="globl"),

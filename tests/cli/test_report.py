@@ -17,7 +17,8 @@ import pytest
 import torch
 from report_samples import EVIL, KEY, MASKS, REPORTS, Reader, step
 
-from lightning_woodfisher.cli.main import explain_wandb, main
+from lightning_woodfisher.cli.main import main
+from lightning_woodfisher.cli.messages import explain_wandb
 from lightning_woodfisher.pruning.report import LayerReport, PruningReport
 from lightning_woodfisher.reporting import figures
 from lightning_woodfisher.reporting.page import build_page
@@ -121,8 +122,7 @@ def test_a_page_needs_matplotlib_and_the_table_does_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_json("a.json")
-    name = "lightning_woodfisher.cli.report.has_matplotlib"
-    monkeypatch.setattr(name, lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "fc.weight" in printed(capsys, "a.json")
     assert "lightning-woodfisher[figures]" in refused(
         capsys, "a.json", "--html", "a.html"
@@ -240,14 +240,14 @@ def test_the_heatmap_is_layers_by_steps() -> None:
 
 
 def test_a_measured_fall_is_on_the_axis() -> None:
-    axes = figures.draw_increase(REPORTS).axes[0]
+    axes = figures.draw_loss_increase(REPORTS).axes[0]
     predicted, measured, zero = axes.lines
     assert predicted.get_xydata().tolist() == [[3, 2e-3], [4, 2e-3], [7, 2e-3]]
     assert measured.get_ydata().tolist() == [-3e-5, 3e-5, -3e-5]
     assert axes.get_yscale() == "symlog"
     assert list(zero.get_ydata()) == [0, 0]
     rises = [dataclasses.replace(r, measured_increase=2e-5) for r in REPORTS]
-    assert figures.draw_increase(rises).axes[0].get_yscale() == "log"
+    assert figures.draw_loss_increase(rises).axes[0].get_yscale() == "log"
 
 
 def test_saliencies_of_zero_are_drawn_at_the_left() -> None:
@@ -282,9 +282,9 @@ def test_old_and_bare_reports_can_be_drawn() -> None:
         **dict.fromkeys(unknown),
     )
     assert build_page("old", {"": [bare]}, {}).count("<svg") == 5
-    (text,) = figures.draw_increase([bare]).axes[0].texts
+    (text,) = figures.draw_loss_increase([bare]).axes[0].texts
     assert text.get_text() == "neither predicted nor measured"
-    (text,) = figures.draw_course([bare]).axes[1].texts
+    (text,) = figures.draw_progress([bare]).axes[1].texts
     assert text.get_text() == "not measured (measure_loss)"
 
 
@@ -309,7 +309,7 @@ def test_pixels_show_what_is_drawn() -> None:
 
 NOT_LOGGED_IN = """
 import sys, wandb
-from lightning_woodfisher.cli.main import explain_wandb
+from lightning_woodfisher.cli.messages import explain_wandb
 try:
     wandb.init(project="tests", dir=sys.argv[1])
 except wandb.errors.UsageError as error:
@@ -348,6 +348,6 @@ def test_the_command_passes_the_remedy_on(
     def fail(*_: Any) -> None:
         raise wandb.errors.CommError("no route to host.")
 
-    monkeypatch.setattr("lightning_woodfisher.cli.report.run_report_command", fail)
+    monkeypatch.setattr("lightning_woodfisher.cli.report._read", fail)
     assert main(["report", "x"]) == 2
     assert "no route to host. Without an account" in capsys.readouterr().err

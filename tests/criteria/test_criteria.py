@@ -26,10 +26,10 @@ from lightning_woodfisher.criteria import (
     CriterionName,
     make_criterion,
 )
-from lightning_woodfisher.criteria.kronecker_factors import KroneckerFactors
 from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.gradients.kronecker_factors import KroneckerFactors
 from lightning_woodfisher.pruning.sampling import Sampling
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.layers import prunable_parameters
@@ -47,7 +47,7 @@ def sampling(
     model: nn.Module, data: Any, loss: Any, fisher: FisherConfig, scale: float = 1.0
 ) -> tuple[Sampling, Masks]:
     masks = Masks(prunable_parameters(model))
-    masks.take_zeros()
+    masks.prune_zeros()
     source = FunctionLoss(model, data, loss)
     source.loss_scale = scale
     return Sampling(source, masks, fisher, Communicator()), masks
@@ -531,7 +531,7 @@ def damped(a: Tensor, g: Tensor, damping: float) -> Tensor:
     )
 
 
-def test_the_kronecker_product_is_the_fisher_where_it_factorises() -> None:
+def test_the_kronecker_product_is_the_fisher_where_it_factorizes() -> None:
     layer, data, loss = product_of_samples()
     (found,) = factors(layer, data, loss, FisherConfig(63, 1))
     rows = [

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_woodfisher.criteria.obs import Update, saliency, weight_update
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.fisher.inverse import InverseFisher, make_inverse_fisher
 from lightning_woodfisher.weights.partition import make_partition
 
@@ -38,11 +39,13 @@ def inverse_of(
     engine: Literal["primal", "dual"] = "primal" if form == "primal" else "dual"
     inverse = make_inverse_fisher(
         make_partition([SIZE], block_size, 1),
-        len(rows),
-        damping,
+        FisherConfig(
+            len(rows),
+            damping=damping,
+            block_size=None if form == "full" else block_size,
+            engine=engine,
+        ),
         Communicator(),
-        block_size=None if form == "full" else block_size,
-        engine=engine,
     )
     inverse.observe(rows)
     inverse.factorize()
@@ -64,7 +67,7 @@ def rise(change: Tensor, fisher: Tensor) -> float:
     return float(0.5 * change @ fisher @ change)
 
 
-def constrained_minimiser(fisher: Tensor, weights: Tensor, removed: Tensor) -> Tensor:
+def constrained_minimizer(fisher: Tensor, weights: Tensor, removed: Tensor) -> Tensor:
     """Minimise ½δᵀFδ under δ_S = −w_S by its Karush-Kuhn-Tucker system."""
     constraints = torch.eye(SIZE, dtype=torch.float64)[removed]
     number = len(constraints)
@@ -112,14 +115,14 @@ def test_predicted_rise_is_the_true_rise(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0])
 @pytest.mark.parametrize("number", [8, 40])
-def test_joint_update_is_the_constrained_minimiser(
+def test_joint_update_is_the_constrained_minimizer(
     form: str, damping: float, number: int
 ) -> None:
     rows, weights = gradients(4, number), normal(5, SIZE)
     removed = normal(6, SIZE) > 0
     fisher = dense_fisher(rows, damping, form)
     change = weight_update(weights, removed, inverse_of(rows, damping, form), "joint")
-    assert relative(change, constrained_minimiser(fisher, weights, removed)) < 1e-7
+    assert relative(change, constrained_minimizer(fisher, weights, removed)) < 1e-7
     best = rise(change, fisher)
     for seed in range(50):
         for size in (1e-3, 1e-1, 1.0):
@@ -150,7 +153,7 @@ def test_saliency_is_the_true_cost_of_removing_one_weight(form: str) -> None:
     scores = saliency(weights, inverse.diagonal())
     for index in range(SIZE):
         removed = torch.arange(SIZE) == index
-        best = constrained_minimiser(fisher, weights, removed)
+        best = constrained_minimizer(fisher, weights, removed)
         assert float(scores[index]) == pytest.approx(rise(best, fisher), rel=1e-9)
         for update in ("joint", "independent"):
             change = weight_update(weights, removed, inverse, update)

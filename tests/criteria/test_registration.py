@@ -36,9 +36,6 @@ class FirstOrder(DiagonalCriterion):
     def score(self, weights: Tensor) -> Tensor:
         return (weights * self.total).abs()
 
-    def _worth(self, weights: Tensor) -> Tensor:
-        return self.score(weights)
-
 
 pytestmark = pytest.mark.usefixtures("own_criteria")
 

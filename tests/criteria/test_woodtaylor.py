@@ -66,7 +66,7 @@ def dense_fisher(form: str, rows: Tensor, damping: float) -> Tensor:
     return fisher + damping * torch.eye(SIZE, dtype=torch.float64)
 
 
-def constrained_minimiser(
+def constrained_minimizer(
     fisher: Tensor, gradient: Tensor, weights: Tensor, removed: Tensor
 ) -> Tensor:
     """Minimise gᵀδ + ½δᵀFδ under δ_S = −w_S by its Karush-Kuhn-Tucker system."""
@@ -85,7 +85,7 @@ def constrained_minimiser(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0])
 @pytest.mark.parametrize("number", [8, 40])
-def test_the_step_is_the_constrained_minimiser(
+def test_the_step_is_the_constrained_minimizer(
     form: str, damping: float, number: int
 ) -> None:
     rows, weights = gradients(number), normal(2, SIZE)
@@ -94,7 +94,7 @@ def test_the_step_is_the_constrained_minimiser(
     criterion.score(weights)
     change = criterion.compensate(weights, removed)
     fisher, mean = dense_fisher(form, rows, damping), rows.mean(dim=0)
-    expected = constrained_minimiser(fisher, mean, weights, removed)
+    expected = constrained_minimizer(fisher, mean, weights, removed)
     assert torch.equal(change[removed], -weights[removed])
     assert float((change - expected).norm() / expected.norm()) < 1e-5
     predicted = float(criterion.predicted_increase(change).sum())
@@ -114,7 +114,7 @@ def test_saliency_is_what_removing_one_weight_costs(form: str, number: int) -> N
     costs = []
     for index in range(SIZE):
         removed = torch.arange(SIZE) == index
-        step = constrained_minimiser(fisher, mean, weights, removed)
+        step = constrained_minimizer(fisher, mean, weights, removed)
         costs.append(float(mean @ step + 0.5 * step @ fisher @ step) - lowest)
     assert scores.tolist() == pytest.approx(costs, rel=1e-4, abs=1e-7)
 

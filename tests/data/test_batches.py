@@ -1,4 +1,4 @@
-"""Batches that are kept: nobody can tell that they were not made anew."""
+"""Cached batches cannot be told from new ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_woodfisher import FisherConfig, PruningReport, prune
-from lightning_woodfisher.data.batches import DatasetBatches, KeptBatches
+from lightning_woodfisher.data.batches import CachedBatches, DatasetBatches
 from lightning_woodfisher.data.isolation import seeded
 
 
@@ -34,7 +34,7 @@ class Augmented(Dataset[tuple[Tensor, int]]):
 
 
 class Bag:
-    """A batch of a kind that PyTorch knows nothing of."""
+    """A batch of a class that PyTorch does not know."""
 
     def __init__(self, samples: list[tuple[Tensor, int]]) -> None:
         self.inputs, self.labels = default_collate(samples)
@@ -48,9 +48,9 @@ def batches(data: Dataset[Any]) -> DatasetBatches:
     return DatasetBatches(data, 4, 8, seed=1)
 
 
-def test_what_is_drawn_after_a_batch_does_not_tell_whether_it_was_kept() -> None:
+def test_random_numbers_after_a_batch_do_not_depend_on_the_cache() -> None:
     data = Augmented()
-    kept, plain = KeptBatches(batches(data), 10**6), batches(data)
+    kept, plain = CachedBatches(batches(data), 10**6), batches(data)
     for _ in range(3):
         with seeded(7):
             batch, drawn = kept.fetch(2), draw_all()
@@ -67,12 +67,12 @@ def test_what_is_drawn_after_a_batch_does_not_tell_whether_it_was_kept() -> None
     [(None, 10**6, 1), (None, 1_000, 3), (Bag, 10**6, 3)],
     ids=["tensors", "no room", "not only tensors"],
 )
-def test_batches_are_read_again_where_they_cannot_be_kept(
+def test_batches_that_cannot_be_cached_are_read_again(
     collate: Callable[..., Any] | None, room: int, reads: int
 ) -> None:
     data = Augmented()
     plain = DatasetBatches(data, 4, 8, seed=1, collate=collate or default_collate)
-    kept = KeptBatches(plain, room)
+    kept = CachedBatches(plain, room)
     for _ in range(3):
         for index in range(4):
             kept.fetch(index)

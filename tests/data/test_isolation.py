@@ -1,4 +1,4 @@
-"""Running a model leaves no trace in it, nor in the generators."""
+"""Running a model changes neither its state nor the random generators."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def batch() -> Tensor:
 
 
 def used_model() -> Careless:
-    """A model in the middle of training: nothing in it has its first value."""
+    """A model in the middle of training, in which nothing has its initial value."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)

@@ -22,12 +22,13 @@ from lightning_woodfisher import (
 from lightning_woodfisher.data.batches import DatasetBatches, StreamBatches
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.data.sampled_labels import (
-    UnlabelledBatch,
-    UnlabelledBatches,
-    labelled,
+    UnlabeledBatch,
+    UnlabeledBatches,
+    draw_labels,
 )
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.gradients.task import GradientTask
 
 SAMPLED = FisherConfig(num_gradients=24, gradient_batch_size=2, sample_labels=True)
 
@@ -48,7 +49,7 @@ def mlp() -> nn.Sequential:
 
 
 def draw(model: nn.Module, batch: Any, seed: int = 0, first: int = 0) -> Any:
-    return labelled(model, batch, UnlabelledBatch(batch, seed, first))
+    return draw_labels(model, batch, UnlabeledBatch(batch, seed, first))
 
 
 def test_labels_are_drawn_from_the_softmax() -> None:
@@ -71,11 +72,11 @@ def test_labels_are_drawn_from_the_softmax() -> None:
 
 def test_a_draw_belongs_to_the_sample_however_it_is_grouped() -> None:
     model, data = mlp(), samples()
-    small = UnlabelledBatches(DatasetBatches(data, 12, 4, 5), 5, model)
-    large = UnlabelledBatches(DatasetBatches(data, 4, 12, 5), 5, model)
+    small = UnlabeledBatches(DatasetBatches(data, 12, 4, 5), 5, model)
+    large = UnlabeledBatches(DatasetBatches(data, 4, 12, 5), 5, model)
 
-    def labels(batch: UnlabelledBatch) -> Tensor:
-        return labelled(model, batch.batch, batch)[1]
+    def labels(batch: UnlabeledBatch) -> Tensor:
+        return draw_labels(model, batch.batch, batch)[1]
 
     alone = torch.cat([labels(small.fetch(i)) for i in range(12)])
     assert torch.equal(alone, torch.cat([labels(large.fetch(i)) for i in range(4)]))
@@ -89,18 +90,18 @@ def rows_of(model: nn.Module, data: Any, count: int, collection: Any) -> Tensor:
     source = FunctionLoss(model, data, cross_entropy)
     parameters = {n: p for n, p in model.named_parameters() if p.dim() > 1}
     active = {n: torch.arange(p.numel()) for n, p in parameters.items()}
-    batches = UnlabelledBatches(source.batches(count, 1, 3), 3, model)
+    batches = UnlabeledBatches(source.batches(count, 1, 3), 3, model)
     size = sum(map(len, active.values()))
     notes: list[str] = []
+    task = GradientTask(source, parameters, active, count, 3, Communicator())
     with source.session("eval"):
         rows = torch.cat(
             list(
                 collect_gradients(
-                    source, batches, parameters, active, [size], count,
-                    Communicator(), 3, [], collection=collection, note=notes.append,
+                    task, batches, [size], collection=collection, note=notes.append
                 )
             )
-        )  # fmt: skip
+        )
     assert notes[0].startswith("loop" if collection == "loop" else "per-sample")
     return rows
 
@@ -207,9 +208,17 @@ def test_a_model_may_draw_its_labels_itself() -> None:
     [
         (nn.Identity(), (torch.zeros(4, 3), torch.zeros(4)), "float32"),
         (nn.Identity(), {"x": torch.zeros(4, 3)}, r"found \(dict\)"),
-        (nn.Identity(), (torch.zeros(4), torch.zeros(4).long()), "Identity gave"),
-        (nn.Identity(), (torch.zeros(4, 1), torch.zeros(4).long()), "Identity gave"),
-        (nn.Identity(), (torch.zeros(5, 3), torch.zeros(4).long()), "Identity gave"),
+        (nn.Identity(), (torch.zeros(4), torch.zeros(4).long()), "Identity returned"),
+        (
+            nn.Identity(),
+            (torch.zeros(4, 1), torch.zeros(4).long()),
+            "Identity returned",
+        ),
+        (
+            nn.Identity(),
+            (torch.zeros(5, 3), torch.zeros(4).long()),
+            "Identity returned",
+        ),
         (nn.Module(), (torch.zeros(4, 3), torch.zeros(4).long()), "which failed"),
     ],
 )

@@ -23,7 +23,7 @@ def by_sorting(values: Tensor, groups: Tensor, number: int) -> list[tuple[float,
 
 
 def spread(count: int, seed: int) -> Tensor:
-    """Give values over thirty orders of magnitude, with ties, zeros and infinities."""
+    """Return values over thirty orders of magnitude, with ties, zeros and infinities."""
     generator = torch.Generator().manual_seed(seed)
     values = 10.0 ** (torch.rand(count, generator=generator).double() * 30 - 25)
     values[::7] = values[0]

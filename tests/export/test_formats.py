@@ -30,8 +30,8 @@ from lightning_woodfisher.export import (
     compare_speed,
     export_onnx,
     export_program,
-    graph,
     load_sparse,
+    onnx_and_torch_export,
     read_metadata,
     save_dense,
     save_sparse,
@@ -212,7 +212,7 @@ def test_metadata_and_what_a_plain_reader_sees(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "part"),
     [
-        ({"steps": 3}, "'steps'.*is a int and no tensor; leave it out"),
+        ({"steps": 3}, "'steps'.*is of type int, not a tensor; leave it out"),
         ({"w": torch.zeros(2, device="meta")}, "meta device"),
         ({"w": torch.eye(2).to_sparse()}, "to_dense"),
         ({"w": torch.zeros(2, dtype=torch.complex128)}, "dtype torch.complex128"),
@@ -227,7 +227,7 @@ def test_what_cannot_be_saved(state: dict[str, Any], part: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("metadata", "part"),
-    [({"epoch": 3}, "is not text"), ({"woodfisher.x": "3"}, "take another one")],
+    [({"epoch": 3}, "is not text"), ({"woodfisher.x": "3"}, "choose another name")],
 )
 def test_metadata_is_text(metadata: Any, part: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=part):
@@ -293,7 +293,7 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="is not a file"):
         load_sparse(path)
     torch.save({"w": torch.zeros(3)}, path)
-    with pytest.raises(ConfigurationError, match="is no safetensors file"):
+    with pytest.raises(ConfigurationError, match="is not a safetensors file"):
         load_sparse(path)
     safetensors.torch.save_file({"w": torch.zeros(3)}, path)
     with pytest.raises(ConfigurationError, match=r"safetensors\.torch\.load_file"):
@@ -333,7 +333,9 @@ def test_rewriting_alone_changes_nothing(file: Path) -> None:
 )
 def test_a_layout_that_does_not_fit(change: dict[str, Any], file: Path) -> None:
     rewrite(file, **change)
-    with pytest.raises(ConfigurationError, match=r"w\.safetensors (is damaged|is no)"):
+    with pytest.raises(
+        ConfigurationError, match=r"w\.safetensors (is damaged|is not a)"
+    ):
         load_sparse(file)
 
 
@@ -403,7 +405,7 @@ def test_dense_state_of_the_bare_network(tmp_path: Path) -> None:
     fresh = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     fresh.load_state_dict(loaded)
     with pytest.raises(
-        ConfigurationError, match=r"Did you mean 'net'\? Stages: net, n"
+        ConfigurationError, match=r"Did you mean 'net'\? Submodules: net, n"
     ):
         strip_prefix(wrapped.state_dict(), "nett")
 
@@ -459,7 +461,7 @@ def onnx_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "net.onnx"
     with pytest.MonkeyPatch.context() as patch:
         # As if it were too large for a single file.
-        patch.setattr(graph, "_MOST_PROTOBUF_BYTES", 100)
+        patch.setattr(onnx_and_torch_export, "_MAX_PROTOBUF_BYTES", 100)
         assert export_onnx(network, images(2), path, dynamic_batch=True) < 1e-5
     assert network.training
     assert network.drop.training
@@ -494,7 +496,7 @@ def test_outputs_that_differ_are_refused(
     def convert(program: object, path: Path, external: bool) -> None:
         shutil.copytree(onnx_file.parent, path.parent, dirs_exist_ok=True)
 
-    monkeypatch.setattr(graph, "_convert", convert)
+    monkeypatch.setattr(onnx_and_torch_export, "_convert", convert)
     with torch.no_grad():
         network.head.bias[1] += 0.25
     with pytest.raises(ConfigurationError, match=r"differ .* by 0\.25, more than"):
@@ -583,7 +585,7 @@ def test_the_row_that_is_not_two_of_four_is_named() -> None:
     [
         (nn.Sequential(nn.Conv2d(4, 4, 1)), [], "Convolutions stay dense"),
         (nn.Sequential(nn.Linear(6, 4)), [], "6 inputs, which 4 does not divide"),
-        (nn.Sequential(nn.Linear(8, 4)), ["("], "no regular expression"),
+        (nn.Sequential(nn.Linear(8, 4)), ["("], "not a list of regular expressions"),
     ],
 )
 def test_what_has_no_two_of_four_form(
@@ -636,7 +638,7 @@ def test_conversion_takes_all_layers_or_none(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_speed_needs_a_gpu_and_is_a_median(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(8, 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigurationError, match="there is none here"):
+    with pytest.raises(ConfigurationError, match="no GPU is available"):
         compare_speed(layer, layer, [torch.rand(1, 8)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     passes: list[str] = []

@@ -12,6 +12,7 @@ from typing import Literal
 
 import pytest
 import torch
+from dense_inverse import to_dense
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
@@ -155,12 +156,14 @@ def make(
     partition = make_partition(segments, block_size, world_size)
     return make_inverse_fisher(
         partition,
-        num_gradients,
-        damping,
+        FisherConfig(
+            num_gradients,
+            damping=damping,
+            block_size=None if form == "full" else block_size,
+            engine="auto" if form == "full" else form,
+            precision=precision,
+        ),
         communicator,
-        block_size=None if form == "full" else block_size,
-        engine="auto" if form == "full" else form,
-        precision=precision,
     )
 
 
@@ -203,7 +206,7 @@ def worst_errors(
     """Largest relative error of every quantity over the blocks of a problem."""
     case = problem(sum(segments), num_gradients, kind)
     inverse = filled(form, case.rows, segments, block_size, damping)
-    assert inverse.raised() == {}
+    assert inverse.raised_damping() == {}
     answers = {
         "diagonal": inverse.diagonal(),
         "matvec": inverse.matvec(case.vector),
@@ -381,7 +384,7 @@ def test_to_dense_is_the_block_diagonal_inverse(
     expected = torch.zeros(22, 22, dtype=torch.float64)
     for block in block_slices(form, segments, block_size):
         expected[block, block] = Oracle(rows[:, block], damping).dense()
-    dense = filled(form, rows, segments, block_size, damping).to_dense()
+    dense = to_dense(filled(form, rows, segments, block_size, damping))
     assert error(dense, expected) <= TOLERANCE
     assert bool((dense[expected == 0] == 0).all())
 
@@ -531,8 +534,8 @@ def test_damping_is_raised_for_the_block_that_needs_it_only(form: Form) -> None:
     # Two equal columns of huge gradients: λ is lost beside their squares.
     rows[:, 10:12] = 1e9 * torch.linspace(1, 2, 60).unsqueeze(1)
     inverse = filled(form, rows, [30, 15], 10, 1e-5)
-    assert list(inverse.raised()) == [10]
-    raised = inverse.raised()[10]
+    assert list(inverse.raised_damping()) == [10]
+    raised = inverse.raised_damping()[10]
     assert math.log10(raised / 1e-5) == pytest.approx(round(math.log10(raised / 1e-5)))
     others = torch.tensor([True, False, True, True, True])
     assert inverse.damping[others].tolist() == [1e-5] * 4
@@ -540,7 +543,7 @@ def test_damping_is_raised_for_the_block_that_needs_it_only(form: Form) -> None:
     calm = rows.clone()
     calm[:, 10:20] = 0.0
     expected = filled(form, calm, [30, 15], 10, 1e-5)
-    assert expected.raised() == {}
+    assert expected.raised_damping() == {}
     outside = torch.cat([torch.arange(10), torch.arange(20, 45)])
     assert torch.equal(inverse.diagonal()[outside], expected.diagonal()[outside])
 
@@ -565,19 +568,19 @@ def test_large_gradients_and_tiny_damping_keep_their_digits(
         assert error(ratio, torch.ones(1)) <= TOLERANCE
         # The full form solves for fewer kept columns than gradients less exactly.
         assert error(change[block], expected) <= (1e-2 if form == "full" else TOLERANCE)
-    # Damping is raised only as far as that needs, and not in silence.
+    # Damping is raised only as far as necessary, and this is reported.
     ceiling = 1e-9 * scale**2 * 100
-    assert all(1e-7 < value < ceiling for value in inverse.raised().values())
-    assert len(inverse.raised()) == int((inverse.damping > 1e-7).sum())
-    assert scale < 1000 or num_gradients < 2 * size or inverse.raised()
+    assert all(1e-7 < value < ceiling for value in inverse.raised_damping().values())
+    assert len(inverse.raised_damping()) == int((inverse.damping > 1e-7).sum())
+    assert scale < 1000 or num_gradients < 2 * size or inverse.raised_damping()
 
 
 def test_full_fisher_raises_its_one_damping() -> None:
     rows = problem(45, 60).rows.clone()
     rows[:, 10:12] = 1e9 * torch.linspace(1, 2, 60).unsqueeze(1)
     inverse = filled("full", rows, [30, 15], 10, 1e-5)
-    assert list(inverse.raised()) == [0]
-    assert inverse.raised()[0] == float(inverse.damping) > 1e-5
+    assert list(inverse.raised_damping()) == [0]
+    assert inverse.raised_damping()[0] == float(inverse.damping) > 1e-5
 
 
 def test_raised_blocks_have_global_numbers_on_every_rank() -> None:
@@ -588,7 +591,7 @@ def test_raised_blocks_have_global_numbers_on_every_rank() -> None:
         inverse = make("primal", [30, 15], 10, 60, 1e-5, ranks=(rank, 3))
         inverse.observe(rows[:, shard])
         inverse.factorize()
-        assert list(inverse.raised()) == ([40] if rank == 2 else [])
+        assert list(inverse.raised_damping()) == ([40] if rank == 2 else [])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -597,7 +600,7 @@ def test_raised_blocks_have_global_numbers_on_every_rank() -> None:
 def test_what_is_given_belongs_to_the_damping_that_is_reported(
     form: Form, num_gradients: int, scale: float
 ) -> None:
-    """A factorisation may succeed by luck where all digits of λ are lost."""
+    """A factorization may succeed by luck where all digits of λ are lost."""
     rows = problem(50, num_gradients).rows * scale
     inverse = filled(form, rows, [50], 50, 1e-7)
     expected = Oracle(rows, float(inverse.damping[0])).diagonal()
@@ -631,7 +634,8 @@ def test_choose_engine(
     block_size: int,
     chosen: str,
 ) -> None:
-    assert choose_engine(engine, num_gradients, block_size) == chosen
+    fisher = FisherConfig(num_gradients, block_size=block_size, engine=engine)
+    assert choose_engine(fisher) == chosen
 
 
 @pytest.mark.parametrize(
@@ -651,18 +655,17 @@ def test_make_inverse_fisher(
     comm: Communicator,
 ) -> None:
     partition: Partition = make_partition([60], block_size or 64, 1)
-    inverse = make_inverse_fisher(
-        partition, 20, 1e-3, comm, block_size=block_size, engine=engine
-    )
+    fisher = FisherConfig(20, block_size=block_size, engine=engine)
+    inverse = make_inverse_fisher(partition, fisher, comm)
     assert type(inverse) is expected
 
 
 def test_block_cost_grows_as_the_engine_does() -> None:
-    primal = block_cost(100, 10, "auto")
+    primal = block_cost(FisherConfig(100, block_size=10))
     assert primal(10) == 100 * 10**2 + 10**3
-    dual = block_cost(100, 200, "auto")
+    dual = block_cost(FisherConfig(100, block_size=200))
     assert dual(200) == 100**2 * 200
-    assert block_cost(100, None, "auto")(7) == 100**2 * 7
+    assert block_cost(FisherConfig(100, block_size=None))(7) == 100**2 * 7
 
 
 def test_full_column_chunk_depends_on_the_model_only() -> None:

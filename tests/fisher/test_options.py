@@ -1,4 +1,4 @@
-"""Centred gradients and restricted inverses against dense float64 matrices."""
+"""Centered gradients and restricted inverses against dense float64 matrices."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.fisher.inverse import InverseFisher, make_inverse_fisher
 from lightning_woodfisher.weights.partition import make_partition
 
@@ -29,12 +30,14 @@ def blocks(form: Form) -> list[slice]:
 def make(form: Form, number: int, damping: float, **options: Any) -> InverseFisher:
     return make_inverse_fisher(
         make_partition(SEGMENTS, BLOCK, 1),
-        number,
-        damping,
+        FisherConfig(
+            number,
+            damping=damping,
+            block_size=None if form == "full" else BLOCK,
+            engine="auto" if form == "full" else form,
+            **options,
+        ),
         Communicator(),
-        block_size=None if form == "full" else BLOCK,
-        engine="auto" if form == "full" else form,
-        **options,
     )
 
 
@@ -66,7 +69,7 @@ def dense(rows: Tensor, form: Form, damping: float, centered: bool) -> Tensor:
 
 
 def solved(matrix: Tensor, weights: Tensor, removed: Tensor, kept: Tensor) -> Tensor:
-    """The minimiser of ½δᵀFδ under δ_S = −w_S, over the weights that are kept."""
+    """The minimizer of ½δᵀFδ under δ_S = −w_S, over the weights that are kept."""
     change = torch.where(removed, -weights, 0.0)
     left = (kept & ~removed).nonzero().squeeze(1)
     gone = removed.nonzero().squeeze(1)
@@ -91,13 +94,13 @@ def fed(inverse: InverseFisher, rows: Tensor, chunk: int = 7) -> InverseFisher:
 @pytest.mark.parametrize("damping", [1e-5, 1e-3, 1e-1])
 @pytest.mark.parametrize("number", [1, 12, 150])
 @pytest.mark.parametrize("mean", [0.0, 1.0, 100.0])
-def test_centred_fisher_equals_the_dense_one(
+def test_centered_fisher_equals_the_dense_one(
     form: Form, damping: float, number: int, mean: float
 ) -> None:
     rows = gradients(number, mean)
     weights, vector, removed = vectors()
     inverse = fed(make(form, number, damping, centered=True), rows)
-    assert inverse.raised() == {}
+    assert inverse.raised_damping() == {}
     matrix = dense(rows, form, damping, centered=True)
     inverted = torch.linalg.inv(matrix)
     assert_close(inverse.diagonal(), inverted.diagonal())
@@ -109,7 +112,7 @@ def test_centred_fisher_equals_the_dense_one(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_centring_ignores_what_all_gradients_share(form: Form) -> None:
+def test_centering_ignores_what_all_gradients_share(form: Form) -> None:
     rows = gradients(30).double()
     plain = fed(make(form, 30, 1e-3, centered=True), rows)
     moved = fed(make(form, 30, 1e-3, centered=True), rows + 5.0)
@@ -178,12 +181,14 @@ def test_restricting_equals_a_fresh_inverse_of_the_columns_that_are_left(
         columns = torch.arange(SIZE)[block][~dropped[block]]
         fresh = make_inverse_fisher(
             make_partition([len(columns)], BLOCK, 1),
-            25,
-            1e-3,
+            FisherConfig(
+                25,
+                damping=1e-3,
+                block_size=BLOCK,
+                engine=form,  # type: ignore[arg-type]
+                centered=centered,
+            ),
             Communicator(),
-            block_size=BLOCK,
-            engine=form,  # type: ignore[arg-type]
-            centered=centered,
         )
         assert_close(
             inverse.diagonal()[columns], fed(fresh, rows[:, columns]).diagonal()
@@ -197,12 +202,12 @@ def test_restricting_gives_back_the_damping_that_was_raised(form: Form) -> None:
     rows[:, 0] = 1e8
     rows[:, 1] = 1e8
     inverse = fed(make(form, 12, 1e-7), rows)
-    assert inverse.raised()
+    assert inverse.raised_damping()
     kept = torch.ones(SIZE, dtype=torch.bool)
     kept[:2] = False
     inverse.restrict(kept)
     inverse.factorize()
-    assert inverse.raised() == {}
+    assert inverse.raised_damping() == {}
     matrix = dense(rows, form, 1e-7, centered=False)[2:, 2:]
     assert_close(inverse.diagonal()[2:], torch.linalg.inv(matrix).diagonal(), 1e-4)
 

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.batches import DatasetBatches, StreamBatches
 from lightning_woodfisher.data.isolation import derive_seed
-from lightning_woodfisher.data.losses import FunctionLoss, LossSource, mean_loss
+from lightning_woodfisher.data.losses import FunctionLoss, LossSource, compute_losses
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients, iterate_chunks
+from lightning_woodfisher.gradients.task import GradientTask
 
 Batch = tuple[Tensor, Tensor]
 
@@ -62,19 +63,11 @@ def collect(
 ) -> Tensor:
     parameters = parameters or weights_of(source.model)
     active = active or everything_active(parameters)
+    losses = [] if losses is None else losses
+    task = GradientTask(source, parameters, active, count, 3, comm, losses, tick)
+    width = sum(len(positions) for positions in active.values())
     with source.session("eval"):
-        pieces = collect_gradients(
-            source,
-            source.batches(count, 4, seed=3),
-            parameters,
-            active,
-            [sum(len(positions) for positions in active.values())],
-            count,
-            comm,
-            3,
-            [] if losses is None else losses,
-            tick,
-        )
+        pieces = collect_gradients(task, source.batches(count, 4, seed=3), [width])
         return torch.cat(list(pieces))
 
 
@@ -146,21 +139,16 @@ def test_dropout_draws_its_own_seed_for_each_gradient(comm: Communicator) -> Non
 
     def rows() -> Tensor:
         torch.rand(13)
+        task = GradientTask(source, parameters, active, 5, 8, comm)
         with source.session("train"):
-            return torch.cat(
-                list(
-                    collect_gradients(
-                        source, source.batches(5, 4, 0), parameters, active, [45], 5,
-                        comm, 8, [],
-                    )
-                )
-            )  # fmt: skip
+            pieces = collect_gradients(task, source.batches(5, 4, 0), [45])
+            return torch.cat(list(pieces))
 
     first = rows()
     assert torch.equal(first, rows())
     assert not torch.equal(first[0], first[1])
     with source.session("train"):
-        measured = mean_loss(source, source.batches(5, 4, 0), 5, comm, 8)
+        measured = compute_losses(source, source.batches(5, 4, 0), 5, comm, 8)
     assert len(set(measured)) == 5
 
 
@@ -331,7 +319,7 @@ def test_a_loss_that_is_no_scalar(result: Any, comm: Communicator) -> None:
         pytest.raises(PruningError, match=expected),
         source.session("eval"),
     ):
-        mean_loss(source, source.batches(7, 4, seed=3), 7, comm, 3)
+        compute_losses(source, source.batches(7, 4, seed=3), 7, comm, 3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -343,7 +331,7 @@ def test_a_measured_loss_that_is_not_finite_names_its_batch(
         pytest.raises(PruningError, match=rf"batch 4 of the stream\) is {value}"),
         source.session("eval"),
     ):
-        mean_loss(source, source.batches(7, 4, seed=3), 7, comm, 3)
+        compute_losses(source, source.batches(7, 4, seed=3), 7, comm, 3)
 
 
 def test_frozen_weights_have_no_gradient(comm: Communicator) -> None:
@@ -546,13 +534,10 @@ def test_a_loss_that_differentiates_inside_is_measured(comm: Communicator) -> No
     with source.session("train"):
         losses: list[float] = []
         chosen = source.batches(7, 4, seed=3)
-        list(
-            collect_gradients(
-                source, chosen, parameters, everything_active(parameters), [45], 7,
-                comm, 3, losses,
-            )
-        )  # fmt: skip
-        assert mean_loss(source, chosen, 7, comm, 3) == losses
+        active = everything_active(parameters)
+        task = GradientTask(source, parameters, active, 7, 3, comm, losses)
+        list(collect_gradients(task, chosen, [45]))
+        assert compute_losses(source, chosen, 7, comm, 3) == losses
     assert len(set(losses)) == 7
 
 
@@ -581,7 +566,7 @@ def test_mean_loss_gives_the_losses_in_order_without_a_graph(
     source = FunctionLoss(model, batches(), cross_entropy)
     with source.session("eval"):
         chosen = source.batches(7, 4, seed=3)
-        assert mean_loss(source, chosen, 7, comm, 3) == expected
+        assert compute_losses(source, chosen, 7, comm, 3) == expected
 
 
 @pytest.mark.parametrize("pieces", [(10,), (1,) * 10, (3, 3, 4), (0, 9, 0, 1), (7, 3)])

@@ -19,7 +19,8 @@ from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients
-from lightning_woodfisher.gradients.per_sample import per_sample_rows, why_not
+from lightning_woodfisher.gradients.per_sample import find_obstacle, per_sample_rows
+from lightning_woodfisher.gradients.task import GradientTask
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -59,7 +60,7 @@ def in_one_pass(
     model: nn.Module, inputs: Tensor, count: int, loss: Loss = squares
 ) -> Tensor:
     parameters = weights_of(model)
-    assert why_not(model, parameters) is None
+    assert find_obstacle(model, parameters) is None
     active = {name: torch.arange(p.numel()) for name, p in parameters.items()}
     width = sum(p.numel() for p in parameters.values())
     rows = torch.full((count, width), torch.nan, dtype=inputs.dtype)
@@ -286,24 +287,24 @@ def frozen() -> nn.Module:
 )
 def test_layers_that_are_left_to_the_loop(layer: nn.Module, reason: str | None) -> None:
     parameters = {n: p for n, p in layer.named_parameters() if "bias" not in n}
-    assert why_not(layer, parameters) == reason
+    assert find_obstacle(layer, parameters) == reason
 
 
 def test_the_output_layer_of_attention_and_a_tied_embedding_are_left_to_the_loop() -> (
     None
 ):
     attention = nn.MultiheadAttention(4, 2)
-    found = why_not(attention, {"out_proj.weight": attention.out_proj.weight})
+    found = find_obstacle(attention, {"out_proj.weight": attention.out_proj.weight})
     assert found is not None
     assert "NonDynamicallyQuantizableLinear" in found
     model = nn.ModuleDict(
         {"head": nn.Linear(4, 9, bias=False), "words": nn.Embedding(9, 4)}
     )
     model["words"].weight = model["head"].weight
-    found = why_not(model, {"head.weight": model["head"].weight})
+    found = find_obstacle(model, {"head.weight": model["head"].weight})
     assert found == "head.weight belongs to a Embedding"
     # A layer whose parameters are not wanted may be anything.
-    assert why_not(attention, {}) is None
+    assert find_obstacle(attention, {}) is None
 
 
 # ---------------------------------------------------------------- collection
@@ -344,18 +345,13 @@ def collect(
     active = {name: torch.arange(p.numel()) for name, p in parameters.items()}
     losses: list[float] = []
     notes: list[str] = []
+    task = GradientTask(source, parameters, active, count, 4, Communicator(), losses)
     with source.session(mode):
         rows = list(
             collect_gradients(
-                source,
+                task,
                 source.batches(count, size, 4),
-                parameters,
-                active,
                 [sum(p.numel() for p in parameters.values())],
-                count,
-                Communicator(),
-                4,
-                losses,
                 collection=how,
                 row_dtype=row_dtype,
                 note=notes.append,

@@ -46,15 +46,15 @@ from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import (
-    part_of,
-    part_sizes,
+    local_sizes,
     reshard,
-    undisturbed,
+    take_local,
 )
 from lightning_woodfisher.gradients.sharded import (
     collect_sharded_gradients,
     sharded_mean_loss,
 )
+from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.weights.layers import prunable_parameters
@@ -298,13 +298,13 @@ def uneven(world_size: int) -> tuple[list[int], dict[str, Tensor], list[list[int
     masks.apply()
     masks.verify()
     for name, parameter in parameters.items():
-        part = part_of(wanted[name], parameter)
+        part = take_local(wanted[name], parameter)
         assert part.shape == parameter.to_local().shape
         assert torch.equal(masks.local(name) == 0, part)
     again = Masks(parameters)
-    again.take_zeros()
+    again.prune_zeros()
     assert again.zeros() == masks.zeros()
-    sizes = [part_sizes(p) for p in parameters.values()]
+    sizes = [local_sizes(p) for p in parameters.values()]
     return list(again.zeros().values()), again.state_dict(), sizes
 
 
@@ -336,10 +336,9 @@ def scaled_rows() -> list[Tensor]:
         source.loss_scale = scale
         parameters = {"1.weight": net[1].weight}
         active = {"1.weight": torch.arange(16 * 64)}
-        with undisturbed(net), source.session("eval"):
-            found = collect_sharded_gradients(
-                source, 4, 2, parameters, active, comm, 1, []
-            )
+        with source.session("eval"):
+            task = GradientTask(source, parameters, active, 4, 1, comm)
+            found = collect_sharded_gradients(task, 2)
             rows.append(torch.cat(list(found)))
     return rows
 
@@ -610,15 +609,15 @@ class Collect(pl.Callback):
         self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int
     ) -> None:
         source, comm = TrainingStepLoss(trainer, module), Communicator("cpu")
-        with undisturbed(module), source.session("train"):
+        with source.session("train"):
             parameters = prunable_parameters(module)
             active = {
-                n: torch.arange(part_sizes(p)[comm.rank]) for n, p in parameters.items()
+                n: torch.arange(local_sizes(p)[comm.rank])
+                for n, p in parameters.items()
             }
             losses: list[float] = []
-            for row in collect_sharded_gradients(
-                source, 3, self.size, parameters, active, comm, 1, losses
-            ):
+            task = GradientTask(source, parameters, active, 3, 1, comm, losses)
+            for row in collect_sharded_gradients(task, self.size):
                 self.seen += float(row.abs().sum())
             batches = source.batches(3, self.size, seed=1)
             again = sharded_mean_loss(source, batches, 3, comm, 1)

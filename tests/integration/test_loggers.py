@@ -34,7 +34,7 @@ AT = {1: (6, 12), 2: (3, 6)}
 NAMES = ["net.0.weight", "net.5.weight", "net.7.weight"]
 
 
-FIGURES = ("layers", "schedule", "increase", "course", "saliencies", "masks")
+FIGURES = ("layers", "schedule", "loss_increase", "progress", "saliencies", "masks")
 
 
 def fit(*loggers: Any, **options: Any) -> list[PruningReport]:
@@ -225,13 +225,13 @@ def test_the_local_model_reaches_wandb(tmp_path: Path) -> None:
     assert len(entries) == len(pruner.reports) == 2
     for entry, report in zip(entries, pruner.reports, strict=True):
         columns, rows = run.table(entry["pruning/local_model_points"])
-        assert columns == ["part", "fraction", "predicted", "measured"]
+        assert columns == ["stage", "fraction", "predicted", "measured"]
         assert rows == [
             [number, point.fraction, point.predicted, point.measured]
-            for number, part in enumerate(report.local_model)
-            for point in part
+            for number, stage in enumerate(report.local_model)
+            for point in stage
         ]
-        picture = run.folder / "files" / entry["pruning/local_model"]["path"]
+        picture = run.folder / "files" / entry["pruning/figures/local_model"]["path"]
         assert picture.read_bytes()[:4] == b"\x89PNG"
 
 

@@ -29,7 +29,7 @@ def test_the_budget_is_checked_before_the_first_batch(
     need = estimate(Classifier().net, fisher=fisher()).peak_bytes
     roomy = pruning(fisher=fisher(memory_budget=need))
     trainer(roomy).fit(Classifier(), loader())
-    assert any("A step takes up to" in text for text in told)
+    assert any("A step needs up to" in text for text in told)
     model = Counting()
     with pytest.raises(ConfigurationError) as caught:
         trainer(pruning(fisher=fisher(memory_budget=need - 1))).fit(model, loader())

@@ -262,9 +262,7 @@ def remove_channels(name: str, variant: Any, *kinds: type) -> dict[str, Any]:
     """
     pl = package(name)
     seed_all(2)
-    pruner = SOSPPruningCallback(
-        0.5, variant, config(), measure="structures", schedule=PolynomialSchedule(0)
-    )
+    pruner = SOSPPruningCallback(0.5, variant, config(), schedule=PolynomialSchedule(0))
     averaging = pl.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)
     module = make(pl, Classifier, *kinds, build=ResidualNet)
     fitted = trainer(pl, pruner, averaging, max_epochs=2, precision="bf16-mixed")

@@ -37,6 +37,7 @@ from lightning_woodfisher.distributed.smallest import (
     select_smallest,
 )
 from lightning_woodfisher.fisher.inverse import FullInverseFisher
+from lightning_woodfisher.pruning import pruner as pruner_module
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.weights.active import ActiveWeights
@@ -555,8 +556,8 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "projection": (FullInverseFisher, "_project", 1),
     "combination": (FullInverseFisher, "_combine", 1),
     "description": (ActiveWeights, "name_blocks", 1),
-    "report": (Pruner, "_report", 1),
-    "masks": (Masks, "grow", 1),
+    "report": (pruner_module, "summarize", 1),
+    "masks": (Masks, "prune", 1),
     **{f"rows of unit {n}": (FullInverseFisher, "_unit_rows", n) for n in (1, 9, 40)},
     "largest norm": (torch.linalg, "vector_norm", 1),
 }
@@ -604,7 +605,7 @@ def fail_everywhere() -> dict[str, Any]:
         with torch.no_grad():
             model[1].weight[0] = 0.0
         masks = Masks(prunable_parameters(model))
-        masks.take_zeros()
+        masks.prune_zeros()
         before, kept = (
             {n: p.clone() for n, p in model.named_parameters()},
             masks.state_dict(),
@@ -740,7 +741,7 @@ def collectives() -> None:
             sent = counts[rank] * (5 - sizes[rank]) * dtype.itemsize
             assert comm.bytes_sent - before == sent
 
-    assert comm.share_text(f"rank {rank}") == "rank 0"
+    assert comm.broadcast_text(f"rank {rank}") == "rank 0"
 
     # Two exchanges on their way at once keep apart.
     row = numbers_of(rank, 3).view(1, 3)
@@ -774,7 +775,7 @@ def collectives() -> None:
                     torch.tensor(other if rank == odd else usual), "the number"
                 )
 
-    comm.agree(None)
+    comm.raise_together()
     for failing in ([0], [2], [1, 2]):
         own = KeyError(f"of {rank}") if rank in failing else None
         expected_error = KeyError if rank in failing else PruningError
@@ -782,7 +783,7 @@ def collectives() -> None:
             f"of {rank}" if rank in failing else f"rank {failing[0]} failed: KeyError"
         )
         with pytest.raises(expected_error, match=text):
-            comm.agree(own)
+            comm.raise_together(own)
 
 
 def test_collectives(ranks: RankPool) -> None:

@@ -13,7 +13,7 @@ import torch
 from fits import Classifier, differences, loader, pruning, trainer
 
 from lightning_woodfisher import OneShotSchedule, StepConfig
-from lightning_woodfisher.callbacks.signals import hold_back_signals
+from lightning_woodfisher.callbacks.signals import delay_signals
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def handled() -> Iterator[list[int]]:
 
 
 def test_each_signal_is_handled_once_afterwards(handled: list[int]) -> None:
-    @hold_back_signals()
+    @delay_signals()
     def fail() -> None:
         for number in (signal.SIGUSR2, signal.SIGUSR1, signal.SIGUSR2):
             signal.raise_signal(number)
@@ -49,7 +49,7 @@ def test_other_handlers_and_threads_are_left_alone(handled: list[int]) -> None:
     # A shell starts background jobs with SIGINT ignored.
     interrupted = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with hold_back_signals():
+        with delay_signals():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
@@ -60,7 +60,7 @@ def test_other_handlers_and_threads_are_left_alone(handled: list[int]) -> None:
     inside: list[Any] = []
 
     def look() -> None:
-        with hold_back_signals():
+        with delay_signals():
             inside.append(signal.getsignal(signal.SIGUSR1))
 
     thread = threading.Thread(target=look)

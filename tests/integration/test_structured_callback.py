@@ -42,7 +42,7 @@ from lightning_woodfisher import (
     SOSPPruningCallback,
 )
 from lightning_woodfisher.cli.main import main
-from lightning_woodfisher.structured.graph.channels import channel_masks
+from lightning_woodfisher.structured.graph.groups import channel_masks
 from lightning_woodfisher.structured.shrink.removal import load_shrunk
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -123,7 +123,7 @@ def test_targets_are_met_with_adam_over_a_schedule(measure: str) -> None:
         SOSPPruningCallback,
         variant="I",
         target=0.6,
-        measure=measure,
+        config=config(measure=measure),
         schedule=PolynomialSchedule(0, 3),
     )
     module = fit(callback, WithForward(), max_epochs=4)
@@ -165,11 +165,11 @@ def test_the_report_the_export_and_the_time(tmp_path: Path) -> None:
     pixels = images(16).tensors[0]
     assert torch.equal(fresh(pixels), callback.shrunk_model(module)(pixels))
     torch.testing.assert_close(fresh(pixels), module.net(pixels), rtol=0, atol=1e-5)
-    assert callback.latency.runs == 3
-    assert callback.latency.shrunk > 0 < callback.latency.dense
+    assert report.latency_runs == 3
+    assert report.latency > 0 < report.latency_dense
     logged = {k: v for _, numbers in logger.history for k, v in numbers.items()}
-    assert logged["pruning/latency_dense"] == callback.latency.dense
-    assert logged["pruning/latency"] == report.latency == callback.latency.shrunk
+    assert logged["pruning/latency_dense"] == report.latency_dense
+    assert logged["pruning/latency"] == report.latency
     assert plain["latency_runs"] == 3
     assert logged["pruning/structures_removed"] == 0.5
     assert logged["pruning/channels/net.conv1"] == 8 - len(callback.removed["conv1"])
@@ -239,12 +239,15 @@ def test_yaml_with_short_names(
     monkeypatch.setattr(sys, "argv", ["lightning-woodfisher"])
     init: dict[str, Any] = {
         "target": 0.5,
-        "measure": "structures",
         "report_path": "r.json",
-        "config": {"num_samples": 16, "batch_size": 8},
+        "config": {
+            "measure": "structures",
+            "num_samples": 16,
+            "batch_size": 8,
+            "batchnorm_recalibration_batches": 2,
+        },
     }
     more = {"variant": "I", "schedule": {"class_path": "OneShotSchedule"}}
-    init["batchnorm_recalibration_batches"] = 2
     callback = {"class_path": "SOSPPruningCallback", "init_args": {**init, **more}}
     assert main(["fit", "--config", write_yaml(callback)]) == 0
     (report,) = json.loads(Path("r.json").read_text())
@@ -262,20 +265,16 @@ def fit_on_ranks(world_size: int) -> Any:
     torch.set_num_threads(1)
     found: list[Any] = []
     times: list[Any] = []
-    for kind, more in (
-        (SOSPPruningCallback, {"variant": "I", "latency_runs": 2}),
-        (
-            HAPPruningCallback,
-            {
-                "implant_ratio": 0.5,
-                "implant_init": "lstsq",
-                "batchnorm_recalibration_batches": 3,
-            },
-        ),
+    for kind, batches, more in (
+        (SOSPPruningCallback, 0, {"variant": "I", "latency_runs": 2}),
+        (HAPPruningCallback, 3, {"implant_ratio": 0.5, "implant_init": "lstsq"}),
     ):
-        settings = {"target": 0.4, "measure": "macs"}
         callback = structured(
-            kind, schedule=PolynomialSchedule(0, 1), **settings, **more
+            kind,
+            target=0.4,
+            config=config(measure="macs", batchnorm_recalibration_batches=batches),
+            schedule=PolynomialSchedule(0, 1),
+            **more,
         )
         sampler = DistributedSampler(images(), world_size, 0, shuffle=False)
         torch.manual_seed(0)
@@ -325,7 +324,8 @@ def test_channels_then_weights_in_one_run(channels_first: bool) -> None:
     weights = sum(p.numel() for p in masks.parameters.values())
     zeros = sum(int((p == 0).sum()) for p in masks.parameters.values())
     assert zeros == round(0.8 * weights) == sum(masks.zeros().values())
-    gone = channel_masks(module, first._groups, first.reports[-1].removed)
+    gone = channel_masks(module.net, first._groups, first.removed)
+    gone = {f"net.{name}": mask for name, mask in gone.items()}
     for name in masks.parameters:
         if name in gone:
             assert not bool((masks.kept(name) & gone[name]).any())
@@ -420,8 +420,8 @@ class TwoCalls(Module):
     [
         ({"network": "nett"}, Module, "network='nett' is not called"),
         ({}, TwoCalls, "no module of TwoCalls that is called holds all"),
-        ({"include": ["fc"]}, Module, "fc"),
-        ({"target": 0.95}, Module, "below the floors"),
+        ({"config": config(include=["fc"])}, Module, "fc"),
+        ({"target": 0.95}, Module, "the limits of the groups allow"),
         ({"config": config(num_samples=49)}, Module, "num_samples=49"),
         ({"loss_method": "absent"}, Module, "loss_method='absent'"),
     ],
@@ -438,18 +438,17 @@ def test_what_cannot_work_is_refused_before_training(
 def test_bad_settings_are_refused() -> None:
     for options, message in (
         ({"target": 1.0}, "target=1.0"),
-        ({"measure": "flops"}, "measure='flops'"),
         ({"latency_runs": -1}, "latency_runs=-1"),
         ({"latency_runs": True}, "latency_runs=True"),
-        (
-            {"kind": HAPPruningCallback, "batchnorm_recalibration_batches": -1},
-            "batchnorm_recalibration_batches=-1 must be at least 0",
-        ),
         ({"dataloader": iter([])}, "read only once"),
         ({"kind": SOSPPruningCallback, "variant": "J"}, "variant='J'"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             structured(**options)
+    with pytest.raises(ConfigurationError, match="measure='flops'"):
+        config(measure="flops")
+    with pytest.raises(ConfigurationError, match="batches=-1 must be at least 0"):
+        config(batchnorm_recalibration_batches=-1)
     with pytest.raises(ConfigurationError, match="select the same weights"):
         fit(structured(), None, structured(HAPPruningCallback))
 

@@ -13,7 +13,7 @@ from fits import differences, final_state, loader, pruning, seed_all, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from offline_run import OfflineRun, read_run
-from structured_fits import Module, ResidualNet, structured
+from structured_fits import Module, ResidualNet, config, structured
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         implant_init="center",
         schedule=PolynomialSchedule(1, 2),
         latency_runs=3,
-        exclude=["fc"],
+        config=config(exclude=["fc"]),
     )
     weights = pruning(target_sparsity=0.8, schedule=PolynomialSchedule(2, 2))
     saving = ModelCheckpoint(folder / "checkpoints", "last")
@@ -95,7 +95,7 @@ def test_wandb_has_tables_figures_and_settings(run: Run) -> None:
         names = ["group", "layers", "size", "kept", "implanted", "kept_share"]
         assert columns == names
         assert data == rows_of(report)
-        for name in ("channels", "size"):
+        for name in ("channels", "network_size"):
             path = entry[f"pruning/figures/{name}"]["path"]
             picture = run.wandb.folder / "files" / path
             assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -133,7 +133,7 @@ def test_the_settings_of_both_callbacks_are_there(run: Run) -> None:
 
 
 def test_tensorboard_has_images_tables_and_numbers(run: Run) -> None:
-    for name in ("channels", "size"):
+    for name in ("channels", "network_size"):
         images = run.board.Images(f"pruning/figures/{name}")
         assert [image.step for image in images] == AT
         for image in images:
@@ -215,5 +215,5 @@ def test_training_does_not_notice_the_clock() -> None:
         fitted = trainer(callback, max_epochs=2)
         fitted.fit(Dropping(), loader())
         states.append(final_state(fitted))
-        assert (callback.latency is not None) == bool(latency_runs)
+        assert (callback.reports[-1].latency is not None) == bool(latency_runs)
     assert differences(*states) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureConfig
+from lightning_woodfisher.structured.network_cost import NetworkSize
 from lightning_woodfisher.structured.scores.methods import score_structures
 from lightning_woodfisher.structured.selection import additive_scores, select_for_size
-from lightning_woodfisher.structured.shrink.network_size import NetworkSize
 
 CONFIGS = (
     StructureConfig(method="sosp_i", num_samples=21, batch_size=8),
@@ -68,9 +69,9 @@ def run() -> list[Tensor]:
     for config in CONFIGS:
         source = FunctionLoss(make(), Augmented(), cross_entropy)
         scores = score_structures(source, groups, config, comm)
-        size = NetworkSize.of_source(source, groups, comm)
-        additive = additive_scores(scores, groups, config.limits)
-        removed = select_for_size(groups, additive, size, macs_left=0.7)
+        size = NetworkSize(source, groups, comm)
+        additive = additive_scores(scores, groups, config)
+        removed = select_for_size(groups, additive, size, 0.3, config)
         found += [*scores.values, *additive, *removed.values()]
     # Four batches of different sizes, of which one rank gets more samples.
     config = StructureConfig(num_samples=4, batch_size=1)
@@ -83,9 +84,10 @@ def run() -> list[Tensor]:
         Augmented(),
         cross_entropy,
         target=0.4,
-        config=CONFIGS[0],
+        config=dataclasses.replace(
+            CONFIGS[0], measure="structures", batchnorm_recalibration_batches=4
+        ),
         groups=groups,
-        batchnorm_recalibration_batches=4,
     )
     assert report.batchnorm_layers == 3
     found.append(torch.tensor(report.loss_after, dtype=torch.float64))
@@ -170,8 +172,6 @@ def test_a_training_step_gives_the_same_scores(method: Any, tmp_path: Path) -> N
 
 
 def _under(group: Any, name: str) -> Any:
-    import dataclasses
-
     members = tuple(
         dataclasses.replace(member, module=f"{name}.{member.module}")
         for member in group.members

@@ -24,9 +24,10 @@ from torch.utils.data import (
 
 from lightning_woodfisher import FisherConfig, OneShotSchedule, PruningError
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
-from lightning_woodfisher.data.losses import mean_loss
+from lightning_woodfisher.data.losses import compute_losses
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.gradients.task import GradientTask
 
 COUNT, SIZE = 5, 3
 
@@ -66,20 +67,10 @@ class Rows(pl.Callback):
             module.train()
         with source.session("eval"):
             # One by one: what the module saw is counted, and each loss compared.
-            rows = collect_gradients(
-                source,
-                batches,
-                parameters,
-                active,
-                sizes,
-                COUNT,
-                comm,
-                1,
-                self.losses,
-                collection="loop",
-            )
+            task = GradientTask(source, parameters, active, COUNT, 1, comm, self.losses)
+            rows = collect_gradients(task, batches, sizes, collection="loop")
             self.rows = torch.cat(list(rows))
-            self.measured = mean_loss(source, batches, COUNT, comm, 1)
+            self.measured = compute_losses(source, batches, COUNT, comm, 1)
         assert [p.requires_grad for p in module.parameters()] == before
 
 
@@ -368,7 +359,7 @@ def test_samples_outside_the_sampler_are_left_alone(
 
 
 def test_a_sampler_that_tells_nothing_gets_a_warning() -> None:
-    with pytest.warns(UserWarning, match="EveryThird does not tell which samples"):
+    with pytest.warns(UserWarning, match="EveryThird has no attribute `indices`"):
         found = seen_with(EveryThird())
     assert len(found) == COUNT * SIZE
 

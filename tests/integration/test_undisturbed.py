@@ -31,9 +31,10 @@ from torch import Tensor
 
 from lightning_woodfisher.base.types import ModelMode
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
-from lightning_woodfisher.data.losses import mean_loss
+from lightning_woodfisher.data.losses import compute_losses
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.partition import make_partition
 
@@ -68,19 +69,11 @@ class Collect(pl.Callback):
         )
         losses: list[float] = []
         with source.session(self.mode):
-            rows = collect_gradients(
-                source,
-                source.batches(COUNT, SIZE, seed=1),
-                parameters,
-                active,
-                partition.shard_sizes(),
-                COUNT,
-                comm,
-                1,
-                losses,
-            )
+            task = GradientTask(source, parameters, active, COUNT, 1, comm, losses)
+            batches = source.batches(COUNT, SIZE, seed=1)
+            rows = collect_gradients(task, batches, partition.shard_sizes())
             self.rows.append(torch.cat([row.clone() for row in rows]))
-            again = mean_loss(
+            again = compute_losses(
                 source, source.batches(COUNT, SIZE, seed=1), COUNT, comm, 1
             )
         self.losses += [losses, again]

@@ -23,11 +23,12 @@ from lightning_woodfisher import (
     prune,
 )
 from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.data.nonfinite import NonFiniteError, SkippedGradients
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.base import raise_until_definite
 from lightning_woodfisher.fisher.inverse import make_inverse_fisher
 from lightning_woodfisher.gradients.collect import collect_gradients
+from lightning_woodfisher.gradients.nonfinite import NonFiniteError, SkippedGradients
+from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.partition import make_partition
 
@@ -457,12 +458,11 @@ def test_of_a_unit_only_the_failing_block_is_damped_more(comm: Communicator) -> 
     rows[:, first] *= 1e6
     rows[:, first + 1] = rows[:, first]
     for engine in ("primal", "dual"):
-        inverse = make_inverse_fisher(
-            partition, 6, 1e-6, comm, block_size=2, engine=engine
-        )
+        fisher = FisherConfig(6, damping=1e-6, block_size=2, engine=engine)
+        inverse = make_inverse_fisher(partition, fisher, comm)
         inverse.observe(rows)
         inverse.factorize()
-        assert list(inverse.raised()) == [first], engine
+        assert list(inverse.raised_damping()) == [first], engine
         assert int((inverse.damping != 1e-6).sum()) == 1
 
 
@@ -502,10 +502,8 @@ def test_overflow_in_float16_is_tried_again_with_a_smaller_scale(
         source.loss_scale = scale
         batches = source.batches(16, 1, 0)
         with source.session("eval"):
-            pieces = collect_gradients(
-                source, batches, parameters, every, sizes, 16, comm, 0, [],
-                collection=collection,
-            )  # fmt: skip
+            task = GradientTask(source, parameters, every, 16, 0, comm)
+            pieces = collect_gradients(task, batches, sizes, collection=collection)
             return torch.cat([piece.clone() for piece in pieces]).double()
 
     exact = rows(wide, torch.float64, 1.0)
@@ -640,14 +638,14 @@ def test_skipped_gradients_count_by_round(comm: Communicator) -> None:
     skipped.note(1, NonFiniteError("first"))
     skipped.note(2, NonFiniteError("taken back"))
     skipped.note(2, None)
-    kept = skipped.agree(0, 4)
+    kept = skipped.find_kept(0, 4)
     assert kept is not None
     assert kept.tolist() == [True, False, True, True]
-    assert skipped.agree(4, 4) is None
+    assert skipped.find_kept(4, 4) is None
     skipped.note(9, NonFiniteError("second"))
-    assert skipped.agree(8, 2) is not None
+    assert skipped.find_kept(8, 2) is not None
     assert skipped.failure is None
     skipped.note(10, NonFiniteError("third"))
-    skipped.agree(10, 1)
+    skipped.find_kept(10, 1)
     assert skipped.indices == [1, 9, 10]
     assert "third" in str(skipped.failure)

@@ -264,11 +264,13 @@ def normal(seed: int, *shape: int) -> Tensor:
 def inverse_of(rows: Tensor, damping: float, form: Form, block: int) -> InverseFisher:
     inverse = make_inverse_fisher(
         make_partition([rows.shape[1]], block, 1),
-        len(rows),
-        damping,
+        FisherConfig(
+            len(rows),
+            damping=damping,
+            block_size=None if form == "full" else block,
+            engine="primal" if form == "primal" else "dual",
+        ),
         Communicator(),
-        block_size=None if form == "full" else block,
-        engine="primal" if form == "primal" else "dual",
     )
     inverse.observe(rows)
     inverse.factorize()
@@ -396,7 +398,7 @@ def test_a_mask_loses_entries_only_and_survives_a_checkpoint(
             name: normal(seed + i, *p.shape) > 0.5
             for i, (name, p) in enumerate(parameters.items())
         }
-        masks.grow(new)
+        masks.prune(new)
         for name, leaving in new.items():
             expected[name] |= leaving
     masks.apply()

@@ -403,7 +403,7 @@ def test_a_failure_leaves_weights_and_masks_as_they_were(
         model[0].weight[0, 0] = -0.0
         model[0].weight[0, 1] = 0.0
     masks = Masks(prunable_parameters(model))
-    masks.take_zeros()
+    masks.prune_zeros()
     pruner = Pruner(
         masks,
         PruningConfig(fisher=FISHER, step=StepConfig(recompute_steps=2)),

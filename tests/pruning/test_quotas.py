@@ -72,7 +72,7 @@ def test_limits_bind_exactly_and_others_make_up(target: float, most: float) -> N
     budget = round(target * 128)
     if budget > sum(caps):
         with pytest.raises(
-            ConfigurationError, match=f"{budget} more .* {sum(caps)} go"
+            ConfigurationError, match=f"{budget} more .* only {sum(caps)};"
         ):
             zeros(model, target, max_layer_sparsity=most)
         return
@@ -99,7 +99,7 @@ def test_a_limit_is_refused_only_where_it_leaves_no_room(
     wanted = round(target * sum(weights))
     room = sum(int(most * count + 1e-9) for count in weights)
     if wanted > room:
-        with pytest.raises(ConfigurationError, match=f"only {room} go"):
+        with pytest.raises(ConfigurationError, match=f"only {room};"):
             make_quotas(selection, layers, target)
     else:
         quotas = make_quotas(selection, layers, target)
@@ -161,7 +161,7 @@ def test_targets_of_layers_grow_with_the_schedule() -> None:
         (
             {"layer_targets": {"1": 0.5}, "max_layer_sparsity": 0.4},
             0.3,
-            r"wants 0.5 of 1.weight",
+            r"asks for 0.5 of 1.weight",
         ),
         ({"max_layer_sparsity": 0.4}, 0.5, r"out of reach when no layer"),
         ({"pattern": "2:4", "max_layer_sparsity": 0.4}, 0.5, r"out of reach"),

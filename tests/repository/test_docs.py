@@ -277,8 +277,12 @@ def test_scripts_and_targets_exist() -> None:
                 if not path.is_file():
                     wrong.append(f"{page.name}: there is no {path}")
                     continue
-                shared = ROOT / "examples" / "comparison.py"
-                text = path.read_text() + shared.read_text()
+                # Scripts share their options with modules beside them.
+                shared = [
+                    ROOT / "examples" / "comparison.py",
+                    *path.parent.glob("*.py"),
+                ]
+                text = "".join(file.read_text() for file in {path, *shared})
                 given = [w.partition("=")[0] for w in words if w.startswith("--")]
                 wrong += [f"{path}: {o}" for o in given if o not in text]
             elif words[:2] == ["pip", "install"]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import AllocationMeter, measure_step_bytes
 from step_bytes import make_step
 from step_options import in_step
 from torch import nn
@@ -23,7 +24,6 @@ from lightning_woodfisher import (
     estimate,
     prune,
 )
-from lightning_woodfisher.base.allocations import AllocationMeter, measure_step_bytes
 from lightning_woodfisher.base.byte_sizes import parse_bytes
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
@@ -120,8 +120,8 @@ def test_a_step_takes_the_bytes_that_were_estimated(
             {"local_model_points": 3, "measure_loss": True},
             id="local model",
         ),
-        pytest.param(fisher(48, 16, centered=True), {}, id="centred primal"),
-        pytest.param(fisher(8, 96, centered=True), {}, id="centred dual"),
+        pytest.param(fisher(48, 16, centered=True), {}, id="centered primal"),
+        pytest.param(fisher(8, 96, centered=True), {}, id="centered dual"),
         pytest.param(
             fisher(8, None), {"selection": SelectionConfig(pattern="4:8")}, id="4:8"
         ),
@@ -135,7 +135,7 @@ def test_what_goes_with_the_search_takes_the_bytes_that_were_estimated(
 ) -> None:
     options = {"measure_loss": False, **options}
     step, _ = make_step(TRANSFORMER, settings, target=0.5, **options)
-    cost = estimate(TRANSFORMER, fisher=settings, **options)
+    cost = estimate(TRANSFORMER, fisher=settings, **in_step(**options))
     assert 0.85 * cost.peak_bytes <= measure_step_bytes(step) <= 1.15 * cost.peak_bytes
 
 
@@ -172,7 +172,7 @@ def test_passes_are_those_of_a_real_step(
     inputs = torch.randn(200, 8)
     data = TensorDataset(inputs, inputs[:, :3].argmax(dim=1))
     settings = fisher(24, 10, gradient_batch_size=4)
-    cost = estimate(model, fisher=settings, **options)
+    cost = estimate(model, fisher=settings, **in_step(**options))
     loss = Counted()
     prune(model, data, loss, target_sparsity=0.6, fisher=settings, **in_step(**options))
     assert cost.trials == trials
@@ -189,7 +189,9 @@ def test_passes_of_the_first_order_are_within_those_of_a_search() -> None:
     data = TensorDataset(inputs, inputs[:, :3].argmax(dim=1))
     settings = fisher(24, 10, gradient_batch_size=4, first_order_samples=160)
     options: dict[str, Any] = {"criterion": "woodtaylor", "measure_loss": False}
-    cost = estimate(model, fisher=settings, seconds_per_gradient=1.0, **options)
+    cost = estimate(
+        model, fisher=settings, seconds_per_gradient=1.0, **in_step(**options)
+    )
     loss = Counted()
     prune(model, data, loss, target_sparsity=0.6, fisher=settings, **in_step(**options))
     assert (cost.gradient_passes, cost.first_order_passes) == (24, 1)
@@ -229,7 +231,7 @@ def test_baselines_take_the_bytes_that_were_estimated(
         flat = layer.weight.data.view(-1)
         flat[: round(flat.numel() * sparsity)] = 0.0
     masks = Masks(prunable_parameters(model))
-    masks.take_zeros()
+    masks.prune_zeros()
     settings = fisher(16, 16, gradient_batch_size=1)
     config = PruningConfig(criterion, settings, step=StepConfig(measure_loss=False))
     pruner = Pruner(masks, config, Communicator())
@@ -394,6 +396,18 @@ def test_what_is_proposed_fits_and_one_more_does_not(settings: FisherConfig) -> 
     assert estimate(shapes, fisher=settings, memory=need).fits is True
 
 
+def test_what_is_proposed_does_not_depend_on_the_tolerated_gradients() -> None:
+    settings = fisher(300, 64)
+    tolerant = dataclasses.replace(settings, max_nonfinite=200)
+    memory = int(0.6 * estimate(SHAPES["resnet20"], fisher=settings).peak_bytes)
+    one, other = (
+        estimate(SHAPES["resnet20"], fisher=each, memory=memory)
+        for each in (settings, tolerant)
+    )
+    assert one.largest_num_gradients == other.largest_num_gradients
+    assert one.largest_block_size == other.largest_block_size
+
+
 def test_no_setting_fits_into_next_to_nothing() -> None:
     cost = estimate(SHAPES["resnet20"], memory="1KB")
     assert cost.largest_block_size is None
@@ -491,18 +505,25 @@ def test_weights_without_values_or_on_two_devices_are_refused() -> None:
 # ---------------------------------------------------------------- shapes
 
 
-def test_shapes_add_up_to_the_networks_they_are_named_after() -> None:
-    def total(name: str) -> int:
-        return sum(math.prod(shape) for shape in SHAPES[name].values())
-
-    # Parameters as published, less biases, norms and embeddings.
-    assert total("resnet20") == 269_722 - 10 - 2 * (7 * 16 + 6 * 32 + 6 * 64)
-    assert total("resnet50") == 25_557_032 - 1000 - 2 * 26_560
-    assert total("mobilenetv1") == 4_231_976 - 1000 - 2 * 10_944
-    biases = 12 * (4 * 768 + 3072 + 768)
-    encoder = 85_054_464 - biases - 12 * 4 * 768
-    assert total("bert_base") == encoder + 768**2
-    assert total("llama7b") == 6_738_415_616 - 32_000 * 4096 - (2 * 32 + 1) * 4096
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        # Parameters as published, less biases and norms.
+        ("resnet20", 269_722 - 10 - 2 * (7 * 16 + 6 * 32 + 6 * 64)),
+        ("resnet50", 25_557_032 - 1000 - 2 * 26_560),
+        ("mobilenetv1", 4_231_976 - 1000 - 2 * 10_944),
+        # Twelve layers of 12·768² and the pooler.
+        ("bert_base", 12 * 12 * 768**2 + 768**2),
+        # The same, patches of 768·3·16², 1000 classes.
+        ("vit_b", 12 * 12 * 768**2 + 768 * 768 + 768_000),
+        # Published, less embeddings and norms.
+        ("llama7b", 6_738_415_616 - 32_000 * 4096 - (2 * 32 + 1) * 4096),
+    ],
+)
+def test_shapes_add_up_to_the_networks_they_are_named_after(
+    name: str, total: int
+) -> None:
+    assert sum(math.prod(shape) for shape in SHAPES[name].values()) == total
 
 
 def test_resnet50_is_that_of_torchvision() -> None:

@@ -10,7 +10,7 @@ from hand_groups import cross_entropy, images
 from torch import Tensor, nn
 
 from lightning_woodfisher import ConfigurationError, StructureConfig, prune_structures
-from lightning_woodfisher.structured.expand import find_bottlenecks, shrink_target
+from lightning_woodfisher.structured.expand import find_bottlenecks, target_for_size
 from lightning_woodfisher.structured.report import GroupReport, StructureReport
 
 
@@ -54,11 +54,11 @@ def test_bottlenecks_are_low_and_far_below_the_rest() -> None:
 def test_targets_never_leave_one_too_many() -> None:
     for wide in (7, 1000, 272_474, 10**9 + 7):
         for left in {1, wide // 3, wide - 1, wide}:
-            target = shrink_target(left, wide)
+            target = target_for_size(left, wide)
             assert (1.0 - target) * wide <= left
             assert (1.0 - target) * wide > left - 0.01
     with pytest.raises(ConfigurationError, match="cannot be pruned to 9"):
-        shrink_target(9, 8)
+        target_for_size(9, 8)
 
 
 class Block(nn.Module):
@@ -94,7 +94,9 @@ def build(widths: dict[str, float]) -> nn.Module:
 
 def test_an_expanded_network_ends_at_the_old_size() -> None:
     pytest.importorskip("torch_pruning")
-    config = StructureConfig(method="sosp_h", num_samples=16, batch_size=8)
+    config = StructureConfig(
+        method="sosp_h", num_samples=16, batch_size=8, measure="parameters"
+    )
     data = images(24, torch.float32)
 
     def prune(model: nn.Module, target: float) -> Any:
@@ -103,7 +105,6 @@ def test_an_expanded_network_ends_at_the_old_size() -> None:
             data,
             cross_entropy,
             target=target,
-            measure="parameters",
             config=config,
             example_inputs=data[:1][0],
         )
@@ -120,6 +121,6 @@ def test_an_expanded_network_ends_at_the_old_size() -> None:
     assert inner == [6, 6, 6]
     assert wide.stem.out_channels == 16
     dense = sum(p.numel() for p in wide.parameters())
-    last = prune(wide, shrink_target(first.parameters, dense))
+    last = prune(wide, target_for_size(first.parameters, dense))
     assert last.parameters_dense == dense > first.parameters_dense
     assert last.parameters <= first.parameters

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 import random
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from coupled_networks import NETWORKS, build, conv_norm, images, pooled, scramble
+from hand_groups import network_size
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.structured.graph.channels import (
+from lightning_woodfisher.structured.graph.coupling import Coupling, find_groups
+from lightning_woodfisher.structured.graph.groups import (
+    Group,
+    Member,
     channel_masks,
     masked_parameters,
     zero_structures,
 )
-from lightning_woodfisher.structured.graph.coupling import Coupling, structures
-from lightning_woodfisher.structured.graph.groups import Group, Member
-from lightning_woodfisher.structured.graph.tracing import Traced, trace_groups
+from lightning_woodfisher.structured.graph.tracing import TraceResult, trace_groups
 from lightning_woodfisher.structured.shrink.removal import shrink
 from lightning_woodfisher.structured.shrink.removal_check import check_removal
 from lightning_woodfisher.weights.masks import Masks
@@ -29,7 +31,7 @@ from lightning_woodfisher.weights.masks import Masks
 pytest.importorskip("torch_pruning")
 
 
-def producers(traced: Traced) -> dict[str, tuple[int, set[str]]]:
+def producers(traced: TraceResult) -> dict[str, tuple[int, set[str]]]:
     return {
         g.name: (g.size, {m.module for m in g.of_role("producer")})
         for g in traced.groups
@@ -49,7 +51,7 @@ def masked_copy(
 ) -> nn.Module:
     model = copy.deepcopy(model)
     masks = Masks(masked_parameters(model, groups))
-    masks.grow(channel_masks(model, groups, chosen))
+    masks.prune(channel_masks(model, groups, chosen))
     masks.apply()
     return model
 
@@ -340,7 +342,7 @@ def test_reasons_stay_when_channels_unite() -> None:
     coupling.unite(a, b)
     assert coupling.reason(a) == coupling.reason(b) == "why"
     assert coupling.reason(coupling.channel("a", "out", 0)) is None
-    (rest,) = (g for g in structures(coupling) if g.name == "a")
+    (rest,) = (g for g in find_groups(coupling) if g.name == "a")
     assert rest.members[0].structure_of.tolist() == [0, -1, 1]
 
 
@@ -389,14 +391,7 @@ def test_errors_say_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         trace_groups(model, images(size=9)[:, :2])
     with pytest.raises(ConfigurationError, match="made by hand"):
         trace_groups(nn.Sequential(model, Detached()), images())
-    unpatched = builtins.__import__
-
-    def without_torch_pruning(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("torch_pruning"):
-            raise ImportError(name)
-        return unpatched(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_torch_pruning)
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ConfigurationError, match=r"lightning-woodfisher\[structured\]"):
         trace_groups(model, images())
 
@@ -404,6 +399,23 @@ def test_errors_say_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 class Detached(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.detach()
+
+
+def test_layers_with_computed_weights_stay() -> None:
+    torch.manual_seed(0)
+    middle = nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 8, 3))
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), middle, nn.Conv2d(8, 6, 3), *pooled(6))
+    pixels = images(torch.float32)
+    traced = trace_groups(model, pixels)
+    assert producers(traced) == {"2": (6, {"2"})}
+    assert "computed from other tensors" in traced.left_out["0"]
+    assert "computed from other tensors" in traced.left_out["1"]
+    size = network_size(model, traced.groups, lambda: model(pixels))
+    removed = {"2": torch.tensor([0, 3])}
+    # 6 · 6 positions of 3 · 9 weights and 2 · 2 of 8 · 9, and one of the last layer's.
+    assert size.dense_macs == 36 * 6 * 27 + 4 * 6 * 72 + 6 * 4
+    assert size.macs(removed) == 36 * 6 * 27 + 4 * 4 * 72 + 4 * 4
+    assert size.parameters(removed) == size.dense_parameters - 2 * (72 + 1 + 4)
 
 
 def test_what_training_mode_alone_uses_is_reported() -> None:

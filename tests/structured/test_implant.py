@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,29 @@ from lightning_woodfisher import ConfigurationError, StructureConfig
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.structured.graph.channels import (
+from lightning_woodfisher.structured.graph.groups import (
     channel_masks,
     masked_parameters,
 )
 from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.pruner import StructurePruner
-from lightning_woodfisher.structured.shrink.implant import (
-    ImplantConfig,
-    check_implants,
-    implant_masks,
-    split,
-)
 from lightning_woodfisher.structured.shrink.implanted_conv import (
     ImplantedConv,
-    implantable,
+    implant_masks,
+    implantable_layers,
+)
+from lightning_woodfisher.structured.shrink.implants import (
+    ImplantConfig,
+    divide_structures,
 )
 from lightning_woodfisher.structured.shrink.removal import (
     RemovalPlan,
     load_shrunk,
     plan_removal,
     save_shrunk,
+    update_optimizers,
 )
-from lightning_woodfisher.structured.shrink.transplant import transplant
+from lightning_woodfisher.structured.shrink.removal_check import check_implants
 from lightning_woodfisher.weights.masks import Masks
 
 CONFIG = StructureConfig(
@@ -52,11 +53,10 @@ def pruner(model: nn.Module, groups: Any, measure: Any, **implants: Any) -> Any:
     return StructurePruner(
         groups,
         Masks(masked_parameters(model, groups)),
-        CONFIG,
-        measure,
+        dataclasses.replace(CONFIG, measure=measure),
         Communicator(),
         ImplantConfig(**implants),
-        implantable(model, groups),
+        implantable_layers(model, groups),
     )
 
 
@@ -77,7 +77,7 @@ def residual() -> Any:
 def test_statistics_are_estimated_after_implants(init: Any) -> None:
     model, groups = residual(), residual_groups(6, 8)
     made = pruner(model, groups, "structures", ratio=0.6, init=init)
-    made.recalibration_batches = 2
+    made.config = dataclasses.replace(made.config, batchnorm_recalibration_batches=2)
     source = FunctionLoss(model, images(), cross_entropy)
     report = made.step(source, 0.5)
     assert sum(map(len, report.implanted.values())) == 4
@@ -170,7 +170,7 @@ NAMES = "resnet", "preact", "vgg", "densenet", "twice", "sum_of_concatenation"
 def test_masks_are_the_exported_network(name: str) -> None:
     model, pixels = coupled_networks.build(name), coupled_networks.images()
     groups = trace_groups(model, pixels[:1]).groups
-    found = implantable(model, groups)
+    found = implantable_layers(model, groups)
     assert check_implants(copy.deepcopy(model), groups, (pixels[:1],)) == found
     generator = torch.Generator().manual_seed(3)
     removed, implanted = {}, {}
@@ -200,6 +200,20 @@ def test_masks_are_the_exported_network(name: str) -> None:
         assert module.kept.weight.shape[2:].numel() == 9
 
 
+def test_implants_of_a_wrong_group_are_found() -> None:
+    model, pixels = coupled_networks.build("vgg_bn"), coupled_networks.images()
+    groups = trace_groups(model, pixels).groups
+    assert [*implantable_layers(model, groups)] == ["0", "4"]
+    assert [*check_implants(model, groups, pixels)] == ["0", "4"]
+    members = tuple(m for m in groups[0].members if m.role != "norm")
+    wrong = (dataclasses.replace(groups[0], members=members), *groups[1:])
+    state = copy.deepcopy(model.state_dict())
+    assert [*check_implants(model, wrong, pixels)] == ["4"]
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+    assert not any(isinstance(m, ImplantedConv) for m in model.modules())
+
+
 def test_files_give_the_same_bits(tmp_path: Path) -> None:
     model = residual()
     groups, report = step(model, 0.5, ratio=0.6, init="center")
@@ -217,7 +231,7 @@ def test_files_give_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(a, b)
     with pytest.raises(ConfigurationError, match="another model, or has been applied"):
         plan.apply(fresh)
-    wrong = RemovalPlan({}, {}, {"fc": 1})
+    wrong = RemovalPlan({}, {"fc": 1})
     with pytest.raises(ConfigurationError, match="1x1 filters into 'fc'"):
         wrong.apply(residual())
 
@@ -242,18 +256,20 @@ def test_only_kernels_with_a_middle_get_implants() -> None:
     model, pixels = Stem().double().eval(), torch.randn(2, 3, 8, 8).double()
     groups = trace_groups(model, pixels).groups
     assert {g.name for g in groups} == {"conv", "even", "wide"}
-    assert implantable(model, groups) == {"conv": ("conv",)}
+    assert implantable_layers(model, groups) == {"conv": ("conv",)}
     with pytest.raises(ConfigurationError, match="'even' cannot have implants"):
         plan_removal(model, groups, {}, {"even": [0]})
     # Elsewhere the structures are removed.
     gone = {"conv": torch.tensor([1, 2]), "even": torch.tensor([0, 3])}
     scores = {"conv": torch.arange(5.0), "even": torch.arange(4.0)}
-    removed, implanted = split(gone, scores, 0.5, {"conv"}, {})
+    removed, implanted = divide_structures(gone, scores, 0.5, {"conv"}, {})
     assert implanted["conv"].tolist() == [2]
     assert removed["conv"].tolist() == [1]
     assert removed["even"].tolist() == [0, 3]
     assert implanted["even"].tolist() == []
-    removed, implanted = split(gone, scores, 0.5, {"conv", "even"}, {"even": [3]})
+    removed, implanted = divide_structures(
+        gone, scores, 0.5, {"conv", "even"}, {"even": [3]}
+    )
     assert removed["even"].tolist() == [0, 3]
     assert implanted["conv"].tolist() == [1, 2]
 
@@ -289,7 +305,7 @@ def test_implants_may_go_later_but_are_never_whole_again() -> None:
     source = FunctionLoss(model, images(), cross_entropy)
     work = pruner(model, groups, "structures", ratio=0.5, init="center")
     first = work.step(source, 0.3)
-    second = work.step(source, 0.6, first.removed, 1, first.implanted)
+    second = work.step(source, 0.6, 1)
     before = {(n, s) for n, those in first.implanted.items() for s in those}
     after = {(n, s) for n, those in second.implanted.items() for s in those}
     gone = {(n, s) for n, those in second.removed.items() for s in those}
@@ -305,8 +321,8 @@ def test_optimizers_go_on_with_implants() -> None:
     model = residual()
     groups, report = step(model, 0.5, ratio=0.6, init="center")
     masks = Masks(masked_parameters(model, groups))
-    masks.grow(channel_masks(model, groups, report.removed))
-    masks.grow(implant_masks(model, groups, report.implanted))
+    masks.prune(channel_masks(model, groups, report.removed))
+    masks.prune(implant_masks(model, groups, report.implanted))
 
     def train(net: nn.Module, optimizer: Any, masked: bool) -> None:
         for _ in range(3):
@@ -324,7 +340,7 @@ def test_optimizers_go_on_with_implants() -> None:
     other = torch.optim.Adam(smaller.parameters(), 1e-2, weight_decay=1e-2)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     plan = plan_removal(smaller, groups, report.removed, report.implanted)
-    transplant([other], plan.apply(smaller))
+    update_optimizers([other], plan.apply(smaller))
     train(model, optimizer, masked=True)
     train(smaller, other, masked=False)
     pixels = images(8).tensors[0]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lightning_woodfisher import ConfigurationError, StructureConfig, prune_structures
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.structured.config import StructureLimits
-from lightning_woodfisher.structured.graph.channels import zero_structures
+from lightning_woodfisher.structured.graph.groups import zero_structures
 from lightning_woodfisher.structured.selection import select_count, select_for_size
 from lightning_woodfisher.structured.shrink.removal import shrink
 
@@ -24,7 +23,7 @@ def settings(**options: Any) -> StructureConfig:
 
 
 def prune(model: nn.Module, target: float, **options: Any) -> Any:
-    config = settings(**options.pop("config", {}))
+    config = settings(**{"measure": "structures", **options.pop("config", {})})
     options = {"config": config, "groups": residual_groups(), **options}
     return prune_structures(model, images(), cross_entropy, target=target, **options)
 
@@ -32,8 +31,8 @@ def prune(model: nn.Module, target: float, **options: Any) -> Any:
 def test_a_plain_model_is_masked_and_shrunk() -> None:
     model, pixels = make_residual().eval(), images(8).tensors[0]
     dense = sum(p.numel() for p in model.parameters())
-    options = {"measure": "parameters", "groups": None, "example_inputs": pixels[:1]}
-    report, groups = prune(model, 0.3, **options)
+    options = {"groups": None, "example_inputs": pixels[:1]}
+    report, groups = prune(model, 0.3, config={"measure": "parameters"}, **options)
     assert {g.name for g in groups} == {"stem", "conv1"}
     found = zero_structures(model, groups)
     assert {n: tuple(s.tolist()) for n, s in found.items()} == report.removed
@@ -97,7 +96,7 @@ def test_greedy_goes_on_from_what_is_gone() -> None:
 def test_multiples_and_what_is_gone() -> None:
     groups = residual_groups(8, 10)
     scores = [torch.arange(8.0), torch.arange(10.0) + 1]
-    limits = StructureLimits(round_to=4)
+    limits = StructureConfig(round_to=4)
 
     def count(wanted: int, **options: Any) -> list[list[int]]:
         removed = select_count(groups, scores, wanted, limits, **options)
@@ -105,37 +104,32 @@ def test_multiples_and_what_is_gone() -> None:
 
     # The second group keeps 8 or 4 of 10, the first 4 of 8.
     assert count(4) == [[0, 1, 2, 3], []]
-    with pytest.raises(ConfigurationError, match="round_to; 4 and 6 can"):
-        count(5)
-    assert count(5, nearest_reachable=True) == [[0, 1, 2, 3], [0, 1]]
-    assert count(3, nearest_reachable=True) == [[0, 1, 2, 3], []]
-    assert count(1, nearest_reachable=True) == [[], [0, 1]]
+    assert count(5) == [[0, 1, 2, 3], [0, 1]]
+    assert count(3) == [[0, 1, 2, 3], []]
+    assert count(1) == [[], [0, 1]]
     gone = {"conv1": [8, 9]}
     # Without what is gone, four of the first group would be the only way to four.
-    assert count(6, before=gone) == [[0, 1, 2, 3], [8, 9]]
-    assert count(4, before=gone, nearest_reachable=True) == [[0, 1, 2, 3], [8, 9]]
-    assert count(1, before=gone, nearest_reachable=True) == [[], [8, 9]]
-    with pytest.raises(ConfigurationError, match="fewer than the 2"):
-        count(1, before=gone)
-    with pytest.raises(ConfigurationError, match="below the floors"):
-        count(11, nearest_reachable=True)
+    assert count(6, earlier=gone) == [[0, 1, 2, 3], [8, 9]]
+    assert count(4, earlier=gone) == [[0, 1, 2, 3], [8, 9]]
+    assert count(1, earlier=gone) == [[], [8, 9]]
+    with pytest.raises(ConfigurationError, match="limits of the groups allow 10"):
+        count(11)
 
 
 def test_tighter_limits_bring_nothing_back() -> None:
     groups = residual_groups(8, 10)
     scores = [torch.zeros(8), torch.ones(10)]
-    before = {"stem": [1, 2, 3, 4, 5]}
-    removed = select_count(
-        groups, scores, 7, StructureLimits(max_ratio=0.5), before=before
-    )
+    earlier = {"stem": [1, 2, 3, 4, 5]}
+    config = StructureConfig(max_ratio=0.5)
+    removed = select_count(groups, scores, 7, config, earlier)
     assert removed["stem"].tolist() == [1, 2, 3, 4, 5]
     assert removed["conv1"].tolist() == [0, 1]
 
 
 def test_a_target_that_is_met_takes_nothing_more() -> None:
     model = make_residual()
-    first, groups = prune(model, 0.4, measure="macs")
-    again, _ = prune(model, 0.1, measure="macs", config={"seed": 7})
+    first, groups = prune(model, 0.4, config={"measure": "macs"})
+    again, _ = prune(model, 0.1, config={"measure": "macs", "seed": 7})
     assert again.removed == first.removed
     assert [g.removed_before for g in again.groups] == [
         len(g.removed) for g in first.groups
@@ -147,17 +141,18 @@ def test_what_cannot_work_is_refused() -> None:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     batches = [tuple(images().tensors)]
     for data, options, message in (
-        (images(), {}, "give groups, or example_inputs"),
+        (images(), {}, "pass example_inputs, or groups"),
         (iter(batches), {"groups": residual_groups()}, "read only once"),
         (batches, {"groups": residual_groups()}, "ended after 1 batches.*num_samples"),
-        (images(), {"batchnorm_recalibration_batches": -1}, "must be at least 0"),
-        (images(), {"batchnorm_recalibration_batches": 1.5}, "not a whole number"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             prune_structures(
                 model, data, cross_entropy, target=0.5, config=settings(), **options
             )
-    with pytest.raises(ConfigurationError, match="below the floors"):
+    for count, message in ((-1, "must be at least 0"), (1.5, "not a whole number")):
+        with pytest.raises(ConfigurationError, match=message):
+            settings(batchnorm_recalibration_batches=count)
+    with pytest.raises(ConfigurationError, match="the limits of the groups allow"):
         prune(model, 0.9)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
@@ -194,9 +189,10 @@ def test_a_loss_that_breaks_after_the_masks_leaves_the_model(
             images(),
             loss,
             target=0.6,
-            config=settings(min_kept=1),
+            config=settings(
+                min_kept=1, measure="structures", batchnorm_recalibration_batches=count
+            ),
             groups=residual_groups(),
-            batchnorm_recalibration_batches=count,
         )
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -229,14 +225,13 @@ def test_statistics_are_those_of_the_network_without_the_channels(
 ) -> None:
     model, data = make_residual(), images(150)
     smaller = copy.deepcopy(model)
-    report, groups = prune_structures(
-        model,
-        data,
-        cross_entropy,
-        target=0.4,
-        config=settings(batch_size=batch_size),
-        groups=residual_groups(),
+    config = settings(
+        batch_size=batch_size,
+        measure="structures",
         batchnorm_recalibration_batches=3,
+    )
+    report, groups = prune_structures(
+        model, data, cross_entropy, target=0.4, config=config, groups=residual_groups()
     )
     assert sorted(map(len, report.removed.values())) == [2, 2]
     assert report.batchnorm_layers == 3
@@ -262,11 +257,11 @@ def test_statistics_are_those_of_the_network_without_the_channels(
     # The loss of the report is that of the network with these statistics.
     model.eval()
     sample = FunctionLoss(model, data, cross_entropy).batches(
-        *settings(batch_size=batch_size).batches, derive_seed(0, 0)
+        config.num_batches, 16 // config.num_batches, derive_seed(0, 0)
     )
     losses = [
         float(cross_entropy(model, sample.fetch(index)).detach())
-        for index in range(settings(batch_size=batch_size).batches[0])
+        for index in range(config.num_batches)
     ]
     assert report.loss_after == pytest.approx(sum(losses) / len(losses), rel=1e-12)
 
@@ -274,7 +269,7 @@ def test_statistics_are_those_of_the_network_without_the_channels(
 def test_only_recalibration_changes_the_statistics() -> None:
     dense, plain, anew = make_residual(), make_residual(), make_residual()
     first, _ = prune(plain, 0.4)
-    second, _ = prune(anew, 0.4, batchnorm_recalibration_batches=2)
+    second, _ = prune(anew, 0.4, config={"batchnorm_recalibration_batches": 2})
     assert first.batchnorm_layers == 0
     assert "recalibrate" not in first.seconds
     assert first.removed == second.removed
@@ -289,27 +284,20 @@ def test_only_recalibration_changes_the_statistics() -> None:
 def test_sizes_keep_what_is_gone() -> None:
     """Of the size target the choice contains the earlier one, whatever its scores."""
     from lightning_woodfisher.data.losses import FunctionLoss
-    from lightning_woodfisher.structured.shrink.network_size import NetworkSize
+    from lightning_woodfisher.distributed.communicator import Communicator
+    from lightning_woodfisher.structured.network_cost import NetworkSize
 
     model, groups = make_residual(), residual_groups()
     data = torch.utils.data.DataLoader(images(), 8)
     source = FunctionLoss(model, data, cross_entropy)
-    batch = next(iter(data))
-    size = NetworkSize(model, groups, lambda: source.loss(batch, 0))
+    size = NetworkSize(source, groups, Communicator())
     scores = [torch.arange(4.0), torch.arange(5.0) - 10]
-    before = {"stem": [3]}
-    removed = select_for_size(groups, scores, size, macs_left=0.5, before=before)
+    earlier = {"stem": [3]}
+    removed = select_for_size(groups, scores, size, 0.5, earlier=earlier)
     assert 3 in removed["stem"].tolist()
     assert size.macs(removed) <= 0.5 * size.dense_macs
 
 
 def test_a_cost_needs_a_target_that_costs() -> None:
     with pytest.raises(ConfigurationError, match="measure='macs' or 'parameters'"):
-        prune_structures(
-            make_residual(),
-            images(),
-            cross_entropy,
-            target=0.5,
-            config=settings(per_cost=True),
-            groups=residual_groups(),
-        )
+        settings(per_cost=True, measure="structures")

@@ -154,7 +154,7 @@ def test_sixty_groups_have_their_names_and_do_not_overlap() -> None:
 
 
 def test_what_is_left_begins_with_the_dense_network() -> None:
-    upper, lower = figures.draw_size(STEPS).axes
+    upper, lower = figures.draw_network_size(STEPS).axes
     lines = {line.get_label(): line for line in upper.lines}
     courses = [line for line in upper.lines if line.get_drawstyle() == "steps-post"]
     assert [list(line.get_ydata()) for line in courses] == [
@@ -171,9 +171,9 @@ def test_what_is_left_begins_with_the_dense_network() -> None:
     assert set(after.get_ydata()) == {0.75}
     assert upper.get_ylim() == (0, 104)
     slow = dataclasses.replace(STEPS[-1], latency=2 * STEPS[-1].latency_dense)
-    assert figures.draw_size([slow]).axes[0].get_ylim() == (0, 208)
+    assert figures.draw_network_size([slow]).axes[0].get_ylim() == (0, 208)
     bare = step(0, **BARE)
-    upper, lower = figures.draw_size([bare]).axes
+    upper, lower = figures.draw_network_size([bare]).axes
     assert len(upper.lines) == 7
     assert lower.texts[0].get_text() == "not measured (measure_loss)"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hand_groups import (
     Residual,
     cross_entropy,
     images,
+    network_size,
     plain_groups,
     residual_groups,
     trained,
@@ -23,21 +25,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.structured.config import StructureLimits
+from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group, Member
+from lightning_woodfisher.structured.network_cost import NetworkSize
 from lightning_woodfisher.structured.scores.methods import StructureScores
-from lightning_woodfisher.structured.scores.pair_scores import PairScores
+from lightning_woodfisher.structured.scores.sosp_i import PairScores
 from lightning_woodfisher.structured.selection import (
     additive_scores,
     select_count,
     select_for_size,
 )
-from lightning_woodfisher.structured.shrink.network_size import NetworkSize
 
-NO_FLOOR = StructureLimits(min_kept=1, min_kept_share=0.0)
+NO_FLOOR = StructureConfig(min_kept=1, min_kept_share=0.0)
 
 
 def bare(sizes: Sequence[int]) -> list[Group]:
@@ -54,7 +56,7 @@ def chosen(groups: Sequence[Group], removed: dict[str, Tensor]) -> list[int]:
 
 
 def brute_force(
-    scores: Sequence[Tensor], limits: StructureLimits, count: int
+    scores: Sequence[Tensor], limits: StructureConfig, count: int
 ) -> float | None:
     """Least sum of scores over every permitted way to share the count, by trying all."""
     best: float | None = None
@@ -107,18 +109,23 @@ def test_every_count_is_the_best_choice(
         torch.randint(-1, levels, (size,), generator=generator).double()
         for size in sizes
     ]
-    limits = StructureLimits(min_kept, share, ratio, multiple)
+    limits = StructureConfig(
+        min_kept=min_kept, min_kept_share=share, max_ratio=ratio, round_to=multiple
+    )
     groups = bare(sizes)
-    for count in range(sum(sizes) + 1):
-        expected = brute_force(scores, limits, count)
-        if expected is None:
-            with pytest.raises(ConfigurationError):
+    every = {n: brute_force(scores, limits, n) for n in range(sum(sizes) + 1)}
+    best = {count: cost for count, cost in every.items() if cost is not None}
+    for count in every:
+        if count > max(best):
+            with pytest.raises(ConfigurationError, match=f"allow {max(best)};"):
                 select_count(groups, scores, count, limits)
             continue
         removed = select_count(groups, scores, count, limits)
         found = torch.cat(scores)[chosen(groups, removed)]
-        assert len(found) == count
-        assert float(found.sum()) == expected
+        # The nearest number that multiples allow, of two the larger.
+        nearest = min(best, key=lambda other: (abs(other - count), -other))
+        assert len(found) == nearest
+        assert float(found.sum()) == best[nearest]
         for group in groups:
             kept = group.size - len(removed[group.name])
             assert kept == group.size or (kept >= min_kept and kept % multiple == 0)
@@ -129,9 +136,9 @@ def test_a_sensitive_layer_is_not_cut_by_the_cap() -> None:
     # first may not give, and never more (HAP's code turns the cap round).
     scores = [torch.arange(64.0), torch.arange(64.0) + 1000]
     groups = bare([64, 64])
-    removed = select_count(groups, scores, 60, StructureLimits(max_ratio=0.95))
+    removed = select_count(groups, scores, 60, StructureConfig(max_ratio=0.95))
     assert [len(r) for r in removed.values()] == [60, 0]
-    removed = select_count(groups, scores, 70, StructureLimits(max_ratio=0.9))
+    removed = select_count(groups, scores, 70, StructureConfig(max_ratio=0.9))
     # ⌊0.9 · 64⌋ = 57.
     assert [len(r) for r in removed.values()] == [57, 13]
     assert removed["layer1"].tolist() == list(range(13))
@@ -148,27 +155,23 @@ def test_the_best_survive_where_all_would_go() -> None:
 
 
 def test_floors_of_large_groups_are_shares() -> None:
-    assert StructureLimits().removable(100)[-1] == 95
-    assert StructureLimits().removable(20)[-1] == 18
-    assert StructureLimits().removable(2) == [0]
-    assert StructureLimits().removable(1) == [0]
-    assert StructureLimits(round_to=8).removable(20) == [0, 4, 12]
+    assert StructureConfig().removable(100)[-1] == 95
+    assert StructureConfig().removable(20)[-1] == 18
+    assert StructureConfig().removable(2) == [0]
+    assert StructureConfig().removable(1) == [0]
+    assert StructureConfig(round_to=8).removable(20) == [0, 4, 12]
     # 0.7 of 10 is 7, whatever binary fractions say.
-    assert StructureLimits(min_kept_share=0.7).removable(10)[-1] == 3
-    assert StructureLimits(max_ratio=0.29).removable(100)[-1] == 29
+    assert StructureConfig(min_kept_share=0.7).removable(10)[-1] == 3
+    assert StructureConfig(max_ratio=0.29).removable(100)[-1] == 29
 
 
 def test_unreachable_counts_are_named() -> None:
     scores = [torch.rand(16), torch.rand(10)]
     groups = bare([16, 10])
     with pytest.raises(
-        ConfigurationError, match=r"targets below the floors.*at most 22"
+        ConfigurationError, match=r"asks for 23 of 26.*the groups allow 22"
     ):
         select_count(groups, scores, 23)
-    with pytest.raises(ConfigurationError, match="8 and 10 can"):
-        select_count(groups, scores, 9, StructureLimits(round_to=8))
-    with pytest.raises(PruningError, match="not a number"):
-        select_count(groups, [scores[0], torch.full((10,), math.nan)], 3)
 
 
 def test_ties_go_in_order() -> None:
@@ -190,6 +193,12 @@ def pairs_of(seed: int, size: int = 12, samples: int = 9) -> PairScores:
 def dense_matrix(pairs: PairScores) -> Tensor:
     matrix = 0.5 * (pairs.rows.T @ pairs.rows / pairs.samples).abs()
     return matrix + torch.diag(pairs.first_order)
+
+
+def objective(pairs: PairScores, chosen: Sequence[int] | Tensor) -> float:
+    """Cost of a set of structures, πᵀAπ."""
+    members = torch.as_tensor(chosen)
+    return float(dense_matrix(pairs)[members][:, members].sum())
 
 
 def slow_greedy(matrix: Tensor, sizes: Sequence[int], most: Sequence[int]) -> list[int]:
@@ -215,19 +224,19 @@ def test_greedy_adds_the_least_each_time(seed: int) -> None:
     order = slow_greedy(dense_matrix(pairs), sizes, [1, 2, 3])
     scores = StructureScores(torch.split(pairs.row_sums(), sizes), pairs)
     for count in range(7):
-        additive = additive_scores(scores, groups, StructureLimits(), count=count)
+        additive = additive_scores(scores, groups, StructureConfig(), count)
         removed = select_count(groups, additive, count)
         assert chosen(groups, removed) == sorted(order[:count])
     # What each has added sums up to the objective.
-    whole = torch.cat(additive_scores(scores, groups, StructureLimits()))
-    assert float(whole[order].sum()) == pytest.approx(pairs.objective(order))
+    whole = torch.cat(additive_scores(scores, groups, StructureConfig()))
+    assert float(whole[order].sum()) == pytest.approx(objective(pairs, order))
     assert torch.equal(whole[order].sort().values, whole[order])
     assert whole.isinf().sum() == 6
 
 
 def test_greedy_with_multiples_keeps_them() -> None:
     pairs, sizes = pairs_of(7, size=20), [8, 12]
-    groups, limits = bare(sizes), StructureLimits(round_to=4)
+    groups, limits = bare(sizes), StructureConfig(round_to=4)
     scores = StructureScores(torch.split(pairs.row_sums(), sizes), pairs)
     additive = additive_scores(scores, groups, limits)
     removed = select_count(groups, additive, 8, limits)
@@ -245,9 +254,10 @@ def test_greedy_beats_the_sums_of_rows() -> None:
         scores = StructureScores((pairs.row_sums(),), pairs)
         cost = {}
         for search in ("greedy", "rowsum"):
-            additive = additive_scores(scores, groups, NO_FLOOR, search)
+            config = dataclasses.replace(NO_FLOOR, search=search)
+            additive = additive_scores(scores, groups, config)
             removed = select_count(groups, additive, 6, NO_FLOOR)
-            cost[search] = pairs.objective(removed["layer0"])
+            cost[search] = objective(pairs, removed["layer0"])
         greedy.append(cost["greedy"])
         rowsum.append(cost["rowsum"])
         additive = additive_scores(scores, groups, NO_FLOOR)
@@ -293,14 +303,12 @@ def test_sizes_are_those_of_smaller_networks(
 ) -> None:
     trained(model)
     pixels = images(3).tensors[0]
-    size = NetworkSize(model, groups, lambda: model(pixels))
+    size = network_size(model, groups, lambda: model(pixels))
     assert model.training
     assert not any(m._forward_hooks for m in model.modules())
     # By the loss of a source it is the same.
     source = FunctionLoss(model, images(3), cross_entropy)
-    assert NetworkSize.of_source(source, groups, Communicator()).dense_macs == (
-        size.dense_macs
-    )
+    assert NetworkSize(source, groups, Communicator()).dense_macs == (size.dense_macs)
     for removed in (
         {},
         {groups[0].name: torch.tensor([1])},
@@ -329,7 +337,7 @@ def test_concatenated_channels_shrink_apart() -> None:
 
     groups = [half("a", 3, [0, 1, 2, -1, -1]), half("b", 2, [-1, -1, -1, 0, 1])]
     pixels = torch.ones(1, 1, 2, 2)
-    size = NetworkSize(
+    size = network_size(
         model,
         groups,
         lambda: model["c"](torch.cat([model["a"](pixels), model["b"](pixels)], 1)),
@@ -342,27 +350,26 @@ def test_concatenated_channels_shrink_apart() -> None:
 
 @pytest.mark.parametrize("multiple", [1, 2])
 @pytest.mark.parametrize(
-    "target", [{"parameters_left": 0.6}, {"macs_left": 0.5}, {"macs_left": 1.0}]
+    ("measure", "target"), [("parameters", 0.4), ("macs", 0.5), ("macs", 0.0)]
 )
-def test_as_few_as_reach_a_size(target: dict[str, float], multiple: int) -> None:
+def test_as_few_as_reach_a_size(measure: Any, target: float, multiple: int) -> None:
     model, groups = Residual(6, 8), residual_groups(6, 8)
     pixels = images(1, torch.float32).tensors[0]
-    size = NetworkSize(model, groups, lambda: model(pixels))
+    size = network_size(model, groups, lambda: model(pixels))
     generator = torch.Generator().manual_seed(2)
     scores = [torch.rand(group.size, generator=generator) for group in groups]
-    limits = StructureLimits(round_to=multiple)
+    limits = StructureConfig(round_to=multiple, measure=measure)
 
     def share(removed: dict[str, Tensor]) -> float:
-        if "macs_left" in target:
+        if measure == "macs":
             return size.macs(removed) / size.dense_macs
         return size.parameters(removed) / size.dense_parameters
 
-    goal = next(iter(target.values()))
-    removed = select_for_size(groups, scores, size, limits, **target)
+    removed = select_for_size(groups, scores, size, target, limits)
     count = len(chosen(groups, removed))
-    assert share(removed) <= goal
+    assert share(removed) <= 1 - target
     for fewer in range(0, count, multiple):
-        assert share(select_count(groups, scores, fewer, limits)) > goal
+        assert share(select_count(groups, scores, fewer, limits)) > 1 - target
     expected = select_count(groups, scores, count, limits)
     assert chosen(groups, removed) == chosen(groups, expected)
 
@@ -381,32 +388,30 @@ def convolutions() -> tuple[nn.Module, list[Group], NetworkSize]:
         read = Member(str(layer + 1), "weight", 1, "consumer", every)
         groups.append(Group(str(layer), count, (produced, read)))
     pixels = torch.ones(1, 1, 6, 6)
-    return model, groups, NetworkSize(model, groups, lambda: model(pixels))
+    return model, groups, network_size(model, groups, lambda: model(pixels))
 
 
 def test_scores_per_cost_take_what_saves_most() -> None:
     _, groups, size = convolutions()
     # 36 positions of 1 · 9 weights and 9 of 6 · 9; 9 of 4 · 9 and 9 of 2 · 9.
-    assert [size.of_one(g, "macs") for g in groups] == [810, 486]
-    assert [size.of_one(g, "parameters") for g in groups] == [63, 54]
+    assert [size.structure_cost(g, "macs") for g in groups] == [810, 486]
+    assert [size.structure_cost(g, "parameters") for g in groups] == [63, 54]
     scores = [torch.full((4,), 1.0), torch.full((6,), 0.8)]
-    plain = select_for_size(groups, scores, size, macs_left=0.9)
+    plain = select_for_size(groups, scores, size, 0.1)
     assert [len(plain[name]) for name in "01"] == [0, 1]
-    ratio = select_for_size(groups, scores, size, macs_left=0.9, per_cost=True)
+    per_cost = StructureConfig(per_cost=True)
+    ratio = select_for_size(groups, scores, size, 0.1, per_cost)
     assert [len(ratio[name]) for name in "01"] == [1, 0]
     # 1 / 63 > 0.8 / 54, so by parameters the order is that of the scores.
-    left = select_for_size(groups, scores, size, parameters_left=0.9, per_cost=True)
+    per_cost = StructureConfig(per_cost=True, measure="parameters")
+    left = select_for_size(groups, scores, size, 0.1, per_cost)
     assert [len(left[name]) for name in "01"] == [0, 1]
 
 
 def test_sizes_below_the_floors_are_named() -> None:
     model, groups = Residual(), residual_groups()
     pixels = images(1, torch.float32).tensors[0]
-    size = NetworkSize(model, groups, lambda: model(pixels))
+    size = network_size(model, groups, lambda: model(pixels))
     scores = [torch.rand(group.size) for group in groups]
-    with pytest.raises(ConfigurationError, match="targets below the floors: macs_left"):
-        select_for_size(groups, scores, size, macs_left=0.01)
-    with pytest.raises(ConfigurationError, match=r"outside \(0, 1\]"):
-        select_for_size(groups, scores, size, parameters_left=0.0)
-    with pytest.raises(ConfigurationError, match="give parameters_left"):
-        select_for_size(groups, scores, size)
+    with pytest.raises(ConfigurationError, match="target=0.99 of the macs cannot"):
+        select_for_size(groups, scores, size, 0.99)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.structured.graph.channels import (
+from lightning_woodfisher.structured.graph.groups import (
+    Group,
+    Member,
     channel_masks,
     masked_parameters,
     zero_structures,
 )
-from lightning_woodfisher.structured.graph.groups import Group, Member
 from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.shrink.removal import (
     RemovalPlan,
@@ -27,8 +28,8 @@ from lightning_woodfisher.structured.shrink.removal import (
     plan_removal,
     save_shrunk,
     shrink,
+    update_optimizers,
 )
-from lightning_woodfisher.structured.shrink.transplant import transplant
 from lightning_woodfisher.weights.masks import Masks
 
 
@@ -129,7 +130,7 @@ def test_shrinks_to_the_network_built_by_hand() -> None:
     plan.apply(model)
     assert repr(model) == repr(small.eval())
     assert torch.equal(model(images()), small(images()))
-    assert plan.attributes["3"] == {"in_channels": 3, "out_channels": 3}
+    assert (model[3].in_channels, model[3].out_channels) == (3, 3)
 
 
 def test_plan_leaves_the_model_and_is_plain_data() -> None:
@@ -169,7 +170,7 @@ def test_saved_and_loaded_bit_by_bit(
     groups = trace_groups(model, images(dtype)).groups
     removed = {group.name: [0] for group in groups}
     masks = Masks(masked_parameters(model, groups))
-    masks.grow(channel_masks(model, groups, removed))
+    masks.prune(channel_masks(model, groups, removed))
     masks.apply()
     masked = model(images(dtype))
     # What is zero is found again in the masked model.
@@ -284,13 +285,13 @@ def test_training_goes_on_as_if_masked(network: str, name: str) -> None:
     optimizer = OPTIMIZERS[name](two_groups(masked))
     train(masked, optimizer, 2)
     masks = Masks(masked_parameters(masked, groups))
-    masks.grow(channel_masks(masked, groups, removed))
+    masks.prune(channel_masks(masked, groups, removed))
     masks.apply()
     masks.apply_to_optimizers([optimizer])
 
     small, moved = copy.deepcopy((masked, optimizer))
     replacements = plan_removal(small, groups, removed).apply(small)
-    transplant([moved], replacements)
+    update_optimizers([moved], replacements)
     order = [p for group in moved.param_groups for p in group["params"]]
     expected = [p for group in two_groups(small) for p in group["params"]]
     assert all(a is b for a, b in zip(order, expected, strict=True))
@@ -310,7 +311,7 @@ def test_state_keeps_what_is_not_of_the_parameters_shape() -> None:
     optimizer.step()
     before = copy.deepcopy(optimizer.state[model[0].weight])
     untouched = optimizer.state[model[5].bias]
-    transplant(
+    update_optimizers(
         [optimizer], plan_removal(model, chain_groups(), {"0": [2]}).apply(model)
     )
     state = optimizer.state[model[0].weight]
@@ -339,8 +340,8 @@ def test_state_that_cannot_be_cut() -> None:
     replacements = plan_removal(model, chain_groups(), {"0": [2]}).apply(model)
     old = {r.old for r in replacements}
     with pytest.raises(ConfigurationError, match="'rows' of Factored"):
-        transplant([good, factored], replacements)
+        update_optimizers([good, factored], replacements)
     assert old <= {*good.state}
     lbfgs = torch.optim.LBFGS(list(old))
     with pytest.raises(ConfigurationError, match="LBFGS"):
-        transplant([lbfgs], replacements)
+        update_optimizers([lbfgs], replacements)

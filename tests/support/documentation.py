@@ -27,7 +27,8 @@ _LINK = re.compile(r"\[[^]]*\]\(([^()\s]+)\)")
 class Block:
     """A fenced block of a page.
 
-    ``reason`` says why it is not run, from a comment ``<!-- not run: reason -->`` before it.
+    ``reason`` says why it is not run; it comes from a comment
+    ``<!-- not run: reason -->`` before it.
     """
 
     page: Path

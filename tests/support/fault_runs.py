@@ -108,8 +108,8 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "solve": (WoodFisher, "score", 1),
     "update": (WoodFisher, "compensate", 1),
     "select": (Selector, "choose", 1),
-    "write": (ActiveWeights, "_put", 1),
-    "masks": (Masks, "grow", 1),
+    "write": (ActiveWeights, "_overwrite", 1),
+    "masks": (Masks, "prune", 1),
     "verify": (Masks, "verify", 1),
     # No error is raised here: the step must detect the difference.
     "one weight": (Masks, "verify", 1),
@@ -209,7 +209,7 @@ def deviate(masks: Masks, place: str) -> None:
     else:
         gone = torch.zeros_like(kept)
         gone[first] = True
-        masks.grow({"net.3.weight": gone})
+        masks.prune({"net.3.weight": gone})
         masks.apply()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.graph.groups import Group, Member, Role
+from lightning_woodfisher.structured.network_cost import NetworkSize
 
 
 class Residual(nn.Module):
@@ -134,3 +137,11 @@ def make_residual(in_place: bool = False) -> nn.Module:
 def make_plain() -> nn.Module:
     torch.manual_seed(0)
     return trained(Plain())
+
+
+def network_size(
+    model: nn.Module, groups: Sequence[Group], forward: Callable[[], Tensor]
+) -> NetworkSize:
+    """Measure a network by one forward pass."""
+    source = FunctionLoss(model, [torch.zeros(1)], lambda _, batch: forward().sum())
+    return NetworkSize(source, groups, Communicator())

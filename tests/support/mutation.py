@@ -53,15 +53,15 @@ MUTANTS = (
         ("criteria/test_obs.py",),
     ),
     Mutant(
-        "fisher/products.py",
+        "fisher/linalg.py",
         "return product.tril().add_(product.tril(-1).mT)",
         "return product.tril().add_(product.tril(0).mT)",
         ("fisher/test_inverse.py",),
     ),
     Mutant(
-        "fisher/products.py",
-        "return math.sqrt(size) * largest_sum / (num_gradients * damping)",
-        "return largest_sum / (size * num_gradients * damping)",
+        "fisher/linalg.py",
+        "spread = math.sqrt(size) * largest_sum / (num_gradients * damping)",
+        "spread = largest_sum / (size * num_gradients * damping)",
         ("fisher/test_inverse.py",),
     ),
     Mutant(
@@ -177,7 +177,7 @@ MUTANTS = (
         ),
     ),
     Mutant(
-        "data/nonfinite.py",
+        "gradients/nonfinite.py",
         "self.indices.extend(first + place for place in skipped)",
         "self.indices.extend(skipped)",
         ("pruning/test_numerics.py",),

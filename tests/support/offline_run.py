@@ -1,4 +1,4 @@
-"""Reader of the file that W&B writes offline.
+"""Read the file that W&B writes offline.
 
 Seven bytes of header (``:W&B``, a magic number, a version), then the blocks of a LevelDB
 log: 32 KiB each, in them fragments with a header of checksum, length and kind. The
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Seconds until a file must be whole.
+# Seconds until a file must be complete.
 _PATIENCE = 30.0
 _HEADER = 7
 _BLOCK = 32 * 1024
@@ -25,7 +25,7 @@ _FULL, _FIRST, _LAST = 1, 2, 4
 
 @dataclass
 class OfflineRun:
-    """What a run has logged.
+    """Everything that a run has logged.
 
     Attributes:
         folder: of the run; media lie in ``files``.

@@ -1,4 +1,4 @@
-"""Reports of steps that prune single weights, and a reader of pages."""
+"""Sample reports of steps that prune single weights, and a parser of pages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _QUANTILES = (0.0, 1e-9, 1e-7, 1e-6, 1e-4)
 
 
 def step(epoch: int, **changes: Any) -> PruningReport:
-    """Give the report of a step that prunes 100 weights of one layer and 10 of another."""
+    """Make the report of a step that prunes 100 weights of one layer and 10 of another."""
     layers = (
         LayerReport(
             EVIL, (8, 4, 3, 3), 288, 50, 100 + 10 * epoch, 1e-6, 2e-3, _QUANTILES
@@ -58,7 +58,7 @@ MASKS = {EVIL: torch.arange(288).view(8, 4, 3, 3) % 3 > 0}
 
 
 class Reader(html.parser.HTMLParser):
-    """Keeps tags, texts, and whatever an attribute may load."""
+    """Parser that keeps tags, texts and everything that an attribute may load."""
 
     def __init__(self) -> None:
         super().__init__()

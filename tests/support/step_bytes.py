@@ -1,4 +1,4 @@
-"""A pruning step on given shapes without a network: gradients from a random generator."""
+"""A pruning step on given shapes, with random gradients in place of a network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_woodfisher.weights.masks import Masks
 
 
 class _RandomGradients(torch.autograd.Function):
-    """A loss whose gradient is noise of the parameters' shapes; it keeps nothing."""
+    """A loss whose gradient is random noise; it stores nothing."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class _RandomGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        # Small beside λ: the precision "auto" stays float32.
+        # Small compared with λ, so that the precision "auto" stays float32.
         return tuple(
             torch.randn(s, dtype=t, device=d).mul_(1e-3) for s, t, d in ctx.like
         )
@@ -55,20 +55,20 @@ def make_step(
     device: str = "cpu",
     **options: Any,
 ) -> tuple[Any, Pruner]:
-    """Give a function that does one pruning step, and its pruner."""
+    """Return a function that runs one pruning step, and its pruner."""
     torch.manual_seed(0)
     model = Weights(shapes, device)
     for parameter in model.parameters():
         flat = parameter.data.view(-1)
         flat[: flat.numel() - round(flat.numel() * (1 - sparsity))] = 0.0
     masks = Masks(dict(model.named_parameters()))
-    masks.take_zeros()
+    masks.prune_zeros()
     options = {"measure_loss": False, **options}
     config = PruningConfig(fisher=fisher, **in_step(**options))
     pruner = Pruner(masks, config, Communicator(device))
     data: Any = [torch.zeros(())] * fisher.num_gradients
     if fisher.first_order_samples:
-        # It is cut out of a dataset only.
+        # The first-order sample needs a dataset.
         used = fisher.num_gradients * fisher.gradient_batch_size
         data = TensorDataset(torch.zeros(max(used, fisher.first_order_samples)))
     source = FunctionLoss(model, data, lambda m, batch: m.loss())

@@ -65,9 +65,8 @@ class WithForward(Module):
 
 
 def config(**options: Any) -> StructureConfig:
-    return StructureConfig(
-        **{"num_samples": 24, "batch_size": 8, "probes": 10, **options}
-    )
+    settings = {"num_samples": 24, "batch_size": 8, "probes": 10}
+    return StructureConfig(**{**settings, "measure": "structures", **options})
 
 
 def structured(
@@ -76,7 +75,6 @@ def structured(
     """Make a callback that removes half of the channels at once; options override."""
     settings = {
         "target": 0.5,
-        "measure": "structures",
         "config": config(),
         "schedule": OneShotSchedule(0),
     }

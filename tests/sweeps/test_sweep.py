@@ -427,7 +427,7 @@ def test_without_a_grid_dampings_are_tried_with_the_settings_of_the_callback(
     [
         (["--metric", "val_ac"], "mean 'val_acc'"),
         (["--output", "found.txt"], "must end in .json"),
-        (["--ckpt_path", "run.yaml"], "is no checkpoint"),
+        (["--ckpt_path", "run.yaml"], "is not a checkpoint"),
         (["--ckpt_path", "other.ckpt"], "does not fit the model"),
         (["--damping", "-1"], "must be positive"),
         (["--update", "joined"], "mean 'joint'"),

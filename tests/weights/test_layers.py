@@ -17,7 +17,7 @@ class Scaled(nn.Linear):
 
 
 class Network(nn.Module):
-    """One of everything that has weights."""
+    """One layer of each kind that has weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ def test_tensors_that_a_weight_is_computed_from_are_no_weights() -> None:
     ):
         names(model, ["own"])
     alone = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
-    with pytest.raises(ConfigurationError, match="reparametrised are left out"):
+    with pytest.raises(ConfigurationError, match="reparametrized are left out"):
         names(alone)
 
 

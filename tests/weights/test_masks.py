@@ -1,4 +1,4 @@
-"""Masks only grow, zeros are exact, and nothing else changes."""
+"""Pruned weights stay pruned and exactly zero, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def test_fresh_masks_keep_everything() -> None:
 
 def test_masks_only_grow() -> None:
     masks = masks_of(network())
-    masks.grow({"0.weight": marked((3, 4), 0, 5)})
-    masks.grow({"0.weight": marked((3, 4), 5, 7), "1.weight": marked((2, 3), 1)})
-    masks.grow({"0.weight": marked((3, 4))})
+    masks.prune({"0.weight": marked((3, 4), 0, 5)})
+    masks.prune({"0.weight": marked((3, 4), 5, 7), "1.weight": marked((2, 3), 1)})
+    masks.prune({"0.weight": marked((3, 4))})
     assert torch.equal(~masks.kept("0.weight"), marked((3, 4), 0, 5, 7))
     assert masks.zeros() == {"0.weight": 3, "1.weight": 1}
     assert masks.sparsity() == 4 / 18
@@ -67,7 +67,7 @@ def test_masks_only_grow() -> None:
 def test_growing_copies_what_it_is_given() -> None:
     masks = masks_of(network())
     gone = marked((3, 4), 2)
-    masks.grow({"0.weight": gone})
+    masks.prune({"0.weight": gone})
     gone.fill_(True)
     masks.kept("0.weight").fill_(False)
     assert masks.zeros()["0.weight"] == 1
@@ -81,7 +81,7 @@ def test_pruned_weights_become_positive_zero_and_others_stay(value: float) -> No
     with torch.no_grad():
         model[0].weight[gone] = value
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    masks.grow({"0.weight": gone})
+    masks.prune({"0.weight": gone})
     masks.apply()
     assert is_positive_zero(model[0].weight[gone])
     for name, parameter in model.named_parameters():
@@ -98,7 +98,7 @@ def test_names_storages_and_strides_stay() -> None:
         list(model.state_dict()),
     )
     gone = torch.rand(model.weight.shape) < 0.5
-    masks.grow({"weight": gone})
+    masks.prune({"weight": gone})
     masks.apply()
     assert model.weight.data_ptr() == pointer
     assert model.weight.stride() == stride
@@ -111,7 +111,7 @@ def test_names_storages_and_strides_stay() -> None:
 def test_gradients_of_pruned_weights_become_zero() -> None:
     model = network()
     masks = masks_of(model)
-    masks.grow({"0.weight": marked((3, 4), 3), "1.weight": marked((2, 3), 0)})
+    masks.prune({"0.weight": marked((3, 4), 3), "1.weight": marked((2, 3), 0)})
     model[0].weight.grad = torch.full((3, 4), -math.inf)
     model[0].bias.grad = torch.ones(3)
     masks.apply_to_gradients()
@@ -145,7 +145,7 @@ def test_optimizer_states_of_pruned_weights_become_zero(name: str) -> None:
         for key, value in optimizer.state[model[1].weight].items()
         if isinstance(value, Tensor)
     }
-    masks.grow({"0.weight": gone})
+    masks.prune({"0.weight": gone})
     masks.apply()
     masks.apply_to_optimizers([optimizer])
     masked_any = False
@@ -172,7 +172,7 @@ def test_optimizer_states_of_pruned_weights_become_zero(name: str) -> None:
 def test_an_optimizer_that_has_not_stepped_is_fine() -> None:
     model = network()
     masks = masks_of(model)
-    masks.grow({"0.weight": marked((3, 4), 0)})
+    masks.prune({"0.weight": marked((3, 4), 0)})
     masks.apply_to_optimizers([torch.optim.Adam(model.parameters())])
     masks.apply_to_optimizers([])
 
@@ -180,7 +180,7 @@ def test_an_optimizer_that_has_not_stepped_is_fine() -> None:
 def test_violations_are_counted_and_named() -> None:
     model = network()
     masks = masks_of(model)
-    masks.grow({"0.weight": marked((3, 4), 0, 1), "1.weight": marked((2, 3), 2)})
+    masks.prune({"0.weight": marked((3, 4), 0, 1), "1.weight": marked((2, 3), 2)})
     masks.apply()
     masks.verify()
     with torch.no_grad():
@@ -198,8 +198,8 @@ def test_zeros_are_taken_for_pruned() -> None:
     with torch.no_grad():
         model[0].weight[1] = torch.tensor([0.0, -0.0, 1e-45, 1.0])
     masks = masks_of(model)
-    masks.grow({"0.weight": marked((3, 4), 0)})
-    masks.take_zeros()
+    masks.prune({"0.weight": marked((3, 4), 0)})
+    masks.prune_zeros()
     assert torch.equal(~masks.kept("0.weight"), marked((3, 4), 0, 4, 5))
     assert masks.zeros()["1.weight"] == 0
 
@@ -207,12 +207,12 @@ def test_zeros_are_taken_for_pruned() -> None:
 def test_state_dict_round_trip() -> None:
     masks = masks_of(network())
     gone = marked((3, 4), 0, 5)
-    masks.grow({"0.weight": gone})
+    masks.prune({"0.weight": gone})
     state = masks.state_dict()
     assert {name: type(value) for name, value in state.items()} == {"0.weight": Tensor}
     assert torch.equal(state["0.weight"], ~gone)
     restored = masks_of(network())
-    restored.grow({"1.weight": marked((2, 3), 0)})
+    restored.prune({"1.weight": marked((2, 3), 0)})
     restored.load_state_dict(state)
     assert restored.zeros() == {"0.weight": 2, "1.weight": 0}
     state["0.weight"].fill_(False)
@@ -221,7 +221,7 @@ def test_state_dict_round_trip() -> None:
 
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
     masks = masks_of(network())
-    masks.grow({"0.weight": marked((3, 4), 0)})
+    masks.prune({"0.weight": marked((3, 4), 0)})
     good = ~marked((2, 3), 1)
     with pytest.raises(ConfigurationError, match=r"'2.weight'.*include and exclude"):
         masks.load_state_dict({"1.weight": good, "2.weight": good})
@@ -234,7 +234,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
 def test_other_precisions(dtype: torch.dtype) -> None:
     model = network().to(dtype)
     masks = masks_of(model)
-    masks.grow({"0.weight": marked((3, 4), 0)})
+    masks.prune({"0.weight": marked((3, 4), 0)})
     masks.apply()
     masks.verify()
     assert model[0].weight.dtype == dtype

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.fisher.inverse import block_cost, full_column_chunk
 from lightning_woodfisher.weights.partition import Partition, Unit, make_partition
 
@@ -19,8 +20,8 @@ DIGITS = [144, 4608, 32768, 640]
 segment_lists = st.lists(st.integers(0, 3000), min_size=1, max_size=6)
 COSTS: dict[str, Callable[[int], float]] = {
     "size": float,
-    "primal": block_cost(300, 50, "primal"),
-    "dual": block_cost(10, 50, "dual"),
+    "primal": block_cost(FisherConfig(300, block_size=50, engine="primal")),
+    "dual": block_cost(FisherConfig(10, block_size=50, engine="dual")),
 }
 
 
@@ -121,7 +122,7 @@ def test_each_unit_has_one_owner_and_shards_are_consecutive(
 def test_work_and_memory_are_within_a_tenth_of_an_even_share(
     segments: list[int], num_gradients: int, block_size: int | None, world_size: int
 ) -> None:
-    cost = block_cost(num_gradients, block_size, "auto")
+    cost = block_cost(FisherConfig(num_gradients, block_size=block_size))
     primal = block_size is not None and num_gradients >= block_size
     partition = make_partition(
         segments, block_size or full_column_chunk(segments), world_size, cost

@@ -1,4 +1,4 @@
-"""Groups of weights: costs against brute force in float64, and what a step leaves."""
+"""Groups of weights: costs against brute force in float64, and masks after a step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_inverse import sub_blocks, to_dense
 from hypothesis import given
 from hypothesis import strategies as st
 from step_options import in_step
@@ -29,7 +30,7 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.inverse import make_inverse_fisher
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
-from lightning_woodfisher.pruning.selector import take_zeros
+from lightning_woodfisher.pruning.selector import prune_zeros
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
@@ -50,7 +51,7 @@ def dense_fisher(rows: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def cost_by_elimination(fisher: Tensor, weights: Tensor, gone: list[int]) -> float:
-    """Rise of ½δᵀFδ with w_S + δ_S = 0 and all else free, by solving for the rest."""
+    """Increase of ½δᵀFδ if w_S + δ_S = 0 and the rest is free, by solving for the rest."""
     size = len(weights)
     kept = [i for i in range(size) if i not in set(gone)]
     change = torch.zeros_like(weights)
@@ -86,16 +87,18 @@ def test_sub_blocks_are_those_of_the_dense_inverse(
     partition = make_partition(segments, block, 1)
     inverse = make_inverse_fisher(
         partition,
-        len(rows),
-        damping,
+        FisherConfig(
+            len(rows),
+            damping=damping,
+            block_size=None if form == "full" else block,
+            engine="auto" if form == "full" else form,
+        ),
         comm,
-        block_size=None if form == "full" else block,
-        engine="auto" if form == "full" else form,
     )
     inverse.observe(rows)
     inverse.factorize()
-    found = inverse.sub_blocks(size)
-    dense = inverse.to_dense()
+    found = sub_blocks(inverse, size)
+    dense = to_dense(inverse)
     groups = [
         range(first, first + size)
         for unit in partition.units
@@ -118,15 +121,17 @@ def test_damping_is_raised_where_a_group_has_no_digits_left(
     rows[:, 1::2] = rows[:, ::2] * (1 + 1e-7) + 1e-7 * random_rows(30, 4)
     inverse = make_inverse_fisher(
         make_partition([8], 8, 1),
-        30,
-        1e-11,
+        FisherConfig(
+            30,
+            damping=1e-11,
+            block_size=None if form == "full" else 8,
+            engine="auto" if form == "full" else "dual",
+        ),
         comm,
-        block_size=None if form == "full" else 8,
-        engine="auto" if form == "full" else "dual",
     )
     inverse.observe(rows)
     inverse.factorize()
-    blocks = inverse.sub_blocks(2)
+    blocks = sub_blocks(inverse, 2)
     assert float(inverse.damping.min()) > 1e-11
     assert bool((torch.linalg.eigvalsh(blocks) > 0).all())
     diagonal = blocks.diagonal(dim1=-2, dim2=-1).flatten()
@@ -277,7 +282,7 @@ def matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def in_groups(weight: Tensor, size: int) -> list[list[tuple[int, ...]]]:
-    """Indices of groups along the inputs, by loops: output, place of the kernel, input."""
+    """Indices of groups along the inputs, by loops: output, position in the kernel, input."""
     shape = weight.shape
     places = itertools.product(*(range(n) for n in shape[2:]))
     return [
@@ -470,13 +475,13 @@ def test_zeros_count_where_they_make_up_a_group(comm: Communicator) -> None:
             torch.tensor([[0.0, 1, 0, 0, 1, 1, 1, 0], [1.0, 0, 0, 1, 0, 0, 0, 0]])
         )
     masks = Masks({"weight": layer.weight})
-    take_zeros(masks, SelectionConfig(pattern="2:4"))
+    prune_zeros(masks, SelectionConfig(pattern="2:4"))
     assert (~masks.kept("weight")).int().tolist() == [
         [1, 0, 1, 0, 0, 0, 0, 0],
         [0, 1, 1, 0, 1, 1, 0, 0],
     ]
     blocks = Masks({"weight": layer.weight})
-    take_zeros(blocks, SelectionConfig(pattern="block4"))
+    prune_zeros(blocks, SelectionConfig(pattern="block4"))
     assert blocks.zeros() == {"weight": 4}
     assert not blocks.kept("weight")[1, 4:].any()
 
@@ -538,7 +543,7 @@ def test_another_target_than_that_of_the_pattern_is_refused(target: float) -> No
 def test_masks_of_another_pattern_are_refused(comm: Communicator) -> None:
     model = convolution()
     masks = Masks(prunable_parameters(model))
-    masks.grow({"3.weight": torch.arange(64).view(4, 16) % 4 == 0})
+    masks.prune({"3.weight": torch.arange(64).view(4, 16) % 4 == 0})
     config = PruningConfig(
         criterion="magnitude", selection=SelectionConfig(pattern="2:4")
     )

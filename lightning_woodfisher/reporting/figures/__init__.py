@@ -1,17 +1,22 @@
-"""Figures of reports. matplotlib is imported only when one is drawn, pyplot never."""
+"""Draw figures of reports.
+
+In go reports, or masks in the shapes of their parameters; out come matplotlib figures.
+matplotlib is imported only when a figure is drawn, and pyplot never. Figures know no
+logger and no page.
+"""
 
 from __future__ import annotations
 
 __all__ = [
     "draw_channels",
-    "draw_course",
-    "draw_increase",
     "draw_layers",
     "draw_local_model",
+    "draw_loss_increase",
     "draw_masks",
+    "draw_network_size",
+    "draw_progress",
     "draw_saliencies",
     "draw_schedule",
-    "draw_size",
     "draw_sweep",
     "has_matplotlib",
     "small_layers",
@@ -24,14 +29,17 @@ from lightning_woodfisher.reporting.figures.canvas import (
     to_pixels,
     to_svg,
 )
-from lightning_woodfisher.reporting.figures.channels import draw_channels, draw_size
+from lightning_woodfisher.reporting.figures.channels import (
+    draw_channels,
+    draw_network_size,
+)
 from lightning_woodfisher.reporting.figures.sweep import draw_sweep
 from lightning_woodfisher.reporting.figures.weights import (
-    draw_course,
-    draw_increase,
     draw_layers,
     draw_local_model,
+    draw_loss_increase,
     draw_masks,
+    draw_progress,
     draw_saliencies,
     draw_schedule,
     small_layers,

@@ -1,4 +1,4 @@
-"""The figure of a sweep over settings."""
+"""Draw the figure of a sweep over settings."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning_woodfisher.reporting.figures.canvas import (
-    INCHES_PER_LETTER,
-    MOST_LABELS,
-    new_figure,
+    MAX_LEGEND_ENTRIES,
+    new_axes,
 )
 from lightning_woodfisher.sweeps.report import TARGET, SweepReport, SweepResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_INCHES_PER_LETTER = 0.08
+
 
 def draw_sweep(report: SweepReport, metric: str | None = None) -> Figure:
-    """Draw a metric over the sparsity (or the first other setting), a line per setting.
+    """Draw a metric against the sparsity, or the first other setting that varies.
 
     Args:
-        report: of a sweep.
-        metric: which one; None for the first.
+        report: report of a sweep.
+        metric: name of the metric; None for the first one.
 
     Returns:
-        The figure; the dashed line is the network as it was given.
+        A line for each combination of the other settings, and a dashed line for the
+        dense network.
     """
     metric = report.choose_metric(metric)
     done = [result for result in report.results if metric in result.metrics]
     varying = report.varying()
     across = varying[0] if varying else TARGET
-    figure, axes = new_figure()
+    figure, axes = new_axes()
     lines: dict[str, list[SweepResult]] = {}
     for result in done:
         lines.setdefault(_label(result.setting, varying, across), []).append(result)
@@ -47,13 +49,14 @@ def draw_sweep(report: SweepReport, metric: str | None = None) -> Figure:
         axes.set_xscale("log")
     axes.set_xlabel(across)
     axes.set_ylabel(metric)
-    if len(lines) < MOST_LABELS:
+    if len(lines) < MAX_LEGEND_ENTRIES:
         longest = max((len(label) for label in lines), default=0)
-        figure.set_figwidth(7.0 + INCHES_PER_LETTER * longest)
+        figure.set_figwidth(7.0 + _INCHES_PER_LETTER * longest)
         figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 
 def _label(setting: Mapping[str, Any], varying: list[str], across: str) -> str:
+    """Name the settings that vary, except the one on the x axis."""
     names = [name for name in varying if name != across and name in setting]
     return ", ".join(f"{name}={setting[name]}" for name in names)

@@ -1,17 +1,17 @@
-"""Which channels of which layers are one and the same: a partition of all channels.
+"""Which channels of which layers are coupled: a partition of all channels of a model.
 
-Every layer has ports, its outputs and its inputs, and a port has channels. Channels that
-the network ties together are united; what is united in the end is a structure.
+Every layer has outputs and inputs, and both have channels. Channels that the network ties
+together are united. Each set of united channels is one structure.
 """
 
 from __future__ import annotations
 
-__all__ = ["Coupling", "Port", "ports_of", "structures"]
+__all__ = ["Axis", "Coupling", "Port", "Side", "find_groups", "ports_of"]
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -21,19 +21,26 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lightning_woodfisher.structured.graph.groups import Group, Member, Role
 
 Side = Literal["out", "in"]
-#: Layer, tensor, axis and role.
-Place = tuple[str, str, int, Role]
+
+
+class Axis(NamedTuple):
+    """An axis of a tensor of a layer; see :class:`.Member`."""
+
+    layer: str
+    tensor: str
+    axis: int
+    role: Role
 
 
 @dataclass(frozen=True)
 class Port:
-    """One side of a layer.
+    """The outputs or the inputs of a layer.
 
     Args:
-        side: outputs or inputs; a layer that keeps channels apart has outputs only.
-        channels: their number.
-        axes: tensors whose axis has this side's slices, as (tensor, axis, role). Slice i
-            belongs to channel i, and there may be fewer slices than channels.
+        side: outputs or inputs. A layer that keeps channels apart has outputs only.
+        channels: number of channels.
+        axes: tensors whose axis has slices of these channels, as (tensor, axis, role).
+            Slice i belongs to channel i, and there may be fewer slices than channels.
     """
 
     side: Side
@@ -50,97 +57,101 @@ def ports_of(layer: nn.Module) -> tuple[Port, ...] | str:
     Returns:
         Its ports, or the reason why its channels cannot be pruned.
     """
+    kind = type(layer).__name__
+    tensors = {key for key, value in layer._parameters.items() if value is not None}
     if isinstance(layer, nn.PReLU):
         return (Port("out", layer.num_parameters, (("weight", 0, "consumer"),)),)
     if isinstance(layer, _NormBase):
-        return _norm_ports(layer)
-    if layer._parameters.get("weight") is None:
-        return f"the weight of a {type(layer).__name__} is computed from other tensors"
-    bias: tuple[tuple[str, int, Role], ...] = ()
-    if layer._parameters.get("bias") is not None:
-        bias = (("bias", 0, "bias"),)
+        if not {"weight", "bias"} <= tensors:
+            return (
+                f"it passes a {kind} without weight and bias, whose output is not zero "
+                "for a zero channel"
+            )
+        axes: list[tuple[str, int, Role]] = [("weight", 0, "norm"), ("bias", 0, "norm")]
+        if layer.running_mean is not None:
+            axes += [
+                ("running_mean", 0, "statistics"),
+                ("running_var", 0, "statistics"),
+            ]
+        return (Port("out", layer.num_features, tuple(axes)),)
+    if "weight" not in tensors:
+        return f"the weight of a {kind} is computed from other tensors"
+    rows, columns = 0, 1
     if isinstance(layer, nn.Linear):
-        sizes, rows, columns = (layer.out_features, layer.in_features), 0, 1
+        outputs, inputs, groups = layer.out_features, layer.in_features, 1
     elif isinstance(layer, _ConvNd):
-        sizes, rows, columns = (layer.out_channels, layer.in_channels), 0, 1
-        if isinstance(layer, _ConvTransposeNd):
-            if layer.groups > 1:
-                return "it passes a transposed convolution with groups"
-            rows, columns = 1, 0
+        outputs, inputs, groups = layer.out_channels, layer.in_channels, layer.groups
     else:
-        return f"it passes a {type(layer).__name__}"
+        return f"it passes a {kind}"
+    if isinstance(layer, _ConvTransposeNd):
+        if groups > 1:
+            return "it passes a transposed convolution with groups"
+        rows, columns = 1, 0
+    is_depthwise = groups == inputs > 1
+    if groups == outputs > 1 and not is_depthwise:
+        return "it passes a convolution whose groups have several inputs and one output"
+    writes: tuple[tuple[str, int, Role], ...] = (("weight", rows, "producer"),)
     reads: tuple[tuple[str, int, Role], ...] = (("weight", columns, "consumer"),)
-    if isinstance(layer, _ConvNd) and layer.groups > 1:
-        if layer.in_channels == layer.groups:
-            reads = ()  # Depthwise: the filters go with the inputs.
-        elif layer.out_channels == layer.groups:
-            return "it passes a convolution whose groups have several inputs and one output"
-    return (
-        Port("out", sizes[0], (("weight", rows, "producer"), *bias)),
-        Port("in", sizes[1], reads),
+    if "bias" in tensors:
+        writes += (("bias", 0, "bias"),)
+    # The filters of a depthwise convolution are removed with its inputs.
+    return Port("out", outputs, writes), Port(
+        "in", inputs, () if is_depthwise else reads
     )
-
-
-def _norm_ports(layer: _NormBase) -> tuple[Port, ...] | str:
-    if layer._parameters.get("weight") is None or layer._parameters.get("bias") is None:
-        return (
-            f"it passes a {type(layer).__name__} without weight and bias, which gives "
-            "something else than zero for a zero channel"
-        )
-    axes: list[tuple[str, int, Role]] = [("weight", 0, "norm"), ("bias", 0, "norm")]
-    if layer.running_mean is not None:
-        axes += [("running_mean", 0, "statistics"), ("running_var", 0, "statistics")]
-    return (Port("out", layer.num_features, tuple(axes)),)
 
 
 class Coupling:
     """A partition of the channels of a model's layers.
 
     Args:
-        layers: by name, those with channels; see :func:`ports_of`.
+        layers: those with channels, by name; see :func:`ports_of`.
 
     Attributes:
-        ports: by name of the layer and side.
+        channels: numbers of the channels, by name of the layer and side.
+        axes: tensors with slices of these channels, as (numbers of the channels of the
+            slices, axis).
         reasons: why the channels of a layer cannot be pruned, by name of the layer.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self.ports: dict[tuple[str, Side], Port] = {}
+        self.channels: dict[tuple[str, Side], range] = {}
+        self.axes: list[tuple[range, Axis]] = []
         self.reasons: dict[str, str] = {}
-        self._first: dict[tuple[str, Side], int] = {}
         self._parent: list[int] = []
-        self._bad: dict[int, str] = {}
-        self._layers = dict(layers)
+        self._left_out: dict[int, str] = {}
+        shared: dict[tuple[int, int], range] = {}
         for name, layer in layers.items():
             ports = ports_of(layer)
             if isinstance(ports, str):
                 self.reasons[name] = ports
                 continue
             for port in ports:
-                self.ports[name, port.side] = port
-                self._first[name, port.side] = len(self._parent)
-                self._parent.extend(
-                    range(len(self._parent), len(self._parent) + port.channels)
-                )
-            self._unite_convolution_groups(name, layer)
-        self._unite_shared_tensors()
+                first = len(self._parent)
+                channels = range(first, first + port.channels)
+                self.channels[name, port.side] = channels
+                self._parent.extend(channels)
+                for tensor, axis, role in port.axes:
+                    value = getattr(layer, tensor)
+                    slices = channels[: value.shape[axis]]
+                    self.axes.append((slices, Axis(name, tensor, axis, role)))
+                    # Layers with the same tensor lose the same channels.
+                    other = shared.setdefault((id(value), axis), slices)
+                    self._unite_all(slices, other)
+            self._unite_convolution_groups(name, int(getattr(layer, "groups", 1)))
 
     def channel(self, layer: str, side: Side, index: int) -> int:
-        """Number a channel.
+        """Return the number of a channel.
 
         Args:
             layer: name of the layer.
-            side: which port; a layer without inputs has the outputs for both.
-            index: of the channel in the port.
+            side: outputs or inputs. A layer without inputs has the outputs for both.
+            index: of the channel on this side.
 
         Returns:
-            Its number, or -1 when the port has no such channel.
+            Its number, or -1 if the layer has no such channel.
         """
-        place = (layer, side) if (layer, side) in self.ports else (layer, "out")
-        port = self.ports.get(place)
-        if port is None or not 0 <= index < port.channels:
-            return -1
-        return self._first[place] + index
+        channels = self.channels.get((layer, side)) or self.channels[layer, "out"]
+        return channels[index] if 0 <= index < len(channels) else -1
 
     def unite(self, one: int, other: int) -> None:
         """Make two channels the same structure.
@@ -149,48 +160,41 @@ class Coupling:
             one: number of a channel.
             other: number of another.
         """
-        a, b = self._root(one), self._root(other)
-        if a != b:
-            self._parent[max(a, b)] = min(a, b)
-            if max(a, b) in self._bad:
-                self._bad.setdefault(min(a, b), self._bad.pop(max(a, b)))
+        low, high = sorted((self.root(one), self.root(other)))
+        if low != high:
+            self._parent[high] = low
+            if high in self._left_out:
+                self._left_out.setdefault(low, self._left_out.pop(high))
 
     def leave_out(self, channel: int, reason: str) -> None:
-        """Mark a channel, and all that is or will be united with it, as not prunable.
+        """Mark a channel, and all that are or will be united with it, as not prunable.
 
         Args:
             channel: its number.
             reason: why.
         """
-        self._bad.setdefault(self._root(channel), reason)
+        self._left_out.setdefault(self.root(channel), reason)
 
     def reason(self, channel: int) -> str | None:
-        """Tell why a channel cannot be pruned.
+        """Return why a channel cannot be pruned.
 
         Args:
             channel: its number.
 
         Returns:
-            The first reason that was given, if any was.
+            The first reason given, or None if it can be pruned.
         """
-        return self._bad.get(self._root(channel))
+        return self._left_out.get(self.root(channel))
 
-    def slices(self) -> Iterator[tuple[int, Place, int]]:
-        """Go through all slices of prunable channels.
+    def root(self, channel: int) -> int:
+        """Return the channel that represents a structure.
 
-        Yields:
-            Number of the structure, (layer, tensor, axis, role), position on the axis.
+        Args:
+            channel: number of any of its channels.
+
+        Returns:
+            The lowest number of its channels.
         """
-        for (name, side), port in self.ports.items():
-            first = self._first[name, side]
-            for tensor, axis, role in port.axes:
-                size = int(getattr(self._layers[name], tensor).shape[axis])
-                for position in range(size):
-                    root = self._root(first + position)
-                    if root not in self._bad:
-                        yield root, (name, tensor, axis, role), position
-
-    def _root(self, channel: int) -> int:
         root = channel
         while self._parent[root] != root:
             root = self._parent[root]
@@ -198,39 +202,28 @@ class Coupling:
             self._parent[channel], channel = root, self._parent[channel]
         return root
 
-    def _unite_convolution_groups(self, name: str, layer: nn.Module) -> None:
-        """Of each convolution group the same share has to go."""
-        groups = int(getattr(layer, "groups", 1))
+    def _unite_convolution_groups(self, name: str, groups: int) -> None:
+        """Tie channels so that each convolution group loses the same number of them."""
         if groups == 1:
             return
-        outputs = self.ports[name, "out"].channels // groups
-        inputs = self.ports[name, "in"].channels // groups
-        out_first, in_first = self._first[name, "out"], self._first[name, "in"]
-        for group in range(groups):
-            if inputs == 1:
-                for index in range(outputs):
-                    self.unite(in_first + group, out_first + group * outputs + index)
-                continue
-            for first, size in ((out_first, outputs), (in_first, inputs)):
-                for index in range(size):
-                    self.unite(first + index, first + group * size + index)
+        outputs, inputs = self.channels[name, "out"], self.channels[name, "in"]
+        if len(inputs) == groups:
+            size = len(outputs) // groups
+            self._unite_all(outputs, [c for c in inputs for _ in range(size)])
+            return
+        for channels in (outputs, inputs):
+            first = channels[: len(channels) // groups]
+            self._unite_all(channels, [*first] * groups)
 
-    def _unite_shared_tensors(self) -> None:
-        seen: dict[tuple[int, int], int] = {}
-        for (name, side), port in self.ports.items():
-            for tensor, axis, _ in port.axes:
-                value = getattr(self._layers[name], tensor)
-                first = self._first[name, side]
-                other = seen.setdefault((id(value), axis), first)
-                if other != first:
-                    for index in range(value.shape[axis]):
-                        self.unite(first + index, other + index)
+    def _unite_all(self, ones: Iterable[int], others: Iterable[int]) -> None:
+        for one, other in zip(ones, others, strict=True):
+            self.unite(one, other)
 
 
-def structures(coupling: Coupling) -> tuple[Group, ...]:
+def find_groups(coupling: Coupling) -> tuple[Group, ...]:
     """Sort the structures of a partition into groups.
 
-    Structures are in the same group when they have slices in the same tensors.
+    Structures are in the same group if they have slices in the same tensors.
 
     Args:
         coupling: the partition.
@@ -238,44 +231,42 @@ def structures(coupling: Coupling) -> tuple[Group, ...]:
     Returns:
         Groups of at least two structures, in the order of their first layers.
     """
-    owned: dict[int, dict[Place, list[int]]] = defaultdict(dict)
-    sizes: dict[Place, int] = defaultdict(int)
-    for root, place, position in coupling.slices():
-        owned[root].setdefault(place, []).append(position)
-    for (name, _), port in coupling.ports.items():
-        for tensor, axis, role in port.axes:
-            value = getattr(coupling._layers[name], tensor)
-            sizes[name, tensor, axis, role] = int(value.shape[axis])
-    alike: dict[tuple[Place, ...], list[int]] = defaultdict(list)
-    for root, slices in owned.items():
-        if any(role == "producer" for *_, role in slices):
-            alike[tuple(slices)].append(root)
-    groups: list[Group] = []
-    taken: set[str] = set()
-    for places, roots in alike.items():
-        if len(roots) > 1:
-            groups.append(_group(places, [owned[r] for r in roots], sizes, taken))
-            taken.add(groups[-1].name)
-    return tuple(groups)
+    slices: dict[int, dict[Axis, list[int]]] = defaultdict(dict)
+    for channels, axis in coupling.axes:
+        for position, channel in enumerate(channels):
+            if coupling.reason(channel) is None:
+                structure = slices[coupling.root(channel)]
+                structure.setdefault(axis, []).append(position)
+    alike: dict[tuple[Axis, ...], list[dict[Axis, list[int]]]] = defaultdict(list)
+    for structure in slices.values():
+        if any(axis.role == "producer" for axis in structure):
+            alike[tuple(structure)].append(structure)
+    sizes = {axis: len(channels) for channels, axis in coupling.axes}
+    groups: dict[str, Group] = {}
+    for axes, structures in alike.items():
+        if len(structures) > 1:
+            group = _make_group(axes, structures, sizes, groups)
+            groups[group.name] = group
+    return tuple(groups.values())
 
 
-def _group(
-    places: tuple[Place, ...],
-    members: list[dict[Place, list[int]]],
-    sizes: Mapping[Place, int],
+def _make_group(
+    axes: tuple[Axis, ...],
+    structures: list[dict[Axis, list[int]]],
+    sizes: Mapping[Axis, int],
     taken: Iterable[str],
 ) -> Group:
-    producers = [place for place in places if place[3] == "producer"]
-    free = [place for place in producers if place[0] not in taken]
-    first = (free or producers)[0]
-    name, count = first[0], 2
+    """Make a group of structures, given their slices on each axis."""
+    producers = [axis for axis in axes if axis.role == "producer"]
+    first = next((axis for axis in producers if axis.layer not in taken), producers[0])
+    name, count = first.layer, 2
     while name in taken:
-        name, count = f"{first[0]}#{count}", count + 1
-    members.sort(key=lambda slices: slices[first][0])
-    made = []
-    for place in sorted(places, key=lambda place: place != first):
-        owner = torch.full((sizes[place],), -1, dtype=torch.int64)
-        for number, slices in enumerate(members):
-            owner[slices[place]] = number
-        made.append(Member(*place, structure_of=owner))
-    return Group(name, len(members), tuple(made))
+        name, count = f"{first.layer}#{count}", count + 1
+    structures.sort(key=lambda slices: slices[first][0])
+    members = []
+    for axis in sorted(axes, key=lambda axis: axis != first):
+        structure_of = torch.full((sizes[axis],), -1, dtype=torch.int64)
+        for index, slices in enumerate(structures):
+            structure_of[slices[axis]] = index
+        members.append(Member(*axis, structure_of))
+    return Group(name, len(structures), tuple(members))

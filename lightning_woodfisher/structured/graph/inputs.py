@@ -1,13 +1,94 @@
-"""Call a model with example inputs, and find the tensors in what it takes and gives."""
+"""Capture the inputs of a network, and call the network with them."""
 
 from __future__ import annotations
 
-__all__ = ["map_tensors", "run_model", "tensors_in"]
+__all__ = [
+    "capture_inputs",
+    "compute_one_loss",
+    "run_model",
+    "tensors_in",
+]
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map_only
+
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.data.isolation import derive_seed, seeded
+from lightning_woodfisher.data.losses import LossSource
+
+
+def capture_inputs(
+    source: LossSource, network: str | None = None, seed: int = 0
+) -> tuple[str, Any]:
+    """Find the network in a model, and inputs to trace it with.
+
+    Args:
+        source: computes the loss of one sample.
+        network: name of the submodule; None for the first module that is called and
+            contains all Conv and Linear layers that run.
+        seed: of the sample.
+
+    Returns:
+        Name of the submodule (``""`` for the model itself) and its inputs: a tuple, or a
+        dict of keyword arguments.
+
+    Raises:
+        ConfigurationError: if there is no such module, or it is called in a way that
+            cannot be traced.
+    """
+    model = source.model
+    names = {module: name for name, module in model.named_modules()}
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    layers: list[str] = []
+
+    def record(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        calls.append((names[module], args, kwargs))
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            layers.append(names[module])
+
+    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in names]
+    try:
+        compute_one_loss(source, derive_seed(seed, "inputs"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, args, kwargs in calls:
+        has_all = all(layer.startswith(f"{name}.") or not name for layer in layers)
+        if name == network or (network is None and has_all):
+            if args and kwargs:
+                raise ConfigurationError(
+                    f"{name or type(model).__name__} is called with positional and "
+                    "keyword arguments together, which cannot be traced; use one kind."
+                )
+            return name, tree_map_only(Tensor, Tensor.detach, kwargs or args)
+    known = ", ".join(sorted({name for name, _, _ in calls if name})[:8])
+    raise ConfigurationError(
+        f"network={network!r} is not called when the loss is computed; use one of {known}."
+        if network is not None
+        else f"no module of {type(model).__name__} that is called holds all Conv and Linear "
+        "layers, so the network cannot be traced; compute the loss through one module, or "
+        f"name one of {known} with network=."
+    )
+
+
+def compute_one_loss(source: LossSource, seed: int) -> None:
+    """Compute the loss of one sample in evaluation mode, for hooks to observe.
+
+    Args:
+        source: where the loss comes from. Its session is entered here.
+        seed: of the sample and of random numbers.
+    """
+    with source.session("eval"), torch.enable_grad():
+        batches = source.batches(1, 1, seed)
+        with seeded(seed):
+            source.loss(batches.fetch(0), 0)
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:
@@ -19,7 +100,7 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
             argument.
 
     Returns:
-        What the model returns.
+        The output of the model.
     """
     if isinstance(inputs, Mapping):
         return model(**inputs)
@@ -28,28 +109,8 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Replace the tensors in nested tuples, lists and dicts.
-
-    Args:
-        function: gives the new tensor.
-        value: a tensor or a container.
-
-    Returns:
-        The same structure with new tensors; other leaves stay.
-    """
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(function, item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [map_tensors(function, item) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
-
-
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Find the tensors in nested tuples, lists and dicts.
+    """Iterate over the tensors in nested tuples, lists, dicts and dataclasses.
 
     Args:
         value: a tensor, a container, or an output class of a library.
@@ -57,14 +118,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     Yields:
         The tensors, in order.
     """
+    items: Iterable[Any] = ()
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+        items = value.values()
     elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
+        items = value
     elif hasattr(value, "__dataclass_fields__"):
-        for item in vars(value).values():
-            yield from tensors_in(item)
+        items = vars(value).values()
+    for item in items:
+        yield from tensors_in(item)

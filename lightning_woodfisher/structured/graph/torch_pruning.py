@@ -1,21 +1,25 @@
-"""The only code that knows torch-pruning: from a traced graph to coupled channels."""
+"""Trace a model with torch-pruning; the only module that imports it."""
 
 from __future__ import annotations
 
 __all__ = ["trace_coupling"]
 
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.structured.graph.coupling import Coupling, Side
 from lightning_woodfisher.structured.graph.inputs import run_model, tensors_in
 
-# A channel that goes through one of these stays out, whatever the numbers say.
+# Channels that pass one of these are never pruned, whatever the numerical check finds.
 _MIXES_CHANNELS = {
     "LN": "it passes a LayerNorm, whose statistics mix channels",
     "GN": "it passes a GroupNorm, whose statistics mix channels",
@@ -28,15 +32,15 @@ _MIXES_CHANNELS = {
     "EXPAND": "it passes an expand",
     "OUTPUT": "it is an output of the network",
 }
-_PARTS = ("SLICE", "SPLIT", "UNBIND")
-# Names of backward functions: matrix products between activations.
+_DIVIDES_CHANNELS = ("SLICE", "SPLIT", "UNBIND")
+# In the names of backward functions: matrix products between activations.
 _ATTENTION = ("bmm", "scaleddotproduct", "softmax")
-# Those that give something else than zero for zero, for the reason in a message.
-_NOT_ZERO_AT_ZERO = ("sigmoid", "softplus", "exp", "cos", "hardsigmoid", "logsigmoid")
+# In the names of functions with f(0) ≠ 0, for messages.
+_NOT_ZERO_AT_ZERO = ("sigmoid", "softplus", "exp", "cos")
 
 
 class _Index(NamedTuple):
-    """A channel at a node, and the channel of the layer that the walk began at."""
+    """A channel at a node, and the channel that it depends on of the first layer."""
 
     idx: int
     root_idx: int
@@ -44,71 +48,49 @@ class _Index(NamedTuple):
 
 def trace_coupling(
     model: nn.Module, example_inputs: Any
-) -> tuple[Coupling, dict[str, nn.Module], dict[str, str]]:
-    """Trace a model in evaluation mode and find out which channels are tied.
+) -> tuple[Coupling, dict[str, str]]:
+    """Trace a model in evaluation mode and find which channels are coupled.
 
     Args:
-        model: the network; left as it was.
-        example_inputs: what it is called with: a tensor, a tuple or a dict of keyword
-            arguments.
+        model: the network; unchanged afterwards.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
 
     Returns:
-        The coupling; the Conv and Linear layers that the trace has reached, by name;
-        the operations with f(0) ≠ 0 on the way of a layer's channels, by its name.
+        The coupling of the layers that the trace reaches, and the operations with
+        f(0) ≠ 0 that the outputs of a Conv or Linear layer pass, by its name.
     """
-    graph = _build(model, example_inputs)
-    import torch_pruning as tp
-
-    names = {module: name for name, module in model.named_modules()}
-    nodes = {m: n for m, n in graph.module2node.items() if m in names}
-    known = (
-        tp.ops.TORCH_CONV,
-        tp.ops.TORCH_LINEAR,
-        tp.ops.TORCH_BATCHNORM,
-        tp.ops.TORCH_INSTANCENORM,
-        nn.PReLU,
-    )
-    layers = {
+    graph = _build_graph(model, example_inputs)
+    names: dict[nn.Module, str] = {m: name for name, m in model.named_modules()}
+    layers: dict[str, nn.Module] = {
         name: module
-        for name, module in model.named_modules()
-        if module in nodes
-        and isinstance(module, known)
+        for module, name in names.items()
+        if module in graph.module2node
+        and isinstance(module, (_ConvNd, nn.Linear, _NormBase, nn.PReLU))
         and not (isinstance(module, nn.PReLU) and module.num_parameters == 1)
     }
     coupling = Coupling(layers)
-    producers = {
-        name: layer
+    suspects = {
+        name: _unite_dependents(graph, coupling, name, layer, names)
         for name, layer in layers.items()
-        if isinstance(layer, (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR))
+        if isinstance(layer, (_ConvNd, nn.Linear)) and name not in coupling.reasons
     }
-    suspects = {}
-    for name, layer in producers.items():
-        if name not in coupling.reasons:
-            suspects[name] = _follow(graph, coupling, name, layer, names)
-    return coupling, producers, suspects
+    return coupling, suspects
 
 
-def _build(model: nn.Module, example_inputs: Any) -> Any:
-    """Let torch-pruning trace the model."""
-    try:
-        import torch_pruning as tp
-    except ImportError as error:
-        raise ConfigurationError(
-            "tracing channels needs torch-pruning: pip install "
-            "lightning-woodfisher[structured]"
-        ) from error
-    failures: list[Exception] = []
+def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
+    """Trace a model with torch-pruning."""
+    tp = import_optional("torch_pruning", "tracing channels")
+    action = "called with example_inputs"
 
     def forward(model: nn.Module, inputs: Any) -> Any:
-        try:
-            return run_model(model, inputs)
-        except Exception as error:
-            failures.append(error)
-            raise
+        nonlocal action
+        outputs = run_model(model, inputs)
+        action = "traced by torch-pruning"
+        return outputs
 
     with isolated(model, "eval"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # The trace follows autograd's graph, which frozen weights leave out.
+        # The trace follows the graph of autograd, which leaves out frozen weights.
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
@@ -117,97 +99,101 @@ def _build(model: nn.Module, example_inputs: Any) -> Any:
                 model,
                 example_inputs,
                 forward_fn=forward,
-                output_transform=_with_graph,
+                output_transform=_require_graph,
                 verbose=False,
             )
         except Exception as error:
-            what = "traced by torch-pruning"
-            if failures:
-                what = "called with example_inputs"
             raise ConfigurationError(
-                f"{type(model).__name__} cannot be {what}: {type(error).__name__}: "
-                f"{error}. Pass example_inputs that the model's forward takes (a tensor, a "
-                "tuple of arguments or a dict of keyword arguments), or groups made by "
+                f"{type(model).__name__} cannot be {action}: {type(error).__name__}: "
+                f"{error}. Pass example_inputs that the model's forward accepts (a tensor, "
+                "a tuple of arguments or a dict of keyword arguments), or groups made by "
                 "hand."
             ) from error
 
 
-def _with_graph(outputs: Any) -> list[Tensor]:
+def _require_graph(outputs: Any) -> list[Tensor]:
+    """Return the output tensors that depend on a parameter."""
     found = [t for t in tensors_in(outputs) if t.grad_fn is not None]
     if not found:
         raise ValueError("no output depends on a parameter")
     return found
 
 
-def _follow(
+def _unite_dependents(
     graph: Any,
     coupling: Coupling,
     name: str,
     layer: nn.Module,
     names: Mapping[Any, str],
 ) -> str:
-    """Unite what is tied to the outputs of one layer; name suspicious operations."""
-    # Not by get_pruning_group: it finds all index maps anew for each layer, and of a
-    # channel that is reached from several it keeps one.
-    outputs = coupling.ports[name, "out"].channels
-    roots = [coupling.channel(name, "out", i) for i in range(outputs)]
-    start = (
-        graph.module2node[layer],
-        graph.get_pruner_of_module(layer).prune_out_channels,
-    )
-    seen: dict[tuple[Any, Any], set[Any]] = {}
-    waiting = [(*start, [_Index(i, i) for i in range(outputs)])]
-    suspects: list[str] = []
+    """Unite all channels tied to the outputs of a layer; return operations f(0) ≠ 0."""
+    # Not by get_pruning_group: it computes all index maps again for each layer, and keeps
+    # one of the roots of a channel that is reached from several.
+    roots = coupling.channels[name, "out"]
+    node, function = graph.module2node[layer], _output_pruner(graph, layer)
+    visited: dict[tuple[Any, Any], set[_Index]] = defaultdict(set)
+    waiting = [(node, function, [_Index(i, i) for i in range(len(roots))])]
+    suspects: dict[str, None] = {}
     while waiting:
-        node, fn, pairs = waiting.pop()
-        known = seen.setdefault((node, fn), set())
-        fresh = [pair for pair in dict.fromkeys(pairs) if pair not in known]
+        node, function, indices = waiting.pop()
+        known = visited[node, function]
+        fresh = [index for index in dict.fromkeys(indices) if index not in known]
         known.update(fresh)
         if not fresh:
             continue
-        own = graph.get_pruner_of_module(node.module)
-        side: Side = "out" if fn == own.prune_out_channels else "in"
+        side: Side = "out" if function == _output_pruner(graph, node.module) else "in"
         other = names.get(node.module)
         reason = coupling.reasons.get(str(other)) or _obstacle(node, side)
-        if reason is None and other is not None and (other, "out") in coupling.ports:
-            channels = [coupling.channel(other, side, pair.idx) for pair in fresh]
+        if reason is None and other is not None and (other, "out") in coupling.channels:
+            channels = [coupling.channel(other, side, index.idx) for index in fresh]
             if min(channels) < 0:
                 reason = f"its channels do not match those of {other} (padding?)"
             else:
-                for channel, pair in zip(channels, fresh, strict=True):
-                    coupling.unite(roots[pair.root_idx], channel)
+                for channel, index in zip(channels, fresh, strict=True):
+                    coupling.unite(roots[index.root_idx], channel)
         if reason is not None:
             _leave_out(coupling, roots, fresh, reason)
             continue
-        operation = str(getattr(node.module, "_grad_fn", ""))
+        operation = _operation(node)
         if any(word in operation.lower() for word in _NOT_ZERO_AT_ZERO):
-            suspects.append(operation)
+            suspects[operation] = None
         for edge in node.dependencies:
-            if edge.is_triggered_by(fn):
-                mapped = fresh
-                if edge.target.type.name in _PARTS:
-                    # The map drops the channels of the other parts, which stay, too.
-                    _leave_out(coupling, roots, fresh, _obstacle(edge.target, side))
-                for mapping in filter(None, edge.index_mapping):
-                    mapped = mapping(mapped)
-                waiting.append((edge.target, edge.handler, mapped))
-    return ", ".join(dict.fromkeys(suspects))
+            if not edge.is_triggered_by(function):
+                continue
+            if edge.target.type.name in _DIVIDES_CHANNELS:
+                # The map drops the channels of the other pieces, which stay as well.
+                obstacle = _obstacle(edge.target, side)
+                if obstacle is not None:
+                    _leave_out(coupling, roots, fresh, obstacle)
+            mapped = fresh
+            for mapping in filter(None, edge.index_mapping):
+                mapped = mapping(mapped)
+            waiting.append((edge.target, edge.handler, mapped))
+    return ", ".join(suspects)
+
+
+def _output_pruner(graph: Any, module: nn.Module) -> Any:
+    return graph.get_pruner_of_module(module).prune_out_channels
 
 
 def _leave_out(
-    coupling: Coupling, roots: list[int], pairs: list[_Index], reason: str | None
+    coupling: Coupling, roots: range, indices: list[_Index], reason: str
 ) -> None:
-    if reason is not None:
-        for pair in pairs:
-            coupling.leave_out(roots[pair.root_idx], reason)
+    for index in indices:
+        coupling.leave_out(roots[index.root_idx], reason)
+
+
+def _operation(node: Any) -> str:
+    """Return the name of the backward function of an operation without a layer."""
+    return str(getattr(node.module, "_grad_fn", ""))
 
 
 def _obstacle(node: Any, side: Side) -> str | None:
-    """Tell why channels that come to a node cannot be pruned."""
-    kind, operation = node.type.name, str(getattr(node.module, "_grad_fn", ""))
+    """Return why channels that reach a node cannot be pruned, or None."""
+    kind, operation = node.type.name, _operation(node)
     if kind in _MIXES_CHANNELS:
         return _MIXES_CHANNELS[kind]
-    if kind == "SLICE" and _cuts_channels(node):
+    if kind == "SLICE" and _slices_channels(node):
         return "it passes a slice of channels"
     if any(word in operation.lower() for word in _ATTENTION):
         return f"it passes an attention product ({operation})"
@@ -216,10 +202,10 @@ def _obstacle(node: Any, side: Side) -> str | None:
     return None
 
 
-def _cuts_channels(node: Any) -> bool:
-    """Tell whether a slice is along the channels: axis 1 of images, the last of tokens."""
+def _slices_channels(node: Any) -> bool:
+    """Check if a slice is along the channels: axis 1 of images, the last of tokens."""
     sizes = node.grad_fn._saved_self_sym_sizes
     axis = 2 if len(sizes) == 3 else 1
-    return int(node.grad_fn._saved_dim) == axis and int(sizes[axis]) != min(
-        int(node.grad_fn._saved_end), int(sizes[axis])
-    ) - int(node.grad_fn._saved_start)
+    start, end = int(node.grad_fn._saved_start), int(node.grad_fn._saved_end)
+    size = int(sizes[axis])
+    return int(node.grad_fn._saved_dim) == axis and min(end, size) - start != size

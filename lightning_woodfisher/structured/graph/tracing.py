@@ -1,10 +1,9 @@
-"""Find the groups of a model that can be pruned exactly."""
+"""Find the groups of coupled channels of a model that can be removed exactly."""
 
 from __future__ import annotations
 
-__all__ = ["Traced", "trace_groups"]
+__all__ = ["TraceResult", "trace_groups"]
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,21 +12,21 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
-from lightning_woodfisher.structured.graph.coupling import structures
+from lightning_woodfisher.structured.graph.coupling import Coupling, find_groups
 from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.graph.torch_pruning import trace_coupling
 from lightning_woodfisher.structured.shrink.removal_check import check_removal
-from lightning_woodfisher.weights.layers import class_paths
+from lightning_woodfisher.weights.layers import matches_pattern
 
 
 @dataclass(frozen=True, eq=False)
-class Traced:
-    """What a trace has found.
+class TraceResult:
+    """The groups of a model.
 
     Args:
         groups: those to prune, in the order of their first layers.
-        left_out: why the channels of the other Conv and Linear layers stay, or some of
-            them, by name of the layer.
+        left_out: why all or some channels of the other Conv and Linear layers are not
+            pruned, by name of the layer.
     """
 
     groups: tuple[Group, ...]
@@ -42,91 +41,84 @@ def trace_groups(
     exclude: Sequence[str] = (),
     check: bool = True,
     seed: int = 0,
-) -> Traced:
+) -> TraceResult:
     """Trace a model and find its groups of coupled channels.
 
     A pattern is a class path of a layer (``Conv2d``, ``torch.nn.Linear``) or else a
-    regular expression that is searched in the layer's name. A group is chosen when a
-    pattern matches one of its producing layers: the layers that are tied to it go along.
-    A layer that both match is excluded.
+    regular expression that is searched in the layer's name. A group is chosen if a pattern
+    matches one of its producing layers; all layers of the group are pruned together. A
+    layer that matches ``include`` and ``exclude`` is excluded.
 
-    A group stays out, with the reason, where removing a channel would not be the same as
-    setting it to zero: outputs of the network, LayerNorm and GroupNorm, attention, an
-    activation with f(0) ≠ 0, channels split into fixed parts. Only what runs in
-    evaluation mode is seen.
+    A group is left out, with the reason, where removing a channel differs from setting it
+    to zero: outputs of the network, LayerNorm and GroupNorm, attention, an activation with
+    f(0) ≠ 0, channels split into fixed parts. Only layers that run in evaluation mode are
+    found.
 
     Args:
-        model: the network; left as it was.
-        example_inputs: what it is called with: a tensor, a tuple or a dict of keyword
-            arguments, on the model's device; a batch of one will do.
-        include: patterns of what to prune; empty for all.
-        exclude: patterns of what to leave dense.
-        check: whether to compare masks with removal by numbers, too, which takes a few
-            forward passes.
+        model: the network; unchanged afterwards.
+        example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, on
+            the model's device. A batch of one sample is enough.
+        include: patterns of layers to prune; empty for all.
+        exclude: patterns of layers to leave dense.
+        check: whether to also compare masked and removed channels numerically, which
+            takes a few forward passes.
         seed: of that check.
 
     Returns:
         The groups, and why other layers have none.
 
     Raises:
-        ConfigurationError: when torch-pruning is missing, the model cannot be traced, a
+        ConfigurationError: if torch-pruning is missing, the model cannot be traced, a
             pattern is not a regular expression or matches nothing that can be pruned,
-            include and exclude want different things for tied layers, or no group is
-            left.
+            include and exclude disagree about coupled layers, or no group is left.
     """
-    coupling, producers, suspects = trace_coupling(model, example_inputs)
-    groups = structures(coupling)
-    left_out = _reasons(model, groups, coupling.reasons, producers)
-    for name in producers:
-        if name in left_out and name not in coupling.reasons:
-            why = (
-                coupling.reason(coupling.channel(name, "out", index))
-                for index in range(coupling.ports[name, "out"].channels)
-            )
-            left_out[name] = next(filter(None, why), left_out[name])
+    coupling, suspects = trace_coupling(model, example_inputs)
+    groups = find_groups(coupling)
+    pruned = {layer for group in groups for layer in group.layers}
+    left_out = {
+        name: _reason(name, coupling)
+        for name in _conv_and_linear(model)
+        if name not in pruned
+    }
     if check:
         failed = check_removal(model, groups, example_inputs, seed=seed)
-        for group in groups:
-            if group.name in failed:
-                for layer in _layers(group):
-                    hint = suspects.get(layer, "")
-                    left_out[layer] = failed[group.name] + (
-                        f" (it passes {hint}, which is not zero at zero)"
-                        if hint
-                        else ""
+        for group in (group for group in groups if group.name in failed):
+            for layer in group.layers:
+                left_out[layer] = failed[group.name]
+                if suspects.get(layer):
+                    left_out[layer] += (
+                        f" (it passes {suspects[layer]}, which is not zero at zero)"
                     )
         groups = tuple(group for group in groups if group.name not in failed)
     chosen = _choose(model, groups, left_out, include, exclude)
     if not chosen:
-        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
         raise ConfigurationError(
             f"{type(model).__name__} has no group of channels that can be pruned: "
-            f"include={list(include)}, exclude={list(exclude)}. {reasons}"
+            f"include={list(include)}, exclude={list(exclude)}. {_join(left_out)}"
         )
-    return Traced(chosen, left_out)
+    return TraceResult(chosen, left_out)
 
 
-def _layers(group: Group) -> list[str]:
-    return [member.module for member in group.of_role("producer")]
+def _conv_and_linear(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (_ConvNd, nn.Linear))
+    }
 
 
-def _reasons(
-    model: nn.Module,
-    groups: Sequence[Group],
-    reasons: Mapping[str, str],
-    producers: Mapping[str, nn.Module],
-) -> dict[str, str]:
-    """Give a first reason for every layer without a group."""
-    grouped = {layer for group in groups for layer in _layers(group)}
-    left_out = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, (_ConvNd, nn.Linear)) or name in grouped:
-            continue
-        if name not in producers:
-            left_out[name] = "example_inputs do not reach it in evaluation mode"
-        else:
-            left_out[name] = reasons.get(name, "it has a single structure")
-    return left_out
+def _reason(layer: str, coupling: Coupling) -> str:
+    """Return why no channel of a layer is in a group."""
+    if layer in coupling.reasons:
+        return coupling.reasons[layer]
+    if (layer, "out") not in coupling.channels:
+        return "example_inputs do not reach it in evaluation mode"
+    reasons = map(coupling.reason, coupling.channels[layer, "out"])
+    return next(filter(None, reasons), "it has a single structure")
+
+
+def _join(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _choose(
@@ -136,25 +128,26 @@ def _choose(
     include: Sequence[str],
     exclude: Sequence[str],
 ) -> tuple[Group, ...]:
-    included = {pattern: _matches(pattern, model) for pattern in include}
-    excluded = {pattern: _matches(pattern, model) for pattern in exclude}
-    grouped = {layer for group in groups for layer in _layers(group)}
+    """Choose groups by patterns on their layers."""
+    included = {pattern: _matching_layers(pattern, model) for pattern in include}
+    excluded = {pattern: _matching_layers(pattern, model) for pattern in exclude}
+    prunable = {layer for group in groups for layer in group.layers}
     for pattern, layers in included.items():
-        if not layers & grouped:
-            reasons = "; ".join(f"{n}: {left_out[n]}" for n in layers if n in left_out)
+        if not layers & prunable:
+            reasons = {name: left_out[name] for name in layers if name in left_out}
             raise ConfigurationError(
-                f"include={pattern!r} matches no layer that can be pruned: {reasons}."
+                f"include={pattern!r} matches no layer that can be pruned: "
+                f"{_join(reasons)}."
             )
-    wanted = set().union(*included.values()) if include else grouped
     unwanted = set().union(*excluded.values())
+    wanted = set().union(*included.values()) if include else prunable
     chosen = []
     for group in groups:
-        layers = {*_layers(group)}
-        conflict = include and layers & wanted - unwanted and layers & unwanted
-        if conflict:
+        layers = {*group.layers}
+        if include and layers & wanted - unwanted and layers & unwanted:
             raise ConfigurationError(
-                f"include={list(include)} wants {sorted(layers & wanted - unwanted)} and "
-                f"exclude={list(exclude)} leaves out {sorted(layers & unwanted)}, but these "
+                f"include={list(include)} matches {sorted(layers & wanted - unwanted)} and "
+                f"exclude={list(exclude)} matches {sorted(layers & unwanted)}, but these "
                 "layers share channels and can only be pruned together."
             )
         if layers & wanted and not layers & unwanted:
@@ -162,22 +155,12 @@ def _choose(
     return tuple(chosen)
 
 
-def _matches(pattern: str, model: nn.Module) -> set[str]:
-    try:
-        regex = re.compile(pattern)
-    except re.error as error:
-        raise ConfigurationError(
-            f"The pattern {pattern!r} is not a regular expression: {error}."
-        ) from error
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (_ConvNd, nn.Linear))
-    }
+def _matching_layers(pattern: str, model: nn.Module) -> set[str]:
+    layers = _conv_and_linear(model)
     found = {
         name
         for name, module in layers.items()
-        if pattern in class_paths(module) or regex.search(name)
+        if matches_pattern(pattern, [(name, module)])
     }
     if not found:
         raise ConfigurationError(

@@ -1,7 +1,7 @@
-"""What all scores that look at data share: the session, the batches, and the ranks.
+"""Run the model on the samples of a score, shared by the ranks.
 
-Batch i goes to rank i mod R. What it yields is a few rows, which are put into the order of
-the batches on every rank before anything is added: so no sum depends on R.
+Batch i is computed by rank i mod R and gives a few rows. All ranks then put the rows of all
+batches into order before anything is added, so that no sum depends on R.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 __all__ = ["Evaluation", "calibration_batches"]
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,42 +24,48 @@ from lightning_woodfisher.data.losses import (
     differentiable_loss,
     lower_loss_scale,
 )
+from lightning_woodfisher.data.sampled_labels import UnlabeledBatches
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.hessian_rows import twice_differentiable
 from lightning_woodfisher.structured.config import StructureConfig
+from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.scores.vectors import StructureVectors
 
-# Given the function that makes the loss, and its scale: rows [r, width].
-Rows = Callable[[Callable[[], Tensor], float], Tensor]
+# Takes the function that computes the loss, and its scale; returns rows [r, width].
+ComputeRows = Callable[[Callable[[], Tensor], float], Tensor]
 
 
 class Evaluation:
-    """Losses of the samples of one estimate.
+    """Losses of the samples that the scores are computed on.
 
     Args:
         source: where losses come from.
-        vectors: of the structures.
+        groups: groups of structures of the model.
         config: which samples.
         comm: the ranks.
+
+    Attributes:
+        source: as given.
+        config: as given.
+        vectors: the vectors θ_s of the structures.
     """
 
     def __init__(
         self,
         source: LossSource,
-        vectors: StructureVectors,
+        groups: Sequence[Group],
         config: StructureConfig,
         comm: Communicator,
     ) -> None:
         self.source = source
-        self.vectors = vectors
-        self.count, _ = config.batches
-        self.seed = derive_seed(config.seed, "structures")
-        self._config = config
+        self.config = config
+        self.vectors = StructureVectors(source.model, groups, config.structure)
         self._comm = comm
+        self._seed = derive_seed(config.seed, "structures")
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Enter before anything else; leaves no trace in the model.
+        """Enter before computing rows; the model is unchanged afterwards.
 
         Yields:
             Nothing.
@@ -68,59 +73,60 @@ class Evaluation:
         model = self.source.model
         _require_statistics(model)
         with self.source.session("eval"), twice_differentiable():
-            _require_evaluation(model)
+            _require_evaluation_mode(model)
             # BatchNorm statistics differ between ranks in the middle of training.
             self._comm.broadcast(model.buffers())
-            # A frozen layer has a curvature all the same; the session puts this back.
+            # Frozen layers are scored, too; the session restores the flag.
             for parameter in self.vectors.parameters:
                 parameter.requires_grad_(True)
             yield
 
-    def batches(self) -> Batches:
-        """Choose the samples: the same in every call.
-
-        Returns:
-            The batches.
-        """
-        return calibration_batches(self.source, self._config, self.seed)
-
-    def rows(self, batches: Batches, compute: Rows, width: int) -> Tensor:
-        """Compute some rows for each batch, shared by the ranks.
+    def compute_rows(
+        self, compute: ComputeRows, width: int, *, sample_labels: bool = False
+    ) -> Tensor:
+        """Compute rows for each batch, shared by the ranks.
 
         Args:
-            batches: from :meth:`batches`, perhaps with other labels.
-            compute: given a function that runs the model on the batch and returns its
-                mean loss, and the scale by which the loss is to be multiplied: a float64
-                tensor ``[r, width]`` on the CPU that is linear in the scale.
-            width: numbers in a row.
+            compute: takes a function that runs the model on the batch and returns its mean
+                loss, and the scale to multiply the loss by; returns a float64 tensor
+                ``[r, width]`` on the CPU that is linear in the scale.
+            width: length of a row.
+            sample_labels: draw the labels from the predictions of the model.
 
         Returns:
-            float64 tensor on the CPU, the rows of all batches in order, equal on every
-            rank.
+            float64 ``[M, width]`` on the CPU, the rows of all batches in order, equal on
+            every rank.
         """
+        batches = calibration_batches(self.source, self.config, self._seed)
+        if sample_labels:
+            batches = UnlabeledBatches(batches, self._seed, self.source.model)
         own: dict[int, Tensor] = {}
         failure: Exception | None = None
+        comm, count = self._comm, self.config.num_batches
         try:
-            for index in range(self._comm.rank, self.count, self._comm.world_size):
-                own[index] = self._rows(batches, index, compute)
+            for index in range(comm.rank, count, comm.world_size):
+                own[index] = self._rows_of_batch(batches, index, compute)
         except Exception as error:
             failure = error
-        self._comm.agree(failure)
+        comm.raise_together(failure)
         return self._gather(own, width)
 
-    def _rows(self, batches: Batches, index: int, compute: Rows) -> Tensor:
+    def _rows_of_batch(
+        self, batches: Batches, index: int, compute: ComputeRows
+    ) -> Tensor:
         scale = self.source.loss_scale
-        with seeded(derive_seed(self.seed, index)):
+        with seeded(derive_seed(self._seed, index)):
             batch = batches.fetch(index)
 
         def loss() -> Tensor:
             # A loss may change its batch in place.
-            value = differentiable_loss(self.source, batches, index, _copy(batch))
-            _require_evaluation(self.source.model)
+            copy = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, batch)
+            value = differentiable_loss(self.source, batches, index, copy)
+            _require_evaluation_mode(self.source.model)
             return value
 
         while True:
-            with seeded(derive_seed(self.seed, "loss", index)):
+            with seeded(derive_seed(self._seed, "loss", index)):
                 rows = compute(loss, scale) / scale
             if bool(rows.isfinite().all()):
                 return rows
@@ -135,25 +141,19 @@ class Evaluation:
 
     @torch.no_grad()
     def _gather(self, own: dict[int, Tensor], width: int) -> Tensor:
-        """Put the rows of all batches into order on every rank."""
-        comm = self._comm
-        lengths = [
-            int(length)
-            for length in comm.gather_in_order(
-                {index: float(len(rows)) for index, rows in own.items()}, self.count
-            )
-        ]
+        """Gather the rows of all batches on every rank, in order."""
+        comm, count = self._comm, self.config.num_batches
+        found = {index: float(len(rows)) for index, rows in own.items()}
+        lengths = [int(length) for length in comm.gather_in_order(found, count)]
+        ranks = range(comm.world_size)
+        sizes = [width * sum(lengths[rank :: comm.world_size]) for rank in ranks]
         shard = torch.cat([own[i].reshape(-1) for i in sorted(own)] or [torch.empty(0)])
-        held = [
-            list(range(rank, self.count, comm.world_size))
-            for rank in range(comm.world_size)
-        ]
-        sizes = [width * sum(lengths[i] for i in batches) for batches in held]
         flat = comm.gather_shards(shard.double().to(comm.device), sizes).cpu()
-        lengths_there = [lengths[i] for b in held for i in b]
-        pieces = torch.split(flat.view(-1, width), lengths_there)
-        order = {i: n for n, i in enumerate(i for b in held for i in b)}
-        return torch.cat([pieces[order[i]] for i in range(self.count)])
+        # Rank by rank, so batches 0, R, 2R, … come first.
+        order = [i for rank in ranks for i in range(rank, count, comm.world_size)]
+        rows = torch.split(flat.view(-1, width), [lengths[i] for i in order])
+        by_batch = dict(zip(order, rows, strict=True))
+        return torch.cat([by_batch[index] for index in range(count)])
 
 
 def calibration_batches(
@@ -163,38 +163,33 @@ def calibration_batches(
 
     Args:
         source: where they come from.
-        config: how many, and how many at once.
-        seed: of the choice.
+        config: number of samples and batch size.
+        seed: seed of the choice.
 
     Returns:
-        The batches.
+        ``config.num_batches`` batches of nearly equal size; a remainder is left out.
 
     Raises:
-        ConfigurationError: when there are not as many.
+        ConfigurationError: if the data has fewer samples.
     """
-    count, size = config.batches
+    count = config.num_batches
+    size = config.num_samples // count
     try:
         return source.batches(count, size, seed)
     except ConfigurationError as error:
         raise ConfigurationError(
-            f"num_samples={config.num_samples} ({count} batches of {size}) cannot be "
-            f"had; lower num_samples, or see the reason: {error}"
+            f"num_samples={config.num_samples} ({count} batches of {size}) is more than "
+            f"the data provides; lower num_samples. {error}"
         ) from error
 
 
-def _copy(batch: Any) -> Any:
-    return tree_map(
-        lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch
-    )
-
-
-def _require_evaluation(model: torch.nn.Module) -> None:
+def _require_evaluation_mode(model: torch.nn.Module) -> None:
     training = [name for name, module in model.named_modules() if module.training]
     if training:
         raise ConfigurationError(
-            f"structures must be scored in evaluation mode, but {training[0] or 'the model'!r}"
-            " is in training mode, where a BatchNorm takes out the scale of the channel "
-            "before it; do not call train() in the loss."
+            "structures must be scored in evaluation mode, but "
+            f"{training[0] or 'the model'!r} is in training mode, where BatchNorm cancels "
+            "the scale of the channel before it; do not call train() in the loss."
         )
 
 
@@ -202,9 +197,8 @@ def _require_statistics(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise ConfigurationError(
-                f"batch statistics missing: {name!r} keeps no running mean and variance "
-                "(track_running_stats=False), so that even in evaluation mode it takes "
-                "out the scale of the channel before it and structures cannot be scored; "
-                "make it with track_running_stats=True and train, or use "
-                "method='magnitude'."
+                f"structures cannot be scored because {name!r} keeps no running mean and "
+                "variance (track_running_stats=False), so it cancels the scale of the "
+                "channel before it even in evaluation mode; create it with "
+                "track_running_stats=True and train, or use method='magnitude'."
             )

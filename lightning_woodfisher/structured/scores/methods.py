@@ -1,12 +1,12 @@
-"""How much the loss is expected to suffer when a structure is removed.
+"""Score structures by one of the methods: the expected rise of the loss on removal.
 
 =============  ===========================================================================
-``sosp_i``     pairs of structures by the Gauss-Newton matrix: :mod:`.pair_scores`
+``sosp_i``     pairs of structures by the Gauss-Newton matrix: :mod:`.sosp_i`
 ``sosp_h``     ``|θ_s·g| + ½|θ_s·(H Σ_s' θ_s')|`` (SOSP; Nonnenmacher et al. 2022)
 ``hap``        ``Σ_layers Tr(H_cc) / p_c · ‖w_c‖²`` (HAP; Yu et al. 2022)
 ``magnitude``  root of the mean over layers of the squared L2 norm; not divided by the
-               number of entries, for an initialisation scaled by fan-in has filters of
-               equal norm, whatever the layer
+               number of entries, because an initialization scaled by fan-in gives filters
+               of equal norm in every layer
 ``random``     uniform
 =============  ===========================================================================
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 __all__ = ["StructureScores", "score_structures"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,29 +27,27 @@ from torch import Tensor
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import LossSource
-from lightning_woodfisher.data.sampled_labels import UnlabelledBatches
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group
-from lightning_woodfisher.structured.scores.contributions import Contributions
 from lightning_woodfisher.structured.scores.evaluation import Evaluation
 from lightning_woodfisher.structured.scores.hessian_products import (
-    hessian_traces,
-    sosp_h,
+    score_hap,
+    score_sosp_h,
 )
-from lightning_woodfisher.structured.scores.pair_scores import PairScores
-from lightning_woodfisher.structured.scores.vectors import StructureVectors
+from lightning_woodfisher.structured.scores.sosp_i import PairScores, score_pairs
+from lightning_woodfisher.structured.scores.vectors import ROLES
 
 
 @dataclass(frozen=True, eq=False)
 class StructureScores:
-    """Scores of all structures; the lowest go first.
+    """Scores of all structures; the lowest are removed first.
 
     Attributes:
-        values: float64 ``[group.size]`` for each group, on the CPU. Of SOSP-I the sums of
-            the rows of A.
-        pairs: the matrix A of SOSP-I, otherwise None.
-        notes: figures for the log: ``share_negative``, and of HAP ``probes`` and
+        values: float64 ``[group.size]`` for each group, on the CPU; for SOSP-I the row
+            sums of A.
+        pairs: the matrix A for SOSP-I, otherwise None.
+        notes: numbers for the report: ``share_negative``, and for HAP ``probes`` and
             ``probe_agreement``.
     """
 
@@ -64,97 +62,50 @@ def score_structures(
     config: StructureConfig,
     comm: Communicator | None = None,
 ) -> StructureScores:
-    """Score all structures; leaves no trace in the model.
+    """Score all structures; the model is left unchanged.
 
     Args:
         source: where losses come from.
-        groups: the structures.
+        groups: groups of structures of the model.
         config: the method and its samples.
-        comm: the ranks; they get the same bits, however many there are.
+        comm: the ranks, which all get the same bits; the default process group if None.
 
     Returns:
         The scores.
 
     Raises:
-        PruningError: when a score is not finite, or the ranks differ.
+        PruningError: if a score is not finite, or the ranks differ.
     """
     comm = comm or Communicator()
-    vectors = StructureVectors(source.model, groups, config.structure)
-    pairs, notes = None, {}
+    evaluation = Evaluation(source, groups, config, comm)
+    vectors, sizes = evaluation.vectors, [group.size for group in groups]
+    pairs: PairScores | None = None
+    notes: dict[str, float] = {}
     if config.method == "random":
-        values = _random(vectors, config.seed)
+        seed = derive_seed(config.seed, "random structures")
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.rand(vectors.size, generator=generator, dtype=torch.float64)
     elif config.method == "magnitude":
-        values = _magnitudes(vectors)
+        roles = ROLES[config.structure]
+        layers = [len({m.module for m in g.of_role(*roles)}) for g in groups]
+        squares = vectors.inner_products(vectors.parameters)
+        values = (
+            squares / torch.tensor(layers).repeat_interleave(torch.tensor(sizes))
+        ).sqrt()
     else:
-        evaluation = Evaluation(source, vectors, config, comm)
         with evaluation.session():
             if config.method == "sosp_i":
-                pairs = _sosp_i(evaluation, config)
+                pairs = score_pairs(evaluation)
                 values = pairs.row_sums()
             elif config.method == "sosp_h":
-                first, second = sosp_h(evaluation)
-                values = first.abs() + 0.5 * second.abs()
+                values = score_sosp_h(evaluation)
             else:
                 seed = derive_seed(config.seed, "hap")
-                estimate = hessian_traces(evaluation, config.probes, seed)
-                values = estimate.scores
-                notes["probes"] = float(estimate.probes)
-                notes["probe_agreement"] = estimate.agreement
+                values, notes = score_hap(evaluation, config.probes, seed)
     if not bool(values.isfinite().all()):
-        raise PruningError(f"method={config.method!r} gave scores that are not finite")
-    comm.require_equal(
-        values.view(torch.int64).sum().to(comm.device), "the scores of structures"
-    )
+        raise PruningError(
+            f"method={config.method!r} computed scores that are not finite"
+        )
+    comm.require_equal(values, "the scores of structures")
     notes["share_negative"] = float((values < 0).double().mean())
-    return StructureScores(vectors.split(values), pairs, notes)
-
-
-def _random(vectors: StructureVectors, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(derive_seed(seed, "random structures"))
-    return torch.rand(vectors.size, generator=generator, dtype=torch.float64)
-
-
-def _magnitudes(vectors: StructureVectors) -> Tensor:
-    squares = vectors.inner([p.detach() for p in vectors.parameters])
-    layers = [
-        torch.full((group.size,), len(vectors.layers_of(place)), dtype=torch.float64)
-        for place, group in enumerate(vectors.groups)
-    ]
-    return (squares / torch.cat(layers)).sqrt()
-
-
-def _sosp_i(evaluation: Evaluation, config: StructureConfig) -> PairScores:
-    model, size = evaluation.source.model, evaluation.vectors.size
-    watched = Contributions(model, evaluation.vectors, evaluation.source.predictor)
-
-    def of_loss(loss: Callable[[], Tensor], scale: float) -> Tensor:
-        value = loss() * scale
-        outputs = watched.take_outputs()
-        # The loss is a mean, and a row belongs to one sample.
-        return watched.backward(outputs, value * len(outputs[0][1]))
-
-    def of_logits(loss: Callable[[], Tensor], scale: float) -> Tensor:
-        loss()
-        logits = watched.logits()
-        outputs = watched.take_outputs()
-        share = logits.detach().double().softmax(dim=1)
-        classes = share.shape[1]
-        rows = []
-        for label in range(classes):
-            # A column of a root of diag(p) - ppᵀ, the Hessian of the softmax cross-entropy.
-            root = -share
-            root[:, label] += 1
-            root *= share[:, label : label + 1].sqrt() * scale
-            more = label < classes - 1
-            rows.append(watched.backward(outputs, logits, root.to(logits), retain=more))
-        return torch.cat(rows)
-
-    with watched.watching():
-        batches = evaluation.batches()
-        first_order = found = evaluation.rows(batches, of_loss, size)
-        if config.labels == "logits":
-            found = evaluation.rows(evaluation.batches(), of_logits, size)
-        elif config.labels == "sampled":
-            drawn = UnlabelledBatches(evaluation.batches(), evaluation.seed, model)
-            found = evaluation.rows(drawn, of_loss, size)
-    return PairScores(found, len(first_order), first_order.mean(dim=0))
+    return StructureScores(torch.split(values, sizes), pairs, notes)

@@ -1,15 +1,15 @@
 """The vectors θ_s: the weights of one structure, and zero everywhere else.
 
-Only what produces a channel counts (filter, bias, norm), never the input slices of the
-layers that read it: setting either to zero changes the function in the same way.
+Only the tensors that produce a channel count (filter, bias, norm), not the input slices of
+the layers that read it: setting either to zero changes the network in the same way.
 Shapes: S structures of all groups, in order of the groups; P parameters.
 """
 
 from __future__ import annotations
 
-__all__ = ["Part", "StructureVectors", "add_slices"]
+__all__ = ["ROLES", "ParameterSlices", "StructureVectors", "sum_products"]
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.structured.config import StructureKind
-from lightning_woodfisher.structured.graph.groups import Group, Role
+from lightning_woodfisher.structured.graph.groups import Group, Member, Role
 
-_ROLES: dict[StructureKind, tuple[Role, ...]] = {
+#: The roles of the entries that make up a structure.
+ROLES: dict[StructureKind, tuple[Role, ...]] = {
     "conv": ("producer", "bias"),
     "bn": ("norm",),
     "conv+bn": ("producer", "bias", "norm"),
@@ -27,27 +28,16 @@ _ROLES: dict[StructureKind, tuple[Role, ...]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ParameterSlices(Member):
     """The slices of one parameter that belong to the structures of one group.
 
+    As :class:`.Member`, but ``structure_of`` holds indices among all S structures.
+
     Args:
-        group: place of the group.
-        module: name of the module.
-        tensor: name of the parameter in it.
-        role: what the slices are.
-        parameter: the parameter.
-        axis: along which the slices lie.
-        structure_of: int64 ``[size of the axis]`` on the CPU: number among all S
-            structures, or -1.
+        parameter: index of the parameter in :attr:`StructureVectors.parameters`.
     """
 
-    group: int
-    module: str
-    tensor: str
-    role: Role
-    parameter: nn.Parameter
-    axis: int
-    structure_of: Tensor
+    parameter: int
 
 
 class StructureVectors:
@@ -59,91 +49,69 @@ class StructureVectors:
         kind: which entries make up a structure.
 
     Attributes:
-        groups: as given.
-        parts: where the entries lie.
-        parameters: the parameters of the parts, each once.
+        slices: where the entries are.
+        parameters: the parameters with such entries, each once.
         size: S.
 
     Raises:
-        ConfigurationError: for a group without any such entry, or one that does not fit
-            the model.
+        ConfigurationError: if there are no groups, two groups have the same name, a group
+            has no such entry, or a group does not fit the model.
     """
 
     def __init__(
         self, model: nn.Module, groups: Sequence[Group], kind: StructureKind
     ) -> None:
-        if not groups:
-            raise ConfigurationError("there is no group of structures to score.")
-        self.groups = tuple(groups)
-        self.parts: list[Part] = []
-        self._sizes = [group.size for group in groups]
-        self.size = sum(self._sizes)
-        first = 0
-        for place, group in enumerate(groups):
-            parts = _parts(model, place, group, kind, first)
-            if not any(part.role in {"producer", "norm"} for part in parts):
+        if not groups or len({group.name for group in groups}) != len(groups):
+            raise ConfigurationError(
+                "structures cannot be scored without groups, or with two groups of the "
+                "same name; pass the groups that trace_groups returns."
+            )
+        self.slices: list[ParameterSlices] = []
+        self.size = 0
+        unique: dict[int, nn.Parameter] = {}
+        named = dict(model.named_parameters(remove_duplicate=False))
+        for group in groups:
+            members = group.of_role(*ROLES[kind])
+            if not any(member.role in {"producer", "norm"} for member in members):
                 raise ConfigurationError(
                     f"structure={kind!r}: group {group.name!r} has no such layer; use "
-                    "structure='conv' or 'conv+bn', or leave the group out."
+                    "structure='conv' or 'conv+bn', or exclude the group."
                 )
-            self.parts += parts
-            first += group.size
-        unique = {id(part.parameter): part.parameter for part in self.parts}
+            for member in members:
+                owners = member.structure_of.cpu()
+                parameter = named.get(member.name)
+                if parameter is None or parameter.shape[member.axis] != len(owners):
+                    raise ConfigurationError(
+                        f"group {group.name!r} expects {len(owners)} slices on axis "
+                        f"{member.axis} of {member.name!r}, which {type(model).__name__} "
+                        "does not have; the groups belong to another network, so trace "
+                        "them again."
+                    )
+                unique[id(parameter)] = parameter
+                shifted = torch.where(owners >= 0, owners + self.size, owners)
+                settings = {**vars(member), "structure_of": shifted}
+                index = list(unique).index(id(parameter))
+                self.slices.append(ParameterSlices(**settings, parameter=index))
+            self.size += group.size
         self.parameters = list(unique.values())
 
-    def layers_of(self, group: int) -> set[str]:
-        """Name the layers in which the structures of a group have entries.
+    def masks(self, slices: Iterable[ParameterSlices]) -> list[Tensor]:
+        """Mark the entries of some slices.
 
         Args:
-            group: its place.
+            slices: some of ``slices``.
 
         Returns:
-            Names of modules.
+            One bool tensor for each of ``parameters``, of its shape.
         """
-        return {part.module for part in self.parts if part.group == group}
+        masks = [torch.zeros_like(p, dtype=torch.bool) for p in self.parameters]
+        for one in slices:
+            mask = masks[one.parameter]
+            where = (one.structure_of >= 0).nonzero().flatten()
+            mask.index_fill_(one.axis, where.to(mask.device), True)
+        return masks
 
-    def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Cut numbers of all structures into those of the groups.
-
-        Args:
-            values: ``[S]``.
-
-        Returns:
-            One tensor ``[group.size]`` for each group.
-        """
-        return tuple(torch.split(values, self._sizes))
-
-    def sum(self) -> list[Tensor]:
-        """Add the vectors of all structures.
-
-        Returns:
-            One tensor for each of ``parameters``: the weights, zero where an entry
-            belongs to no structure.
-        """
-        return [
-            parameter.detach() * mask
-            for parameter, mask in zip(self.parameters, self.masks(), strict=True)
-        ]
-
-    def masks(self, *roles: Role) -> list[Tensor]:
-        """Mark the entries that belong to structures.
-
-        Args:
-            roles: only parts with one of these; none given stands for all.
-
-        Returns:
-            One bool tensor for each of ``parameters``.
-        """
-        masks = {id(p): torch.zeros_like(p, dtype=torch.bool) for p in self.parameters}
-        for part in self.parts:
-            if not roles or part.role in roles:
-                where = (part.structure_of >= 0).nonzero().flatten()
-                masks[id(part.parameter)].index_fill_(
-                    part.axis, where.to(part.parameter.device), True
-                )
-        return list(masks.values())
-
-    def inner(self, tensors: Sequence[Tensor | None]) -> Tensor:
+    def inner_products(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Multiply every θ_s by a vector.
 
         Args:
@@ -152,66 +120,34 @@ class StructureVectors:
         Returns:
             float64 ``[S]`` on the CPU.
         """
-        found = {id(p): t for p, t in zip(self.parameters, tensors, strict=True)}
-        result = torch.zeros(self.size, dtype=torch.float64)
-        for part in self.parts:
-            other = found[id(part.parameter)]
-            if other is not None:
-                # A gradient may have a graph, which must not live on.
-                add_slices(
-                    result,
-                    part.parameter.detach().double() * other.detach().double(),
-                    part.axis,
-                    part.structure_of,
-                )
-        return result
+        return sum_products(self.slices, self.parameters, tensors, self.size)
 
 
-def add_slices(result: Tensor, values: Tensor, axis: int, structure_of: Tensor) -> None:
-    """Add the sum of each slice to the number of its structure.
+def sum_products(
+    slices: Iterable[ParameterSlices],
+    left: Sequence[Tensor],
+    right: Sequence[Tensor | None],
+    size: int,
+) -> Tensor:
+    """Multiply two vectors and sum the products over each structure.
 
     Args:
-        result: float64 ``[S]`` on the CPU, changed in place.
-        values: of any shape.
-        axis: along which the slices lie.
-        structure_of: int64 ``[size of the axis]``: place in ``result``, or -1.
+        slices: where the entries of the structures are.
+        left: one tensor for each parameter.
+        right: one tensor for each parameter; None for zeros.
+        size: length of the result.
+
+    Returns:
+        float64 ``[size]`` on the CPU, by ``structure_of`` of the slices.
     """
-    rest = [dim for dim in range(values.dim()) if dim != axis]
-    sums = values.sum(rest, dtype=torch.float64) if rest else values.double()
-    belongs = structure_of >= 0
-    result.index_add_(0, structure_of[belongs], sums.cpu()[belongs])
-
-
-def _parts(
-    model: nn.Module, place: int, group: Group, kind: StructureKind, first: int
-) -> list[Part]:
-    parts = []
-    for member in group.of_role(*_ROLES[kind]):
-        parameter = dict(model.named_parameters(remove_duplicate=False)).get(
-            member.name
-        )
-        if parameter is None:
-            raise ConfigurationError(
-                f"group {group.name!r} names {member.name!r}, which is no parameter of "
-                f"{type(model).__name__}."
-            )
-        numbers = member.structure_of.cpu()
-        if parameter.shape[member.axis] != len(numbers):
-            raise ConfigurationError(
-                f"group {group.name!r} has {len(numbers)} slices of {member.name!r} on "
-                f"axis {member.axis}, whose size is {parameter.shape[member.axis]}; the "
-                "groups are of another network."
-            )
-        numbers = torch.where(numbers >= 0, numbers + first, numbers)
-        parts.append(
-            Part(
-                place,
-                member.module,
-                member.tensor,
-                member.role,
-                parameter,
-                member.axis,
-                numbers,
-            )
-        )
-    return parts
+    result = torch.zeros(size, dtype=torch.float64)
+    for one in slices:
+        other = right[one.parameter]
+        if other is not None:
+            # The graph of a gradient must not be kept alive.
+            values = left[one.parameter].detach().double() * other.detach().double()
+            rest = [dim for dim in range(values.dim()) if dim != one.axis]
+            sums = values.sum(rest) if rest else values
+            belongs = one.structure_of >= 0
+            result.index_add_(0, one.structure_of[belongs], sums.cpu()[belongs])
+    return result

@@ -1,34 +1,49 @@
-"""Convolutions of which some filters are 1×1 (neural implants; Yu et al. 2022).
+"""Neural implants in convolutions: where they are possible, as masks, and as layers.
 
-With an odd kernel and padding that keeps the middle in place, a k×k filter of which only
-the centre tap is not zero is a 1×1 filter. So an implant is trained in place under a mask,
-and afterwards takes a smaller layer: :class:`ImplantedConv`.
+An implant is a 1×1 filter in place of a k×k filter (Yu et al., "Hessian-aware pruning and
+optimal neural implant", WACV 2022). With an odd kernel and padding that keeps its center
+in place, a k×k filter whose only nonzero tap is the center is a 1×1 filter. So implants
+train as a mask, and become an :class:`ImplantedConv` in the exported network.
 """
 
 from __future__ import annotations
 
-__all__ = ["ImplantedConv", "arrangement", "centre", "implantable"]
+__all__ = [
+    "ImplantedConv",
+    "center_tap",
+    "implant_masks",
+    "implantable_layers",
+    "parameter_names",
+    "sort_keys",
+]
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_woodfisher.structured.graph.groups import Group, Member
+from lightning_woodfisher.structured.graph.groups import (
+    Group,
+    Member,
+    StructureIndices,
+    resolve_structures,
+)
 
 
 class ImplantedConv(nn.Module):
-    """Whole filters and 1×1 filters side by side, in this order.
+    """A convolution with k×k filters, followed by 1×1 filters.
+
+    Its parameters have no memory until they are replaced.
 
     Args:
-        conv: an implantable convolution; the last filters keep their centre taps only.
-        rows: how many of them.
+        conv: a convolution that can have implants.
+        rows: number of 1×1 filters, the last ones.
 
     Attributes:
-        kept: convolution with the whole filters.
+        kept: convolution with the k×k filters.
         implant: convolution with the 1×1 filters, of the same stride.
     """
 
@@ -37,39 +52,35 @@ class ImplantedConv(nn.Module):
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.stride, self.kernel_size = conv.stride, conv.kernel_size
         kind: Any = type(conv)
-        bias = conv.bias is not None
-        whole = conv.out_channels - rows
-        # Without memory, and without a draw from the generator.
+        # On the meta device no random numbers are drawn.
+        options: Any = {"bias": conv.bias is not None, "device": "meta"}
         self.kept = kind(
             conv.in_channels,
-            whole,
+            conv.out_channels - rows,
             conv.kernel_size,
             conv.stride,
             conv.padding,
             conv.dilation,
-            bias=bias,
             padding_mode=conv.padding_mode,
-            device="meta",
+            **options,
         )
-        self.implant = kind(
-            conv.in_channels, rows, 1, conv.stride, bias=bias, device="meta"
-        )
+        self.implant = kind(conv.in_channels, rows, 1, conv.stride, **options)
         self.train(conv.training)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Convolve.
+        """Apply both convolutions.
 
         Args:
             inputs: ``[n, in_channels, ...]``.
 
         Returns:
-            ``[n, out_channels, ...]``, the whole filters first.
+            ``[n, out_channels, ...]``, the outputs of the k×k filters first.
         """
         return torch.cat([self.kept(inputs), self.implant(inputs)], dim=1)
 
 
-def centre(conv: nn.Module) -> dict[int, int]:
-    """Find the centre tap of a filter.
+def center_tap(conv: nn.Module) -> dict[int, int]:
+    """Find the center tap of the filters of a convolution.
 
     Args:
         conv: a convolution.
@@ -78,32 +89,46 @@ def centre(conv: nn.Module) -> dict[int, int]:
         Position by axis of the weight.
     """
     sizes: Any = conv.kernel_size
-    return {axis + 2: size // 2 for axis, size in enumerate(sizes)}
+    return {axis: size // 2 for axis, size in enumerate(sizes, start=2)}
 
 
-def implantable(
+def parameter_names(model: nn.Module) -> dict[int, list[str]]:
+    """List the names of each parameter in the distinct modules of a model.
+
+    Args:
+        model: the network.
+
+    Returns:
+        Names by id of the parameter; more than one if layers share it.
+    """
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, False, False):
+            names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def implantable_layers(
     model: nn.Module, groups: Iterable[Group]
 ) -> dict[str, tuple[str, ...]]:
-    """Find the layers that implants can be made in.
+    """Find the layers that can have implants.
 
-    Filters with one tap save nothing and stay as they are; so do those of grouped
-    convolutions, and those whose kernel or padding has no middle.
+    Excluded are 1×1 filters, which would save nothing, grouped convolutions, and
+    convolutions whose kernel or padding has no center.
 
     Args:
         model: the network.
         groups: its groups.
 
     Returns:
-        Names of convolutions by group name; only groups with any.
+        Names of convolutions by group name. Groups without any are left out.
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    names = parameter_names(model)
     found = {}
     for group in groups:
-        if any(_segments(member, group.size) is None for member in group.members):
+        if any(
+            _copies_of_group(member, group.size) is None for member in group.members
+        ):
             continue
         layers = tuple(
             member.module
@@ -111,59 +136,89 @@ def implantable(
             if member.module
             and member.structure_of.tolist() == list(range(group.size))
             and member.axis == 0
-            and _has_middle(model.get_submodule(member.module), owners)
+            and _has_center(model.get_submodule(member.module), names)
         )
         if layers:
             found[group.name] = layers
     return found
 
 
-def arrangement(member: Member, size: int, last: Tensor) -> Tensor:
-    """Find where slices go when some structures move behind the others.
+def implant_masks(
+    model: nn.Module, groups: Iterable[Group], implanted: StructureIndices
+) -> dict[str, Tensor]:
+    """Find the entries to set to zero to make structures implants.
 
     Args:
-        member: of a group for which :func:`implantable` has found layers.
-        size: structures of the group.
+        model: the network.
+        groups: its groups.
+        implanted: the structures.
+
+    Returns:
+        bool tensors of the parameters' shapes by name, True for all taps of their filters
+        but the center.
+    """
+    groups = tuple(groups)
+    layers = implantable_layers(model, groups)
+    masks: dict[str, Tensor] = {}
+    for group, structures in resolve_structures(groups, implanted):
+        for layer in layers[group.name]:
+            conv: Any = model.get_submodule(layer)
+            mask = torch.zeros_like(conv.weight, dtype=torch.bool)
+            mask[structures.to(mask.device)] = True
+            center: Any = (..., *center_tap(conv).values())
+            mask[center] = False
+            masks[f"{layer}.weight"] = mask
+    return masks
+
+
+def sort_keys(member: Member, size: int, last: Tensor) -> Tensor:
+    """Compute the new positions of slices if some structures move behind the others.
+
+    Args:
+        member: of a group for which :func:`implantable_layers` has found layers.
+        size: number of structures of the group.
         last: the structures that move, int64.
 
     Returns:
-        int64, sorting by which puts the slices in their new order; a slice of another
-        group keeps its position.
+        int64 ``[size of the axis]``. Slices of other groups keep their positions.
     """
     keys = torch.arange(len(member.structure_of))
-    behind = torch.isin(member.structure_of, last)
-    for start, stop in _segments(member, size) or ():
-        order = torch.sort(behind[start:stop].int(), stable=True).indices
+    is_last = torch.isin(member.structure_of, last)
+    for start, stop in _copies_of_group(member, size) or ():
+        order = torch.sort(is_last[start:stop].int(), stable=True).indices
         keys[start + order] = torch.arange(start, stop)
     return keys
 
 
-def _has_middle(conv: nn.Module, owners: Mapping[int, int]) -> bool:
+def _has_center(conv: nn.Module, names: dict[int, list[str]]) -> bool:
+    """Check if the filters of a layer have a center tap, and are its own."""
     if type(conv) not in {nn.Conv1d, nn.Conv2d, nn.Conv3d} or conv.groups != 1:
         return False
-    if any(owners[id(p)] > 1 for p in conv._parameters.values() if p is not None):
+    if any(len(names[id(parameter)]) > 1 for parameter in conv.parameters(False)):
         return False
     sizes: Any = conv.kernel_size
     steps: Any = conv.dilation
-    middle = tuple(d * (k - 1) // 2 for d, k in zip(steps, sizes, strict=True))
-    odd = all(size % 2 for size in sizes)
-    return odd and math.prod(sizes) > 1 and conv.padding in {middle, "same"}
+    centered = tuple(d * (k - 1) // 2 for d, k in zip(steps, sizes, strict=True))
+    is_odd = all(size % 2 for size in sizes)
+    return is_odd and math.prod(sizes) > 1 and conv.padding in {centered, "same"}
 
 
-def _segments(member: Member, size: int) -> list[tuple[int, int]] | None:
-    """Cut an axis into copies of the group; None where it holds anything else."""
-    owner = member.structure_of.tolist()
-    found: list[tuple[int, int]] = []
-    start = 0
-    for place in range(1, len(owner) + 1):
-        ends = place == len(owner) or owner[place] < owner[place - 1]
-        if ends or (owner[place] >= 0) != (owner[place - 1] >= 0):
-            if owner[start] >= 0:
-                found.append((start, place))
-            start = place
-    for first, stop in found:
-        repeats, rest = divmod(stop - first, size)
-        whole = [s for s in range(size) for _ in range(repeats)]
-        if rest or owner[first:stop] != whole:
+def _copies_of_group(member: Member, size: int) -> list[tuple[int, int]] | None:
+    """Find (start, stop) of each copy of a group on an axis; None if there is more."""
+    # A copy has the slices of all structures in order, the same number of each.
+    owner = member.structure_of
+    is_start = torch.ones(len(owner), dtype=torch.bool)
+    is_start[1:] = (owner[1:] < owner[:-1]) | ((owner[1:] < 0) != (owner[:-1] < 0))
+    starts = is_start.nonzero().flatten().tolist()
+    copies = [
+        (start, stop)
+        for start, stop in zip(starts, [*starts[1:], len(owner)], strict=True)
+        if owner[start] >= 0
+    ]
+    for start, stop in copies:
+        repeats = (stop - start) // size
+        if owner[start:stop].tolist() != [
+            s for s in range(size) for _ in range(repeats)
+        ]:
             return None
-    return found
+    return copies

@@ -1,24 +1,27 @@
-"""Cut structures out of a model, and do the same to a fresh one later.
+"""Cut structures out of a model, and repeat this on a fresh model later.
 
-A :class:`RemovalPlan` says which slices of which tensors stay. It is plain numbers, so it
-can be saved next to the weights: the dense model is built as ever, the plan makes it
-small, and the weights fit.
+A :class:`RemovalPlan` lists the slices of tensors that are kept. It is plain data and is
+saved with the weights: build the dense model as usual, apply the plan, and load the
+weights. Optimizers follow with :func:`update_optimizers`.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "Cut",
     "RemovalPlan",
     "Replacement",
     "load_shrunk",
     "plan_removal",
     "save_shrunk",
     "shrink",
+    "update_optimizers",
 ]
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +29,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.optim import LBFGS, Optimizer
 
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.distributed.dtensor import is_sharded
-from lightning_woodfisher.structured.graph.channels import Chosen, resolve, tensor_of
-from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.graph.groups import (
+    Group,
+    StructureIndices,
+    find_tensor,
+    require_sizes,
+    resolve_structures,
+)
 from lightning_woodfisher.structured.shrink.implanted_conv import (
     ImplantedConv,
-    arrangement,
-    centre,
-    implantable,
+    center_tap,
+    implantable_layers,
+    parameter_names,
+    sort_keys,
 )
 
 _PLAN, _WEIGHTS = "plan.json", "weights.pt"
@@ -44,11 +54,11 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays of one axis.
+    """The slices of one axis that are kept.
 
     Args:
-        size: slices before.
-        kept: positions of those that stay, in the order that they take.
+        size: number of slices before.
+        kept: positions of the kept slices, in their new order.
     """
 
     size: int
@@ -57,123 +67,91 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """A parameter that took the place of another one.
+    """A parameter of the dense model and its replacement in the shrunk model.
 
     Args:
         old: the parameter before.
         new: the parameter of the shrunk model.
-        kept: int64 positions of the slices that stayed, by axis.
+        kept: int64 positions of the kept slices, by axis.
     """
 
     old: nn.Parameter
     new: nn.Parameter
     kept: Mapping[int, Tensor]
 
-    def cut(self, tensor: Tensor) -> Tensor:
-        """Cut a tensor of the old parameter's shape.
-
-        Args:
-            tensor: such as the momentum.
-
-        Returns:
-            A new tensor of the new parameter's shape.
-        """
-        return _cut(tensor, self.kept)
-
 
 @dataclass(frozen=True)
 class RemovalPlan:
-    """The slices that stay, and the sizes that layers have then.
+    """The slices of a model that are kept.
 
     Args:
-        tensors: what stays of each axis that shrinks, by name of the tensor in
-            ``state_dict``; a tensor of several layers under each of its names.
-        attributes: new values of attributes such as ``out_channels``, by module name.
-        implants: how many filters of a convolution, the last ones, are 1×1, by module
-            name; it becomes an :class:`.ImplantedConv`.
+        tensors: what is kept of each axis that shrinks, by name of the tensor in
+            ``state_dict``. A tensor shared by layers is listed under each of its names.
+        implants: number of filters of a convolution, the last ones, that are 1×1, by module
+            name. The convolution becomes an :class:`.ImplantedConv`.
     """
 
     tensors: Mapping[str, Mapping[int, Cut]] = field(default_factory=dict)
-    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     implants: Mapping[str, int] = field(default_factory=dict)
 
     def apply(self, model: nn.Module) -> tuple[Replacement, ...]:
         """Shrink a model in place.
 
-        Parameters are replaced by new ones with the same ``requires_grad`` and the cut
-        ``.grad``; what refers to the old ones, like an optimizer, needs the
-        replacements. Tensors that layers share stay shared. A model that the plan was
-        not made for is refused with a ConfigurationError before anything changes.
+        Parameters are replaced by new ones with the same ``requires_grad`` and the kept
+        slices of ``.grad``. Objects that hold the old ones, such as an optimizer, need the
+        replacements. Tensors shared by layers stay shared. If the plan does not fit the
+        model, a ConfigurationError is raised before anything changes.
 
         Args:
-            model: of the sizes that the plan was made for.
+            model: the dense model.
 
         Returns:
-            What was replaced by what.
+            The replaced parameters.
         """
-        places = [
-            (*self._place(model, name), cuts) for name, cuts in self.tensors.items()
-        ]
-        modules = {name: model.get_submodule(name) for name in self.attributes}
+        places = [self._find(model, name) for name in self.tensors]
         self._require_implantable(model)
         done: dict[int, Tensor] = {}
         replacements = []
-        for owner, key, cuts in places:
-            old = owner[key]
+        for (tensors, key), cuts in zip(places, self.tensors.values(), strict=True):
+            old = tensors[key]
             if id(old) not in done:
-                kept = {
-                    a: torch.tensor(c.kept, device=old.device) for a, c in cuts.items()
-                }
-                new = _cut(old.detach(), kept)
+                kept = {axis: torch.tensor(cut.kept) for axis, cut in cuts.items()}
                 if isinstance(old, nn.Parameter):
-                    new = nn.Parameter(new, old.requires_grad)
-                    if old.grad is not None:
-                        new.grad = _cut(old.grad, kept)
-                    replacements.append(Replacement(old, new, kept))
-                done[id(old)] = new
-            owner[key] = done[id(old)]
-        for name, values in self.attributes.items():
-            for attribute, value in values.items():
-                setattr(modules[name], attribute, value)
+                    replacements.append(_replace(old, kept))
+                    done[id(old)] = replacements[-1].new
+                else:
+                    done[id(old)] = _cut(old, kept)
+            tensors[key] = done[id(old)]
+        for path in {name.rpartition(".")[0] for name in self.tensors}:
+            _update_sizes(model.get_submodule(path))
         for name, rows in self.implants.items():
             replacements = _implant(model, name, rows, replacements)
         return tuple(replacements)
 
     def to_json(self) -> dict[str, Any]:
-        """Give the plan as plain JSON data.
+        """Convert the plan to plain data.
 
         Returns:
-            Nested dicts of strings, numbers and lists.
+            Nested dicts of numbers and tuples.
         """
-        return {
-            "version": _VERSION,
-            "tensors": {
-                name: {
-                    str(axis): {"size": cut.size, "kept": list(cut.kept)}
-                    for axis, cut in cuts.items()
-                }
-                for name, cuts in self.tensors.items()
-            },
-            "attributes": {n: dict(values) for n, values in self.attributes.items()},
-            "implants": dict(self.implants),
-        }
+        return {"version": _VERSION, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RemovalPlan:
-        """Read what :meth:`to_json` gave.
+        """Read the output of :meth:`to_json`, also after a round trip through JSON.
 
         Args:
-            data: the JSON data.
+            data: the plain data.
 
         Returns:
             The plan.
 
         Raises:
-            ConfigurationError: when the data is no such plan.
+            ConfigurationError: if the data is not a plan of this version.
         """
         if data.get("version") != _VERSION:
             raise ConfigurationError(
-                f"a plan of version {data.get('version')!r} cannot be read, only "
+                f"a plan of version {data.get('version')!r} cannot be read, only version "
                 f"{_VERSION}."
             )
         try:
@@ -184,148 +162,115 @@ class RemovalPlan:
                 }
                 for name, cuts in data["tensors"].items()
             }
-            attributes = {
-                str(name): {str(key): int(value) for key, value in values.items()}
-                for name, values in data["attributes"].items()
-            }
             implants = {str(n): int(rows) for n, rows in data["implants"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigurationError(f"this is no removal plan: {error!r}.") from error
-        return cls(tensors, attributes, implants)
+        return cls(tensors, implants)
+
+    def _find(self, model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+        """Find a tensor in a model and check that its cuts are possible."""
+        tensors, key = find_tensor(model, name)
+        if is_sharded(tensors[key]):
+            raise ConfigurationError(
+                f"{name} is sharded over the ranks; gather the model before you shrink it."
+            )
+        cuts = self.tensors[name]
+        remedy = "the plan was made for another model, or has been applied already"
+        sizes = {axis: cut.size for axis, cut in cuts.items()}
+        require_sizes(name, tensors[key], sizes, remedy)
+        for axis, cut in cuts.items():
+            if not cut.kept or not 0 <= min(cut.kept) <= max(cut.kept) < cut.size:
+                raise ConfigurationError(
+                    f"the plan keeps {len(cut.kept)} slices of {name} on axis {axis} "
+                    f"that are not all in 0 to {cut.size - 1}."
+                )
+        return tensors, key
 
     def _require_implantable(self, model: nn.Module) -> None:
         for name, rows in self.implants.items():
-            conv = model.get_submodule(name)
-            weight = self.tensors.get(f"{name}.weight", {}).get(0)
-            if (
-                not isinstance(conv, _ConvNd)
-                or not weight
-                or not 0 < rows < len(weight.kept)
-            ):
+            filters = self.tensors.get(f"{name}.weight", {}).get(0)
+            is_conv = isinstance(model.get_submodule(name), _ConvNd)
+            if not is_conv or not filters or not 0 < rows < len(filters.kept):
                 raise ConfigurationError(
-                    f"the plan puts {rows} 1x1 filters into {name!r}, which is no "
+                    f"the plan puts {rows} 1x1 filters into {name!r}, which is not a "
                     "convolution with more filters; it was made for another model."
                 )
-
-    def _place(self, model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-        """Find the dict that holds a tensor and check its size; axes must exist."""
-        path, _, key = name.rpartition(".")
-        try:
-            module = model.get_submodule(path)
-        except AttributeError:
-            module = nn.Module()
-        for owner in (module._parameters, module._buffers):
-            tensor = owner.get(key)
-            if tensor is None:
-                continue
-            if is_sharded(tensor):
-                raise ConfigurationError(
-                    f"{name} is sharded over the ranks; gather the model before it is "
-                    "shrunk."
-                )
-            for axis, cut in self.tensors[name].items():
-                if axis >= tensor.dim() or tensor.shape[axis] != cut.size:
-                    raise ConfigurationError(
-                        f"{name} has shape {tuple(tensor.shape)}, but the plan expects "
-                        f"{cut.size} slices on axis {axis}; it was made for another model, "
-                        "or has been applied already."
-                    )
-                if not cut.kept or not 0 <= min(cut.kept) <= max(cut.kept) < cut.size:
-                    raise ConfigurationError(
-                        f"the plan keeps {len(cut.kept)} slices of {name} on axis {axis} "
-                        f"that are not all in 0 to {cut.size - 1}."
-                    )
-            return owner, key
-        raise ConfigurationError(
-            f"the model has no tensor {name!r}; the plan was made for another model."
-        )
 
 
 def plan_removal(
     model: nn.Module,
     groups: Iterable[Group],
-    removed: Chosen,
-    implanted: Chosen | None = None,
+    removed: StructureIndices,
+    implanted: StructureIndices | None = None,
 ) -> RemovalPlan:
-    """Plan to cut structures out of a model; the model stays as it is.
+    """Plan the removal of structures from a model, which stays unchanged.
 
-    Implanted structures move behind the others, in every tensor of their group.
+    Implanted structures move behind the others in every tensor of their group.
 
     Args:
         model: the network.
         groups: its groups.
-        removed: the structures that go, by group name.
-        implanted: the structures whose filters keep their centre taps only.
+        removed: the structures to remove, by group name.
+        implanted: the structures whose filters keep only their center taps.
 
     Returns:
         The plan.
 
     Raises:
-        ConfigurationError: for a group or a structure that does not exist, or when
-            nothing would stay of a layer.
+        ConfigurationError: for a group or a structure that does not exist, or if nothing
+            would be left of a layer.
     """
     groups = tuple(groups)
-    keep: dict[tuple[str, int], Tensor] = {}
-    order: dict[tuple[str, int], Tensor] = {}
+    layers = implantable_layers(model, groups) if implanted else {}
     implants: dict[str, int] = {}
-    layers = implantable(model, groups) if implanted else {}
-    for group, structures in resolve(groups, implanted or {}):
+    # Slices in their new order have ascending keys; those to remove have -1.
+    keys: dict[tuple[str, int], Tensor] = {}
+    for group, structures in resolve_structures(groups, implanted or {}):
         if group.name not in layers:
             raise ConfigurationError(
                 f"the layers of group {group.name!r} cannot have implants."
             )
         implants |= dict.fromkeys(layers[group.name], len(structures))
         for member in group.members:
-            tensor_of(model, member)
-            place = member.name, member.axis
-            moved = arrangement(member, group.size, structures)
+            member.find_in(model)
+            moved = sort_keys(member, group.size, structures)
+            earlier = keys.setdefault(member.place, moved)
             # Other groups have other slices of the axis.
-            stays = torch.arange(len(moved))
-            earlier = order.get(place, stays)
-            order[place] = torch.where(moved != stays, moved, earlier)
-            keep.setdefault(place, torch.ones(len(moved), dtype=torch.bool))
-    for group, structures in resolve(groups, removed):
+            is_moved = moved != torch.arange(len(moved))
+            keys[member.place] = torch.where(is_moved, moved, earlier)
+    for group, structures in resolve_structures(groups, removed):
         for member in group.members:
-            tensor_of(model, member)
-            kept = ~torch.isin(member.structure_of, structures)
-            place = member.name, member.axis
-            keep[place] = keep[place] & kept if place in keep else kept
-    tensors: dict[str, dict[int, Cut]] = {}
-    for (name, axis), kept in sorted(keep.items()):
-        if not bool(kept.any()):
+            member.find_in(model)
+            stays = torch.arange(len(member.structure_of))
+            keys.setdefault(member.place, stays)[member.slices(structures)] = -1
+    tensors: dict[str, dict[int, Cut]] = defaultdict(dict)
+    for (name, axis), order in sorted(keys.items()):
+        number = int((order >= 0).sum())
+        if not number:
             raise ConfigurationError(
                 f"nothing of {name} would be left on axis {axis}; keep a structure."
             )
-        if not bool(kept.all()) or (name, axis) in order:
-            positions = kept.nonzero().flatten()
-            if (name, axis) in order:
-                positions = positions[order[name, axis][positions].argsort()]
-            tensors.setdefault(name, {})[axis] = Cut(
-                len(kept), tuple(positions.tolist())
-            )
-    attributes = {}
-    for path in sorted({name.rpartition(".")[0] for name in tensors}):
-        module = model.get_submodule(path)
-        values = _attributes(module, path, tensors)
-        if values:
-            attributes[path] = values
+        kept = order.argsort()[-number:].tolist()
+        tensors[name][axis] = Cut(len(order), tuple(kept))
     _require_all_names(model, tensors)
-    return RemovalPlan(tensors, attributes, implants)
+    return RemovalPlan(dict(tensors), implants)
 
 
-def shrink(model: nn.Module, groups: Iterable[Group], removed: Chosen) -> RemovalPlan:
+def shrink(
+    model: nn.Module, groups: Iterable[Group], removed: StructureIndices
+) -> RemovalPlan:
     """Cut structures out of a model, in place.
 
-    To train on, use :func:`plan_removal`, :meth:`RemovalPlan.apply` and
-    ``transplant``, which moves the optimizers to the new parameters.
+    To continue training with the same optimizer, use :func:`plan_removal`,
+    :meth:`RemovalPlan.apply` and :func:`update_optimizers`.
 
     Args:
         model: the network.
-        groups: its groups; of no use after this.
-        removed: the structures that go, by group name.
+        groups: its groups, which no longer fit the model afterwards.
+        removed: the structures to remove, by group name.
 
     Returns:
-        What was done, to be done again on a fresh model.
+        The plan, to apply to a fresh model.
     """
     plan = plan_removal(model, groups, removed)
     plan.apply(model)
@@ -336,9 +281,9 @@ def save_shrunk(folder: str | Path, model: nn.Module, plan: RemovalPlan) -> None
     """Save a shrunk model: its plan and its ``state_dict``.
 
     Args:
-        folder: where to; made if missing.
-        model: the model, after the plan.
-        plan: how it came about from the dense model.
+        folder: where to write. It is created if it does not exist.
+        model: the shrunk model.
+        plan: the plan that was applied to the dense model.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -351,15 +296,15 @@ def load_shrunk(folder: str | Path, model: nn.Module) -> RemovalPlan:
     """Turn a freshly built dense model into a saved shrunk one, in place.
 
     Args:
-        folder: what :func:`save_shrunk` wrote.
+        folder: the folder that :func:`save_shrunk` wrote.
         model: the dense model.
 
     Returns:
         The plan that was applied.
 
     Raises:
-        ConfigurationError: when the folder holds no shrunk model, or one of another
-            dense model.
+        ConfigurationError: if the folder contains no shrunk model, or one made from
+            another dense model.
     """
     folder = Path(folder)
     try:
@@ -367,7 +312,9 @@ def load_shrunk(folder: str | Path, model: nn.Module) -> RemovalPlan:
         plan = RemovalPlan.from_json(json.loads(text))
         state = torch.load(folder / _WEIGHTS, map_location="cpu", weights_only=True)
     except (OSError, json.JSONDecodeError) as error:
-        raise ConfigurationError(f"{folder} holds no shrunk model: {error}") from error
+        raise ConfigurationError(
+            f"{folder} contains no shrunk model: {error}"
+        ) from error
     plan.apply(model)
     try:
         model.load_state_dict(state)
@@ -378,83 +325,137 @@ def load_shrunk(folder: str | Path, model: nn.Module) -> RemovalPlan:
     return plan
 
 
-def _attributes(
-    module: nn.Module, path: str, tensors: Mapping[str, Mapping[int, Cut]]
-) -> dict[str, int]:
-    """Work out the sizes that a layer stores besides its tensors."""
+def update_optimizers(
+    optimizers: Iterable[Optimizer], replacements: Iterable[Replacement]
+) -> None:
+    """Make optimizers continue with the parameters of the shrunk model, in place.
 
-    def size(tensor: str, axis: int) -> int:
-        cut = tensors.get(f"{path}.{tensor}" if path else tensor, {}).get(axis)
-        return len(cut.kept) if cut else int(getattr(module, tensor).shape[axis])
+    State of a parameter's shape, such as momentum, is cut like the parameter. Scalars,
+    such as a step count, are kept. The order of the parameters is kept, so that saved
+    optimizer states remain valid; a convolution with implants has two parameters in the
+    place of one. If state cannot be cut, a ConfigurationError is raised before any
+    optimizer changes.
 
-    if isinstance(module, _ConvTransposeNd):
-        after = {"in_channels": size("weight", 0), "out_channels": size("weight", 1)}
-    elif isinstance(module, _ConvNd):
-        rows, groups = size("weight", 0), module.groups
-        if groups == module.in_channels and groups > 1:
-            # Depthwise: whole convolution groups go with their input channel.
-            groups = groups * rows // module.out_channels
-        inputs = size("weight", 1) * groups
-        after = {"out_channels": rows, "in_channels": inputs, "groups": groups}
-    elif isinstance(module, nn.Linear):
-        after = {"out_features": size("weight", 0), "in_features": size("weight", 1)}
-    elif isinstance(module, _NormBase):
-        known = "running_mean" if module.weight is None else "weight"
-        after = {"num_features": size(known, 0)}
-    elif isinstance(module, nn.PReLU):
-        after = {"num_parameters": size("weight", 0)}
-    else:
-        after = {}
-    return {key: value for key, value in after.items() if getattr(module, key) != value}
+    Args:
+        optimizers: their parameter groups contain the old parameters. Other parameters
+            are unchanged.
+        replacements: the output of :meth:`RemovalPlan.apply`.
+    """
+    optimizers = tuple(optimizers)
+    by_old: dict[Tensor, list[Replacement]] = defaultdict(list)
+    for replacement in replacements:
+        by_old[replacement.old].append(replacement)
+    for optimizer in optimizers:
+        _require_cuttable(optimizer, by_old)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [
+                new
+                for old in group["params"]
+                for new in ([r.new for r in by_old[old]] if old in by_old else [old])
+            ]
+        for old, parts in by_old.items():
+            if old in optimizer.state:
+                state = optimizer.state.pop(old)
+                for part in parts:
+                    optimizer.state[part.new] = {
+                        key: _cut_state(value, part) for key, value in state.items()
+                    }
+
+
+def _cut_state(value: Any, replacement: Replacement) -> Any:
+    if isinstance(value, Tensor) and value.shape == replacement.old.shape:
+        return _cut(value, replacement.kept)
+    # Step counts are tensors as well, and no two parameters may share one.
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _require_cuttable(optimizer: Optimizer, replaced: Collection[Tensor]) -> None:
+    kind = type(optimizer).__name__
+    remedy = "so it cannot be cut; make a new optimizer for the shrunk model."
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for old in (parameter for parameter in parameters if parameter in replaced):
+        if isinstance(optimizer, LBFGS):
+            raise ConfigurationError(
+                f"{kind} keeps one history for all parameters, {remedy}"
+            )
+        for key, value in optimizer.state.get(old, {}).items():
+            is_scalar = not isinstance(value, Tensor) or value.numel() == 1
+            if not is_scalar and value.shape != old.shape:
+                raise ConfigurationError(
+                    f"the state {key!r} of {kind} has shape {tuple(value.shape)}, its "
+                    f"parameter {tuple(old.shape)}, {remedy}"
+                )
+
+
+def _update_sizes(layer: Any) -> None:
+    """Set the sizes that a layer stores to those of its tensors."""
+    if isinstance(layer, _ConvTransposeNd):
+        layer.in_channels, layer.out_channels = layer.weight.shape[:2]
+    elif isinstance(layer, _ConvNd):
+        filters, inputs = layer.weight.shape[:2]
+        if layer.groups == layer.in_channels > 1:
+            # Depthwise: whole convolution groups are removed with their input channel.
+            layer.groups = layer.groups * filters // layer.out_channels
+        layer.out_channels, layer.in_channels = filters, inputs * layer.groups
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, _NormBase):
+        known = layer.running_mean if layer.weight is None else layer.weight
+        layer.num_features = len(known)
+    elif isinstance(layer, nn.PReLU):
+        layer.num_parameters = len(layer.weight)
 
 
 def _require_all_names(model: nn.Module, tensors: Mapping[str, object]) -> None:
-    """Refuse to cut a tensor that a layer outside the groups holds, too."""
-    names: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                name = f"{path}.{key}" if path else key
-                names.setdefault(id(parameter), []).append(name)
-    for alike in names.values():
-        outside = [name for name in alike if name not in tensors]
-        if outside and len(outside) < len(alike):
-            inside = next(name for name in alike if name in tensors)
+    """Check that no layer outside the groups shares a tensor that is cut."""
+    for names in parameter_names(model).values():
+        outside = [name for name in names if name not in tensors]
+        if outside and len(outside) < len(names):
+            inside = next(name for name in names if name in tensors)
             raise ConfigurationError(
-                f"{inside} and {outside[0]} are one tensor, but no group holds the latter."
+                f"{inside} and {outside[0]} are one tensor, but no group contains "
+                f"{outside[0]}."
             )
 
 
 def _implant(
     model: nn.Module, name: str, rows: int, replacements: list[Replacement]
 ) -> list[Replacement]:
-    """Put an ImplantedConv in the place of a convolution, in all of its places."""
+    """Replace a cut convolution by an ImplantedConv everywhere in a model."""
     conv: Any = model.get_submodule(name)
-    made = ImplantedConv(conv, rows)
-    done = {id(replacement.new): replacement for replacement in replacements}
+    implanted = ImplantedConv(conv, rows)
     whole = len(conv.weight) - rows
-    for part, chosen in (("kept", slice(whole)), ("implant", slice(whole, None))):
-        for key in ("weight", "bias"):
-            if getattr(conv, key) is None:
-                continue
-            cut = done[id(getattr(conv, key))]
-            kept = {**cut.kept, 0: cut.kept[0][chosen]}
-            if key == "weight" and part == "implant":
-                kept |= {a: torch.tensor([c]) for a, c in centre(conv).items()}
-            new = nn.Parameter(_cut(cut.old.detach(), kept), cut.old.requires_grad)
-            if cut.old.grad is not None:
-                new.grad = _cut(cut.old.grad, kept)
-            setattr(getattr(made, part), key, new)
-            replacements = [*replacements, Replacement(cut.old, new, kept)]
+    by_new = {id(replacement.new): replacement for replacement in replacements}
+    for key, cut in conv.named_parameters():
+        replacement = by_new.pop(id(cut))
+        for part, filters in (
+            (implanted.kept, slice(whole)),
+            (implanted.implant, slice(whole, None)),
+        ):
+            kept = {**replacement.kept, 0: replacement.kept[0][filters]}
+            if key == "weight" and part is implanted.implant:
+                kept |= {a: torch.tensor([tap]) for a, tap in center_tap(conv).items()}
+            made = _replace(replacement.old, kept)
+            setattr(part, key, made.new)
+            by_new[id(made.new)] = made
     for module in list(model.modules()):
         for key, child in module._modules.items():
             if child is conv:
-                module._modules[key] = made
-    gone = {id(conv.weight), id(conv.bias)}
-    return [r for r in replacements if id(r.new) not in gone]
+                module._modules[key] = implanted
+    return list(by_new.values())
+
+
+def _replace(old: nn.Parameter, kept: Mapping[int, Tensor]) -> Replacement:
+    """Make the parameter that replaces an old one."""
+    new = nn.Parameter(_cut(old.detach(), kept), old.requires_grad)
+    if old.grad is not None:
+        new.grad = _cut(old.grad, kept)
+    return Replacement(old, new, kept)
 
 
 def _cut(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """Keep some slices of a tensor along some axes."""
     for axis, positions in kept.items():
         tensor = tensor.index_select(axis, positions.to(tensor.device))
     return tensor

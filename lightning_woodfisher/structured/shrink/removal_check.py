@@ -1,31 +1,30 @@
-"""Check by numbers that masked channels and removed channels are the same function."""
+"""Check numerically that masked channels and removed channels compute the same."""
 
 from __future__ import annotations
 
-__all__ = ["check_removal"]
+__all__ = ["check_implants", "check_removal"]
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.data.isolation import isolated
-from lightning_woodfisher.structured.graph.channels import channel_masks
-from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.graph.groups import Group, channel_masks
 from lightning_woodfisher.structured.graph.inputs import (
-    map_tensors,
     run_model,
     tensors_in,
 )
+from lightning_woodfisher.structured.shrink.implanted_conv import (
+    implant_masks,
+    implantable_layers,
+)
 from lightning_woodfisher.structured.shrink.removal import plan_removal
-
-# Relative to the largest output; rounding is about 1e-15 and 1e-6 a layer.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-_Chosen = dict[str, Tensor]
 
 
 def check_removal(
@@ -33,146 +32,164 @@ def check_removal(
     groups: Sequence[Group],
     example_inputs: Any,
     *,
+    implant: bool = False,
     seed: int = 0,
 ) -> dict[str, str]:
-    """Compare the network with random structures masked and with them removed.
+    """Compare a network with random structures masked and with them removed.
 
-    Both run in evaluation mode with noise on norms, biases and all that is constant, so
-    that an initialisation hides nothing, in float64 where the model allows. A quarter of
-    each group's structures is taken, at least one.
+    Both run in evaluation mode, in float64 where the model supports it. Norms, biases and
+    all other constant tensors get noise, because an initialization can hide differences.
+    A quarter of each group's structures is chosen, at least one.
 
     Args:
-        model: the network; left as it was.
-        groups: what to check.
-        example_inputs: what the model is called with.
+        model: the network; unchanged afterwards.
+        groups: the groups to check.
+        example_inputs: see :func:`.trace_groups`.
+        implant: make the chosen structures implants instead of removing them.
         seed: of the noise and of the choice of structures.
 
     Returns:
-        For each group where the two differ, how, by group name.
+        How the outputs differ, by name of the group. Groups without a difference are left
+        out.
     """
     generator = torch.Generator().manual_seed(seed)
-    with isolated(model, "eval"), _borrowed(model), torch.no_grad():
-        inputs, dtype = _randomised(model, example_inputs, generator)
+    with isolated(model, "eval"), _restored(model), torch.no_grad():
+        # Tolerances are relative to the largest output. Rounding is about 1e-15 and 1e-6
+        # per layer.
+        try:
+            tolerance = 1e-8
+            inputs = _randomize(model, example_inputs, torch.float64, generator)
+        except Exception:  # The model or the device does not support float64.
+            tolerance = 1e-3
+            inputs = _randomize(model, example_inputs, torch.float32, generator)
         chosen = {
             g.name: torch.randperm(g.size, generator=generator)[: max(1, g.size // 4)]
             for g in groups
         }
-        trial = _Trial(model, inputs, chosen, _TOLERANCE[dtype])
-        failed = trial.failing(list(groups))
-        rest = [group for group in groups if group.name not in failed]
-        if failed and rest and (reason := trial.difference(rest)):
-            failed |= {group.name: f"together with others, {reason}" for group in rest}
+        difference = functools.partial(
+            _difference, model, inputs, chosen, implant, tolerance
+        )
+        failed = _failing_groups(list(groups), difference)
+        others = [group for group in groups if group.name not in failed]
+        if failed and others and (reason := difference(others)):
+            failed |= {g.name: f"together with others, {reason}" for g in others}
     return failed
 
 
-class _Trial:
-    """One choice of structures on one set of weights."""
+def check_implants(
+    model: nn.Module, groups: Sequence[Group], example_inputs: Any
+) -> dict[str, tuple[str, ...]]:
+    """Find the layers that can have implants, and check that exported ones are exact.
 
-    def __init__(
-        self, model: nn.Module, inputs: Any, chosen: _Chosen, tolerance: float
-    ) -> None:
-        self._model = model
-        self._inputs = inputs
-        self._chosen = chosen
-        self._tolerance = tolerance
+    Args:
+        model: the network; unchanged afterwards.
+        groups: its groups.
+        example_inputs: see :func:`.trace_groups`.
 
-    def failing(self, groups: list[Group]) -> dict[str, str]:
-        """Find the groups at fault by halving."""
-        reason = self.difference(groups) if groups else None
-        if reason is None:
-            return {}
-        if len(groups) == 1:
-            return {groups[0].name: reason}
-        middle = len(groups) // 2
-        found = self.failing(groups[:middle]) | self.failing(groups[middle:])
-        # Each half works alone: none of them can be trusted.
-        return found or {group.name: f"together, {reason}" for group in groups}
-
-    def difference(self, groups: list[Group]) -> str | None:
-        """Tell how masking and removing the chosen structures of some groups differ."""
-        chosen = {group.name: self._chosen[group.name] for group in groups}
-        with _borrowed(self._model):
-            masks = channel_masks(self._model, groups, chosen)
-            for name, parameter in list(self._model.named_parameters()):
-                if name in masks:
-                    # In place: shared tensors stay shared. Put back below.
-                    parameter.data = parameter.masked_fill(masks[name], 0.0)
-            masked = list(tensors_in(run_model(self._model, self._inputs)))
-            try:
-                plan_removal(self._model, groups, chosen).apply(self._model)
-                removed = list(tensors_in(run_model(self._model, self._inputs)))
-            except Exception as error:
-                text = str(error).strip().split("\n")[0]
-                return f"the network fails without it: {type(error).__name__}: {text}"
-        if [t.shape for t in masked] != [t.shape for t in removed]:
-            return "an output of the network changes its shape"
-        gap = max(map(_gap, masked, removed), default=0.0)
-        if gap <= self._tolerance:
-            return None
-        return (
-            "removing its channels is not the same as zeroing them; the output differs "
-            f"by {gap:.1e} of its largest value"
-        )
+    Returns:
+        As :func:`.implantable_layers`, without the groups where masks and the exported
+        network differ.
+    """
+    layers = implantable_layers(model, groups)
+    possible = [group for group in groups if group.name in layers]
+    failed = check_removal(model, possible, example_inputs, implant=True)
+    return {name: found for name, found in layers.items() if name not in failed}
 
 
-def _gap(one: Tensor, other: Tensor) -> float:
+def _failing_groups(
+    groups: list[Group], difference: Callable[[Sequence[Group]], str | None]
+) -> dict[str, str]:
+    """Find the groups that cause a difference by bisection."""
+    reason = difference(groups) if groups else None
+    if reason is None:
+        return {}
+    if len(groups) == 1:
+        return {groups[0].name: reason}
+    middle = len(groups) // 2
+    failed = _failing_groups(groups[:middle], difference)
+    failed |= _failing_groups(groups[middle:], difference)
+    # If each half alone is right, no group of them can be trusted.
+    return failed or {group.name: f"together, {reason}" for group in groups}
+
+
+def _difference(
+    model: nn.Module,
+    inputs: Any,
+    chosen: Mapping[str, Tensor],
+    implant: bool,
+    tolerance: float,
+    groups: Sequence[Group],
+) -> str | None:
+    """Describe how outputs with masked and with removed or implanted structures differ."""
+    structures = {group.name: chosen[group.name] for group in groups}
+    make_masks = implant_masks if implant else channel_masks
+    with _restored(model):
+        for name, mask in make_masks(model, groups, structures).items():
+            parameter = model.get_parameter(name)
+            # In place, so that shared tensors stay shared.
+            parameter.data = parameter.masked_fill(mask, 0.0)
+        masked = list(tensors_in(run_model(model, inputs)))
+        removed, implanted = ({}, structures) if implant else (structures, {})
+        try:
+            plan_removal(model, groups, removed, implanted).apply(model)
+            cut = list(tensors_in(run_model(model, inputs)))
+        except Exception as error:
+            text = str(error).strip().split("\n")[0]
+            return f"the network fails without it: {type(error).__name__}: {text}"
+    if [t.shape for t in masked] != [t.shape for t in cut]:
+        return "an output of the network changes its shape"
+    gap = max(map(_relative_gap, masked, cut), default=0.0)
+    if gap <= tolerance:
+        return None
+    return (
+        "removing its channels is not the same as zeroing them; the output differs by "
+        f"{gap:.1e} of its largest value"
+    )
+
+
+def _relative_gap(one: Tensor, other: Tensor) -> float:
     if not (one.is_floating_point() or one.is_complex()):
         return 0.0 if torch.equal(one, other) else math.inf
-    largest = float(one.abs().max()) if one.numel() else 0.0
-    gap = float((one - other).abs().max()) if one.numel() else 0.0
-    relative = gap / max(largest, 1e-30)
-    return relative if math.isfinite(relative) else math.inf
+    if one.numel() == 0:
+        return 0.0
+    gap = float((one - other).abs().max()) / max(float(one.abs().max()), 1e-30)
+    return gap if math.isfinite(gap) else math.inf
 
 
-def _randomised(
-    model: nn.Module, example_inputs: Any, generator: torch.Generator
-) -> tuple[Any, torch.dtype]:
-    """Put noisy copies in the place of all tensors; find a dtype that the model takes."""
-    device = next(model.parameters()).device
-    state = generator.get_state()
-    failure: Exception | None = None
-    for dtype in (torch.float64, torch.float32):
-        generator.set_state(state)
-
-        def cast(tensor: Tensor, dtype: torch.dtype = dtype) -> Tensor:
-            tensor = tensor.detach().to(device)
-            return tensor.to(dtype) if tensor.is_floating_point() else tensor.clone()
-
-        try:
-            _replace_tensors(model, dtype, generator)
-            inputs = map_tensors(cast, example_inputs)
-            run_model(model, inputs)
-        except Exception as error:
-            failure = error
-        else:
-            return inputs, dtype
-    raise ConfigurationError(
-        f"{type(model).__name__} cannot be called with example_inputs: "
-        f"{type(failure).__name__}: {failure}"
-    ) from failure
-
-
-def _replace_tensors(
-    model: nn.Module, dtype: torch.dtype, generator: torch.Generator
-) -> None:
+def _randomize(
+    model: nn.Module,
+    example_inputs: Any,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> Any:
+    """Replace all tensors by noisy copies; return inputs with which the model runs."""
     done: dict[int, Tensor] = {}
     for module in model.modules():
-        for owner in (module._parameters, module._buffers):
-            for key, old in owner.items():
+        for tensors in (module._parameters, module._buffers):
+            for key, old in tensors.items():
                 if old is None or not old.is_floating_point():
                     continue
                 if id(old) not in done:
                     new = old.detach().to(dtype, copy=True)
-                    if owner is module._parameters:
-                        new = nn.Parameter(_noisy(new, generator), old.requires_grad)
+                    if tensors is module._parameters:
+                        new = nn.Parameter(
+                            _add_noise(new, generator), old.requires_grad
+                        )
                     elif key in {"running_mean", "running_var"}:
-                        new = _noisy(new, generator).abs()
+                        new = _add_noise(new, generator).abs()
                     done[id(old)] = new
-                owner[key] = done[id(old)]  # type: ignore[assignment]
+                tensors[key] = done[id(old)]  # type: ignore[assignment]
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype)
+
+    inputs = tree_map_only(Tensor, cast, example_inputs)
+    run_model(model, inputs)
+    return inputs
 
 
-def _noisy(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    # Norms, biases and what else is constant at first would hide differences.
+def _add_noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Add noise to vectors and constant tensors."""
     if tensor.numel() == 0 or (
         tensor.dim() > 1 and bool((tensor != tensor.flatten()[0]).any())
     ):
@@ -182,33 +199,26 @@ def _noisy(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @contextlib.contextmanager
-def _borrowed(model: nn.Module) -> Iterator[None]:
-    """Put back the tensors and sizes of all layers on leaving; contents are kept apart."""
-    sizes = (
-        "in_channels",
-        "out_channels",
-        "in_features",
-        "out_features",
-        "num_features",
-        "num_parameters",
-        "groups",
-    )
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Restore the layers, tensors and sizes of a model on leaving."""
     saved = [
         (
             module,
+            dict(module._modules),
             dict(module._parameters),
             dict(module._buffers),
-            {key: module.__dict__[key] for key in sizes if key in module.__dict__},
+            {key: value for key, value in vars(module).items() if type(value) is int},
         )
         for module in model.modules()
     ]
-    contents = [(p, p.data) for p in model.parameters()]
+    contents = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
         yield
     finally:
-        for module, parameters, buffers, attributes in saved:
+        for module, modules, parameters, buffers, sizes in saved:
+            module._modules.update(modules)
             module._parameters.update(parameters)
             module._buffers.update(buffers)
-            module.__dict__.update(attributes)
+            module.__dict__.update(sizes)
         for parameter, data in contents:
             parameter.data = data

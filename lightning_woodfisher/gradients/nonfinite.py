@@ -1,10 +1,8 @@
-"""Gradients that are NaN or infinite: how many may be left out, and which ones were."""
+"""Leave out gradients that are NaN or infinite, up to a limit."""
 
 from __future__ import annotations
 
-__all__ = ["NonFiniteError", "SkippedGradients", "leave_out"]
-
-from collections.abc import Sequence
+__all__ = ["NonFiniteError", "SkippedGradients"]
 
 import torch
 from torch import Tensor
@@ -18,15 +16,15 @@ class NonFiniteError(PruningError):
 
 
 class SkippedGradients:
-    """What is left out of one collection; the same on every rank.
+    """The gradients that are left out of one collection; the same on every rank.
 
     Args:
-        limit: most gradients that may be left out.
+        limit: largest number of gradients that may be left out.
         communicator: the ranks.
 
     Attributes:
-        indices: numbers of those left out so far, in order.
-        failure: says that there are too many, on the rank that has the first one too many.
+        indices: of the gradients left out so far, in order.
+        failure: error for too many, on the rank that has the first one beyond the limit.
     """
 
     def __init__(self, limit: int, communicator: Communicator) -> None:
@@ -42,25 +40,25 @@ class SkippedGradients:
         return self._limit > 0
 
     def note(self, index: int, error: NonFiniteError | None) -> None:
-        """Remember how a gradient of this rank came out.
+        """Record whether a gradient of this rank is finite.
 
         Args:
-            index: its number.
-            error: what is wrong with it; None takes back what was noted before.
+            index: of the gradient.
+            error: what is wrong with it; None removes an earlier error.
         """
         self._own.pop(index, None)
         if error is not None:
             self._own[index] = error
 
-    def agree(self, first: int, count: int) -> Tensor | None:
-        """Find out which gradients of a round are left out. Call on all ranks.
+    def find_kept(self, first: int, count: int) -> Tensor | None:
+        """Find the gradients of a round that are kept. Call on all ranks.
 
         Args:
-            first: number of the first gradient of the round.
+            first: index of the first gradient of the round.
             count: gradients of the round, on all ranks.
 
         Returns:
-            bool tensor ``[count]``, True where a gradient is kept; None when all are.
+            bool tensor ``[count]``, True where a gradient is kept; None if all are.
         """
         if not self.allowed:
             return None
@@ -79,17 +77,3 @@ class SkippedGradients:
                     "allows to be left out"
                 )
         return flags == 0 if skipped else None
-
-
-def leave_out(values: Sequence[float], skipped: Sequence[int]) -> list[float]:
-    """Drop the numbers of gradients that were left out.
-
-    Args:
-        values: one for each gradient.
-        skipped: numbers of those to drop.
-
-    Returns:
-        The others, in order.
-    """
-    gone = frozenset(skipped)
-    return [value for index, value in enumerate(values) if index not in gone]

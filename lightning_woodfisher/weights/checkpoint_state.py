@@ -1,4 +1,7 @@
-"""What the state of a pruning callback in a checkpoint looks like, for all who read it."""
+"""Version and keys of the state that a pruning callback stores in a checkpoint.
+
+Only this module knows them; the callbacks write the state, and the export reads it.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,21 @@ from typing import Any
 
 from lightning_woodfisher.base.errors import ConfigurationError
 
-#: Of the state that this package writes; it reads this and all before.
+#: Version of the state that this package writes. It reads this and all earlier ones.
 STATE_VERSION = 1
-#: By these a state is known, whatever the class of the callback is called.
+#: Keys that identify the state, whatever the class of the callback is called.
 STATE_KEYS = frozenset({"version", "masks", "done"})
 
 
 def require_readable(state: Mapping[str, Any], checkpoint: str) -> None:
-    """Refuse a state of a later version of the package.
+    """Check that a state was not written by a later version of the package.
 
     Args:
         state: of a pruning callback.
-        checkpoint: what it is part of, for the error.
+        checkpoint: which contains it, for the error.
 
     Raises:
-        ConfigurationError: when its version is later than :data:`STATE_VERSION`.
+        ConfigurationError: if its version is later than :data:`STATE_VERSION`.
     """
     if state["version"] > STATE_VERSION:
         raise ConfigurationError(

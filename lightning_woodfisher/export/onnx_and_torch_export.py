@@ -1,4 +1,4 @@
-"""Network and weights in one file: ONNX and torch.export, each checked after writing."""
+"""Export a network with its weights to ONNX or torch.export, and check the file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ __all__ = ["export_onnx", "export_program"]
 
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,16 +16,16 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.errors import ConfigurationError, first_line
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.data.isolation import isolated
-from lightning_woodfisher.export.optional_imports import import_optional
-from lightning_woodfisher.export.sparse import replacing
+from lightning_woodfisher.export.state_dict_files import write_atomically
 
 Inputs = Tensor | Sequence[Any]
 
-# A protobuf file may have 2 GB; beyond that ONNX keeps weights in a file beside it.
-_MOST_PROTOBUF_BYTES = 1_900_000_000
-_NO_FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
+# Protobuf files are limited to 2 GB; for more, ONNX keeps weights in a separate file.
+_MAX_PROTOBUF_BYTES = 1_900_000_000
+_UNKNOWN_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 
 
 def export_onnx(
@@ -37,59 +36,54 @@ def export_onnx(
     dynamic_batch: bool = False,
     tolerance: float = 1e-4,
 ) -> float:
-    """Write a model as ONNX, and compare its outputs in onnxruntime with the model's.
+    """Export a model to ONNX, and compare its outputs in onnxruntime with the model's.
 
-    The model is exported in evaluation mode and left as it was. The file appears under
-    its name only when the outputs agree. Weights of 1.9 GB or more are put beside it,
-    in ``<name>.data``.
+    The model is exported in evaluation mode and not changed. The file appears under its
+    name only if the outputs agree. Weights of 1.9 GB or more are written to a second
+    file, ``<name>.data``.
 
     Args:
-        model: on the CPU.
+        model: network on the CPU.
         example_inputs: a tensor, or the positional arguments of ``forward``.
-        path: of the file, ``….onnx``.
-        dynamic_batch: whether the file takes any size of the first dimension of the
-            inputs; the example must have two or more then.
-        tolerance: largest absolute difference of an output that is accepted.
+        path: path of the file, ``….onnx``.
+        dynamic_batch: let the first dimension of the inputs have any size. The example
+            inputs must then have two or more samples.
+        tolerance: largest accepted absolute difference of an output.
 
     Returns:
         The largest absolute difference.
 
     Raises:
-        ConfigurationError: when the model cannot be exported, with the operator or the
-            line where that is known; when outputs differ by more than ``tolerance``; or
-            without onnx, onnxscript and onnxruntime.
+        ConfigurationError: if the model cannot be exported, with the operator or the line
+            if known; if outputs differ by more than ``tolerance``; or without onnx,
+            onnxscript and onnxruntime.
     """
-    checker = import_optional("onnx.checker")
-    import_optional("onnxscript")
-    runtime = import_optional("onnxruntime")
+    checker, _, runtime = (
+        import_optional(module, "ONNX export")
+        for module in ("onnx.checker", "onnxscript", "onnxruntime")
+    )
     inputs = _as_tuple(example_inputs)
     expected = _evaluate(model, inputs)
     program = _trace(model, inputs, dynamic_batch)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(t.numel() * t.itemsize for t in model.state_dict().values())
-    # A side file is found by its name: it must be written under the final one.
-    with tempfile.TemporaryDirectory(prefix=".onnx", dir=path.parent) as folder:
-        unfinished = Path(folder, path.name)
-        _convert(program, unfinished, size > _MOST_PROTOBUF_BYTES)
+    with write_atomically(Path(path)) as unfinished:
+        _convert(program, unfinished, size > _MAX_PROTOBUF_BYTES)
         checker.check_model(str(unfinished))
         session = runtime.InferenceSession(
             str(unfinished), providers=["CPUExecutionProvider"]
         )
         difference = _difference(expected, _evaluate_onnx(session, inputs))
         if dynamic_batch:
-            twice = tree_map(_twice, inputs)
-            found = _evaluate_onnx(session, twice)
-            difference = max(difference, _difference(_evaluate(model, twice), found))
+            double = tree_map(_double_batch, inputs)
+            found = _evaluate_onnx(session, double)
+            difference = max(difference, _difference(_evaluate(model, double), found))
         del session
         if not difference <= tolerance:
             raise ConfigurationError(
-                f"the outputs of onnxruntime differ from the model's by {difference:.3g}, "
-                f"more than tolerance={tolerance:g}; nothing was written. Raise the "
-                "tolerance if the outputs are large, or export the model in float32."
+                f"the outputs of onnxruntime differ from those of the model by "
+                f"{difference:.3g}, more than tolerance={tolerance:g}; nothing was written. "
+                "Raise the tolerance if the outputs are large, or export in float32."
             )
-        for written in Path(folder).iterdir():
-            written.replace(path.parent / written.name)
     return difference
 
 
@@ -100,41 +94,34 @@ def export_program(
     *,
     dynamic_batch: bool = False,
 ) -> float:
-    """Write a model with ``torch.export``, and compare the file's outputs with its own.
+    """Export a model with ``torch.export``, and compare its outputs with the model's.
 
-    The model is exported in evaluation mode and left as it was. ``torch.export.load``
-    reads the file.
+    The model is exported in evaluation mode and not changed. ``torch.export.load`` reads
+    the file.
 
     Args:
         model: the network.
         example_inputs: a tensor, or the positional arguments of ``forward``.
-        path: of the file, ``….pt2``.
-        dynamic_batch: whether the file takes any size of the first dimension of the
-            inputs; the example must have two or more then.
+        path: path of the file, ``….pt2``.
+        dynamic_batch: let the first dimension of the inputs have any size. The example
+            inputs must then have two or more samples.
 
     Returns:
         The largest absolute difference; 0 unless kernels are not deterministic.
 
     Raises:
-        ConfigurationError: when the model cannot be exported, with the reason.
+        ConfigurationError: if the model cannot be exported, with the reason.
     """
     path = Path(path)
     if path.suffix != ".pt2":
-        raise ConfigurationError(f"{path} must end in .pt2, by which torch knows it.")
+        raise ConfigurationError(f"{path} must end in .pt2, as torch.export expects.")
     inputs = _as_tuple(example_inputs)
     expected = _evaluate(model, inputs)
     program = _trace(model, inputs, dynamic_batch)
-    with replacing(path) as unfinished:
-        # Under another name than ….pt2 torch writes, but warns.
-        written = unfinished.with_name(f"{unfinished.name}.pt2")
-        try:
-            torch.export.save(program, written)
-            loaded = torch.export.load(written).module()
-            difference = _difference(expected, _leaves(loaded(*inputs)))
-            written.replace(unfinished)
-        finally:
-            written.unlink(missing_ok=True)
-    return difference
+    with write_atomically(path) as unfinished:
+        torch.export.save(program, unfinished)
+        loaded = torch.export.load(unfinished).module()
+        return _difference(expected, _leaves(loaded(*inputs)))
 
 
 def _as_tuple(inputs: Inputs) -> tuple[Any, ...]:
@@ -150,7 +137,7 @@ def _trace(
         if len(sizes) != 1 or min(sizes) < 2:
             raise ConfigurationError(
                 f"dynamic_batch: the first dimensions of the example inputs are "
-                f"{sorted(sizes)}; give all of them the same size of 2 or more, since 1 "
+                f"{sorted(sizes)}; use the same size of 2 or more for all of them, since 1 "
                 "is taken for a constant."
             )
         batch = Dim("batch")
@@ -158,34 +145,34 @@ def _trace(
     try:
         with isolated(model, "eval"), torch.no_grad():
             return torch.export.export(model, inputs, dynamic_shapes=shapes)
-    # Classes of torch, public and not, and what forward makes of tensors without values.
+    # torch raises many classes, and forward may fail on tensors without values.
     except Exception as error:
         raise ConfigurationError(
-            f"torch.export cannot follow {type(model).__name__}: {_first_line(error)} "
-            "Its forward may not branch on values of tensors (torch.where or torch.cond "
-            "can); see https://pytorch.org/docs/stable/export.html."
+            f"torch.export cannot trace {type(model).__name__} ({first_line(error)}). "
+            "Its forward may not branch on values of tensors; use torch.where or "
+            "torch.cond, see https://pytorch.org/docs/stable/export.html."
         ) from error
 
 
 def _convert(program: ExportedProgram, path: Path, external: bool) -> None:
     try:
         with warnings.catch_warnings():
-            # torch.onnx and onnxscript use what torch and Python have deprecated.
+            # torch.onnx and onnxscript use deprecated functions of torch and Python.
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
             torch.onnx.export(
                 program, (), path, dynamo=True, verbose=False, external_data=external
             )
     except torch.onnx.OnnxExporterError as error:
-        unknown = _NO_FUNCTION.search(str(error))
+        unknown = _UNKNOWN_OPERATOR.search(str(error))
         if unknown is None:
             raise ConfigurationError(
                 f"torch.onnx cannot export the model: {error.__cause__ or error}."
             ) from error
         raise ConfigurationError(
-            f"ONNX has no operator for {unknown[1]}. Write it with others in forward, "
-            "register a translation (custom_translation_table of torch.onnx.export), or "
-            "export with torch.export, which knows every operator."
+            f"ONNX has no operator for {unknown[1]}. Replace it in forward by other "
+            "operators, register a translation (custom_translation_table of "
+            "torch.onnx.export), or export with torch.export, which knows every operator."
         ) from error
 
 
@@ -200,7 +187,7 @@ def _evaluate(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
         ) from error
     except Exception as error:
         raise ConfigurationError(
-            f"forward of {name} fails on the example inputs: {_first_line(error)}"
+            f"forward of {name} fails on the example inputs: {first_line(error)}"
         ) from error
 
 
@@ -211,8 +198,8 @@ def _evaluate_onnx(session: Any, inputs: tuple[Any, ...]) -> list[Tensor]:
         feed = {n: t.numpy() for n, t in zip(names, tensors, strict=True)}
     except TypeError as error:
         raise ConfigurationError(
-            f"onnxruntime takes no {', '.join(str(t.dtype) for t in tensors)} from here; "
-            "export the model in float32 or float16."
+            f"inputs of {', '.join(str(t.dtype) for t in tensors)} cannot be passed to "
+            "onnxruntime; export the model in float32 or float16."
         ) from error
     return [torch.as_tensor(value) for value in session.run(None, feed)]
 
@@ -222,7 +209,7 @@ def _leaves(values: Any) -> list[Tensor]:
 
 
 def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
-    """Give the largest absolute difference; ∞ where shapes or NaNs differ."""
+    """Return the largest absolute difference, ∞ if shapes or NaNs differ."""
     if [t.shape for t in expected] != [t.shape for t in found]:
         return float("inf")
     largest = 0.0
@@ -238,11 +225,5 @@ def _has_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0
 
 
-def _twice(value: Any) -> Any:
+def _double_batch(value: Any) -> Any:
     return torch.cat([value, value]) if _has_batch(value) else value
-
-
-def _first_line(error: Exception) -> str:
-    """Give the first line of a message as a sentence."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line if line.endswith(".") else f"{line}."

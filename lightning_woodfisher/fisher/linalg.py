@@ -1,12 +1,13 @@
-"""Dense products of the Fisher engines, in the shapes in which they are fast.
+"""Dense linear algebra of the engines, in the shapes that run fast.
 
 Large matrices are cut into strips of rows, so that only the lower half of a symmetric
-product is computed and a triangular solve becomes plain products; many small matrices, and
-matrices on a GPU, go through batched products.
+product is computed and a triangular solve becomes matrix products. Many small matrices, and
+matrices on a GPU, use batched products.
 
-Products of float32 gradients may be float32 as long as that keeps F⁻¹ within 1e-5.
-Before rows are gone, the size of the gradients beside λ tells (:func:`spread`); while they
-are at hand, the Cholesky factor tells less pessimistically (:func:`is_well_scaled`).
+Products of float32 gradients may be float32 if that keeps F⁻¹ within 1e-5. An engine that
+drops the rows decides from the size of the gradients relative to λ
+(:func:`float32_is_enough`). An engine that keeps the rows decides from the Cholesky factor,
+which is less pessimistic (:func:`is_well_scaled`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ __all__ = [
     "is_well_scaled",
     "mirror",
     "solve_lower",
-    "spread",
 ]
 
 import math
@@ -29,72 +29,57 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.fisher.config import Precision
-
-# Rows in a strip: below, products are too thin to be fast.
+# Rows in a strip. Products of thinner strips are slow.
 _STRIP = 96
-# The measured error of diag(F⁻¹) is at most 2·2⁻²⁴ times the spread, over gradients with
+# Measured: the error of diag(F⁻¹) is at most 2·2⁻²⁴ times the spread, for gradients with
 # normal, log-normal, shared and widely scaled entries.
 _LARGEST_SPREAD = 32.0
-# The same of the reciprocal of the smallest pivot beside its diagonal entry.
+# The same for the reciprocal of the smallest pivot relative to its diagonal entry.
 _SMALLEST_SHARE = 1.0 / 8.0
 
 
-def spread(largest_sum: float, size: int, num_gradients: int, damping: float) -> float:
-    """Compare the gradients of a block with λ.
+def float32_is_enough(
+    largest_sum: float, size: int, num_gradients: int, damping: float
+) -> bool:
+    """Return whether float32 products of gradients keep F⁻¹ within 1e-5.
 
     Args:
-        largest_sum: largest entry of the diagonal of GᵀG (then ``size`` is B) or of GGᵀ
-            (then ``size`` is 1).
-        size: number of columns that add up in the spectral norm of the rounding error.
+        largest_sum: largest entry of the diagonal of GᵀG of a block.
+        size: B.
         num_gradients: N.
         damping: λ.
 
     Returns:
-        √size · largest_sum / (Nλ).
+        True if the spread √B · largest_sum / (Nλ) is small.
     """
-    return math.sqrt(size) * largest_sum / (num_gradients * damping)
-
-
-def float32_is_enough(value: float, precision: Precision) -> bool:
-    """Decide whether float32 products keep F⁻¹ within 1e-5.
-
-    Args:
-        value: what :func:`spread` gave.
-        precision: ``"auto"`` decides by the spread, the others have decided already.
-
-    Returns:
-        True for float32.
-    """
-    if precision == "auto":
-        return value <= _LARGEST_SPREAD
-    return precision == "float32"
+    spread = math.sqrt(size) * largest_sum / (num_gradients * damping)
+    return spread <= _LARGEST_SPREAD
 
 
 def is_well_scaled(factor: Tensor) -> bool:
-    """Decide whether a matrix made of float32 products has an inverse that can be trusted.
+    """Return whether the inverse of a matrix of float32 products is accurate enough.
 
-    The rounding error of entry ij of RRᵀ is relative to |r_i||r_j|, so rows of any length do
-    no harm; what does is a row that the others almost span.
+    The rounding error of entry ij of RRᵀ is relative to |r_i||r_j|, so the length of rows does
+    not matter. Accuracy is lost if the other rows almost span a row.
 
     Args:
         factor: lower Cholesky factors, ``[K, n, n]``.
 
     Returns:
-        True if no pivot is small beside the entry of the diagonal that it is left over from.
+        True if no pivot is small relative to the diagonal entry that it is computed from.
     """
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
     return bool((pivots > _SMALLEST_SHARE * factor.square().sum(dim=-1)).all())
 
 
 def half_product(rows: Tensor) -> Tensor:
-    """Multiply by the own transpose.
+    """Multiply matrices by their own transposes.
 
     Args:
         rows: ``[K, n, b]``, any strides.
 
     Returns:
-        R Rᵀ, ``[K, n, n]``; only the lower half is meant to be read.
+        R Rᵀ, ``[K, n, n]``; only the lower half is defined.
     """
     if not _in_strips(rows, rows.shape[-2]):
         return rows @ rows.mT
@@ -104,10 +89,10 @@ def half_product(rows: Tensor) -> Tensor:
 
 
 def add_half_product(total: Tensor, rows: Tensor) -> None:
-    """Add what :func:`half_product` gives, in place.
+    """Add the result of :func:`half_product`, in place.
 
     Args:
-        total: ``[K, n, n]``; the upper half need not be filled.
+        total: ``[K, n, n]``; the upper half may be undefined.
         rows: ``[K, n, b]`` of the same dtype, any strides.
     """
     if not _in_strips(rows, rows.shape[-2]):
@@ -119,13 +104,13 @@ def add_half_product(total: Tensor, rows: Tensor) -> None:
 
 
 def mirror(product: Tensor) -> Tensor:
-    """Copy the lower half of symmetric matrices into the upper one.
+    """Copy the lower half of symmetric matrices into the upper half.
 
     Args:
-        product: ``[K, n, n]``, made by :func:`half_product`.
+        product: ``[K, n, n]``, from :func:`half_product`.
 
     Returns:
-        ``[K, n, n]``; the same tensor where both halves are there already.
+        ``[K, n, n]``; the same tensor if both halves are defined already.
     """
     if not _in_strips(product, product.shape[-1]):
         return product
@@ -133,13 +118,13 @@ def mirror(product: Tensor) -> Tensor:
 
 
 def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Factorise symmetric matrices; reads the lower half.
+    """Factorize symmetric matrices, reading the lower half only.
 
     Args:
         matrix: ``[K, n, n]``, float64.
 
     Returns:
-        The lower factors ``[K, n, n]``, and which of the K have none, bool ``[K]``.
+        The lower factors ``[K, n, n]``, and True for each matrix without one, bool ``[K]``.
     """
     factor, info = torch.linalg.cholesky_ex(matrix)
     finite = factor.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=-1)
@@ -200,7 +185,7 @@ def _invert_small(factor: Tensor) -> Tensor:
 
 
 def _in_strips(tensor: Tensor, size: int) -> bool:
-    """Tell whether strips pay: on a GPU the batch is what makes products large."""
+    """Return whether strips are faster; a GPU needs batches to be busy."""
     return tensor.device.type == "cpu" and size >= 2 * _STRIP
 
 

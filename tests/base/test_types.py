@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_woodfisher.base.precision import common_dtype
+from lightning_woodfisher.base.types import common_dtype
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""How many bytes of tensors a piece of code holds at its worst moment, counted exactly.
+"""Measure the peak number of bytes of tensors that a piece of code allocates.
 
-On a GPU the allocator keeps the count. On a CPU every operation is watched and each new
-storage is counted until it is freed: bytes, which are the same in every run, where the
-size of the process is not.
+On a GPU the allocator keeps the count. On a CPU every operation is intercepted, and each
+new storage is counted until it is freed. Unlike the size of the process, the result is
+the same in every run.
 """
 
 from __future__ import annotations

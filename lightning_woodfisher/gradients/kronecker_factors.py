@@ -1,13 +1,13 @@
 """Kronecker factors of the Fisher of whole layers, from hooks and batched passes.
 
-Of a layer with inputs a and output gradients g (of the loss of one sample), S samples and
-P positions in all (P = S without tokens and pixels)::
+A layer has inputs a and output gradients g (of the loss of one sample), S samples and P
+positions (P = S without tokens and pixels)::
 
     A = Σ aaᵀ / S  [I, I],    G = Σ ggᵀ / P  [O, O],    F ≈ G ⊗ A  of weights [O, I]
 
-as of Grosse & Martens (2016): positions count as independent and alike. The inputs of a
-convolution are its patches. The sums of a micro-batch travel like gradient rows to the
-rank that owns the layer, which adds them in order.
+as in Grosse & Martens (2016), who treat positions as independent and identically
+distributed. The inputs of a convolution are its patches. The sums of a micro-batch are sent,
+like gradient rows, to the rank that owns the layer, which adds them in order.
 
 Legend: S samples, P positions, I/O inputs and outputs, F numbers of all factors.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 __all__ = ["KroneckerFactors", "collect_factors", "factor_sides", "require_factors"]
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,26 +25,24 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
-from lightning_woodfisher.base.precision import common_dtype
 from lightning_woodfisher.data.batches import Batches
-from lightning_woodfisher.data.isolation import derive_seed, seeded
-from lightning_woodfisher.data.losses import LossSource, lower_loss_scale, run_loss
-from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.data.losses import differentiable_loss
 from lightning_woodfisher.gradients.per_sample import (
     LayerCall,
     is_plain,
     record_calls,
     unfold,
 )
+from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.weights.partition import Partition
 
-# Patches of a convolution are made for so many bytes of samples at once.
+# Patches of a convolution are computed for this many bytes of samples at once.
 _PATCH_BYTES = 2**26
 
 
 @dataclass(frozen=True)
 class KroneckerFactors:
-    """What a rank knows of a layer.
+    """Kronecker factors of one layer.
 
     Attributes:
         inputs: A, float64 ``[I, I]``.
@@ -58,10 +56,10 @@ class KroneckerFactors:
 
 
 def factor_sides(shape: Sequence[int]) -> tuple[int, int]:
-    """Give the sides of the two factors.
+    """Return the sides of the two factors.
 
     Args:
-        shape: of a layer's weight.
+        shape: shape of a layer's weight.
 
     Returns:
         Outputs O and inputs I; O·I is the number of weights.
@@ -70,14 +68,14 @@ def factor_sides(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def require_factors(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse weights of layers whose Fisher is not a Kronecker product.
+    """Raise an error for weights whose Fisher is not a Kronecker product.
 
     Args:
         model: the network.
-        parameters: what is to be pruned, by name.
+        parameters: the parameters to prune, by name.
 
     Raises:
-        ConfigurationError: naming the weight and its layer.
+        ConfigurationError: if there is such a weight; names it and its layer.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     for module in model.modules():
@@ -99,97 +97,70 @@ def require_factors(model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
 
 
 def collect_factors(
-    source: LossSource,
-    batches: Batches,
-    parameters: Mapping[str, nn.Parameter],
-    active: Mapping[str, Tensor],
-    partition: Partition,
-    count: int,
-    comm: Communicator,
-    seed: int,
-    losses: list[float],
-    tick: Callable[[int], object] = lambda _: None,
+    task: GradientTask, batches: Batches, partition: Partition
 ) -> list[KroneckerFactors]:
     """Compute the factors of all layers and give each rank those that it owns.
 
     Rank k mod R computes micro-batch k in one forward and one backward pass.
 
     Args:
-        source: where losses come from, with its session entered.
+        task: the weights of the layers, the number of micro-batches, and their seed.
         batches: the micro-batches.
-        parameters: weights of the layers.
-        active: int64 positions of the active weights in each flattened parameter.
         partition: one block for each tensor that has active weights.
-        count: number of micro-batches.
-        comm: the ranks.
-        seed: micro-batch k runs under ``derive_seed(seed, k)``.
-        losses: receives the losses of the micro-batches, in order.
-        tick: called with the number of micro-batches that have been done.
 
     Returns:
         The factors of this rank's layers, in order.
     """
-    require_factors(source.model, parameters)
+    comm, count, parameters = task.comm, task.count, task.parameters
+    require_factors(task.source.model, parameters)
     names = list(parameters)
-    owned = [[names[u.segment] for u in partition.owned(r)] for r in _ranks(comm)]
+    ranks = range(comm.world_size)
+    owned = [[names[u.segment] for u in partition.owned(rank)] for rank in ranks]
     sides = {name: factor_sides(p.shape) for name, p in parameters.items()}
     sizes = [sum(_length(*sides[name]) for name in mine) for mine in owned]
     wanted = {name: parameters[name] for mine in owned for name in mine}
-    dtype = common_dtype(parameters.values())
     total = torch.zeros(sizes[comm.rank], dtype=torch.float64, device=comm.device)
     own: dict[int, float] = {}
     failure: Exception | None = None
-    comm.broadcast(source.model.buffers())
+    comm.broadcast(task.source.model.buffers())
     for start in range(0, count, comm.world_size):
         index = start + comm.rank
         row: Tensor | None = None
         if index < count:
-            row = torch.zeros(1, sum(sizes), dtype=dtype, device=comm.device)
-            # After a failure the other ranks still need rows to arrive from here.
+            row = torch.zeros(1, sum(sizes), dtype=task.dtype, device=comm.device)
+            # After a failure the other ranks still wait for rows from this one.
             if failure is None:
                 try:
-                    with seeded(derive_seed(seed, index)):
-                        own[index] = _fill(source, batches, index, wanted, row[0])
+                    with task.seeded(index):
+                        own[index] = _fill(task, batches, index, wanted, row[0])
                 except Exception as error:
                     failure = error
-        counts = [int(start + rank < count) for rank in _ranks(comm)]
-        for part in comm.exchange(row, sizes, counts, dtype).wait():
+        counts = [int(start + rank < count) for rank in ranks]
+        for part in comm.exchange(row, sizes, counts, task.dtype).wait():
             total += part
-        tick(sum(counts))
-    comm.agree(failure)
-    losses.extend(comm.gather_in_order(own, count))
+        task.tick(sum(counts))
+    comm.raise_together(failure)
+    task.losses.extend(comm.gather_in_order(own, count))
     mine = owned[comm.rank]
     pieces = torch.split(total, [_length(*sides[name]) for name in mine])
     return [
-        _normalised(piece, *sides[name], active[name])
+        _normalize(piece, *sides[name], task.positions[name])
         for name, piece in zip(mine, pieces, strict=True)
     ]
 
 
 def _fill(
-    source: LossSource,
+    task: GradientTask,
     batches: Batches,
     index: int,
     parameters: Mapping[str, nn.Parameter],
     row: Tensor,
 ) -> float:
-    """Write the sums of one micro-batch, and return its loss."""
+    """Write the sums of one micro-batch into ``row`` and return its loss."""
     batch = batches.fetch(index)
-    scale = source.loss_scale
-    while True:
-        calls: list[LayerCall] = []
-        with record_calls(source.model, parameters, calls):
-            loss = run_loss(source, batch, index)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise PruningError(
-                f"the loss of micro-batch {index} ({batches.describe(index)}) is {value}"
-            )
-        if not loss.requires_grad:
-            raise PruningError(
-                f"the loss of micro-batch {index} has no graph: it was detached or computed "
-                "without gradients, so it cannot be differentiated"
-            )
+    for scale in task.loss_scales():
+        with record_calls(task.source.model, parameters) as calls:
+            loss = differentiable_loss(task.source, batches, index, batch)
         gradients: tuple[Tensor | None, ...] = ()
         if calls:
             gradients = torch.autograd.grad(
@@ -198,15 +169,11 @@ def _fill(
         row.zero_()
         _add_calls(calls, gradients, parameters, row, scale, batches.size)
         if bool(row.isfinite().all()):
-            return value
-        # float16 has overflowed under the scale of the GradScaler; a smaller one may do.
-        lower = lower_loss_scale(scale)
-        if lower is None:
-            raise PruningError(
-                f"a Kronecker factor of micro-batch {index} "
-                f"({batches.describe(index)}) is not finite"
-            )
-        scale = lower
+            return float(loss.detach())
+    raise PruningError(
+        f"a Kronecker factor of micro-batch {index} ({batches.describe(index)}) is not "
+        "finite"
+    )
 
 
 @torch.no_grad()
@@ -218,14 +185,14 @@ def _add_calls(
     scale: float,
     samples: int | None,
 ) -> None:
-    """Add the products of every call to its layer's part of the row."""
+    """Add the products of each call to the part of the row of its layer."""
     lengths = [_length(*factor_sides(p.shape)) for p in parameters.values()]
     parts = dict(zip(parameters, torch.split(row, lengths), strict=True))
     for call, gradient in zip(calls, gradients, strict=True):
         name = call.names["weight"]
         outputs, inputs = factor_sides(parameters[name].shape)
         a, g, counts = torch.split(parts[name], [inputs**2, outputs**2, 2])
-        # The mean over samples is undone: the factors are those of single samples.
+        # Undo the mean over samples: the factors are those of single samples.
         number = samples or len(call.inputs)
         positions = 0
         for patches in _patches(call, inputs, row.dtype):
@@ -236,17 +203,18 @@ def _add_calls(
                 gradient = gradient.movedim(1, -1)
             rows = gradient.reshape(-1, outputs).to(row.dtype) * (number / scale)
             g.view(outputs, outputs).addmm_(rows.mT, rows)
-        # A layer that is called twice has the same samples at more positions.
+        # A layer that is called twice has the same samples, but more positions.
         counts[0] = number
         counts[1] += positions
 
 
 def _patches(call: LayerCall, inputs: int, dtype: torch.dtype) -> Iterable[Tensor]:
-    """Yield what a layer multiplies its weight with, ``[positions, I]``."""
+    """Yield the inputs that the weight of a layer multiplies, ``[positions, I]``."""
     if not isinstance(call.layer, _ConvNd):
         yield call.inputs.reshape(-1, inputs).to(dtype)
         return
-    # No more positions than inputs, but for padding; the shape decides, not the memory.
+    # Apart from padding there are no more positions than inputs. The chunks depend on the
+    # shape only, not on the free memory.
     image = call.inputs[0, 0].numel() * inputs * dtype.itemsize
     for images in torch.split(call.inputs, max(1, _PATCH_BYTES // max(1, image))):
         windows = unfold(call.layer, images.to(dtype))
@@ -255,7 +223,7 @@ def _patches(call: LayerCall, inputs: int, dtype: torch.dtype) -> Iterable[Tenso
         yield windows.movedim(1, 1 + axes).reshape(-1, inputs)
 
 
-def _normalised(
+def _normalize(
     sums: Tensor, outputs: int, inputs: int, positions: Tensor
 ) -> KroneckerFactors:
     a, g, counts = torch.split(sums, [inputs**2, outputs**2, 2])
@@ -268,9 +236,5 @@ def _normalised(
 
 
 def _length(outputs: int, inputs: int) -> int:
-    """Numbers that travel for one layer: both factors, samples and positions."""
+    """Count the numbers sent for one layer: both factors, samples and positions."""
     return inputs**2 + outputs**2 + 2
-
-
-def _ranks(comm: Communicator) -> range:
-    return range(comm.world_size)

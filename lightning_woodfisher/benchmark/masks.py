@@ -1,0 +1,119 @@
+"""Training steps with masks, against training steps without."""
+
+from __future__ import annotations
+
+__all__ = ["MaskRow", "measure_masks"]
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_woodfisher.benchmark.networks import cross_entropy
+from lightning_woodfisher.benchmark.timing import CPU, measure_alternately
+from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.masks import Masks
+
+_SPARSITY = 0.9
+_WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class MaskRow:
+    """Training steps of one network.
+
+    Attributes:
+        network: name of the network.
+        masked: number of tensors with a mask.
+        steps: number of measured steps of each kind; they alternate.
+        plain_seconds: median of the steps without masks.
+        masked_seconds: median of the steps with masks.
+        ratio: ``masked_seconds / plain_seconds``.
+        mask_seconds: median of the two mask passes within a step; on a GPU only the time
+            to launch them.
+    """
+
+    network: str
+    masked: int
+    steps: int
+    plain_seconds: float
+    masked_seconds: float
+    ratio: float
+    mask_seconds: float
+
+
+def measure_masks(
+    networks: Mapping[str, tuple[nn.Module, Tensor]],
+    steps: int = 40,
+    *,
+    device: torch.device = CPU,
+) -> list[MaskRow]:
+    """Measure the cost of masks in a training step with AdamW, at 90 % sparsity.
+
+    A step with masks does what the callback adds to a step: it masks gradients before the
+    optimizer and weights after it.
+
+    Args:
+        networks: models in training mode, and a batch of inputs, by name.
+        steps: number of steps of each kind; they alternate.
+        device: device to measure on.
+
+    Returns:
+        A row for each network.
+    """
+    return [
+        _measure_network(name, model.to(device), inputs.to(device), steps)
+        for name, (model, inputs) in networks.items()
+    ]
+
+
+def _measure_network(
+    name: str, model: nn.Module, inputs: Tensor, steps: int
+) -> MaskRow:
+    parameters = prunable_parameters(model)
+    masks = Masks(parameters)
+    masks.prune({n: torch.rand_like(p) < _SPARSITY for n, p in parameters.items()})
+    optimizer = torch.optim.AdamW(model.parameters())
+    labels = torch.arange(len(inputs), device=inputs.device) % 10
+    passes: list[float] = []
+
+    def run_pass(apply_masks: Callable[[], None]) -> None:
+        start = time.perf_counter()
+        apply_masks()
+        passes.append(time.perf_counter() - start)
+
+    def train(with_masks: bool) -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(cross_entropy(model, (inputs, labels)))
+        if with_masks:
+            run_pass(masks.apply_to_gradients)
+        optimizer.step()
+        if with_masks:
+            run_pass(masks.apply)
+
+    timings = measure_alternately(
+        {
+            kind: functools.partial(train, kind == "masked")
+            for kind in ("plain", "masked")
+        },
+        steps,
+        inputs.device,
+        warm_up=_WARM_UP_STEPS,
+        track_memory=False,
+    )
+    plain, masked = timings["plain"].seconds, timings["masked"].seconds
+    pairs = zip(passes[::2], passes[1::2], strict=True)
+    both = [gradients + weights for gradients, weights in pairs]
+    return MaskRow(
+        network=name,
+        masked=len(parameters),
+        steps=steps,
+        plain_seconds=plain,
+        masked_seconds=masked,
+        ratio=masked / plain,
+        mask_seconds=statistics.median(both[_WARM_UP_STEPS:]),
+    )

@@ -1,0 +1,181 @@
+"""Write reports to W&B, TensorBoard and CSV files.
+
+Call every function on all ranks; only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+__all__ = ["log_end", "log_settings", "log_step"]
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import fsspec
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from torch import Tensor
+
+from lightning_woodfisher.base.lightning_names import either_name
+from lightning_woodfisher.pruning.schedule import PruningSchedule
+from lightning_woodfisher.reporting import figures
+from lightning_woodfisher.reporting.contents import (
+    Reports,
+    Rows,
+    Table,
+    collect_contents,
+)
+from lightning_woodfisher.weights.masks import Masks
+
+
+def log_settings(
+    trainer: pl.Trainer,
+    settings: Mapping[str, Any],
+    schedule: PruningSchedule,
+    prefix: str = "",
+) -> None:
+    """Write settings to the config of W&B and to a text in TensorBoard.
+
+    Args:
+        trainer: Trainer with the loggers.
+        settings: settings of the callback.
+        schedule: schedule of the steps; its class and attributes are added.
+        prefix: prefix of the section ``pruning`` in W&B's config and of the text
+            ``pruning/settings``.
+    """
+    if not trainer.is_global_zero:
+        return
+    values = {name.lstrip("_"): value for name, value in sorted(vars(schedule).items())}
+    described = {"class": type(schedule).__name__, **values}
+    content = _to_plain({**settings, "schedule": described})
+    for logger in trainer.loggers:
+        if isinstance(logger, either_name(WandbLogger)):
+            # A resumed run may have other settings than it began with.
+            config = {f"{prefix}pruning": content}
+            logger.experiment.config.update(config, allow_val_change=True)
+        elif isinstance(logger, either_name(TensorBoardLogger)):
+            text = json.dumps(content, indent=1)
+            _add_text(logger, f"{prefix}settings", text, trainer.global_step)
+
+
+def log_step(trainer: pl.Trainer, reports: Reports, masks: Masks | None = None) -> None:
+    """Write the tables and figures of the last pruning step.
+
+    Args:
+        trainer: Trainer with the loggers.
+        reports: reports of all steps so far.
+        masks: masks after the last step; None for steps that remove channels.
+    """
+    small: dict[str, Tensor] = {}
+    if masks is not None:
+        # A collective: each rank may hold a part of a mask.
+        shapes = {name: tuple(p.shape) for name, p in masks.parameters.items()}
+        small = {name: masks.whole(name) for name in figures.small_layers(shapes)}
+    if not trainer.is_global_zero:
+        return
+    contents = collect_contents(reports, small)
+    pictures: dict[str, Any] = {}
+    visual = either_name(WandbLogger, TensorBoardLogger)
+    if figures.has_matplotlib() and any(isinstance(x, visual) for x in trainer.loggers):
+        pictures = {
+            f"pruning/figures/{drawing.name}": figures.to_pixels(drawing.draw())
+            for drawing in contents.figures
+        }
+    points = contents.local_model_points
+    for logger in trainer.loggers:
+        if isinstance(logger, either_name(WandbLogger)):
+            tables = [contents.layers, *([points] if points else [])]
+            _log_to_wandb(logger, tables, pictures, trainer.global_step)
+        elif isinstance(logger, either_name(TensorBoardLogger)):
+            for name, pixels in pictures.items():
+                logger.experiment.add_image(
+                    name, pixels, trainer.global_step, dataformats="HWC"
+                )
+            _add_text(
+                logger, contents.layers.name, contents.layers.text, trainer.global_step
+            )
+        elif isinstance(logger, either_name(CSVLogger)):
+            _write_csv(logger, contents.layers.name, contents.layer_history)
+            _write_csv(logger, contents.steps.name, contents.steps.rows)
+
+
+def log_end(trainer: pl.Trainer, reports: Reports, masks: Masks | None = None) -> None:
+    """Write the table of all steps and, if given, the masks.
+
+    Args:
+        trainer: Trainer with the loggers.
+        reports: reports of all steps.
+        masks: masks at the end of training, which W&B gets as an artifact.
+    """
+    # A collective: each rank may hold a part of a mask.
+    kept = masks.state_dict() if masks is not None else None
+    if not trainer.is_global_zero or not reports:
+        return
+    steps = collect_contents(reports, {}).steps
+    for logger in trainer.loggers:
+        if isinstance(logger, either_name(WandbLogger)):
+            _log_to_wandb(logger, [steps], {}, trainer.global_step)
+            if kept is not None:
+                _log_mask_artifact(logger, kept)
+        elif isinstance(logger, either_name(TensorBoardLogger)):
+            _add_text(logger, steps.name, steps.text, trainer.global_step)
+
+
+def _log_to_wandb(
+    logger: WandbLogger,
+    tables: Sequence[Table],
+    pictures: Mapping[str, Any],
+    step: int,
+) -> None:
+    import wandb
+
+    entry: dict[str, Any] = {"trainer/global_step": step}
+    for table in tables:
+        data = [list(row.values()) for row in table.rows]
+        shown = wandb.Table(columns=list(table.rows[0]), data=data)
+        entry[f"pruning/{table.name}"] = shown
+        if table.bar_chart is not None:
+            name, label, value, title = table.bar_chart
+            entry[f"pruning/{name}"] = wandb.plot.bar(shown, label, value, title=title)
+    entry |= {name: wandb.Image(pixels) for name, pixels in pictures.items()}
+    # With step= W&B would drop later entries for an earlier step.
+    logger.experiment.log(entry)
+
+
+def _log_mask_artifact(logger: WandbLogger, kept: Mapping[str, Tensor]) -> None:
+    import wandb
+
+    run = logger.experiment
+    artifact = wandb.Artifact(f"pruning-masks-{run.id}", type="masks")
+    with artifact.new_file("masks.pt", mode="wb") as file:
+        torch.save(dict(kept), file)
+    run.log_artifact(artifact)
+
+
+def _write_csv(logger: CSVLogger, name: str, rows: Rows) -> None:
+    """Write rows to a file beside metrics.csv, replacing an older one."""
+    # fsspec, as the logger itself uses it: the folder may be remote.
+    path = f"{logger.log_dir}/pruning_{name}.csv"
+    with fsspec.open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _add_text(logger: TensorBoardLogger, name: str, text: str, step: int) -> None:
+    # Markdown shows indented text unchanged, in a fixed-width font.
+    shown = "\n".join(f"    {line}" for line in text.splitlines())
+    logger.experiment.add_text(f"pruning/{name}", shown, step)
+
+
+def _to_plain(value: Any) -> Any:
+    """Convert nested settings to types that JSON knows, other objects to their repr."""
+    if isinstance(value, Mapping):
+        return {str(key): _to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_to_plain(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return repr(value)

@@ -1,0 +1,144 @@
+"""Write one HTML page about a pruned run that loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+__all__ = ["build_page"]
+
+import html
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lightning_woodfisher.reporting import figures
+from lightning_woodfisher.reporting.contents import (
+    Contents,
+    Reports,
+    Table,
+    collect_contents,
+)
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2329; --paper: #ffffff; --card: #f3f4f6;
+  --line: #d5d9e0; --dim: #5b6472; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #16181c;
+  --card: #212429; --line: #3a3f47; --dim: #9aa3b0; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 76rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+h1 { margin: 0; font-size: 1.6rem; } h2 { margin: 2.2rem 0 .8rem; font-size: 1.2rem; }
+.dim, figcaption { color: var(--dim); font-size: .9rem; overflow-wrap: anywhere; }
+.cards { display: grid; gap: .7rem; margin: 1.2rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
+.cards div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; }
+.cards b { display: block; font-size: 1.15rem; font-weight: 600; }
+.figures { display: grid; gap: 1.2rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); }
+figure { margin: 0; padding: .8rem; border: 1px solid var(--line); border-radius: .5rem; }
+svg { display: block; width: 100%; height: auto; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .55rem; text-align: right; white-space: nowrap; }
+th { background: var(--card); white-space: normal; vertical-align: bottom; }
+tr + tr td { border-top: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; }
+"""
+# Formats of columns; by default integers have commas and floats three digits.
+_FORMATS = {
+    "sparsity": ".2%",
+    "target_sparsity": ".2%",
+    "flops_share": ".1%",
+    "target": ".1%",
+    "kept_share": ".1%",
+    "macs_left": ".1%",
+    "parameters_left": ".1%",
+    "seconds": ".1f",
+}
+# Headings of columns; by default the name of the column.
+_HEADINGS = {
+    "step": "optimizer steps",
+    "threshold": "largest saliency removed",
+    "damping": "damping λ",
+    "flops_share": "FLOPs left",
+    "target": "to remove",
+    "implanted": "with 1×1 filters",
+    "latency": "forward pass (s)",
+    "latency_dense": "dense forward pass (s)",
+}
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def build_page(
+    source: str,
+    runs: Mapping[str, Reports],
+    masks: Mapping[str, Mapping[str, Tensor]],
+) -> str:
+    """Write the page.
+
+    Args:
+        source: where the reports come from, shown below the title.
+        runs: reports of the steps of each pruning callback, by a title for the callback.
+        masks: bool tensors by parameter name, True where kept, by the same titles.
+
+    Returns:
+        HTML without scripts, links to files or requests to a host.
+    """
+    sections = []
+    for number, (title, reports) in enumerate(runs.items()):
+        if len(runs) > 1:
+            sections.append(f"<h2>{html.escape(title)}</h2>")
+        contents = collect_contents(reports, masks.get(title, {}))
+        sections.append(_write_section(f"run{number}", contents))
+    shown = html.escape(source)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Pruning report – {shown}</title>\n"
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>Pruning report</h1>\n"
+        f'<div class="dim">{shown}</div>\n{"".join(sections)}</body>\n</html>\n'
+    )
+
+
+def _write_section(name: str, contents: Contents) -> str:
+    """Write the section of one callback; ``name`` makes its identifiers unique."""
+    cards = "".join(
+        f"<div><b>{html.escape(value)}</b>{html.escape(label)}</div>"
+        for label, value in contents.key_numbers.items()
+    )
+    drawn = ""
+    for drawing in contents.figures:
+        svg = figures.to_svg(drawing.draw, f"{name}-{drawing.name}", drawing.caption)
+        caption = f"<figcaption>{html.escape(drawing.caption)}</figcaption>"
+        drawn += f"<figure>{svg}{caption}</figure>\n"
+    raised = "".join(f"<li>{html.escape(x)}</li>" for x in contents.raised_damping)
+    if raised:
+        raised = f"<h2>Blocks with raised damping</h2>\n<ul>{raised}</ul>\n"
+    return (
+        f'<div class="cards">{cards}</div>\n'
+        f'<h2>Figures</h2>\n<div class="figures">{drawn}</div>\n'
+        f"<h2>Steps</h2>\n{_write_table(contents.steps)}"
+        f"<h2>{contents.layers.name.capitalize()} after the last step</h2>\n"
+        f"{_write_table(contents.layers)}{raised}"
+    )
+
+
+def _write_table(table: Table) -> str:
+    """Write a table that scrolls if it is wider than the page."""
+    columns = list(table.rows[0])
+    titles = [_HEADINGS.get(name, name.replace("_", " ")) for name in columns]
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    body = ""
+    for row in table.rows:
+        shown = [_format_cell(name, row[name]) for name in columns]
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in shown)
+        body += f"<tr>{cells}</tr>\n"
+    return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>\n'
+
+
+def _format_cell(column: str, value: str | float | None) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    return format(value, _FORMATS.get(column, "," if isinstance(value, int) else ".3g"))

@@ -1,0 +1,208 @@
+"""Neural implants: 1×1 filters instead of removal, for the best of the chosen filters.
+
+Yu et al., "Hessian-aware pruning and optimal neural implant", WACV 2022. Of K chosen
+structures, the lowest (1 - r)·K are removed and the other r·K become implants: their k×k
+filters lose all taps but the center, which saves C_in·(k² - 1) weights each. Biases and
+norms stay. During training an implant is a mask; the export makes it a smaller layer.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ImplantConfig",
+    "ImplantInit",
+    "divide_structures",
+    "initialize_implants",
+]
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_woodfisher.base.errors import (
+    ConfigurationError,
+    require_choice,
+    require_number,
+)
+from lightning_woodfisher.structured.graph.groups import (
+    Group,
+    StructureIndices,
+    resolve_structures,
+)
+from lightning_woodfisher.structured.scores.evaluation import Evaluation
+from lightning_woodfisher.structured.shrink.implanted_conv import (
+    center_tap,
+    implantable_layers,
+)
+
+ImplantInit = Literal["zero", "center", "lstsq"]
+
+
+@dataclass(frozen=True)
+class ImplantConfig:
+    """How many implants are made, and their initial values.
+
+    Args:
+        ratio: share of the chosen structures that become implants, in [0, 1). The others
+            are removed.
+        init: ``"zero"``, so that the output of a norm after it is constant (as published;
+            where its bias is below zero, a ReLU passes no gradient, and the filter stays
+            zero); ``"center"``, the center tap of the filter; ``"lstsq"``, the 1×1 filter
+            whose output on the samples is closest to that of the filter.
+    """
+
+    ratio: float = 0.0
+    init: ImplantInit = "zero"
+
+    def __post_init__(self) -> None:
+        meaning = "it is the share of the chosen channels that become 1x1 filters"
+        require_number("implant_ratio", self.ratio, "[0, 1)", meaning)
+        require_choice("implant_init", self.init, get_args(ImplantInit))
+
+    def require_multiples(self, round_to: int) -> None:
+        """Check that implants can be combined with ``round_to``.
+
+        Args:
+            round_to: each group keeps a multiple of this number of whole channels.
+
+        Raises:
+            ConfigurationError: for multiples of more than one.
+        """
+        if self.ratio and round_to > 1:
+            raise ConfigurationError(
+                f"round_to={round_to} counts whole channels, and implants are not whole; "
+                "use round_to=1 or implant_ratio=0."
+            )
+
+
+def divide_structures(
+    chosen: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
+    ratio: float,
+    implantable: Collection[str],
+    removed_before: Mapping[str, Sequence[int]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Divide the chosen structures into removed and implanted ones.
+
+    Args:
+        chosen: the chosen structures by group.
+        scores: of all structures by group.
+        ratio: share that becomes implants, those with the highest scores.
+        implantable: names of the groups that can have implants. In other groups, all
+            chosen structures are removed.
+        removed_before: structures that are removed already.
+
+    Returns:
+        Removed and implanted structures of every group, ascending.
+    """
+    candidates = [
+        (name, structure)
+        for name, structures in chosen.items()
+        for structure in structures.tolist()
+        if structure not in removed_before.get(name, ())
+    ]
+    # The sort is stable: of equal scores, the first in order of groups is implanted.
+    candidates.sort(key=lambda pair: float(scores[pair[0]][pair[1]]), reverse=True)
+    number = round(ratio * sum(map(len, chosen.values())))
+    best = {pair for pair in candidates[:number] if pair[0] in implantable}
+    removed, implanted = {}, {}
+    for name, structures in chosen.items():
+        is_implant = torch.tensor(
+            [(name, structure) in best for structure in structures.tolist()],
+            dtype=torch.bool,
+        )
+        removed[name] = structures[~is_implant]
+        implanted[name] = structures[is_implant]
+    return removed, implanted
+
+
+@torch.no_grad()
+def initialize_implants(
+    evaluation: Evaluation,
+    groups: Sequence[Group],
+    implanted: StructureIndices,
+    removed: StructureIndices,
+    init: ImplantInit,
+) -> None:
+    """Set the center taps of new implants, in place. Call on all ranks.
+
+    Args:
+        evaluation: of the samples, with its session not entered.
+        groups: of its model.
+        implanted: the new implants.
+        removed: the removed structures, whose outputs the fit leaves out.
+        init: the initial values.
+    """
+    if init == "center":
+        return
+    model = evaluation.source.model
+    layers = implantable_layers(model, groups)
+    # All are fitted before any is changed.
+    fitted: list[tuple[Any, Tensor, Tensor]] = []
+    for group, structures in resolve_structures(groups, implanted):
+        for layer in layers[group.name]:
+            conv: Any = model.get_submodule(layer)
+            if init == "zero":
+                values = conv.weight.new_zeros(len(structures), conv.in_channels)
+            else:
+                inputs = _kept_inputs(layer, conv, groups, removed)
+                values = _fit_least_squares(evaluation, conv, structures, inputs)
+            fitted.append((conv, structures, values))
+    for conv, structures, values in fitted:
+        rows = structures.to(conv.weight.device)
+        center = (rows, slice(None), *center_tap(conv).values())
+        conv.weight[center] = values.to(conv.weight)
+
+
+def _kept_inputs(
+    layer: str, conv: Any, groups: Sequence[Group], removed: StructureIndices
+) -> Tensor:
+    """Find the input channels of a convolution that are not removed."""
+    is_kept = torch.ones(conv.in_channels, dtype=torch.bool)
+    for group, structures in resolve_structures(groups, removed):
+        for member in group.of_role("consumer"):
+            if member.module == layer and member.tensor == "weight":
+                is_kept[member.slices(structures)] = False
+    return is_kept.nonzero().flatten()
+
+
+def _fit_least_squares(
+    evaluation: Evaluation, conv: Any, structures: Tensor, kept: Tensor
+) -> Tensor:
+    """Fit 1×1 filters to the outputs of k×k filters, by sums over all positions."""
+    inputs, outputs = len(kept), len(structures)
+    sums = torch.zeros(inputs * (inputs + outputs), dtype=torch.float64)
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        # Now, because the next layers may change the tensors in place.
+        with torch.no_grad():
+            strides = tuple(slice(None, None, step) for step in conv.stride)
+            x: Tensor = args[0][(slice(None), slice(None), *strides)]
+            x = x.movedim(1, -1).reshape(-1, x.shape[1])[:, kept.to(x.device)]
+            y = output.movedim(1, -1).reshape(-1, output.shape[1])
+            if conv.bias is not None:
+                y = y - conv.bias
+            x, y = x.double(), y[:, structures.to(y.device)].double()
+            products = torch.cat([x.T @ x, x.T @ y], dim=1)
+            sums.add_(products.flatten().cpu())
+
+    def compute(loss: Any, scale: float) -> Tensor:
+        sums.zero_()
+        loss()
+        return sums.unsqueeze(0) * scale
+
+    handle = conv.register_forward_hook(hook)
+    try:
+        with evaluation.session():
+            rows = evaluation.compute_rows(compute, len(sums))
+    finally:
+        handle.remove()
+    system = rows.sum(dim=0).view(inputs, inputs + outputs)
+    # Inputs may be zero or linearly dependent: take the solution of least norm.
+    inverse = torch.linalg.pinv(system[:, :inputs], rtol=1e-10, hermitian=True)
+    values = torch.zeros(outputs, conv.in_channels, dtype=torch.float64)
+    values[:, kept] = (inverse @ system[:, inputs:]).T
+    return values
