@@ -11,13 +11,24 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from lightning_woodfisher.distributed.communicator import Communicator
 
-# The package is imported by the fixtures, not here: importing torch and Lightning takes
-# seconds, and the process that only distributes tests to workers does not need them.
+# Importing torch and Lightning takes seconds. The process that only distributes tests to
+# the workers of pytest-xdist does without: nothing here imports them at the top.
 
 settings.register_profile(
     "reproducible", derandomize=True, database=None, deadline=None, max_examples=60
 )
 settings.load_profile("reproducible")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ignore Lightning's advice about toy data, whose class pytest must import.
+
+    Args:
+        config: of this process.
+    """
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        advice = "lightning.fabric.utilities.warnings.PossibleUserWarning"
+        config.addinivalue_line("filterwarnings", f"ignore::{advice}")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,8 +1,8 @@
-"""Random configurations, legal and illegal, for the fuzz tests.
+"""Draw random valid and invalid configurations for the fuzz tests.
 
-Each draw starts from a legal configuration and replaces a few settings; most values are
-legal, some are not. What must come of one is the same for all: it prunes, or it is refused
-by :class:`ConfigurationError` before any weight has changed.
+Each draw starts from a valid configuration and replaces a few settings. Most of the values
+are valid, some are not. Every configuration must either prune or be refused with a
+:class:`ConfigurationError` before any weight changes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import random
 from typing import Any
 
-# Values that a setting of any kind may be given by mistake.
+# Values that a user may pass to any setting by mistake.
 JUNK: tuple[Any, ...] = (
     None, True, False, "", "0.5", "auto", -1, 0, 1.5, math.nan, math.inf, -math.inf,
     10**30, [], [1], {}, {"a": 1}, (0.5,), object(), b"x", 1j, [None], "3 GiB", 2**70,
@@ -95,7 +95,7 @@ EXTRA: dict[str, tuple[Any, ...]] = {
 def draw(
     chance: random.Random, settings: dict[str, tuple[Any, ...]], junk: float
 ) -> dict[str, Any]:
-    """Choose a value for some of the settings, a junk one with a small probability."""
+    """Choose values for some of the settings; with probability ``junk`` a wrong one."""
     share = chance.choice((0.02, 0.07, 0.2))
     chosen = {}
     for name, values in settings.items():
@@ -119,13 +119,13 @@ def draw_step(chance: random.Random, junk: float = 0.005) -> dict[str, Any]:
 
 
 def draw_schedule(chance: random.Random, junk: float = 0.05) -> dict[str, Any]:
-    """Draw a schedule as LightningCLI would read it from YAML."""
+    """Draw a schedule in the form that LightningCLI reads from YAML."""
     kind = chance.choice(list(SCHEDULES))
     return {"class_path": kind, "init_args": draw(chance, SCHEDULES[kind], junk)}
 
 
 def draw_callback(chance: random.Random, junk: float = 0.005) -> dict[str, Any]:
-    """Draw arguments of the callback; the schedule as of :func:`draw_schedule`."""
+    """Draw arguments of the callback; the schedule is that of :func:`draw_schedule`."""
     settings = {**draw_step(chance, junk), **draw(chance, EXTRA, junk)}
     if chance.random() < 0.8:
         settings["schedule"] = draw_schedule(chance)

@@ -1,7 +1,7 @@
-"""Small fits that are struck in the middle of a pruning step, and started again.
+"""Small fits that fail in the middle of a pruning step and are then resumed.
 
-A fault is put into functions of the package, the module or the data from outside, and is
-active only while the callback carries out the second of three planned steps (or the first).
+A fault replaces a function of the package, the module or the data. It is active only while
+the callback runs the second of three planned steps (or the first).
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def perceptron() -> nn.Module:
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens, where, and in which step.
+    """A fault: its kind, its place and its step.
 
     Attributes:
-        place: see ``PLACES``.
-        kind: see :meth:`strike`.
-        rank: on which it happens.
-        epoch: of the pruning step.
+        place: a key of ``PLACES``, or a method of :class:`Images`.
+        kind: one of the kinds in :meth:`strike`.
+        rank: the rank that has the fault.
+        epoch: epoch of the pruning step.
     """
 
     place: str
@@ -73,7 +73,7 @@ class Fault:
     epoch: int = 1
 
     def strike(self) -> None:
-        """Let it happen."""
+        """Raise the error, send the signal, or wait."""
         if self.kind == "error":
             raise LookupError("a book is missing")
         if self.kind == "out of memory":
@@ -81,7 +81,7 @@ class Fault:
         if self.kind == "interrupt":
             raise KeyboardInterrupt
         if self.kind == "wait":
-            # For a sign that the other rank has ended; the limit is a safety net.
+            # Until the other rank has ended; the limit is a safety net.
             wait_for(Path("the other rank has ended"))
             raise LookupError("a book is missing")
         if self.kind == "deviate":
@@ -91,7 +91,7 @@ class Fault:
 
 
 def wait_for(path: Path, seconds: float = 60.0) -> None:
-    """Wait until a file is there."""
+    """Wait until a file exists."""
     import time
 
     end = time.monotonic() + seconds
@@ -99,7 +99,7 @@ def wait_for(path: Path, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-# Function and the number of the call, in a step, in which the fault strikes.
+# The function that fails, and in which of its calls in a step.
 PLACES: dict[str, tuple[Any, str, int]] = {
     "training_step": (Classifier, "training_step", 2),
     "loss": (TrainingStepLoss, "loss", 2),
@@ -111,7 +111,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
     "write": (ActiveWeights, "_overwrite", 1),
     "masks": (Masks, "prune", 1),
     "verify": (Masks, "verify", 1),
-    # Not an error, but what must be found out.
+    # No error is raised here: the step must detect the difference.
     "one weight": (Masks, "verify", 1),
     "one mask": (Masks, "verify", 1),
     "optimizer": (Masks, "apply_to_optimizers", 1),
@@ -121,7 +121,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
 
 
 class Images(Dataset[Any]):
-    """Three batches; fetching a sample, or putting a batch together, may be struck."""
+    """Three batches; reading a sample or collating a batch can fail."""
 
     def __init__(self) -> None:
         self.data = images(24)
@@ -141,7 +141,7 @@ class Images(Dataset[Any]):
 
 @contextlib.contextmanager
 def struck(fault: Fault | None, data: Images) -> Iterator[None]:
-    """Put the fault where it belongs."""
+    """Install a fault on its rank while the block runs."""
     if fault is None or fault.rank != int(os.environ.get("RANK", "0")):
         yield
         return
@@ -159,7 +159,7 @@ def struck(fault: Fault | None, data: Images) -> Iterator[None]:
         if not inside[0] or place != fault.place:
             return
         calls[0] += 1
-        # A signal comes once; what is broken stays broken.
+        # A signal is sent once; an error is raised again in every later call.
         if calls[0] == when or (calls[0] > when and fault.kind in _LASTING):
             fault.strike()
 
@@ -175,7 +175,7 @@ def struck(fault: Fault | None, data: Images) -> Iterator[None]:
 
             def stand_in(*arguments: Any, **options: Any) -> Any:
                 if fault.place == "write" and inside[0]:
-                    # Half of the weights are written when it strikes.
+                    # Some weights are already written when it fails.
                     active, parts = arguments
                     original(active, dict(list(parts.items())[:1]))
                 if fault.kind == "deviate" and inside[0]:
@@ -189,7 +189,7 @@ def struck(fault: Fault | None, data: Images) -> Iterator[None]:
 
 
 class KeepWhatIsLeft(pl.Callback):
-    """Saves the state that an exception leaves behind."""
+    """Save a checkpoint of the state after an exception."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -200,7 +200,7 @@ class KeepWhatIsLeft(pl.Callback):
 
 @torch.no_grad()
 def deviate(masks: Masks, place: str) -> None:
-    """Change one bit of a weight, or one element of a mask, that nobody else changes."""
+    """Change one bit of a weight, or one element of a mask, on this rank only."""
     weight = masks.local("net.3.weight")
     kept = masks.kept("net.3.weight")
     first = tuple(kept.nonzero()[0].tolist())
@@ -215,7 +215,7 @@ def deviate(masks: Masks, place: str) -> None:
 
 @dataclass
 class Run:
-    """A fit, whatever has become of it."""
+    """A fit that has ended, with or without an error."""
 
     trainer: pl.Trainer
     module: Classifier
@@ -225,7 +225,7 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """All that counts in the end."""
+        """State, masks and reports at the end, without the seconds."""
         reports = [{**r.to_dict(), "seconds": {}} for r in self.pruner.reports]
         masks = self.pruner.masks.state_dict()  # type: ignore[union-attr]
         return {"state": final_state(self.trainer), "masks": masks, "reports": reports}
@@ -238,7 +238,7 @@ def run(
     keep_what_is_left: bool = True,
     **options: Any,
 ) -> Run:
-    """Train; go on with the last checkpoint in the folder if there is one."""
+    """Train, starting from the last checkpoint in the folder if there is one."""
     seed_all(1)
     data, module, logger = Images(), Classifier(build=perceptron), MemoryLogger()
     pruner = pruning(
@@ -276,7 +276,7 @@ def run(
 
 
 def faulty_checkpoints(folder: Path) -> list[str]:
-    """Name the checkpoints whose weights and masks are not those of a planned step."""
+    """Return the checkpoints whose weights and masks are not those of a planned step."""
     faults = []
     for path in sorted(folder.rglob("*.ckpt")):
         checkpoint = torch.load(path, weights_only=True)
@@ -298,7 +298,7 @@ def report_zeros(report: dict[str, Any]) -> int:
 
 
 def removed_in(run: Run) -> tuple[int, int]:
-    """Zeros in the masks, and pruned weights in the model that are not zero."""
+    """Count the zeros in the masks, and the pruned weights that are not zero."""
     masks: Masks = run.pruner.masks  # type: ignore[assignment]
     return sum(masks.zeros().values()), sum(masks.violations().values())
 
@@ -308,7 +308,7 @@ def weights_of(run: Run) -> dict[str, Tensor]:
 
 
 def die(folder: str, fault: Fault) -> None:
-    """Body of a process that does not live to see the end of the step."""
+    """Run a fit in a process that is killed in the middle of a step."""
     torch.set_num_threads(1)
     os.chdir(folder)
     run(Path(folder), fault)
@@ -318,18 +318,18 @@ def die(folder: str, fault: Fault) -> None:
 
 
 def several(world_size: int, seconds: float = 30.0) -> dict[str, Any]:
-    """Options of a Trainer on several ranks that wait so long for each other."""
+    """Return options of a Trainer on several ranks with a timeout in seconds."""
     strategy = DDPStrategy(timeout=timedelta(seconds=seconds))
     return {"devices": world_size, "strategy": strategy}
 
 
 def logged_steps(run: Run) -> int:
-    """Pruning steps that have come to the logger."""
+    """Count the pruning steps that were logged."""
     return sum("pruning/sparsity" in metrics for _, metrics in run.logger.history)
 
 
 def strike_and_go_on(folder: str, world_size: int, faults: list[Fault]) -> list[Any]:
-    """Job: each fault, how it ends on this rank, and whether going on ends as it must."""
+    """Run as a job: return how each fault ends here, and what is wrong after resuming."""
     os.chdir(folder)
     whole = run(Path(folder, "whole"), **several(world_size))
     outcomes: list[Any] = [removed_in(whole)]
@@ -346,21 +346,21 @@ def strike_and_go_on(folder: str, world_size: int, faults: list[Fault]) -> list[
 
 
 def strike_once(folder: str, world_size: int, fault: Fault, seconds: float) -> None:
-    """Job: one fault that the ranks cannot agree about; writes how it ends."""
+    """Run as a job: write how a fault ends that the ranks cannot agree about."""
     os.chdir(folder)
     options = several(world_size, seconds)
     broken = run(Path(folder), fault, keep_what_is_left=False, **options)
     left = f"{removed_in(broken)}\n{type(broken.error).__name__}: {broken.error}"
-    # Of a job on which a rank has died nothing else comes back.
+    # If a rank has died, the job returns no results; the file stays.
     Path(folder, f"rank {dist.get_rank()}.txt").write_text(left)
     if fault.kind == "wait" and fault.rank != dist.get_rank():
         Path("the other rank has ended").touch()
-    # A process ends with its error; only then do the others see closed connections.
+    # The other ranks see closed connections only when this process has ended.
     os._exit(1)
 
 
 def train_on(folder: str, world_size: int) -> list[Any]:
-    """Job: go on with the last checkpoint, and compare with a run from the start."""
+    """Run as a job: resume from the last checkpoint and compare with a full run."""
     os.chdir(folder)
     wrong = faulty_checkpoints(Path(folder))
     again = run(Path(folder), **several(world_size))

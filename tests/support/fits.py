@@ -30,7 +30,7 @@ WEIGHTS = 3 * 9 + 108 * 12 + 12 * CLASSES
 
 
 def images(count: int = 48) -> TensorDataset:
-    """Give 8×8 images whose class can be learned."""
+    """Return 8×8 images whose class can be learned."""
     generator = torch.Generator().manual_seed(11)
     pixels = torch.randn(count, 1, 8, 8, generator=generator)
     labels = pixels.flatten(1)[:, :CLASSES].argmax(dim=1)
@@ -38,12 +38,12 @@ def images(count: int = 48) -> TensorDataset:
 
 
 def loader(count: int = 48, shuffle: bool = True, **options: Any) -> DataLoader[Any]:
-    """Give six batches of eight."""
+    """Return a loader of six batches of eight images."""
     return DataLoader(images(count), batch_size=8, shuffle=shuffle, **options)
 
 
 def convolutional() -> nn.Sequential:
-    """Give a network with everything that keeps state or draws random numbers."""
+    """Return a network with every kind of layer that has state or random numbers."""
     return nn.Sequential(
         nn.Conv2d(1, 3, 3),
         nn.BatchNorm2d(3),
@@ -57,16 +57,16 @@ def convolutional() -> nn.Sequential:
 
 
 def adamw(parameters: Any) -> Optimizer:
-    """Give the optimizer where the test does not care."""
+    """Return the default optimizer of the tests."""
     return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=1e-2)
 
 
 class Classifier(pl.LightningModule):
-    """A plain module.
+    """A module with a plain ``training_step``.
 
     Args:
-        optimizer: makes the optimizer from the parameters.
-        build: makes the network.
+        optimizer: function that returns the optimizer of the parameters.
+        build: function that returns the network.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Classifier(pl.LightningModule):
 
 
 class Counting(Classifier):
-    """Counts its training steps."""
+    """A module that counts its training steps."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -106,7 +106,7 @@ class Counting(Classifier):
 
 
 class Talkative(Classifier):
-    """A ``training_step`` with every side effect that must not leave the session."""
+    """A module whose ``training_step`` has every side effect that must be undone."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -114,7 +114,7 @@ class Talkative(Classifier):
         self.mean = torchmetrics.MeanMetric()
 
     def noisy_loss(self, batch: Any) -> Tensor:
-        # A draw from each generator counts in the loss.
+        # The loss depends on each of the random generators.
         noise = torch.randn(()) + float(np.random.rand()) + random.random()
         return self.loss(batch) * (1.0 + 0.01 * noise)
 
@@ -136,7 +136,7 @@ class Talkative(Classifier):
 
 
 class Manual(Talkative):
-    """Manual optimisation with two optimizers, toggling, clipping and a schedule."""
+    """Manual optimization with two optimizers, toggling, clipping and a schedule."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -174,7 +174,7 @@ class Manual(Talkative):
 
 
 class RawManual(Classifier):
-    """Manual optimisation that steps the bare torch optimizer, twice a batch."""
+    """Manual optimization with two steps of the plain torch optimizer per batch."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -189,7 +189,7 @@ class RawManual(Classifier):
 
 
 class MemoryLogger(Logger):
-    """Keeps what it is given."""
+    """A logger that keeps all metrics in a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,10 +217,10 @@ class MemoryLogger(Logger):
 
 
 class Reseed(pl.Callback):
-    """Makes data order and dropout a function of the position in training.
+    """Make data order and dropout depend only on the position in training.
 
-    Lightning does not save random states, so that a resumed run would differ even
-    without pruning.
+    Lightning does not save random states: without this callback a resumed run would
+    differ even if nothing was pruned.
     """
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
@@ -233,14 +233,14 @@ class Reseed(pl.Callback):
 
 
 def seed_all(seed: int) -> None:
-    """Seed the generators that modules here draw from."""
+    """Seed all random generators that the modules of this file use."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def pruning(**options: Any) -> WoodFisherPruningCallback:
-    """Make a small callback; options override."""
+    """Return a callback for small networks; options replace its defaults."""
     return WoodFisherPruningCallback(
         **in_step(
             **{
@@ -256,7 +256,7 @@ def pruning(**options: Any) -> WoodFisherPruningCallback:
 
 
 def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    """Make a quiet Trainer; options override."""
+    """Return a Trainer without output; options replace its defaults."""
     return pl.Trainer(
         **{
             "accelerator": "cpu",
@@ -276,7 +276,7 @@ def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
 
 
 def final_state(fitted: pl.Trainer) -> dict[str, Any]:
-    """Copy all that training has made."""
+    """Copy weights, optimizers, schedulers and all other state of a fit."""
     module = fitted.lightning_module
     scaler = getattr(fitted.precision_plugin, "scaler", None)
     return copied(
@@ -295,7 +295,7 @@ def final_state(fitted: pl.Trainer) -> dict[str, Any]:
 
 
 def copied(value: Any) -> Any:
-    """Copy nested containers with their tensors."""
+    """Copy nested containers and their tensors."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, Mapping):
@@ -306,7 +306,7 @@ def copied(value: Any) -> Any:
 
 
 def differences(left: Any, right: Any, path: str = "") -> list[str]:
-    """Name the places where two nested values are not the same, bit for bit."""
+    """Return the paths at which two nested values differ in any bit."""
     if isinstance(left, Mapping) and isinstance(right, Mapping):
         if left.keys() != right.keys():
             return [f"{path}: keys {left.keys() ^ right.keys()}"]

@@ -1,8 +1,8 @@
-"""Breaks lines of the core one at a time, and asks whether the tests notice.
+"""Break lines of the core one at a time and check that the tests fail.
 
-Run it as ``make mutants``, or ``python tests/support/mutation.py [word ...]``
-for those whose file or line contains a word. Everything happens in a temporary copy of the
-repository. The exit status is 0 when every mutant was killed.
+Run it with ``make mutants``, or with ``python tests/support/mutation.py [word ...]`` to try
+only the mutants whose file or line contains one of the words. All changes are made in a
+temporary copy of the repository. The exit status is 0 if every mutant is killed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ _SECONDS = 400
 
 @dataclass(frozen=True)
 class Mutant:
-    """A line and what it is broken into.
+    """A line of the package and a wrong version of it.
 
     Attributes:
-        file: below the package.
-        old: text that occurs exactly once in it.
-        new: what takes its place.
-        tests: files below ``tests`` that must fail, the narrowest that suffice.
+        file: path in the package.
+        old: text that occurs exactly once in the file.
+        new: text that replaces it.
+        tests: smallest set of files in ``tests`` in which a test must fail. The tests must
+            not be marked ``slow``.
     """
 
     file: str
@@ -197,7 +198,7 @@ MUTANTS = (
 
 
 def copy_repository(target: Path) -> None:
-    """Copy what tests need; nothing is ever changed in place."""
+    """Copy the files that the tests need; the originals are never changed."""
     for name in (
         "pyproject.toml",
         "README.md",
@@ -212,7 +213,7 @@ def copy_repository(target: Path) -> None:
 
 
 def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
-    """Run test files in a copy; give pytest's status and the end of its output."""
+    """Run test files in a copy and return pytest's status and its last line."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(folder),
@@ -239,7 +240,7 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[int, str]:
 
 
 def attempt(mutant: Mutant, folder: Path) -> tuple[str, str]:
-    """Break one line, run its tests, mend it; tell what came of it."""
+    """Break one line, run its tests and restore it; return the verdict and a line."""
     path = folder / PACKAGE / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1:
@@ -255,7 +256,7 @@ def attempt(mutant: Mutant, folder: Path) -> tuple[str, str]:
 
 
 def main(words: list[str]) -> int:
-    """Try all mutants, or those that contain a word."""
+    """Try all mutants, or those whose file or line contains one of the words."""
     chosen = [
         mutant
         for mutant in MUTANTS

@@ -1,8 +1,8 @@
-"""Real gloo processes for tests: spawned once, used by many jobs.
+"""Real gloo processes for tests, which are started once and run many jobs.
 
-A job is a module-level function. It runs on R processes at the same time, each of them
-one rank, and its results come back in the order of the ranks. An error on any rank, or a
-job that does not end in time, fails the test that has asked for it.
+A job is a module-level function. It runs in R processes at the same time, each of which is
+one rank, and its results are returned in the order of the ranks. An error on any rank, or a
+job that does not end in time, fails the test that started it.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
-# "group": the pool initialises torch.distributed. "trainer": the environment is that of
-# torchrun, and the Trainer initialises what it needs.
+# "group": the pool initializes torch.distributed. "trainer": the environment is that of
+# torchrun, and the Trainer initializes what it needs.
 Launch = Literal["group", "trainer"]
 
-# Once one rank has failed, the others get this long to fail by themselves.
+# After one rank has failed, the others have this time to fail, too.
 _SECONDS_AFTER_A_FAILURE = 20.0
 
 
 class RankPool:
-    """Processes that wait for jobs.
+    """A pool of processes that wait for jobs.
 
     Args:
-        size: largest world size.
+        size: number of processes, the largest world size.
     """
 
     def __init__(self, size: int) -> None:
@@ -57,16 +57,16 @@ class RankPool:
 
         Args:
             world_size: number of ranks, at most the size of the pool.
-            function: module-level function; its arguments and result must pickle.
-            arguments: the same on every rank.
-            launch: who initialises ``torch.distributed``.
-            timeout: seconds after which the job counts as hanging.
+            function: module-level function; arguments and result must be picklable.
+            arguments: arguments, the same on every rank.
+            launch: what initializes ``torch.distributed``.
+            timeout: seconds after which the job is considered to hang.
 
         Returns:
-            One result for each rank.
+            One result for each rank, in order.
 
         Raises:
-            RuntimeError: with the traceback of every rank that failed.
+            RuntimeError: if any rank fails; contains the tracebacks of all that do.
         """
         if not self._processes:
             self._start()
@@ -93,7 +93,7 @@ class RankPool:
         return [answers[rank][1] for rank in range(world_size)]
 
     def close(self) -> None:
-        """End the processes; the next job starts new ones."""
+        """Stop the processes; the next job starts new ones."""
         for pipe in self._pipes:
             with contextlib.suppress(OSError):
                 pipe.send_bytes(b"")
@@ -107,8 +107,8 @@ class RankPool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        # One process imports everything and forks the others: three imports cost more
-        # than all jobs together.
+        # One process imports everything and forks the others, because three imports
+        # would take longer than many of the jobs.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["lightning_woodfisher"])
         with _changed_environment({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}):
@@ -142,7 +142,7 @@ class RankPool:
 
 
 def _serve(pipe: Connection) -> None:
-    """Body of a process: jobs until the pipe closes or an empty message comes."""
+    """Run jobs until the pipe is closed or an empty message arrives."""
     import torch
 
     torch.set_num_threads(1)
@@ -169,7 +169,7 @@ def _answer_jobs(pipe: Connection) -> None:
 
 @contextlib.contextmanager
 def _measured_coverage() -> Iterator[None]:
-    """Add what runs here to the figures of ``make coverage``, which sets the variable."""
+    """Measure the coverage of this process for ``make coverage``, which sets a variable."""
     settings = os.environ.get("WOODFISHER_COVERAGE")
     if settings is None:
         yield
@@ -212,7 +212,7 @@ def _run(target: tuple[str, str, str], store: str | None, arguments: bytes) -> A
 
 
 def _load(file: str, module_name: str, qualname: str) -> Callable[..., Any]:
-    """Find a function of a test module, which need not be importable by its name."""
+    """Load a function from the file of a test module, which may not be importable."""
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, file)
         if spec is None or spec.loader is None:
@@ -236,7 +236,7 @@ def _free_port() -> int:
 
 
 def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
+    """Return the environment variables that torchrun sets."""
     environment = {
         "RANK": rank,
         "LOCAL_RANK": rank,
