@@ -148,7 +148,7 @@ BAD: list[tuple[str, Callable[[], dict[str, Any]], Any, str]] = [
         "less than is there",
         lambda: {**ramp(initial_sparsity=0.1), "target_sparsity": 0.2},
         Sparse,
-        r"sparsity 0\.2 in the end, but .* have 0\.7877 already",
+        r"sparsity 0\.2, but .* have 0\.7877 already",
     ),
     (
         "too few samples",

@@ -726,7 +726,7 @@ def test_max_steps_limit_the_epochs(steps: int, accumulated: int, epochs: int) -
 def test_manual_optimisation_has_no_known_number_of_steps() -> None:
     # Two optimizers make 24 steps of 12 batches.
     ramp = PolynomialSchedule(start_step=0, every_n_steps=5)
-    with pytest.raises(ConfigurationError, match="manual optimisation .* set end_step"):
+    with pytest.raises(ConfigurationError, match="manual optimization .* set end_step"):
         trainer(pruning(schedule=ramp)).fit(Manual(), loader())
     late = pruning(schedule=OneShotSchedule(step=20))
     trainer(late).fit(Manual(), loader())

@@ -376,7 +376,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 def test_a_lower_target_than_the_checkpoint_has_is_refused(checkpoint: str) -> None:
     pruner = pruning(schedule=PolynomialSchedule(4, 5), target_sparsity=0.5)
     with pytest.raises(
-        ConfigurationError, match=r"sparsity 0\.5 .* have 0\.7498 already"
+        ConfigurationError, match=r"sparsity 0\.5, .* have 0\.7498 already"
     ):
         trainer(pruner, max_epochs=6).fit(Classifier(), loader(), ckpt_path=checkpoint)
 
