@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_woodfisher.base.errors import (
@@ -36,6 +37,8 @@ from lightning_woodfisher.callbacks.checks import (
     require_weight_decay,
 )
 from lightning_woodfisher.callbacks.mask_guard import MaskGuard
+from lightning_woodfisher.callbacks.monitors import MonitorHold, describe_early_end
+from lightning_woodfisher.callbacks.progress import announce
 from lightning_woodfisher.callbacks.signals import delay_signals
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.data.losses import LossSource
@@ -69,6 +72,10 @@ class PruningCallback(MaskGuard, ABC):
         reports: reports of the steps done.
     """
 
+    #: Whether ModelCheckpoint(monitor=...) and EarlyStopping count only scores from the
+    #: last pruning step on; set it to False to let them count from the start.
+    hold_monitors: bool = True
+
     #: Whether a batch is needed to select parameters; there is none before
     #: ``on_train_start``.
     _selects_by_data: ClassVar[bool] = False
@@ -97,6 +104,7 @@ class PruningCallback(MaskGuard, ABC):
         self._untried = False
         self._done: list[tuple[Unit, int]] = []
         self._restored_masks: Mapping[str, Any] | None = None
+        self._monitors = MonitorHold()
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -212,6 +220,15 @@ class PruningCallback(MaskGuard, ABC):
             self._end_weight_decay(trainer)
         self._guard(trainer, pl_module)
         mask_averages(trainer, self._get_masks())
+        self._publish_progress(trainer)
+        held = self._monitors.describe(trainer)
+        if held and self._holds_monitors(trainer):
+            last = self._plan[-1]
+            announce(
+                trainer,
+                f"{held}: scores count from {last.unit} {last.position} on, when the last "
+                "pruning step is done, so that the best checkpoint is a pruned one.",
+            )
 
     # ------------------------------------------------------------------ training
 
@@ -226,6 +243,46 @@ class PruningCallback(MaskGuard, ABC):
         """
         with delay_signals():
             self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
+        if self._holds_monitors(trainer):
+            self._monitors.restart_early_stopping(trainer)
+
+    def on_validation_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Keep EarlyStopping from counting scores before the last pruning step.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+        """
+        if trainer.state.fn == "fit" and self._holds_monitors(trainer):
+            self._monitors.restart_early_stopping(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remove all hooks.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+        """
+        super().on_train_end(trainer, pl_module)
+        self._monitors.restore_thresholds()
+
+    def on_exception(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Remove all hooks.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+            exception: the exception that ends training.
+        """
+        super().on_exception(trainer, pl_module, exception)
+        self._monitors.restore_thresholds()
 
     def on_train_batch_start(
         self,
@@ -360,6 +417,38 @@ class PruningCallback(MaskGuard, ABC):
             if report is not None:
                 self._publish(trainer, report)
             self._end_weight_decay(trainer)
+            self._publish_progress(trainer)
+            if self.hold_monitors and not self._holds_monitors(trainer):
+                self._monitors.release(trainer)
+
+    def _publish_progress(self, trainer: pl.Trainer) -> None:
+        """Make the progress of pruning available to other callbacks, as metrics."""
+        metrics = {"pruning/target_reached": float(not self._ahead())}
+        if self.reports:
+            found = self.reports[-1].metrics()
+            metrics |= {name: v for name, v in found.items() if name.count("/") == 1}
+        metrics["pruning/sparsity"] = self._get_masks().sparsity()
+        trainer.callback_metrics.update(
+            {name: torch.tensor(value) for name, value in metrics.items()}
+        )
+
+    def _holds_monitors(self, trainer: pl.Trainer) -> bool:
+        """Return whether any pruning step is still planned, by any pruning callback."""
+        pruning = (self, *self._others(trainer))
+        return self.hold_monitors and any(callback._ahead() for callback in pruning)
+
+    def _warn_of_missed_steps(self, trainer: pl.Trainer, achieved: str) -> bool:
+        """Warn if training ended before the last pruning step, and return whether it did."""
+        missed = self._ahead()
+        if missed:
+            cause = describe_early_end(trainer)
+            rank_zero_warn(
+                f"training ended at {achieved}: {len(missed)} planned step(s) did not "
+                f"happen, the first at {missed[0].unit} {missed[0].position}"
+                f"{f', because {cause}' if cause else ''}. Train longer, or end the "
+                "schedule earlier."
+            )
+        return bool(missed)
 
     def _adopt_masks(self, trainer: pl.Trainer) -> None:
         """Adopt the zeros of other pruning callbacks, such as channels."""

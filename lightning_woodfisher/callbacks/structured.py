@@ -210,6 +210,8 @@ class StructuredPruningCallback(PruningCallback):
             return  # Nothing was left to train.
         self.masks.verify()
         log_end(trainer, self.reports)
+        steps = f"{len(self.reports)} of {len(self._plan)} pruning steps"
+        self._warn_of_missed_steps(trainer, steps)
         if self.export_path and self.reports and trainer.is_global_zero:
             smaller = self.shrunk_model(pl_module)
             save_shrunk(self.export_path, smaller, self.removal_plan(pl_module))

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_woodfisher.base.errors import (
@@ -286,30 +285,25 @@ class WoodFisherPruningCallback(PruningCallback):
     # ------------------------------------------------------------------ fit ends
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that the target sparsity has been reached.
+        """Check that the target sparsity has been reached, or warn that it has not.
 
         Args:
             trainer: the Trainer.
             pl_module: its module.
 
         Raises:
-            PruningError: if it has not.
+            PruningError: if all steps are done, but weights are missing from the target.
         """
         masks = self._get_masks()
         masks.verify()
         log_end(trainer, self.reports, masks if self.log_masks else None)
-        missed = self._ahead()
-        missing = self._missing(self.target_sparsity)
-        if isinstance(self.schedule, ConstantSchedule) or not any(missing):
+        if isinstance(self.schedule, ConstantSchedule):
             return
-        message = (
-            f"training ended at sparsity {masks.sparsity():.4f}, not at the target "
-            f"{self.target_sparsity}: {len(missed)} planned step(s) did not happen, the "
-            f"first at {missed[0].unit} {missed[0].position}."
-            if missed
-            else f"{sum(missing)} weights are missing from the target sparsity."
+        missing = self._missing(self.target_sparsity)
+        achieved = (
+            f"sparsity {masks.sparsity():.4f}, not at the target {self.target_sparsity}"
         )
-        if trainer.interrupted:
-            rank_zero_warn(message)
-        else:
-            raise PruningError(f"{message} Train longer, or end the schedule earlier.")
+        if any(missing) and not self._warn_of_missed_steps(trainer, achieved):
+            raise PruningError(
+                f"{sum(missing)} weights are missing from the target sparsity."
+            )
