@@ -33,8 +33,10 @@ from lightning_woodfisher.callbacks.averaging import (
 from lightning_woodfisher.callbacks.checks import (
     require_masks_hold,
     require_same_selection,
+    require_same_settings,
     require_supported,
     require_weight_decay,
+    training_samples,
 )
 from lightning_woodfisher.callbacks.mask_guard import MaskGuard
 from lightning_woodfisher.callbacks.monitors import MonitorHold, describe_early_end
@@ -115,6 +117,10 @@ class PruningCallback(MaskGuard, ABC):
         """Return the parameters that may be pruned, by name."""
 
     @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """Return the settings that must be the same on all ranks, by name."""
+
+    @abstractmethod
     def _make_plan(self, trainer: pl.Trainer) -> tuple[PlannedStep, ...]:
         """List the steps of this training."""
 
@@ -193,6 +199,14 @@ class PruningCallback(MaskGuard, ABC):
             trainer: the Trainer.
             pl_module: its module, on its device.
         """
+        settings = {
+            "max_epochs": trainer.max_epochs,
+            "max_steps": trainer.max_steps,
+            "schedule": self.schedule,
+            "loss_method": self.loss_method,
+            **self._settings(),
+        }
+        require_same_settings(settings, Communicator(pl_module.device))
         if not self._selects_by_data:
             self._begin(trainer, pl_module)
             if not trainer.strategy.restore_checkpoint_after_setup:
@@ -207,6 +221,10 @@ class PruningCallback(MaskGuard, ABC):
             trainer: the Trainer.
             pl_module: its module.
         """
+        comm = Communicator(pl_module.device)
+        with comm.failing_together(lambda: "check"):
+            samples = {"length of the training data": training_samples(trainer)}
+        require_same_settings(samples, comm)
         if self._selects_by_data:
             self._begin(trainer, pl_module)
         # The checkpoint of a sharded model is loaded after on_fit_start.

@@ -218,6 +218,14 @@ class StructuredPruningCallback(PruningCallback):
 
     # ------------------------------------------------------------------ training starts
 
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "network": self.network,
+            "config": self.config,
+            "implants": self._implants,
+        }
+
     def _select(
         self, trainer: pl.Trainer, module: pl.LightningModule
     ) -> dict[str, nn.Parameter]:

@@ -164,6 +164,9 @@ class WoodFisherPruningCallback(PruningCallback):
 
     # ------------------------------------------------------------------ training starts
 
+    def _settings(self) -> dict[str, Any]:
+        return {"target_sparsity": self.target_sparsity, **vars(self.config)}
+
     def _select(
         self, trainer: pl.Trainer, module: pl.LightningModule
     ) -> dict[str, nn.Parameter]:

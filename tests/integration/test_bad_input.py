@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
 )
+from rank_pool import RankPool
 from torch import nn
 
 from lightning_woodfisher import (
@@ -258,3 +260,49 @@ def test_a_useless_training_step_is_named(kind: str, message: str) -> None:
         trainer(pruning()).fit(module, loader())
     # Together with others, where that works compared with the first alone; then alone.
     assert module.steps == (3 if kind == "gradient" else 2)
+
+
+# ---------------------------------------------------------------- ranks that differ
+
+
+def fit_differently(name: str) -> str:
+    """Fit on two ranks, the second of which has other settings; return its error."""
+    options: dict[str, Any] = {"schedule": PolynomialSchedule(0, 2)}
+    count = 48
+    if os.environ["RANK"] == "1":
+        changes: dict[str, dict[str, Any]] = {
+            "target": {"target_sparsity": 0.5},
+            "criterion": {"criterion": "magnitude"},
+            "schedule": {"schedule": PolynomialSchedule(1, 2)},
+            "exclude": {"selection": SelectionConfig(exclude=["Conv2d"])},
+            "damping": {"fisher": FisherConfig(6, 2, 16, damping=0.1)},
+            "seed": {"seed": 3},
+            "data": {},
+        }
+        options |= changes[name]
+        count = 40 if name == "data" else 48
+    fitted = trainer(pruning(**options), max_epochs=4, devices=2, strategy="ddp")
+    try:
+        fitted.fit(Classifier(), loader(count, shuffle=False))
+    except (ConfigurationError, PruningError) as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("target", "target_sparsity is 0.5 on rank 1, but 0.75 on rank 0"),
+        ("criterion", "criterion is 'magnitude' on rank 1, but 'woodfisher' on rank 0"),
+        ("schedule", "schedule is PolynomialSchedule(start_epoch=1"),
+        ("exclude", "selection.exclude is ['Conv2d'] on rank 1, but [] on rank 0"),
+        ("damping", "fisher.damping is 0.1 on rank 1, but"),
+        ("seed", "step.seed is 3 on rank 1, but 0 on rank 0"),
+        ("data", "length of the training data is 40 on rank 1, but 48 on rank 0"),
+    ],
+)
+def test_ranks_with_other_settings_end_before_training(
+    ranks: RankPool, name: str, text: str
+) -> None:
+    errors = ranks.run(2, fit_differently, name, launch="trainer", timeout=60)
+    assert all(text in error for error in errors), errors
