@@ -102,11 +102,9 @@ class StructuredPruningCallback(PruningCallback):
     ) -> None:
         require_target(target)
         require_rereadable(dataloader)
-        require_integer("latency_runs", latency_runs)
-        if latency_runs < 0:
-            raise ConfigurationError(
-                f"latency_runs={latency_runs} must be at least 0; use 0 to time nothing."
-            )
+        require_integer(
+            "latency_runs", latency_runs, least=0, hint="use 0 to time nothing"
+        )
         super().__init__(
             schedule if schedule is not None else OneShotSchedule(epoch=0),
             loss_method,
@@ -425,7 +423,11 @@ class HAPPruningCallback(StructuredPruningCallback):
         config = dataclasses.replace(config, method="hap")
         super().__init__(target, config, **options)
         self._implants = ImplantConfig(implant_ratio, implant_init)
-        self._implants.require_multiples(config.round_to)
+        if implant_ratio and config.round_to > 1:
+            raise ConfigurationError(
+                f"round_to={config.round_to} counts whole channels, and implants are not "
+                "whole; use round_to=1 or implant_ratio=0."
+            )
 
 
 def _copy_network(network: nn.Module) -> nn.Module:

@@ -67,17 +67,10 @@ def require_target(target: float) -> None:
     """Check the target of structured pruning.
 
     Args:
-        target: share of the measure to remove.
-
-    Raises:
-        ConfigurationError: if it is not a number in [0, 1).
+        target: share of the measure to remove, in [0, 1).
     """
-    require_number("target", target)
-    if not 0.0 <= target < 1.0:
-        raise ConfigurationError(
-            f"target={target} is outside [0, 1); it is the share to remove, so use 0.5 to "
-            "halve the network."
-        )
+    meaning = "it is the share to remove, so use 0.5 to halve the network"
+    require_number("target", target, "[0, 1)", meaning)
 
 
 def require_rereadable(data: Any) -> None:

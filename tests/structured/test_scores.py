@@ -497,6 +497,8 @@ def test_bad_settings_are_named() -> None:
         {"num_samples": 0},
         {"max_ratio": 1.5},
         {"round_to": 0},
+        {"include": "conv"},
+        {"exclude": [1]},
     ):
         with pytest.raises(ConfigurationError, match=next(iter(change))):
             settings(**change)
