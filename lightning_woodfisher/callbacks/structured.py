@@ -35,7 +35,7 @@ from lightning_woodfisher.pruning.schedule import (
     PlannedStep,
     PruningSchedule,
 )
-from lightning_woodfisher.reporting.loggers import log_end, log_settings, log_step
+from lightning_woodfisher.reporting.loggers import log_end, log_settings
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import (
     Group,
@@ -85,7 +85,8 @@ class StructuredPruningCallback(PruningCallback):
         ConfigurationError: for a value that cannot work.
     """
 
-    _selects_by_data = True
+    _removes_channels = True
+    _report_class = StructureReport
 
     def __init__(
         self,
@@ -269,7 +270,7 @@ class StructuredPruningCallback(PruningCallback):
 
     # ------------------------------------------------------------------ the step
 
-    def _lacks(self, target: PlannedStep) -> bool:
+    def _has_work(self, target: PlannedStep) -> bool:
         return target.sparsity > 0.0
 
     def _step(
@@ -295,12 +296,8 @@ class StructuredPruningCallback(PruningCallback):
                         if isinstance(value, Tensor) and value.shape == weight.shape:
                             value[new] = 0.0
 
-    def _log(self, trainer: pl.Trainer, report: StructureReport) -> None:
-        announce(trainer, report.to_table())
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics(report.metrics(), step=trainer.global_step)
-        log_step(trainer, self.reports)
+    def _describe(self, report: StructureReport) -> str:
+        return report.to_table()
 
     def _publish(self, trainer: pl.Trainer, report: StructureReport) -> None:
         if self.latency_runs:
@@ -325,9 +322,6 @@ class StructuredPruningCallback(PruningCallback):
         network = module.get_submodule(self._prefix)
         return measure_latency(network, self.shrunk_model(module), self._inputs, runs)
 
-    def _reads_on(self) -> bool:
-        return bool(self._ahead())
-
     def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         target = max(step.sparsity for step in self._ahead())
         self._pruner(module).rehearse(self._source(trainer, module), target)
@@ -345,12 +339,6 @@ class StructuredPruningCallback(PruningCallback):
             full_precision=True,
             network=pl_module.get_submodule(self._prefix),
         )
-
-    def _is_alike(self, other: PruningCallback) -> bool:
-        return isinstance(other, StructuredPruningCallback)
-
-    def _read_report(self, plain: dict[str, Any]) -> StructureReport:
-        return StructureReport.from_dict(plain)
 
     def _pruner(self, module: pl.LightningModule) -> StructurePruner:
         return StructurePruner(
