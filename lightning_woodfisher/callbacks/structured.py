@@ -21,8 +21,11 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_woodfisher.base.errors import ConfigurationError, require_integer
-from lightning_woodfisher.base.lightning_names import either_name
+from lightning_woodfisher.base.errors import (
+    ConfigurationError,
+    require_choice,
+    require_integer,
+)
 from lightning_woodfisher.callbacks.base import PruningCallback
 from lightning_woodfisher.callbacks.checks import training_horizon
 from lightning_woodfisher.callbacks.progress import announce
@@ -194,7 +197,7 @@ class StructuredPruningCallback(PruningCallback):
             A copy of its network without the masked channels.
         """
         plan = self.removal_plan(module)
-        smaller = _copy_network(module.get_submodule(self._prefix))
+        smaller = copy.deepcopy(module.get_submodule(self._prefix))
         plan.apply(smaller)
         return smaller
 
@@ -374,10 +377,10 @@ class SOSPPruningCallback(StructuredPruningCallback):
         config: StructureConfig = StructureConfig(),
         **options: Any,
     ) -> None:
-        if variant not in ("I", "H"):
-            raise ConfigurationError(f"variant={variant!r} is unknown; use 'I' or 'H'.")
-        method: Literal["sosp_i", "sosp_h"] = "sosp_i" if variant == "I" else "sosp_h"
-        config = dataclasses.replace(config, method=method)
+        require_choice("variant", variant, ("I", "H"))
+        config = dataclasses.replace(
+            config, method="sosp_i" if variant == "I" else "sosp_h"
+        )
         super().__init__(target, config, **options)
 
 
@@ -416,15 +419,3 @@ class HAPPruningCallback(StructuredPruningCallback):
                 f"round_to={config.round_to} counts whole channels, and implants are not "
                 "whole; use round_to=1 or implant_ratio=0."
             )
-
-
-def _copy_network(network: nn.Module) -> nn.Module:
-    """Copy a network; a LightningModule without its Trainer."""
-    if not isinstance(network, either_name(pl.LightningModule)):
-        return copy.deepcopy(network)
-    trainer = network._trainer
-    network._trainer = None
-    try:
-        return copy.deepcopy(network)
-    finally:
-        network._trainer = trainer

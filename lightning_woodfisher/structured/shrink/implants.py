@@ -175,12 +175,8 @@ def _fit_least_squares(
         loss()
         return sums.unsqueeze(0) * scale
 
-    handle = conv.register_forward_hook(hook)
-    try:
-        with evaluation.session():
-            rows = evaluation.compute_rows(compute, len(sums))
-    finally:
-        handle.remove()
+    with conv.register_forward_hook(hook), evaluation.session():
+        rows = evaluation.compute_rows(compute, len(sums))
     system = rows.sum(dim=0).view(inputs, inputs + outputs)
     # Inputs may be zero or linearly dependent: take the solution of least norm.
     inverse = torch.linalg.pinv(system[:, :inputs], rtol=1e-10, hermitian=True)
