@@ -12,12 +12,13 @@ __all__ = [
     "require_flag",
     "require_integer",
     "require_number",
+    "require_patterns",
     "require_text",
 ]
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import cast
 
@@ -177,6 +178,25 @@ def require_number(
     is_below = number <= high if interval[-1] == "]" else number < high
     if not (is_above and is_below):
         raise ConfigurationError(f"{name}={value} is outside {interval}{_ending(hint)}")
+
+
+def require_patterns(name: str, value: object) -> None:
+    """Check that a setting is a list of patterns.
+
+    Args:
+        name: of the setting.
+        value: what the user gave.
+
+    Raises:
+        ConfigurationError: for any other value, such as a single pattern.
+    """
+    if isinstance(value, str):
+        raise ConfigurationError(
+            f"{name}={value!r} is a single text; give a list of patterns: "
+            f"{name.rpartition('.')[2]}=[{value!r}]."
+        )
+    if not isinstance(value, Sequence) or not all(isinstance(p, str) for p in value):
+        raise ConfigurationError(f"{name}={value!r} is not a list of patterns (texts).")
 
 
 def require_text(name: str, value: object) -> None:

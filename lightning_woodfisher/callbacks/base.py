@@ -47,6 +47,7 @@ from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import reshard
 from lightning_woodfisher.pruning.schedule import PlannedStep, PruningSchedule, Unit
+from lightning_woodfisher.reporting.loggers import log_step
 from lightning_woodfisher.weights.checkpoint_state import (
     STATE_VERSION,
     require_readable,
@@ -78,9 +79,11 @@ class PruningCallback(MaskGuard, ABC):
     #: last pruning step on; set it to False to let them count from the start.
     hold_monitors: bool = True
 
-    #: Whether a batch is needed to select parameters; there is none before
-    #: ``on_train_start``.
-    _selects_by_data: ClassVar[bool] = False
+    #: Whether whole channels are removed. It takes a batch to find them, so parameters are
+    #: selected in ``on_train_start``.
+    _removes_channels: ClassVar[bool] = False
+    #: Class of the reports.
+    _report_class: ClassVar[type[Any]]
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class PruningCallback(MaskGuard, ABC):
         self.report_path = report_path
         self.reports: list[Any] = []
         self._plan: tuple[PlannedStep, ...] = ()
-        self._untried = False
+        self._needs_rehearsal = False
         self._done: list[tuple[Unit, int]] = []
         self._restored_masks: Mapping[str, Any] | None = None
         self._monitors = MonitorHold()
@@ -129,7 +132,7 @@ class PruningCallback(MaskGuard, ABC):
         """Check settings that need the Trainer, and print the plan."""
 
     @abstractmethod
-    def _lacks(self, target: PlannedStep) -> bool:
+    def _has_work(self, target: PlannedStep) -> bool:
         """Return whether a step that is due has anything to prune."""
 
     @abstractmethod
@@ -139,20 +142,16 @@ class PruningCallback(MaskGuard, ABC):
         """Prune; return a report, a frozen dataclass with ``epoch`` and ``step``."""
 
     @abstractmethod
-    def _log(self, trainer: pl.Trainer, report: Any) -> None:
-        """Send the metrics of a step to the loggers."""
+    def _describe(self, report: Any) -> str:
+        """Format the result of a step, to be printed."""
 
-    @abstractmethod
-    def _reads_on(self) -> bool:
-        """Return whether a remaining step reads any sample."""
+    def _needs_data(self) -> bool:
+        """Return whether a remaining step reads samples."""
+        return bool(self._ahead())
 
     @abstractmethod
     def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Check on little data that a step will work, before hours of training."""
-
-    @abstractmethod
-    def _read_report(self, plain: dict[str, Any]) -> Any:
-        """Rebuild a report from its ``to_dict``."""
 
     @property
     @abstractmethod
@@ -207,10 +206,10 @@ class PruningCallback(MaskGuard, ABC):
             **self._settings(),
         }
         require_same_settings(settings, Communicator(pl_module.device))
-        if not self._selects_by_data:
-            self._begin(trainer, pl_module)
+        if not self._removes_channels:
+            self._create_masks(trainer, pl_module)
             if not trainer.strategy.restore_checkpoint_after_setup:
-                self._take_restored_masks()
+                self._load_restored_masks()
 
     def on_train_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -225,18 +224,18 @@ class PruningCallback(MaskGuard, ABC):
         with comm.failing_together(lambda: "check"):
             samples = {"length of the training data": training_samples(trainer)}
         require_same_settings(samples, comm)
-        if self._selects_by_data:
-            self._begin(trainer, pl_module)
+        if self._removes_channels:
+            self._create_masks(trainer, pl_module)
         # The checkpoint of a sharded model is loaded after on_fit_start.
-        self._take_restored_masks()
+        self._load_restored_masks()
         self._plan = self._make_plan(trainer)
-        self._untried = self._reads_on()
+        self._needs_rehearsal = self._needs_data()
         self._prepare(trainer, pl_module)
         if self.weight_decay_off_after_last_step:
             require_weight_decay(trainer.optimizers)
             # A checkpoint may have been loaded without optimizer states.
             self._end_weight_decay(trainer)
-        self._guard(trainer, pl_module)
+        self._register_hooks(trainer, pl_module)
         mask_averages(trainer, self._get_masks())
         self._publish_progress(trainer)
         held = self._monitors.describe(trainer)
@@ -253,7 +252,7 @@ class PruningCallback(MaskGuard, ABC):
     def on_train_epoch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> None:
-        """Prune when the schedule says so.
+        """Prune if the schedule has a step at the start of this epoch.
 
         Args:
             trainer: the Trainer.
@@ -309,7 +308,7 @@ class PruningCallback(MaskGuard, ABC):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Prune when a schedule in optimizer steps says so.
+        """Prune if the schedule has a step before this batch.
 
         Args:
             trainer: the Trainer.
@@ -318,13 +317,15 @@ class PruningCallback(MaskGuard, ABC):
             batch_idx: not used.
         """
         with delay_signals():
-            # A run that resumes in the middle of an epoch has missed its start.
+            # A run that resumes in the middle of an epoch skips on_train_epoch_start.
             self._prune_if_due(trainer, pl_module, "epoch", trainer.current_epoch)
             self._prune_if_due(trainer, pl_module, "step", trainer.global_step)
-            if self._untried and self._reads_on() and self._all_trainable():
+            parameters = self._get_masks().parameters.values()
+            trainable = all(parameter.requires_grad for parameter in parameters)
+            if self._needs_rehearsal and self._needs_data() and trainable:
                 # Not when training starts, because training_step may depend on hooks of
                 # the module that run later. An iterator can be read only once.
-                self._untried = False
+                self._needs_rehearsal = False
                 if not isinstance(self.dataloader, Iterator):
                     self._rehearse(trainer, pl_module)
 
@@ -353,7 +354,7 @@ class PruningCallback(MaskGuard, ABC):
         pl_module: pl.LightningModule,
         checkpoint: dict[str, Any],
     ) -> None:
-        """Check that the checkpoint has no masks of another selection.
+        """Check that the masks in the checkpoint are not those of another selection.
 
         Args:
             trainer: the Trainer.
@@ -388,12 +389,12 @@ class PruningCallback(MaskGuard, ABC):
             # During training, as the learning rate finder does.
             self._restored_masks = None
         self._done = [(unit, position) for unit, position in state_dict["done"]]
-        self.reports = [self._read_report(r) for r in state_dict["reports"]]
+        self.reports = [self._report_class.from_dict(r) for r in state_dict["reports"]]
 
     # ------------------------------------------------------------------ the step
 
-    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Create the masks."""
+    def _create_masks(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Create the masks of the selected parameters."""
         # A forward pass before fit may have left gathered copies in place of shards.
         reshard(module)
         parameters = self._select(trainer, module)
@@ -414,10 +415,10 @@ class PruningCallback(MaskGuard, ABC):
         ]
         if not due:
             return
-        self._adopt_masks(trainer)
+        self._add_masks_of_others(trainer)
         target = due[-1]
         report = None
-        if self._lacks(target):
+        if self._has_work(target):
             report = self._step(trainer, pl_module, target)
             report = dataclasses.replace(
                 report, epoch=trainer.current_epoch, step=trainer.global_step
@@ -429,7 +430,7 @@ class PruningCallback(MaskGuard, ABC):
         comm = Communicator(pl_module.device)
         with comm.failing_together(lambda: "log"):
             if report is not None:
-                self._untried = False
+                self._needs_rehearsal = False
                 self._get_masks().apply_to_optimizers(trainer.optimizers)
             mask_averages(trainer, self._get_masks())
             if report is not None:
@@ -468,8 +469,8 @@ class PruningCallback(MaskGuard, ABC):
             )
         return bool(missed)
 
-    def _adopt_masks(self, trainer: pl.Trainer) -> None:
-        """Adopt the zeros of other pruning callbacks, such as channels."""
+    def _add_masks_of_others(self, trainer: pl.Trainer) -> None:
+        """Mask the weights that other pruning callbacks have pruned."""
         mine = {id(p): name for name, p in self._get_masks().parameters.items()}
         for other in self._others(trainer):
             for name, parameter in other._get_masks().parameters.items():
@@ -487,7 +488,13 @@ class PruningCallback(MaskGuard, ABC):
                     group["weight_decay"] = 0.0
 
     def _publish(self, trainer: pl.Trainer, report: Any) -> None:
-        self._log(trainer, report)
+        """Print the result of a step, log it, and write ``report_path``."""
+        announce(trainer, self._describe(report))
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(report.metrics(), step=trainer.global_step)
+        masks = None if self._removes_channels else self._get_masks()
+        log_step(trainer, self.reports, masks)
         if self.report_path is not None and trainer.is_global_zero:
             path = Path(self.report_path)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -504,9 +511,6 @@ class PruningCallback(MaskGuard, ABC):
         """Return the planned steps that are not done."""
         return [s for s in self._plan if (s.unit, s.position) not in self._done]
 
-    def _all_trainable(self) -> bool:
-        return all(p.requires_grad for p in self._get_masks().parameters.values())
-
     def _others(self, trainer: pl.Trainer) -> list[PruningCallback]:
         """Return the other pruning callbacks of the Trainer that have masks."""
         return [
@@ -521,7 +525,7 @@ class PruningCallback(MaskGuard, ABC):
         """Check that no other callback of this kind selects the same weights."""
         mine = {id(p): n for n, p in self._get_masks().parameters.items()}
         for other in self._others(trainer):
-            if not self._is_alike(other):
+            if other._removes_channels != self._removes_channels:
                 continue
             theirs = other._get_masks().parameters.values()
             shared = [mine[id(p)] for p in theirs if id(p) in mine]
@@ -531,11 +535,7 @@ class PruningCallback(MaskGuard, ABC):
                     f"{', '.join(shared[:8])}; separate them with include and exclude."
                 )
 
-    def _is_alike(self, other: PruningCallback) -> bool:
-        """Return whether two callbacks must not select the same weights."""
-        return isinstance(other, type(self))
-
-    def _take_restored_masks(self) -> None:
+    def _load_restored_masks(self) -> None:
         if self._restored_masks is not None:
             self._get_masks().load_state_dict(self._restored_masks)
             require_masks_hold(self._get_masks())

@@ -1,10 +1,9 @@
-"""Checks and the plan of pruning steps, before training starts."""
+"""Check a Trainer, a checkpoint and data before training, and format the planned steps."""
 
 from __future__ import annotations
 
 __all__ = [
     "describe_plan",
-    "releases_weights",
     "require_enough_batches",
     "require_masks_hold",
     "require_same_selection",
@@ -23,7 +22,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
-    BaseFinetuning,
     GradientAccumulationScheduler,
     ModelPruning,
     StochasticWeightAveraging,
@@ -110,18 +108,6 @@ def _epochs_within(trainer: pl.Trainer, steps: int) -> int | None:
     if not known or not math.isfinite(batches) or batches < 1:
         return None
     return math.ceil(steps / _steps_of_an_epoch(trainer))
-
-
-def releases_weights(trainer: pl.Trainer) -> bool:
-    """Return whether weights that are frozen now may be trained later.
-
-    Args:
-        trainer: the Trainer.
-
-    Returns:
-        Whether it has a callback for fine-tuning, such as ``BackboneFinetuning``.
-    """
-    return has_callback(trainer, BaseFinetuning)
 
 
 def training_samples(trainer: pl.Trainer) -> int | None:

@@ -95,7 +95,7 @@ class MaskGuard(pl.Callback):
         """
         self._mask_all(trainer)
 
-    def _guard(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _register_hooks(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Register hooks that apply the masks around every optimizer step."""
         # The hooks look the masks up, because loading a checkpoint replaces them.
         for optimizer in trainer.optimizers:

@@ -1,8 +1,8 @@
-"""Messages, metrics and progress bars of pruning steps, for any Trainer."""
+"""Messages and progress bars of pruning steps, for any Trainer."""
 
 from __future__ import annotations
 
-__all__ = ["announce", "log_report", "progress_bar", "terminal_bar"]
+__all__ = ["announce", "describe_step", "progress_bar", "terminal_bar"]
 
 import contextlib
 import functools
@@ -18,31 +18,29 @@ from lightning_woodfisher.base.lightning_names import either_name
 from lightning_woodfisher.pruning.report import PruningReport
 
 
-def log_report(trainer: pl.Trainer, report: PruningReport) -> None:
-    """Print the result of a pruning step and send its metrics to every logger.
-
-    Metrics are logged under ``pruning/…`` at the Trainer's global step. Tables and figures
-    are written by :mod:`lightning_woodfisher.reporting.loggers`.
+def describe_step(report: PruningReport) -> str:
+    """Format the result of a pruning step.
 
     Args:
-        trainer: the Trainer; nothing is written on ranks other than 0.
         report: report of the step.
+
+    Returns:
+        A line, and a second one if damping was raised.
     """
-    increase = _pair(report.predicted_increase, report.measured_increase)
-    announce(
-        trainer,
+    rises = {
+        "predicted": report.predicted_increase,
+        "measured": report.measured_increase,
+    }
+    known = [f"{name} {rise:.3g}" for name, rise in rises.items() if rise is not None]
+    text = (
         f"Pruned to {report.sparsity:.2%} by {report.criterion} in "
-        f"{sum(report.seconds.values()):.1f} s; loss rise {increase}",
+        f"{sum(report.seconds.values()):.1f} s; loss rise "
+        f"{', '.join(known) or 'not measured'}"
     )
     if report.raised_damping:
-        announce(
-            trainer,
-            f"Damping was raised to keep blocks definite: {dict(report.raised_damping)}",
-        )
-    if not trainer.is_global_zero:
-        return
-    for logger in trainer.loggers:
-        logger.log_metrics(report.metrics(), step=trainer.global_step)
+        raised = dict(report.raised_damping)
+        text += f"\nDamping was raised to keep blocks positive definite: {raised}"
+    return text
 
 
 def announce(trainer: pl.Trainer, text: str) -> None:
@@ -61,7 +59,7 @@ def announce(trainer: pl.Trainer, text: str) -> None:
 
 
 def progress_bar(trainer: pl.Trainer) -> Progress | None:
-    """Return a progress bar that works beside the one of the Trainer.
+    """Return a progress bar that can be shown beside the Trainer's own.
 
     Args:
         trainer: the Trainer.
@@ -118,12 +116,3 @@ def terminal_bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
     # disable=None: silent if the output is not a terminal.
     with tqdm(desc=title, total=total, leave=False, disable=None) as bar:
         yield bar.update
-
-
-def _pair(predicted: float | None, measured: float | None) -> str:
-    parts = [
-        f"{name} {value:.3g}"
-        for name, value in (("predicted", predicted), ("measured", measured))
-        if value is not None
-    ]
-    return ", ".join(parts) or "not measured"

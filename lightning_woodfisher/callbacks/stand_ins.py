@@ -4,8 +4,8 @@ from __future__ import annotations
 
 __all__ = [
     "CapturedBackward",
+    "Idle",
     "IdleOptimizer",
-    "IdleScheduler",
     "map_each",
     "unwrap_optimizer",
 ]
@@ -132,22 +132,32 @@ class _SumOfOwnedLosses(torch.autograd.Function):
         return None, *(found.get(id(p)) for p in ctx.parameters)
 
 
-class IdleOptimizer:
-    """Stand-in for an optimizer in a session: reads as usual, never steps."""
+class Idle:
+    """Stand-in for an optimizer or a scheduler in a session: reads as usual, never steps."""
 
-    def __init__(
-        self, optimizer: Any, module: pl.LightningModule, backward: CapturedBackward
-    ) -> None:
-        self._idle = optimizer
-        self._module = module
-        self._backward = backward
+    def __init__(self, replaced: Any) -> None:
+        self._idle = replaced
 
     @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # isinstance() sees the optimizer
+    def __class__(self) -> Any:  # isinstance() sees the replaced object
         return type(self._idle)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._idle, name)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Do nothing."""
+
+
+class IdleOptimizer(Idle):
+    """Stand-in for an optimizer that records when it would step."""
+
+    def __init__(
+        self, optimizer: Any, module: pl.LightningModule, backward: CapturedBackward
+    ) -> None:
+        super().__init__(optimizer)
+        self._module = module
+        self._backward = backward
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Run the closure and record the step."""
@@ -164,23 +174,6 @@ class IdleOptimizer:
         self._module.toggle_optimizer(self)  # type: ignore[arg-type]
         yield
         self._module.untoggle_optimizer(self)  # type: ignore[arg-type]
-
-
-class IdleScheduler:
-    """Stand-in for a learning-rate scheduler in a session: reads as usual, never steps."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self._idle = scheduler
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # isinstance() sees the scheduler
-        return type(self._idle)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._idle, name)
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing."""
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:

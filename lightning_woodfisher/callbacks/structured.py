@@ -21,8 +21,11 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_woodfisher.base.errors import ConfigurationError, require_integer
-from lightning_woodfisher.base.lightning_names import either_name
+from lightning_woodfisher.base.errors import (
+    ConfigurationError,
+    require_choice,
+    require_integer,
+)
 from lightning_woodfisher.callbacks.base import PruningCallback
 from lightning_woodfisher.callbacks.checks import training_horizon
 from lightning_woodfisher.callbacks.progress import announce
@@ -35,7 +38,7 @@ from lightning_woodfisher.pruning.schedule import (
     PlannedStep,
     PruningSchedule,
 )
-from lightning_woodfisher.reporting.loggers import log_end, log_settings, log_step
+from lightning_woodfisher.reporting.loggers import log_end, log_settings
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import (
     Group,
@@ -85,7 +88,8 @@ class StructuredPruningCallback(PruningCallback):
         ConfigurationError: for a value that cannot work.
     """
 
-    _selects_by_data = True
+    _removes_channels = True
+    _report_class = StructureReport
 
     def __init__(
         self,
@@ -102,11 +106,9 @@ class StructuredPruningCallback(PruningCallback):
     ) -> None:
         require_target(target)
         require_rereadable(dataloader)
-        require_integer("latency_runs", latency_runs)
-        if latency_runs < 0:
-            raise ConfigurationError(
-                f"latency_runs={latency_runs} must be at least 0; use 0 to time nothing."
-            )
+        require_integer(
+            "latency_runs", latency_runs, least=0, hint="use 0 to time nothing"
+        )
         super().__init__(
             schedule if schedule is not None else OneShotSchedule(epoch=0),
             loss_method,
@@ -195,7 +197,7 @@ class StructuredPruningCallback(PruningCallback):
             A copy of its network without the masked channels.
         """
         plan = self.removal_plan(module)
-        smaller = _copy_network(module.get_submodule(self._prefix))
+        smaller = copy.deepcopy(module.get_submodule(self._prefix))
         plan.apply(smaller)
         return smaller
 
@@ -281,7 +283,7 @@ class StructuredPruningCallback(PruningCallback):
 
     # ------------------------------------------------------------------ the step
 
-    def _lacks(self, target: PlannedStep) -> bool:
+    def _has_work(self, target: PlannedStep) -> bool:
         return target.sparsity > 0.0
 
     def _step(
@@ -307,12 +309,8 @@ class StructuredPruningCallback(PruningCallback):
                         if isinstance(value, Tensor) and value.shape == weight.shape:
                             value[new] = 0.0
 
-    def _log(self, trainer: pl.Trainer, report: StructureReport) -> None:
-        announce(trainer, report.to_table())
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics(report.metrics(), step=trainer.global_step)
-        log_step(trainer, self.reports)
+    def _describe(self, report: StructureReport) -> str:
+        return report.to_table()
 
     def _publish(self, trainer: pl.Trainer, report: StructureReport) -> None:
         if self.latency_runs:
@@ -337,9 +335,6 @@ class StructuredPruningCallback(PruningCallback):
         network = module.get_submodule(self._prefix)
         return measure_latency(network, self.shrunk_model(module), self._inputs, runs)
 
-    def _reads_on(self) -> bool:
-        return bool(self._ahead())
-
     def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         target = max(step.sparsity for step in self._ahead())
         self._pruner(module).rehearse(self._source(trainer, module), target)
@@ -357,12 +352,6 @@ class StructuredPruningCallback(PruningCallback):
             full_precision=True,
             network=pl_module.get_submodule(self._prefix),
         )
-
-    def _is_alike(self, other: PruningCallback) -> bool:
-        return isinstance(other, StructuredPruningCallback)
-
-    def _read_report(self, plain: dict[str, Any]) -> StructureReport:
-        return StructureReport.from_dict(plain)
 
     def _pruner(self, module: pl.LightningModule) -> StructurePruner:
         return StructurePruner(
@@ -398,10 +387,10 @@ class SOSPPruningCallback(StructuredPruningCallback):
         config: StructureConfig = StructureConfig(),
         **options: Any,
     ) -> None:
-        if variant not in ("I", "H"):
-            raise ConfigurationError(f"variant={variant!r} is unknown; use 'I' or 'H'.")
-        method: Literal["sosp_i", "sosp_h"] = "sosp_i" if variant == "I" else "sosp_h"
-        config = dataclasses.replace(config, method=method)
+        require_choice("variant", variant, ("I", "H"))
+        config = dataclasses.replace(
+            config, method="sosp_i" if variant == "I" else "sosp_h"
+        )
         super().__init__(target, config, **options)
 
 
@@ -435,16 +424,8 @@ class HAPPruningCallback(StructuredPruningCallback):
         config = dataclasses.replace(config, method="hap")
         super().__init__(target, config, **options)
         self._implants = ImplantConfig(implant_ratio, implant_init)
-        self._implants.require_multiples(config.round_to)
-
-
-def _copy_network(network: nn.Module) -> nn.Module:
-    """Copy a network; a LightningModule without its Trainer."""
-    if not isinstance(network, either_name(pl.LightningModule)):
-        return copy.deepcopy(network)
-    trainer = network._trainer
-    network._trainer = None
-    try:
-        return copy.deepcopy(network)
-    finally:
-        network._trainer = trainer
+        if implant_ratio and config.round_to > 1:
+            raise ConfigurationError(
+                f"round_to={config.round_to} counts whole channels, and implants are not "
+                "whole; use round_to=1 or implant_ratio=0."
+            )

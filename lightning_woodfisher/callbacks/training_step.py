@@ -21,8 +21,8 @@ from lightning_woodfisher.base.lightning_names import either_name, like
 from lightning_woodfisher.base.types import ModelMode
 from lightning_woodfisher.callbacks.stand_ins import (
     CapturedBackward,
+    Idle,
     IdleOptimizer,
-    IdleScheduler,
     map_each,
     unwrap_optimizer,
 )
@@ -112,8 +112,11 @@ class TrainingStepLoss(LossSource):
                 return chosen
         if self._streams is not None:
             return self._streams.batches(count, seed, repeat)
+        kind = type(loader).__name__
+        if isinstance(loader, DataLoader):
+            kind = f"DataLoader of the iterable-style {type(loader.dataset).__name__}"
         raise ConfigurationError(
-            f"the training data is a {_describe(loader)}, from which samples cannot be "
+            f"the training data is a {kind}, from which samples cannot be "
             "drawn at random; pass dataloader=, an iterable that yields the same batches "
             "in the same order on every rank."
         )
@@ -139,7 +142,11 @@ class TrainingStepLoss(LossSource):
         self._backward.clear()
         trainable = [(p, p.requires_grad) for p in module.parameters()]
         try:
-            with self._precision():
+            with (
+                contextlib.nullcontext()
+                if self._autocast_off
+                else trainer.precision_plugin.train_step_context()
+            ):
                 batch = draw_labels(module, batch, drawn, self.predictor)
                 result = self._method(batch, *[index] * more)
         finally:
@@ -183,14 +190,6 @@ class TrainingStepLoss(LossSource):
                 vars(module).update(own)
                 self._backward.clear()
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self._autocast_off:
-            return contextlib.nullcontext()
-        context: contextlib.AbstractContextManager[Any] = (
-            self._trainer.precision_plugin.train_step_context()
-        )
-        return context
-
     def _stand_ins(self) -> dict[str, Callable[..., Any]]:
         """Return methods that replace those of the module during a session."""
         module, backward = self._module, self._backward
@@ -215,7 +214,7 @@ class TrainingStepLoss(LossSource):
             )
 
         def lr_schedulers() -> Any:
-            return map_each(get_schedulers(), IdleScheduler)
+            return map_each(get_schedulers(), Idle)
 
         def all_gather(data: Any, *args: Any, **kwargs: Any) -> Any:
             if self._trainer.world_size == 1:
@@ -238,9 +237,3 @@ class TrainingStepLoss(LossSource):
         if not module.automatic_optimization:
             stand_ins["manual_backward"] = backward.capture
         return stand_ins
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, DataLoader):
-        return f"DataLoader of the iterable-style {type(value.dataset).__name__}"
-    return type(value).__name__

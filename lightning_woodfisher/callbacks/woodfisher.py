@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
 from lightning_woodfisher.base.errors import (
@@ -20,15 +21,19 @@ from lightning_woodfisher.base.errors import (
     PruningError,
     require_flag,
 )
+from lightning_woodfisher.base.lightning_names import has_callback
 from lightning_woodfisher.callbacks.base import PruningCallback
 from lightning_woodfisher.callbacks.checks import (
     describe_plan,
-    releases_weights,
     require_enough_batches,
     training_horizon,
 )
 from lightning_woodfisher.callbacks.presets import preset
-from lightning_woodfisher.callbacks.progress import announce, log_report, progress_bar
+from lightning_woodfisher.callbacks.progress import (
+    announce,
+    describe_step,
+    progress_bar,
+)
 from lightning_woodfisher.criteria import CriterionName
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import FisherConfig
@@ -52,11 +57,7 @@ from lightning_woodfisher.pruning.selector import (
     prune_zeros,
     weights_to_remove,
 )
-from lightning_woodfisher.reporting.loggers import (
-    log_end,
-    log_settings,
-    log_step,
-)
+from lightning_woodfisher.reporting.loggers import log_end, log_settings
 from lightning_woodfisher.resources.budget import fit_into_memory, require_one_device
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.patterns import require_pattern_fits
@@ -99,6 +100,8 @@ class WoodFisherPruningCallback(PruningCallback):
     Raises:
         ConfigurationError: for a value that cannot work.
     """
+
+    _report_class = PruningReport
 
     def __init__(
         self,
@@ -175,7 +178,8 @@ class WoodFisherPruningCallback(PruningCallback):
             module,
             selection.include,
             selection.exclude,
-            frozen=releases_weights(trainer),
+            # A callback for fine-tuning may train weights later that are frozen now.
+            frozen=has_callback(trainer, BaseFinetuning),
         )
         require_one_device(parameters)
         require_pattern_fits(module, parameters, selection.pattern)
@@ -183,7 +187,7 @@ class WoodFisherPruningCallback(PruningCallback):
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         comm = Communicator(module.device)
-        if self._untried:
+        if self._needs_rehearsal:
             with comm.failing_together():
                 self._require_data(trainer, module)
         if self._plan:
@@ -246,7 +250,7 @@ class WoodFisherPruningCallback(PruningCallback):
 
     # ------------------------------------------------------------------ the step
 
-    def _lacks(self, target: PlannedStep) -> bool:
+    def _has_work(self, target: PlannedStep) -> bool:
         return any(self._missing(target.sparsity))
 
     def _step(
@@ -259,18 +263,14 @@ class WoodFisherPruningCallback(PruningCallback):
             self.target_sparsity,
         )
 
-    def _log(self, trainer: pl.Trainer, report: PruningReport) -> None:
-        log_report(trainer, report)
-        log_step(trainer, self.reports, self._get_masks())
+    def _describe(self, report: PruningReport) -> str:
+        return describe_step(report)
 
-    def _reads_on(self) -> bool:
-        return bool(self._ahead()) and self.config.reads_data
+    def _needs_data(self) -> bool:
+        return super()._needs_data() and self.config.reads_data
 
     def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._pruner(trainer, module).rehearse(self._source(trainer, module))
-
-    def _read_report(self, plain: dict[str, Any]) -> PruningReport:
-        return PruningReport.from_dict(plain)
 
     def _pruner(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Pruner:
         comm = Communicator(pl_module.device)

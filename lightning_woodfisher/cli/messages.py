@@ -13,7 +13,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_woodfisher.base.errors import ConfigurationError, PruningError, nearest
+from lightning_woodfisher.base.errors import (
+    ConfigurationError,
+    PruningError,
+    first_line,
+    nearest,
+)
 from lightning_woodfisher.callbacks.structured import (
     HAPPruningCallback,
     SOSPPruningCallback,
@@ -95,7 +100,7 @@ def explain_wandb(error: BaseException | None) -> str | None:
         The message and the remedy; None if W&B is not the cause.
     """
     while error is not None:
-        message = next(iter(str(error).splitlines()), type(error).__name__)
+        message = first_line(error)
         if isinstance(error, ModuleNotFoundError) and "wandb" in message:
             return (
                 f"WandbLogger: {message}. pip install 'lightning-woodfisher[wandb]', or "

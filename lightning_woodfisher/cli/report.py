@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.errors import ConfigurationError, first_line
 from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.cli.arguments import SubcommandParser
 from lightning_woodfisher.pruning.report import PruningReport, format_steps
@@ -26,9 +26,8 @@ from lightning_woodfisher.structured.report import (
     StructureReport,
     format_structure_steps,
 )
+from lightning_woodfisher.weights.checkpoint_state import STATE_KEYS, require_readable
 
-# Keys by which the state of a pruning callback is recognized, whatever its class.
-_STATE = {"masks", "reports"}
 # The file that a sharded strategy saves beside its shards.
 _SHARDED_STATE = "meta.pt"
 
@@ -141,23 +140,25 @@ def _read_checkpoint(path: Path) -> _Record:
         # With mmap only the masks of a large file are read.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigurationError(
-            f"{path} is no checkpoint, or holds more than tensors and plain values, which "
-            f"could run code when loaded ({first}); give the JSON file of report_path."
+            f"{path} is not a checkpoint, or holds more than tensors and plain values, "
+            f"which could run code when loaded ({first_line(error)}); give the JSON file "
+            "of report_path."
         ) from error
     content = checkpoint if isinstance(checkpoint, Mapping) else {}
     states: Mapping[str, Any] = content.get("callbacks") or {}
     ours = {
         key: state
         for key, state in states.items()
-        if isinstance(state, Mapping) and state.keys() >= _STATE
+        if isinstance(state, Mapping) and state.keys() >= STATE_KEYS
     }
     if not ours:
         raise ConfigurationError(
             f"{path} has no state of a pruning callback: it was saved without one, or with "
             "save_weights_only. Give another checkpoint, or the JSON file of report_path."
         )
+    for state in ours.values():
+        require_readable(state, str(path))
     return _Record(
         path,
         {key: _read_reports(state["reports"]) for key, state in ours.items()},

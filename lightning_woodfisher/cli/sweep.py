@@ -5,9 +5,10 @@ from __future__ import annotations
 __all__ = ["make_parser", "run_sweep_command"]
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -176,33 +177,31 @@ class _TrySettings(pl.Callback):
         source = TrainingStepLoss(
             trainer, pl_module, callback.loss_method, callback.dataloader
         )
-        evaluate = _validation(trainer, options.metric)
+        evaluate = functools.partial(_validate, trainer, options.metric)
         bar = terminal_bar if trainer.is_global_zero else None
         self.report = run_sweep(source, evaluate, settings, options.row_memory, bar)
         trainer.should_stop = True
 
 
-def _validation(
-    trainer: pl.Trainer, metric: str | None
-) -> Callable[[nn.Module], dict[str, float]]:
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        trainer.validating = True
-        try:
-            trainer.fit_loop.epoch_loop.val_loop.run()
-        finally:
-            trainer.training = True
-        found = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if not found:
-            raise ConfigurationError(
-                f"{type(model).__name__} logs no metric in validation, so settings cannot "
-                "be compared; call self.log in validation_step, and check that there is "
-                "validation data."
-            )
-        # Reports a wrong name after the first evaluation, not after the last.
-        SweepReport(found, (), 0).choose_metric(metric)
-        return found
-
-    return evaluate
+def _validate(
+    trainer: pl.Trainer, metric: str | None, model: nn.Module
+) -> dict[str, float]:
+    """Run the validation loop and return the metrics that it logs."""
+    trainer.validating = True
+    try:
+        trainer.fit_loop.epoch_loop.val_loop.run()
+    finally:
+        trainer.training = True
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if not found:
+        raise ConfigurationError(
+            f"{type(model).__name__} logs no metric in validation, so settings cannot be "
+            "compared; call self.log in validation_step, and check that there is "
+            "validation data."
+        )
+    # Reports a wrong name after the first evaluation, not after the last.
+    SweepReport(found, (), 0).choose_metric(metric)
+    return found
 
 
 def _save(report: SweepReport, output: Path, metric: str | None) -> None:

@@ -12,7 +12,7 @@ __all__ = [
 ]
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -23,6 +23,7 @@ from lightning_woodfisher.base.errors import (
     require_flag,
     require_integer,
     require_number,
+    require_patterns,
 )
 from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.criteria.obs import Update
@@ -72,18 +73,7 @@ class SelectionConfig:
     def __post_init__(self) -> None:
         require_choice("selection.scope", self.scope, get_args(Scope))
         for name in ("include", "exclude"):
-            patterns = getattr(self, name)
-            if isinstance(patterns, str):
-                raise ConfigurationError(
-                    f"selection.{name}={patterns!r} is a single text; give a list of "
-                    f"patterns: {name}=[{patterns!r}]."
-                )
-            if not isinstance(patterns, Sequence) or not all(
-                isinstance(pattern, str) for pattern in patterns
-            ):
-                raise ConfigurationError(
-                    f"selection.{name}={patterns!r} is not a list of patterns (texts)."
-                )
+            require_patterns(f"selection.{name}", getattr(self, name))
         self._check_layer_targets()
         if self.max_layer_sparsity is not None:
             require_number(

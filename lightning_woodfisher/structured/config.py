@@ -18,9 +18,10 @@ from typing import Literal, get_args
 
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
-    nearest,
+    require_choice,
     require_integer,
     require_number,
+    require_patterns,
 )
 from lightning_woodfisher.data.batchnorm import require_recalibration_batches
 
@@ -98,26 +99,15 @@ class StructureConfig:
             "measure": Measure,
         }
         for name, kind in kinds.items():
-            value = getattr(self, name)
-            if value not in get_args(kind):
-                raise ConfigurationError(
-                    f"{name}={value!r} is unknown; use one of "
-                    f"{', '.join(get_args(kind))}.{nearest(str(value), get_args(kind))}"
-                )
-        counts = {"num_samples": 1, "batch_size": 1, "probes": 2}
-        for name, least in {**counts, "min_kept": 1, "round_to": 1}.items():
-            value = getattr(self, name)
-            require_integer(name, value)
-            if value < least:
-                raise ConfigurationError(f"{name}={value} must be at least {least}.")
+            require_choice(name, getattr(self, name), get_args(kind))
+        for name in ("num_samples", "batch_size", "min_kept", "round_to"):
+            require_integer(name, getattr(self, name), least=1)
+        require_integer("probes", self.probes, least=2)
+        meaning = "it is a share of the structures of a group"
         for name in ("min_kept_share", "max_ratio"):
-            value = getattr(self, name)
-            require_number(name, value)
-            if not 0.0 <= value <= 1.0:
-                raise ConfigurationError(
-                    f"{name}={value} is outside [0, 1]; it is a share of the structures "
-                    "of a group."
-                )
+            require_number(name, getattr(self, name), "[0, 1]", meaning)
+        for name in ("include", "exclude"):
+            require_patterns(name, getattr(self, name))
         require_integer("seed", self.seed)
         require_recalibration_batches(self.batchnorm_recalibration_batches)
         if self.per_cost and self.measure == "structures":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["NetworkSize", "Removed", "measure_latency"]
+__all__ = ["IndexTensors", "NetworkSize", "measure_latency"]
 
+import contextlib
 import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from lightning_woodfisher.structured.graph.inputs import (
 )
 
 #: Indices of structures, int64, by group name.
-Removed = Mapping[str, Tensor]
+IndexTensors = Mapping[str, Tensor]
 
 
 class NetworkSize:
@@ -80,7 +81,9 @@ class NetworkSize:
         self.dense_parameters = self.parameters({})
         self.dense_macs = self.macs({})
 
-    def parameters(self, removed: Removed, implanted: Removed | None = None) -> int:
+    def parameters(
+        self, removed: IndexTensors, implanted: IndexTensors | None = None
+    ) -> int:
         """Count the remaining parameters of the network.
 
         Args:
@@ -92,7 +95,7 @@ class NetworkSize:
         """
         return sum(self._numel(name, removed, implanted) for name in self._shapes)
 
-    def macs(self, removed: Removed, implanted: Removed | None = None) -> int:
+    def macs(self, removed: IndexTensors, implanted: IndexTensors | None = None) -> int:
         """Count the remaining multiply-accumulates.
 
         Args:
@@ -109,25 +112,8 @@ class NetworkSize:
             )
         )
 
-    def structure_cost(
-        self, group: Group, measure: Literal["parameters", "macs"]
-    ) -> int:
-        """Count what the first structure of a group costs in the dense network.
-
-        Args:
-            group: its structures have the same size.
-            measure: what to count.
-
-        Returns:
-            Parameters, or multiply-accumulates for one sample; at least 1.
-        """
-        first = {group.name: torch.tensor([0])}
-        if measure == "parameters":
-            return max(1, self.dense_parameters - self.parameters(first))
-        return max(1, self.dense_macs - self.macs(first))
-
     def _numel(
-        self, name: str, removed: Removed, implanted: Removed | None = None
+        self, name: str, removed: IndexTensors, implanted: IndexTensors | None = None
     ) -> int:
         shape = list(self._shapes[name])
         for (axis, group), structure_of in self._axes.get(name, {}).items():
@@ -154,16 +140,14 @@ def _count_positions(
         number = used.numel() / channels / len(used)
         positions[name] = positions.get(name, 0.0) + number
 
-    handles = [
-        module.register_forward_hook(hook)
-        for module in source.model.modules()
-        if isinstance(module, _ConvNd | nn.Linear) and "weight" in module._parameters
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in source.model.modules():
+            if (
+                isinstance(module, _ConvNd | nn.Linear)
+                and "weight" in module._parameters
+            ):
+                hooks.enter_context(module.register_forward_hook(hook))
         compute_one_loss(source, seed)
-    finally:
-        for handle in handles:
-            handle.remove()
     return positions
 
 

@@ -37,7 +37,7 @@ from lightning_woodfisher.structured.graph.groups import (
     zero_structures,
 )
 from lightning_woodfisher.structured.graph.tracing import trace_groups
-from lightning_woodfisher.structured.network_cost import NetworkSize, Removed
+from lightning_woodfisher.structured.network_cost import IndexTensors, NetworkSize
 from lightning_woodfisher.structured.report import GroupReport, StructureReport
 from lightning_woodfisher.structured.scores.evaluation import (
     Evaluation,
@@ -67,17 +67,10 @@ def require_target(target: float) -> None:
     """Check the target of structured pruning.
 
     Args:
-        target: share of the measure to remove.
-
-    Raises:
-        ConfigurationError: if it is not a number in [0, 1).
+        target: share of the measure to remove, in [0, 1).
     """
-    require_number("target", target)
-    if not 0.0 <= target < 1.0:
-        raise ConfigurationError(
-            f"target={target} is outside [0, 1); it is the share to remove, so use 0.5 to "
-            "halve the network."
-        )
+    meaning = "it is the share to remove, so use 0.5 to halve the network"
+    require_number("target", target, "[0, 1)", meaning)
 
 
 def require_rereadable(data: Any) -> None:
@@ -225,7 +218,7 @@ class StructurePruner:
 
     def _choose(
         self, scores: StructureScores, size: NetworkSize, target: float
-    ) -> tuple[Removed, Removed]:
+    ) -> tuple[IndexTensors, IndexTensors]:
         """Choose what is removed and implanted after the step, earlier ones included."""
         config, groups, removed = self.config, self.groups, self.removed
         names = [group.name for group in groups]
@@ -233,7 +226,7 @@ class StructurePruner:
         earlier = {n: [*removed.get(n, ()), *self.implanted.get(n, ())] for n in names}
         by_name = dict(zip(names, scores.values, strict=True))
 
-        def divide(chosen: Removed) -> tuple[Removed, Removed]:
+        def divide(chosen: IndexTensors) -> tuple[IndexTensors, IndexTensors]:
             ratio = self.implants.ratio
             return divide_structures(chosen, by_name, ratio, self.implantable, removed)
 
@@ -250,8 +243,8 @@ class StructurePruner:
         self,
         source: LossSource,
         config: StructureConfig,
-        removed: Removed,
-        implanted: Removed,
+        removed: IndexTensors,
+        implanted: IndexTensors,
     ) -> None:
         """Set the filters of new implants, and mask the filters of all implants."""
         new = {

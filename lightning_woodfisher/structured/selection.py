@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group
-from lightning_woodfisher.structured.network_cost import NetworkSize, Removed
+from lightning_woodfisher.structured.network_cost import IndexTensors, NetworkSize
 from lightning_woodfisher.structured.scores.methods import StructureScores
 
 #: Indices of structures within their group, by the name of the group.
@@ -95,7 +95,7 @@ def select_for_size(
     target: float,
     config: StructureConfig = StructureConfig(),
     earlier: GroupIndices | None = None,
-    divide: Callable[[Removed], tuple[Removed, Removed]] | None = None,
+    divide: Callable[[IndexTensors], tuple[IndexTensors, IndexTensors]] | None = None,
 ) -> dict[str, Tensor]:
     """Choose the fewest structures whose removal makes the network small enough.
 
@@ -118,22 +118,19 @@ def select_for_size(
     Raises:
         ConfigurationError: if the limits do not allow the target.
     """
-    is_parameters = config.measure == "parameters"
+    count_left = size.parameters if config.measure == "parameters" else size.macs
+    dense = count_left({})
     if config.per_cost:
-        scores = [
-            score.double()
-            / size.structure_cost(group, "parameters" if is_parameters else "macs")
-            for group, score in zip(groups, scores, strict=True)
-        ]
+        first = torch.tensor([0])
+        costs = [max(1, dense - count_left({group.name: first})) for group in groups]
+        scores = [s.double() / cost for s, cost in zip(scores, costs, strict=True)]
     choices = _Choices(groups, scores, config, earlier or {})
     counts = choices.counts
 
     def share_left(count: int) -> float:
-        removed = choices.removed(count)
-        split = divide(removed) if divide else (removed, {})
-        if is_parameters:
-            return size.parameters(*split) / size.dense_parameters
-        return size.macs(*split) / max(1, size.dense_macs)
+        chosen = choices.removed(count)
+        removed, implanted = divide(chosen) if divide else (chosen, {})
+        return count_left(removed, implanted) / max(1, dense)
 
     def is_reached(count: int) -> bool:
         return share_left(count) <= 1.0 - target

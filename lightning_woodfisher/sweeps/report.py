@@ -146,10 +146,9 @@ class SweepReport:
         """Convert to plain types, for JSON.
 
         Returns:
-            Nested dicts, lists, numbers, strings and None.
+            Nested dicts, tuples, numbers, strings and None.
         """
-        plain = dataclasses.asdict(self)
-        return {**plain, "results": list(plain["results"])}
+        return dataclasses.asdict(self)
 
     def varying(self) -> list[str]:
         """List the names that have several values.

@@ -78,16 +78,6 @@ class RowStore:
         self.rows = flat.view(count, width)
         return True
 
-    def keep(self, key: tuple[Any, ...], notes: list[str]) -> None:
-        """Declare ``rows`` complete.
-
-        Args:
-            key: the properties on which they depend.
-            notes: how they were computed.
-        """
-        self.key, self.notes = key, notes
-        self.collections += 1
-
     def close(self) -> None:
         """Delete the rows and their file."""
         self.key = None
@@ -161,7 +151,8 @@ class StoredSampling(Sampling):
         for piece in self.rows(active, seed, record, fisher):
             store.rows[done : done + len(piece)] = piece
             done += len(piece)
-        store.keep(key, record.notes)
+        store.key, store.notes = key, record.notes
+        store.collections += 1
         return True
 
 

@@ -50,6 +50,14 @@ from lightning_woodfisher.weights.masks import Masks
 
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
 
+_GROUPS = {"fisher": FisherConfig, "selection": SelectionConfig, "step": StepConfig}
+# The settings that a grid can vary, each with its group.
+_SETTINGS = {TARGET: "", "criterion": ""} | {
+    field.name: group
+    for group, config in _GROUPS.items()
+    for field in dataclasses.fields(config)
+}
+# Name of a metric that is returned as a bare number.
 _METRIC = "metric"
 _SHARE_OF_FREE_MEMORY = 0.25
 _BYTES_IF_UNKNOWN = 2**30
@@ -152,11 +160,10 @@ def expand_grid(
     Raises:
         ConfigurationError: if a name is unknown or has no values.
     """
-    groups = _setting_groups()
     for name, values in grid.items():
-        if name not in groups:
+        if name not in _SETTINGS:
             raise ConfigurationError(
-                f"{name!r} is not a setting of a sweep.{nearest(name, groups)}"
+                f"{name!r} is not a setting of a sweep.{nearest(name, _SETTINGS)}"
             )
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ConfigurationError(
@@ -173,7 +180,7 @@ def expand_grid(
             picked = {
                 name: value
                 for name, value in picked.items()
-                if groups[name] != "fisher"
+                if _SETTINGS[name] != "fisher"
                 and name not in {"update", "recompute_steps"}
             }
         settings.setdefault(repr(picked), Setting(picked, config))
@@ -202,42 +209,37 @@ def run_sweep(
     progress = progress or no_progress
     start = _SavedState(source.model)
     comm = Communicator(next(source.model.parameters()).device)
-    jobs = [_prepare(setting, source, comm) for setting in settings]
-    store = RowStore(_row_bytes(row_memory, comm), _most_gradients(jobs))
+    settings = [_prepare(setting, source, comm) for setting in settings]
+    store = RowStore(_row_bytes(row_memory, comm), _most_gradients(settings))
     sampling = functools.partial(StoredSampling, store=store, is_start=start.equals)
     results: dict[int, SweepResult] = {}
     try:
-        with progress("Trying settings", len(jobs)) as tick:
+        with progress("Trying settings", len(settings)) as tick:
             dense = _metrics(evaluate(source.model))
             # Settings that share gradients follow each other.
-            for i in sorted(range(len(jobs)), key=lambda i: _order(jobs[i].config)):
+            for i in sorted(range(len(settings)), key=lambda i: _sort_key(settings[i])):
                 start.restore()
-                results[i] = _try(jobs[i], source, evaluate, comm, sampling, progress)
+                masks = _make_masks(source.model, settings[i].config.selection)
+                pruner = Pruner(masks, settings[i].config, comm, progress, sampling)
+                results[i] = _try_setting(settings[i], pruner, source, evaluate)
                 tick(1)
     finally:
         start.restore()
         store.close()
-    ordered = tuple(results[i] for i in range(len(jobs)))
+    ordered = tuple(results[i] for i in range(len(settings)))
     return SweepReport(dense, ordered, store.collections)
 
 
-def _try(
-    job: Setting,
-    source: LossSource,
-    evaluate: Evaluate,
-    comm: Communicator,
-    sampling: Callable[..., StoredSampling],
-    progress: Progress,
+def _try_setting(
+    setting: Setting, pruner: Pruner, source: LossSource, evaluate: Evaluate
 ) -> SweepResult:
-    masks = _make_masks(source.model, job.config.selection)
-    pruner = Pruner(masks, job.config, comm, progress, sampling)
     try:
-        report: PruningReport = pruner.step(source, job.target_sparsity)
+        report: PruningReport = pruner.step(source, setting.target_sparsity)
     except PruningError as error:
-        # A setting that fails must not cost the results of the others.
-        return SweepResult(job.values, {}, error=str(error))
+        # A setting that fails must not discard the results of the others.
+        return SweepResult(setting.values, {}, error=str(error))
     return SweepResult(
-        job.values,
+        setting.values,
         _metrics(evaluate(source.model)),
         report.sparsity,
         report.predicted_increase,
@@ -297,34 +299,27 @@ class _SavedState:
         )
 
 
-def _setting_groups() -> dict[str, str]:
-    """Return the group of the configuration to which each setting belongs."""
-    groups = {TARGET: "", "criterion": ""}
-    for group in ("fisher", "selection", "step"):
-        fields = dataclasses.fields(getattr(PruningConfig(), group))
-        groups |= {field.name: group for field in fields}
-    return groups
-
-
 def _configure(base: PruningConfig, values: Mapping[str, Any]) -> PruningConfig:
-    groups = _setting_groups()
     changed: dict[str, Any] = {}
-    for group in ("fisher", "selection", "step"):
-        own = {name: value for name, value in values.items() if groups[name] == group}
+    for group in _GROUPS:
+        own = {name: v for name, v in values.items() if _SETTINGS[name] == group}
         changed[group] = dataclasses.replace(getattr(base, group), **own)
     if "criterion" in values:
         changed["criterion"] = values["criterion"]
     return dataclasses.replace(base, **changed)
 
 
-def _most_gradients(jobs: Sequence[Setting]) -> dict[int, int]:
+def _most_gradients(settings: Sequence[Setting]) -> dict[int, int]:
     """Return the largest N of the settings, by their m."""
-    configs = sorted((job.config.fisher for job in jobs), key=lambda f: f.num_gradients)
+    configs = sorted(
+        (setting.config.fisher for setting in settings), key=lambda f: f.num_gradients
+    )
     return {fisher.gradient_batch_size: fisher.num_gradients for fisher in configs}
 
 
-def _order(config: PruningConfig) -> tuple[str, ...]:
+def _sort_key(setting: Setting) -> tuple[str, ...]:
     """Return a sort key by which settings with the same gradients are neighbors."""
+    config = setting.config
     fisher, selection = config.fisher, config.selection
     # The blocks decide which rank owns a weight, and so which rank stores its gradients.
     return (

@@ -31,7 +31,8 @@ def write_json(path: str, reports: list[PruningReport] = REPORTS) -> None:
 
 def write_checkpoint(path: str, reports: list[PruningReport] = REPORTS) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    state = {"reports": [r.to_dict() for r in reports], "masks": MASKS, "version": 1}
+    state = {"reports": [r.to_dict() for r in reports], "masks": MASKS}
+    state |= {"version": 1, "done": []}
     torch.save({"callbacks": {KEY: state, "Other": {}}, "state_dict": {}}, path)
 
 
@@ -79,7 +80,10 @@ def test_the_newest_of_a_folder_that_has_reports(
 
 
 def test_two_callbacks_make_two_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    plain = [{"reports": [step(e).to_dict()], "masks": {}} for e in (1, 2)]
+    plain = [
+        {"reports": [step(e).to_dict()], "masks": {}, "version": 1, "done": []}
+        for e in (1, 2)
+    ]
     keys = [KEY, KEY.replace("[]", "['fc']", 1)]
     torch.save({"callbacks": dict(zip(keys, plain, strict=True))}, "two.ckpt")
     told = printed(capsys, "two.ckpt")

@@ -442,6 +442,14 @@ def test_bad_settings_are_refused() -> None:
         ({"latency_runs": True}, "latency_runs=True"),
         ({"dataloader": iter([])}, "read only once"),
         ({"kind": SOSPPruningCallback, "variant": "J"}, "variant='J'"),
+        (
+            {
+                "kind": HAPPruningCallback,
+                "implant_ratio": 0.2,
+                "config": config(round_to=4),
+            },
+            "round_to=4",
+        ),
     ):
         with pytest.raises(ConfigurationError, match=message):
             structured(**options)

@@ -350,10 +350,7 @@ def test_include_and_exclude() -> None:
     model = build("resnet")
 
     def names(**patterns: list[str]) -> list[str]:
-        return [
-            g.name
-            for g in trace_groups(model, images(), check=False, **patterns).groups
-        ]
+        return [g.name for g in trace_groups(model, images(), **patterns).groups]
 
     assert names(include=["first"]) == ["2.first.0", "3.first.0", "4.first.0"]
     # A layer that is tied to the one that matches goes along.
@@ -382,7 +379,7 @@ def test_include_and_exclude() -> None:
 )
 def test_bad_patterns(patterns: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        trace_groups(build("resnet"), images(), check=False, **patterns)
+        trace_groups(build("resnet"), images(), **patterns)
 
 
 def test_errors_say_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -356,5 +356,3 @@ def test_bad_settings_are_refused() -> None:
     ):
         with pytest.raises(ConfigurationError, match=message):
             ImplantConfig(**options)
-    with pytest.raises(ConfigurationError, match="round_to=4"):
-        ImplantConfig(0.2).require_multiples(4)

@@ -497,6 +497,8 @@ def test_bad_settings_are_named() -> None:
         {"num_samples": 0},
         {"max_ratio": 1.5},
         {"round_to": 0},
+        {"include": "conv"},
+        {"exclude": [1]},
     ):
         with pytest.raises(ConfigurationError, match=next(iter(change))):
             settings(**change)
@@ -508,7 +510,7 @@ def test_bad_settings_are_named() -> None:
         )
     with pytest.raises(ConfigurationError, match="no such layer"):
         score(make_plain(), plain_groups(), structure="bn")
-    with pytest.raises(ConfigurationError, match="belong to another network"):
+    with pytest.raises(ConfigurationError, match="trace the groups again"):
         score(make_residual(), residual_groups(outer=5))
     model = make_plain()
     model.conv1.weight.data[0] = 1e200

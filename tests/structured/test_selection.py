@@ -394,8 +394,10 @@ def convolutions() -> tuple[nn.Module, list[Group], NetworkSize]:
 def test_scores_per_cost_take_what_saves_most() -> None:
     _, groups, size = convolutions()
     # 36 positions of 1 · 9 weights and 9 of 6 · 9; 9 of 4 · 9 and 9 of 2 · 9.
-    assert [size.structure_cost(g, "macs") for g in groups] == [810, 486]
-    assert [size.structure_cost(g, "parameters") for g in groups] == [63, 54]
+    firsts = [{group.name: torch.tensor([0])} for group in groups]
+    assert [size.dense_macs - size.macs(first) for first in firsts] == [810, 486]
+    left = [size.parameters(first) for first in firsts]
+    assert [size.dense_parameters - number for number in left] == [63, 54]
     scores = [torch.full((4,), 1.0), torch.full((6,), 0.8)]
     plain = select_for_size(groups, scores, size, 0.1)
     assert [len(plain[name]) for name in "01"] == [0, 1]

@@ -138,7 +138,7 @@ def test_plan_leaves_the_model_and_is_plain_data() -> None:
     before = copy.deepcopy(model.state_dict())
     plan = plan_removal(model, chain_groups(), {"3": [2]})
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
-    assert RemovalPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert RemovalPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert plan_removal(model, chain_groups(), {}) == RemovalPlan()
 
 
@@ -233,9 +233,9 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no shrunk model"):
         load_shrunk(tmp_path, chain())
     with pytest.raises(ConfigurationError, match="version"):
-        RemovalPlan.from_json({"version": 2})
+        RemovalPlan.from_dict({"version": 2})
     with pytest.raises(ConfigurationError, match="no removal plan"):
-        RemovalPlan.from_json({"version": 1, "tensors": {"0.weight": 3}})
+        RemovalPlan.from_dict({"version": 1, "tensors": {"0.weight": 3}})
     model = chain()
     plan = shrink(model, chain_groups(), {"0": [1]})
     save_shrunk(tmp_path, model, plan)

@@ -9,6 +9,7 @@ __all__ = [
     "tensors_in",
 ]
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -53,12 +54,11 @@ def capture_inputs(
         if isinstance(module, (_ConvNd, nn.Linear)):
             layers.append(names[module])
 
-    handles = [m.register_forward_pre_hook(record, with_kwargs=True) for m in names]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in names:
+            hook = module.register_forward_pre_hook(record, with_kwargs=True)
+            hooks.enter_context(hook)
         compute_one_loss(source, derive_seed(seed, "inputs"))
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, args, kwargs in calls:
         has_all = all(layer.startswith(f"{name}.") or not name for layer in layers)
         if name == network or (network is None and has_all):

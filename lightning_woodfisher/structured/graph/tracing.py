@@ -39,7 +39,6 @@ def trace_groups(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    check: bool = True,
     seed: int = 0,
 ) -> TraceResult:
     """Trace a model and find its groups of coupled channels.
@@ -60,9 +59,7 @@ def trace_groups(
             the model's device. A batch of one sample is enough.
         include: patterns of layers to prune; empty for all.
         exclude: patterns of layers to leave dense.
-        check: whether to also compare masked and removed channels numerically, which
-            takes a few forward passes.
-        seed: of that check.
+        seed: of the numerical comparison of masked and removed channels.
 
     Returns:
         The groups, and why other layers have none.
@@ -80,16 +77,15 @@ def trace_groups(
         for name in _conv_and_linear(model)
         if name not in pruned
     }
-    if check:
-        failed = check_removal(model, groups, example_inputs, seed=seed)
-        for group in (group for group in groups if group.name in failed):
-            for layer in group.layers:
-                left_out[layer] = failed[group.name]
-                if suspects.get(layer):
-                    left_out[layer] += (
-                        f" (it passes {suspects[layer]}, which is not zero at zero)"
-                    )
-        groups = tuple(group for group in groups if group.name not in failed)
+    failed = check_removal(model, groups, example_inputs, seed=seed)
+    for group in (group for group in groups if group.name in failed):
+        for layer in group.layers:
+            left_out[layer] = failed[group.name]
+            if suspects.get(layer):
+                left_out[layer] += (
+                    f" (it passes {suspects[layer]}, which is not zero at zero)"
+                )
+    groups = tuple(group for group in groups if group.name not in failed)
     chosen = _choose(model, groups, left_out, include, exclude)
     if not chosen:
         raise ConfigurationError(

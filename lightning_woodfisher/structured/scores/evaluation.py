@@ -100,15 +100,13 @@ class Evaluation:
         batches = calibration_batches(self.source, self.config, self._seed)
         if sample_labels:
             batches = UnlabeledBatches(batches, self._seed, self.source.model)
-        own: dict[int, Tensor] = {}
-        failure: Exception | None = None
         comm, count = self._comm, self.config.num_batches
-        try:
-            for index in range(comm.rank, count, comm.world_size):
-                own[index] = self._rows_of_batch(batches, index, compute)
-        except Exception as error:
-            failure = error
-        comm.raise_together(failure)
+        own = comm.run_together(
+            lambda: {
+                index: self._rows_of_batch(batches, index, compute)
+                for index in range(comm.rank, count, comm.world_size)
+            }
+        )
         return self._gather(own, width)
 
     def _rows_of_batch(

@@ -227,16 +227,12 @@ class _LayerOutputs:
             if isinstance(output, Tensor) and output.requires_grad:
                 self._logits.append(output)
 
-        handles = [
-            self._model.get_submodule(name).register_forward_hook(record_output(name))
-            for name in self._slices
-        ]
-        handles.append(self._predictor.register_forward_hook(record_logits))
-        try:
+        with contextlib.ExitStack() as hooks:
+            for name in self._slices:
+                layer = self._model.get_submodule(name)
+                hooks.enter_context(layer.register_forward_hook(record_output(name)))
+            hooks.enter_context(self._predictor.register_forward_hook(record_logits))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def take(self) -> tuple[list[tuple[str, Tensor]], list[Tensor]]:
         """Return what was recorded since the last call: layer outputs and logits."""

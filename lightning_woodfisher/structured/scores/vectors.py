@@ -68,8 +68,7 @@ class StructureVectors:
             )
         self.slices: list[ParameterSlices] = []
         self.size = 0
-        unique: dict[int, nn.Parameter] = {}
-        named = dict(model.named_parameters(remove_duplicate=False))
+        unique: dict[int, Tensor] = {}
         for group in groups:
             members = group.of_role(*ROLES[kind])
             if not any(member.role in {"producer", "norm"} for member in members):
@@ -79,14 +78,7 @@ class StructureVectors:
                 )
             for member in members:
                 owners = member.structure_of.cpu()
-                parameter = named.get(member.name)
-                if parameter is None or parameter.shape[member.axis] != len(owners):
-                    raise ConfigurationError(
-                        f"group {group.name!r} expects {len(owners)} slices on axis "
-                        f"{member.axis} of {member.name!r}, which {type(model).__name__} "
-                        "does not have; the groups belong to another network, so trace "
-                        "them again."
-                    )
+                parameter = member.find_in(model)
                 unique[id(parameter)] = parameter
                 shifted = torch.where(owners >= 0, owners + self.size, owners)
                 settings = {**vars(member), "structure_of": shifted}

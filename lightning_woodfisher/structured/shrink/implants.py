@@ -22,11 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_woodfisher.base.errors import (
-    ConfigurationError,
-    require_choice,
-    require_number,
-)
+from lightning_woodfisher.base.errors import require_choice, require_number
 from lightning_woodfisher.structured.graph.groups import (
     Group,
     StructureIndices,
@@ -61,21 +57,6 @@ class ImplantConfig:
         meaning = "it is the share of the chosen channels that become 1x1 filters"
         require_number("implant_ratio", self.ratio, "[0, 1)", meaning)
         require_choice("implant_init", self.init, get_args(ImplantInit))
-
-    def require_multiples(self, round_to: int) -> None:
-        """Check that implants can be combined with ``round_to``.
-
-        Args:
-            round_to: each group keeps a multiple of this number of whole channels.
-
-        Raises:
-            ConfigurationError: for multiples of more than one.
-        """
-        if self.ratio and round_to > 1:
-            raise ConfigurationError(
-                f"round_to={round_to} counts whole channels, and implants are not whole; "
-                "use round_to=1 or implant_ratio=0."
-            )
 
 
 def divide_structures(
@@ -194,12 +175,8 @@ def _fit_least_squares(
         loss()
         return sums.unsqueeze(0) * scale
 
-    handle = conv.register_forward_hook(hook)
-    try:
-        with evaluation.session():
-            rows = evaluation.compute_rows(compute, len(sums))
-    finally:
-        handle.remove()
+    with conv.register_forward_hook(hook), evaluation.session():
+        rows = evaluation.compute_rows(compute, len(sums))
     system = rows.sum(dim=0).view(inputs, inputs + outputs)
     # Inputs may be zero or linearly dependent: take the solution of least norm.
     inverse = torch.linalg.pinv(system[:, :inputs], rtol=1e-10, hermitian=True)

@@ -128,7 +128,7 @@ class RemovalPlan:
             replacements = _implant(model, name, rows, replacements)
         return tuple(replacements)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Convert the plan to plain data.
 
         Returns:
@@ -137,8 +137,8 @@ class RemovalPlan:
         return {"version": _VERSION, **asdict(self)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RemovalPlan:
-        """Read the output of :meth:`to_json`, also after a round trip through JSON.
+    def from_dict(cls, data: Mapping[str, Any]) -> RemovalPlan:
+        """Read the output of :meth:`to_dict`, also after a round trip through JSON.
 
         Args:
             data: the plain data.
@@ -287,7 +287,7 @@ def save_shrunk(folder: str | Path, model: nn.Module, plan: RemovalPlan) -> None
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plan.to_json(), indent=1, sort_keys=True)
+    text = json.dumps(plan.to_dict(), indent=1, sort_keys=True)
     (folder / _PLAN).write_text(text + "\n", encoding="utf-8")
     torch.save(model.state_dict(), folder / _WEIGHTS)
 
@@ -309,7 +309,7 @@ def load_shrunk(folder: str | Path, model: nn.Module) -> RemovalPlan:
     folder = Path(folder)
     try:
         text = (folder / _PLAN).read_text(encoding="utf-8")
-        plan = RemovalPlan.from_json(json.loads(text))
+        plan = RemovalPlan.from_dict(json.loads(text))
         state = torch.load(folder / _WEIGHTS, map_location="cpu", weights_only=True)
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigurationError(

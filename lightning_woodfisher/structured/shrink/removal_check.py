@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_woodfisher.base.errors import first_line
 from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.structured.graph.groups import Group, channel_masks
 from lightning_woodfisher.structured.graph.inputs import (
@@ -134,8 +135,8 @@ def _difference(
             plan_removal(model, groups, removed, implanted).apply(model)
             cut = list(tensors_in(run_model(model, inputs)))
         except Exception as error:
-            text = str(error).strip().split("\n")[0]
-            return f"the network fails without it: {type(error).__name__}: {text}"
+            kind, text = type(error).__name__, first_line(error)
+            return f"the network fails without its channels: {kind}: {text}"
     if [t.shape for t in masked] != [t.shape for t in cut]:
         return "an output of the network changes its shape"
     gap = max(map(_relative_gap, masked, cut), default=0.0)
