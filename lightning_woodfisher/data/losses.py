@@ -5,9 +5,9 @@ from __future__ import annotations
 __all__ = [
     "FunctionLoss",
     "LossSource",
+    "compute_loss",
     "compute_losses",
     "differentiable_loss",
-    "loss_value",
     "lower_loss_scale",
     "run_loss",
     "scalar_loss",
@@ -39,6 +39,7 @@ from lightning_woodfisher.data.isolation import (
 )
 from lightning_woodfisher.data.sampled_labels import UnlabeledBatch, draw_labels
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.distributed.dtensor import reshard
 
 # Gradients that overflow at this loss scale do not overflow because of the scale.
 _SMALLEST_LOSS_SCALE = 1.0
@@ -257,46 +258,53 @@ def compute_losses(
     Returns:
         The losses in order, the same on every rank.
     """
-
-    def compute() -> dict[int, float]:
-        own = {}
-        for index in range(comm.rank, count, comm.world_size):
-            if index in skip:
-                continue
-            with seeded(derive_seed(seed, index)):
-                own[index] = loss_value(source, batches, index)
-            if finite:
-                _require_finite(own[index], batches, index)
-        return own
-
-    losses = comm.gather_in_order(comm.run_together(compute), count)
-    return [loss for index, loss in enumerate(losses) if index not in skip]
+    indices = [index for index in range(count) if index not in skip]
+    own: dict[int, float] = {}
+    for first in range(0, len(indices), comm.world_size):
+        # A rank without a mini-batch of its own runs the last one.
+        place = min(first + comm.rank, len(indices) - 1)
+        own[place] = compute_loss(source, batches, indices[place], comm, seed)
+    reshard(source.model)
+    losses = comm.gather_in_order(own, len(indices))
+    if finite:
+        for index, loss in zip(indices, losses, strict=True):
+            _require_finite(loss, batches, index)
+    return losses
 
 
-def loss_value(source: LossSource, batches: Batches, index: int) -> float:
-    """Compute one loss without gradients, or with them if the loss needs them.
+def compute_loss(
+    source: LossSource, batches: Batches, index: int, comm: Communicator, seed: int
+) -> float:
+    """Compute the loss of one mini-batch without gradients. Call on all ranks.
+
+    Each rank may have another mini-batch, but all of them run the model at the same time,
+    because its parameters may be sharded.
 
     Args:
         source: where losses come from, with its session entered.
         batches: the mini-batches.
-        index: of the mini-batch.
+        index: index of the mini-batch of this rank.
+        comm: the ranks.
+        seed: the one given to :func:`.collect_gradients`.
 
     Returns:
-        The loss.
-
-    Raises:
-        RuntimeError: any other error of the loss.
+        The loss. Any error is raised on all ranks.
     """
-    batch = batches.fetch(index)
-    try:
-        with preserve_random_states(), torch.no_grad():
-            return float(run_loss(source, batch, index))
-    except RuntimeError as error:
-        if "not require grad" not in str(error):
-            raise
-    # A loss that differentiates inside, such as a gradient penalty. Each batch is decided
-    # alone, so that the result does not depend on the rank that computes it.
-    return float(run_loss(source, batch, index).detach())
+
+    def compute() -> float:
+        try:
+            with preserve_random_states(), torch.no_grad():
+                return float(run_loss(source, batch, index))
+        except RuntimeError as error:
+            if "not require grad" not in str(error):
+                raise
+        # A loss that differentiates inside, such as a gradient penalty. Each mini-batch is
+        # decided alone, so that the result does not depend on the rank that computes it.
+        return float(run_loss(source, batch, index).detach())
+
+    with seeded(derive_seed(seed, index)):
+        batch = comm.run_together(lambda: batches.fetch(index))
+        return comm.run_together(compute)
 
 
 def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:

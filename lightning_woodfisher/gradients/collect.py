@@ -94,12 +94,10 @@ def collect_gradients(
         firsts = [start + rank * at_once for rank in range(comm.world_size)]
         counts = [max(0, min(at_once, count - first)) for first in firsts]
         first, number = firsts[comm.rank], counts[comm.rank]
-        rows: Tensor | None = None
-        if number:
-            # After an error here this rank would have nothing to send to the others.
-            with comm.failing_alone():
-                rows = torch.empty(number, width, dtype=task.dtype, device=comm.device)
-            computer.fill(first, rows)
+        # After an error here this rank would have nothing to send to the others.
+        with comm.failing_alone():
+            rows = torch.empty(number, width, dtype=task.dtype, device=comm.device)
+        computer.fill(first, rows)
         if start == 0 and at_once > 1:
             computer.agree_on_method(first, rows)
         kept = skipped.find_kept(start, sum(counts))
@@ -107,8 +105,8 @@ def collect_gradients(
         if comm.world_size == 1 and computer.failure is not None:
             raise computer.failure
         with comm.failing_alone():
-            sent = None if rows is None else rows.to(sent_dtype)
-        started.append((comm.exchange(sent, shard_sizes, counts, sent_dtype), kept))
+            sent = rows.to(sent_dtype)
+        started.append((comm.exchange(sent, shard_sizes, counts), kept))
         if len(started) > 1:
             yield _received(*started.pop(0))
         task.tick(sum(counts))
@@ -215,11 +213,11 @@ class _RowComputer:
             return batches.why_not_regroupable
         return find_obstacle(model, self._task.parameters) or ""
 
-    def agree_on_method(self, first: int, rows: Tensor | None) -> None:
+    def agree_on_method(self, first: int, rows: Tensor) -> None:
         """Use the method of the first micro-batch, which rank 0 has, on all ranks."""
         was_together = not self.reason
         self.reason = self._task.comm.broadcast_text(self.reason)
-        if rows is not None and self.reason and was_together:
+        if self.reason and was_together:
             self.fill(first, rows)
 
     def fill(self, first: int, rows: Tensor) -> None:

@@ -26,9 +26,7 @@ from lightning_woodfisher.base.errors import (
 )
 from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.criteria.obs import Update
-from lightning_woodfisher.data.batchnorm import require_recalibration_batches
 from lightning_woodfisher.fisher.config import FisherConfig
-from lightning_woodfisher.pruning.local_model import require_points
 from lightning_woodfisher.pruning.stages import Spacing
 from lightning_woodfisher.weights.patterns import parse_pattern
 
@@ -176,15 +174,23 @@ class StepConfig:
         require_number(
             "step.update_scale", self.update_scale, "[0, 1]", "1 is the whole update"
         )
-        require_count("step.recompute_steps", self.recompute_steps, least=1)
+        for name, least in {
+            "recompute_steps": 1,
+            "local_model_points": 0,
+            "batchnorm_recalibration_batches": 0,
+        }.items():
+            require_count(f"step.{name}", getattr(self, name), least)
         require_integer("step.seed", self.seed, -(2**63), 2**63 - 1)
-        require_points("step.local_model_points", self.local_model_points)
+        if self.local_model_points == 1:
+            raise ConfigurationError(
+                "step.local_model_points=1 must be 0 (off), or at least 2: the weights "
+                "before and after the stage are two of them."
+            )
         if self.local_model_points and not self.measure_loss:
             raise ConfigurationError(
                 f"step.local_model_points={self.local_model_points} needs measured losses; "
                 "set step.measure_loss=True."
             )
-        require_recalibration_batches(self.batchnorm_recalibration_batches)
         if self.trust_ratio is not None:
             require_number("step.trust_ratio", self.trust_ratio, "(0, inf)")
             if self.recompute_steps == 1:

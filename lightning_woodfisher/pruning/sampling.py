@@ -37,10 +37,7 @@ from lightning_woodfisher.gradients.kronecker_factors import (
     collect_factors,
 )
 from lightning_woodfisher.gradients.nonfinite import SkippedGradients
-from lightning_woodfisher.gradients.sharded import (
-    collect_sharded_gradients,
-    sharded_mean_loss,
-)
+from lightning_woodfisher.gradients.sharded import collect_sharded_gradients
 from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.pruning.flops import LayerFlops, count_flops
 from lightning_woodfisher.weights.active import ActiveWeights
@@ -376,12 +373,9 @@ class Sampling:
     def _losses(
         self, seed: int, count: int, size: int, finite: bool = True
     ) -> list[float]:
-        batches = self._batches(count, size, seed)
-        if self._masks.sharded:
-            return sharded_mean_loss(self._source, batches, count, self._comm, seed)
         return compute_losses(
             self._source,
-            batches,
+            self._batches(count, size, seed),
             count,
             self._comm,
             seed,
