@@ -229,10 +229,14 @@ class Criterion(ABC):
 
 
 class CompensatingCriterion(Criterion):
-    """A criterion with a model of how weights depend on each other.
+    """A criterion that models how weights depend on each other, damped by λ.
 
     Subclasses compute the update of either kind in ``_change``.
     """
+
+    def __init__(self, fisher: FisherConfig, update: Update) -> None:
+        super().__init__(fisher, update)
+        self.damping = fisher.damping
 
     @abstractmethod
     def _change(self, weights: Tensor, removed: Tensor, update: Update) -> Tensor:

@@ -102,7 +102,7 @@ class Communicator:
         self.rank = dist.get_rank() if active else 0
         self.world_size = dist.get_world_size() if active else 1
         self.bytes_sent = 0
-        self._phase: Callable[[], str | None] = _no_phase
+        self._phase: Callable[[], str | None] = lambda: None
 
     def exchange(
         self, rows: Tensor, sizes: Sequence[int], counts: Sequence[int]
@@ -278,6 +278,8 @@ class Communicator:
         Raises:
             PruningError: if the ranks differ.
         """
+        if self.world_size == 1:
+            return
         if self.find_differing(checksum(tensor).reshape(1).to(self.device)):
             raise PruningError(f"the ranks disagree about {what}")
 
@@ -292,8 +294,6 @@ class Communicator:
         Returns:
             For the index of each such number, the ranks that differ from rank 0.
         """
-        if self.world_size == 1:
-            return {}
         # The maximum of ~n is ~(the minimum of n), also at the ends of int64.
         largest, smallest = self.maximum(torch.stack([numbers, ~numbers]))
         differing = torch.nonzero(largest != ~smallest).flatten()
@@ -341,7 +341,7 @@ class Communicator:
 
     @contextlib.contextmanager
     def failing_together(
-        self, phase: Callable[[], str | None] | None = None
+        self, phase: Callable[[], str | None] = lambda: None
     ) -> Iterator[None]:
         """Raise an error of one rank on all of them.
 
@@ -355,7 +355,7 @@ class Communicator:
         Yields:
             Nothing. Errors are raised as by :meth:`raise_together`.
         """
-        self._phase = phase or _no_phase
+        self._phase = phase
         try:
             yield
             self.raise_together()
@@ -364,7 +364,7 @@ class Communicator:
                 self.raise_together(error)
             raise
         finally:
-            self._phase = _no_phase
+            self._phase = lambda: None
 
     def run_together(self, compute: Callable[[], T]) -> T:
         """Call a function on every rank, and raise its error on every rank.
@@ -423,7 +423,3 @@ class Communicator:
 def _settle(error: Exception) -> None:
     # On the error itself: it may pass several communicators on its way.
     vars(error)[_SETTLED] = True
-
-
-def _no_phase() -> None:
-    return None

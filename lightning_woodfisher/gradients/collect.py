@@ -73,8 +73,7 @@ def collect_gradients(
         row_dtype: ``"bfloat16"`` rounds the rows before they are exchanged.
         note: called after the last gradient with ``"per-sample"`` or ``"loop: <reason>"``,
             the same text on every rank.
-        derivative: computes what a row holds instead of the gradient; requires
-            ``collection="loop"``.
+        derivative: computes Hessian products, one row at a time, in place of gradients.
         skipped: records the gradients that are left out because they are not finite, if
             that is allowed. Their losses are left out, too.
 
@@ -183,11 +182,7 @@ class _RowComputer:
         self._task = task
         self._batches = batches
         self._skipped = skipped
-        self._derivative = derivative or (
-            lambda loss, _: torch.autograd.grad(
-                loss, list(task.parameters.values()), allow_unused=True
-            )
-        )
+        self._derivative = derivative
         self.reason = ""
         self.losses: dict[int, float] = {}
         self.failure: Exception | None = None
@@ -205,6 +200,8 @@ class _RowComputer:
     def _reason_for_loop(self, collection: Collection) -> str:
         """Return a reason to compute gradients one by one that is known before, or ``""``."""
         model, batches = self._task.source.model, self._batches
+        if self._derivative is not None:
+            return "Hessian products"
         if collection == "loop":
             return "asked for"
         if any(module.training for module in model.modules()):
@@ -306,8 +303,13 @@ class _RowComputer:
             batch = batches.fetch(index)
             for scale in task.loss_scales():
                 loss = differentiable_loss(task.source, batches, index, batch, kind)
-                # autograd.grad never touches .grad or the hooks of DDP.
-                gradients = self._derivative(loss * scale, index)
+                if self._derivative is not None:
+                    gradients = self._derivative(loss * scale, index)
+                else:
+                    # Unlike backward(), this touches neither .grad nor the hooks of DDP.
+                    gradients = torch.autograd.grad(
+                        loss * scale, [*task.parameters.values()], allow_unused=True
+                    )
                 for target, where, gradient in zip(
                     targets, positions, gradients, strict=True
                 ):

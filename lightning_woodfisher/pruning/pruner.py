@@ -218,7 +218,6 @@ class Pruner:
             quotas,
             sampling.count_flops(seed) if self.config.counts_flops else None,
             flops_share,
-            self.config.step.recompute_spacing,
         )
 
     def _run(

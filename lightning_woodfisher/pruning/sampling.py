@@ -182,9 +182,7 @@ class Sampling:
             if stored is not None:
                 return stored
         # Other samples than those of the settings are read only once.
-        choose = self._batches_of_gradients
-        if fisher is not None:
-            choose = functools.partial(choose, again=False)
+        choose = functools.partial(self._batches_of_gradients, again=fisher is None)
         fisher, parameters = fisher or self._fisher, self._masks.parameters
         count, size = fisher.num_gradients, fisher.gradient_batch_size
         skipped = SkippedGradients(fisher.max_nonfinite, self._comm)
@@ -200,36 +198,30 @@ class Sampling:
             record.tick,
         )
         if self._masks.sharded:
-            self._require_no_limit(fisher.max_nonfinite)
+            if fisher.max_nonfinite:
+                setting = f"fisher.max_nonfinite={fisher.max_nonfinite}"
+                self._require_whole_parameters(setting, "set it to 0")
             if hessian:
-                self._require_whole_parameters("hessian_diagonal")
+                self._require_whole_parameters("criterion='hessian_diagonal'")
             record.notes.append("loop: the model is sharded")
             divisible = fisher.model_mode == "eval"
             return collect_sharded_gradients(
                 task, size, divisible=divisible, choose=choose
             )
-        batches, sizes = choose(count, size, seed), active.partition.shard_sizes()
+        derivative = None
         if hessian:
-            record.notes.append("loop: Hessian products")
-            rows = collect_gradients(
-                task,
-                batches,
-                sizes,
-                collection="loop",
-                row_dtype=fisher.row_dtype,
-                derivative=make_hessian_derivative(parameters, active.positions, seed),
-                skipped=skipped,
-            )
-            return _in_context(twice_differentiable, rows)
-        return collect_gradients(
+            derivative = make_hessian_derivative(parameters, active.positions, seed)
+        rows = collect_gradients(
             task,
-            batches,
-            sizes,
+            choose(count, size, seed),
+            active.partition.shard_sizes(),
             collection=fisher.collection,
             row_dtype=fisher.row_dtype,
             note=record.notes.append,
+            derivative=derivative,
             skipped=skipped,
         )
+        return _in_context(twice_differentiable, rows) if hessian else rows
 
     def _stored_rows(
         self,
@@ -257,7 +249,7 @@ class Sampling:
         Returns:
             The factors of this rank's layers, in order.
         """
-        self._require_whole_parameters("kfac")
+        self._require_whole_parameters("criterion='kfac'")
         count, size = self._groups(seed)
         with (
             self.clock("collect"),
@@ -296,19 +288,15 @@ class Sampling:
         for _ in self.rows(active, seed, hessian=criterion.needs == "hessian rows"):
             pass
 
-    def _require_whole_parameters(self, criterion: str) -> None:
+    def _require_whole_parameters(
+        self,
+        setting: str,
+        remedy: str = "use DDP, or criterion='woodfisher' or 'diagonal_fisher'",
+    ) -> None:
         if self._masks.sharded:
             raise ConfigurationError(
-                f"criterion={criterion!r} needs whole parameters on every rank, but these "
-                "are sharded (fully_shard, FSDP2); use DDP, or criterion='woodfisher' or "
-                "'diagonal_fisher'."
-            )
-
-    def _require_no_limit(self, max_nonfinite: int) -> None:
-        if max_nonfinite:
-            raise ConfigurationError(
-                f"fisher.max_nonfinite={max_nonfinite} needs whole parameters on every "
-                "rank, but these are sharded (fully_shard, FSDP2); set it to 0."
+                f"{setting} needs whole parameters on every rank, but these are sharded "
+                f"(fully_shard, FSDP2); {remedy}."
             )
 
     def count_flops(self, seed: int) -> LayerFlops:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.base.types import common_dtype
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.distributed.exact_sum import sum_exactly
+from lightning_woodfisher.distributed.exact_sum import ExactSum
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.partition import Partition
 from lightning_woodfisher.weights.patterns import UNSTRUCTURED, GroupRun, Pattern
@@ -151,7 +151,10 @@ class ActiveWeights:
             parts.append(part)
         magnitudes = [values.new_zeros(()), *(part.abs().max() for part in parts)]
         bound = torch.stack(magnitudes).max() * len(self.partition.units)
-        sums: list[float] = sum_exactly(self._comm, parts, bound, (number,)).tolist()
+        total = ExactSum(self._comm, bound, (number,))
+        for part in parts:
+            total.add(part)
+        sums: list[float] = total.result().tolist()
         return sums
 
     def largest_by_layer(
@@ -278,16 +281,12 @@ class ActiveWeights:
         }
         bad = sum(int((~values.isfinite()).sum()) for values in new.values())
         bad = int(max(row[0] for row in self._comm.gather_numbers([bad])))
-        if not bad:
-            self._overwrite(new)
-        return bad
-
-    def _overwrite(self, new: Mapping[str, Tensor]) -> None:
-        for name, values in new.items():
+        for name, values in new.items() if not bad else ():
             part = self._masks.local(name)
             flat = part.reshape(-1).clone()
             flat[self.positions[name]] = values
             part.copy_(flat.view(part.shape))
+        return bad
 
     def _by_tensor(self, values: Tensor) -> dict[str, Tensor]:
         """Split a vector of all active weights that this rank holds."""

@@ -78,7 +78,7 @@ BAD: list[tuple[str, Callable[[], dict[str, Any]], Any, str]] = [
         "full primal",
         lambda: fisher(block_size=None, engine="primal"),
         Counting,
-        "engine='primal' cannot go with fisher.block_size=None",
+        "engine='primal' cannot be combined with fisher.block_size=None",
     ),
     ("parts = 1.5", lambda: {"recompute_steps": 1.5}, Counting, r"steps=1\.5 is not"),
     (
