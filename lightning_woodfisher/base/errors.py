@@ -66,7 +66,7 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Check that a setting is one of several names.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         value: what the user gave.
         choices: the valid values.
 
@@ -86,7 +86,7 @@ def require_count(name: str, value: object, least: int | None = None) -> None:
     """Check that a setting is a number of items that can be computed one by one.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         value: what the user gave.
         least: smallest valid value, if any.
     """
@@ -97,7 +97,7 @@ def require_flag(name: str, value: object) -> None:
     """Check that a setting is True or False.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         value: what the user gave.
 
     Raises:
@@ -114,10 +114,10 @@ def require_integer(
     most: int | None = None,
     hint: str = "",
 ) -> None:
-    """Check that a setting is a whole number, which a bool is not.
+    """Check that a setting is a whole number and not a bool.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         value: what the user gave.
         least: smallest valid value, if any.
         most: largest valid value, if any.
@@ -147,10 +147,10 @@ def require_integer(
 def require_number(
     name: str, value: object, interval: str | None = None, hint: str = ""
 ) -> None:
-    """Check that a setting is a number, which a bool is not.
+    """Check that a setting is a number and not a bool.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         value: what the user gave.
         interval: the valid values, such as ``"[0, 1)"``: brackets include an end,
             parentheses do not. ``"(0, inf)"`` means positive and finite. NaN is in none.
@@ -180,7 +180,7 @@ def require_text(name: str, value: object) -> None:
     """Check that an optional setting is a string or a path.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         value: what the user gave, or None.
 
     Raises:

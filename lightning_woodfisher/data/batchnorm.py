@@ -97,11 +97,11 @@ def estimate_statistics(
     Samples may repeat if the data has too few.
 
     Args:
-        source: where losses come from, with its session entered.
+        source: source of losses, inside its session.
         count: number of batches.
         size: samples in a batch; at least 64 are taken.
         comm: the ranks.
-        seed: of the samples.
+        seed: seed of the samples.
 
     Returns:
         The statistics of the layers that were used; bit-identical on every rank and for

@@ -86,7 +86,7 @@ class LossSource(ABC):
         Args:
             batch: from :class:`.Batches`; the labels of an :class:`.UnlabeledBatch` are
                 drawn (:func:`.draw_labels`).
-            index: of the batch.
+            index: index of the batch.
 
         Returns:
             Scalar tensor with a graph: the mean loss of the batch.
@@ -170,8 +170,8 @@ def scalar_loss(result: Any, index: int, origin: str, remedy: str) -> Tensor:
     """Check that a result is a loss.
 
     Args:
-        result: of the loss function.
-        index: of the batch.
+        result: result of the loss function.
+        index: index of the batch.
         origin: name of the function that returned it.
         remedy: what to do if it is not a loss.
 
@@ -212,11 +212,11 @@ def differentiable_loss(
     """Compute a loss that can be differentiated.
 
     Args:
-        source: where losses come from, with its session entered.
+        source: source of losses, inside its session.
         batches: the mini-batches.
-        index: of the mini-batch.
+        index: index of the mini-batch.
         batch: its samples.
-        kind: of the error if the loss is not finite.
+        kind: kind of the error if the loss is not finite.
 
     Returns:
         The loss: a finite scalar tensor with a graph.
@@ -247,7 +247,7 @@ def compute_losses(
     """Compute the losses of the mini-batches without gradients, shared by the ranks.
 
     Args:
-        source: where losses come from, with its session entered.
+        source: source of losses, inside its session.
         batches: the mini-batches.
         count: N.
         comm: the ranks.
@@ -281,7 +281,7 @@ def compute_loss(
     because its parameters may be sharded.
 
     Args:
-        source: where losses come from, with its session entered.
+        source: source of losses, inside its session.
         batches: the mini-batches.
         index: index of the mini-batch of this rank.
         comm: the ranks.
@@ -311,9 +311,9 @@ def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
     """Run the model, and explain the error of BatchNorm for a single sample.
 
     Args:
-        source: where losses come from, with its session entered.
+        source: source of losses, inside its session.
         batch: the samples.
-        index: of the batch.
+        index: index of the batch.
 
     Returns:
         The result of :meth:`LossSource.loss`.
@@ -328,9 +328,9 @@ def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ConfigurationError(
-            f"BatchNorm in training mode has no variance of batch {index}, a single "
-            "sample; raise fisher.gradient_batch_size, or set "
-            "fisher.model_mode='eval'."
+            "BatchNorm in training mode cannot compute the variance of batch "
+            f"{index}, which is a single sample; raise fisher.gradient_batch_size, "
+            "or set fisher.model_mode='eval'."
         ) from error
 
 

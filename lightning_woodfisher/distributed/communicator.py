@@ -107,7 +107,7 @@ class Communicator:
     def exchange(
         self, rows: Tensor, sizes: Sequence[int], counts: Sequence[int]
     ) -> Pending:
-        """Send each rank its columns of this rank's rows; receive the own columns of all rows.
+        """Exchange rows by column (all-to-all): each rank receives its columns of all rows.
 
         Unlike the other collectives, this one does not check first whether a rank has
         failed, because it runs while the next rows are computed. A rank that fails between
@@ -205,8 +205,8 @@ class Communicator:
 
         Args:
             own: this rank's numbers by index; micro-batch k belongs to rank k mod R.
-            count: count of the numbers of all ranks.
-            at_once: numbers of a micro-batch.
+            count: how many numbers all ranks have together.
+            at_once: how many numbers belong to a micro-batch.
 
         Returns:
             All numbers, on every rank.
@@ -272,7 +272,7 @@ class Communicator:
         """Check that all ranks hold the same bits.
 
         Args:
-            tensor: of any dtype.
+            tensor: tensor of any dtype.
             what: what is compared, for the error.
 
         Raises:
@@ -335,7 +335,7 @@ class Communicator:
                 raise PruningError(
                     f"rank {self.rank} has lost the other ranks{self._in_phase()}: one of "
                     "them has ended, or has not answered within the timeout of the process "
-                    "group. The output of the other ranks tells why. "
+                    "group. See the output of the other ranks for the cause. "
                     f"({type(error).__name__}: {error})"
                 ) from error
 

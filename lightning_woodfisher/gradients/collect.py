@@ -198,12 +198,12 @@ class _RowComputer:
         return at_once
 
     def _reason_for_loop(self, collection: Collection) -> str:
-        """Return a reason to compute gradients one by one that is known before, or ``""``."""
+        """Return why gradients must be computed one by one, if known in advance, or ``""``."""
         model, batches = self._task.source.model, self._batches
         if self._derivative is not None:
             return "Hessian products"
         if collection == "loop":
-            return "asked for"
+            return "requested"
         if any(module.training for module in model.modules()):
             return "in training mode samples of a batch may influence each other"
         if not batches.regroupable or batches.size is None:
@@ -252,7 +252,7 @@ class _RowComputer:
         except NonFiniteError as error:
             problem = error
             row.zero_()
-        self._skipped.note(index, problem)
+        self._skipped.record(index, problem)
 
     def describe(self) -> str:
         """Describe how gradients were computed; the same text on every rank."""

@@ -2,7 +2,7 @@
 
 Every rank takes part in every forward and backward pass, because the passes gather
 parameters. ``.backward()`` leaves each rank its shard of the gradient, averaged over the
-ranks. That shard is already this rank's part of the row, and no row is exchanged.
+ranks. That shard holds the columns of the row that this rank owns, so no row is exchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def collect_sharded_gradients(
     divisible: bool = True,
     choose: Callable[[int, int, int], Batches] | None = None,
 ) -> Iterator[Tensor]:
-    """Compute all gradients on all ranks and yield this rank's part of them.
+    """Compute all gradients on all ranks and yield the columns of this rank.
 
     Gradient i has the same samples for any number of ranks. If R divides m, each rank
     evaluates m/R of them. Otherwise all ranks evaluate all m, and the mean over ranks of
@@ -66,7 +66,7 @@ def collect_sharded_gradients(
 
 
 def _gradient(task: GradientTask, batches: Batches, index: int) -> tuple[Tensor, float]:
-    """Return this rank's part of the mean over ranks, and this rank's loss."""
+    """Return this rank's columns of the mean over ranks, and this rank's loss."""
     comm = task.comm
     with task.seeded(index):
         batch = comm.run_together(lambda: batches.fetch(index))
@@ -76,7 +76,7 @@ def _gradient(task: GradientTask, batches: Batches, index: int) -> tuple[Tensor,
             )
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             row = _take_row(task).div_(scale)
-            # Ranks see different parts of the gradient, but must decide alike.
+            # Ranks hold different columns of the gradient, but must decide alike.
             bad = (~row.isfinite()).sum().reshape(1)
             if int(comm.sum_integers(bad)) == 0:
                 return row, float(loss.detach())

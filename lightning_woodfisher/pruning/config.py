@@ -1,4 +1,4 @@
-"""Settings of a pruning step, checked as far as possible without a network."""
+"""Settings of a pruning step, with all checks that need no network."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SAME = 1e-9
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Which weights may be pruned, and what they compete for.
+    """Settings of the selection: which weights may be pruned, and which compete.
 
     Args:
         scope: ``"global"``: one threshold over all layers (the paper's joint
@@ -47,8 +47,8 @@ class SelectionConfig:
             for Linear and convolution weights.
         exclude: patterns of what to leave dense.
         pattern: weights that are pruned together: ``"unstructured"`` single weights;
-            ``"2:4"`` and the like, N kept of M consecutive inputs; ``"block4"`` and the
-            like, consecutive inputs; ``"rows"``, all weights of an output.
+            N:M such as ``"2:4"``, of which N of M consecutive inputs are kept; blocks such
+            as ``"block4"`` of consecutive inputs; ``"rows"``, all weights of an output.
         layer_targets: sparsity by regular expression on the parameter name, for layers
             that do not compete with the others; the others share the rest of the target.
         max_layer_sparsity: largest sparsity of a single layer; the others compensate.
@@ -73,14 +73,14 @@ class SelectionConfig:
             patterns = getattr(self, name)
             if isinstance(patterns, str):
                 raise ConfigurationError(
-                    f"selection.{name}={patterns!r} is a single text; give a list of "
+                    f"selection.{name}={patterns!r} is a single string; give a list of "
                     f"patterns: {name}=[{patterns!r}]."
                 )
             if not isinstance(patterns, Sequence) or not all(
                 isinstance(pattern, str) for pattern in patterns
             ):
                 raise ConfigurationError(
-                    f"selection.{name}={patterns!r} is not a list of patterns (texts)."
+                    f"selection.{name}={patterns!r} is not a list of strings."
                 )
         self._check_layer_targets()
         if self.max_layer_sparsity is not None:
@@ -111,14 +111,15 @@ class SelectionConfig:
                 ) from error
         if parse_pattern(self.pattern).sparsity is not None and self.layer_targets:
             raise ConfigurationError(
-                f"selection.layer_targets cannot go with pattern={self.pattern!r}, which "
-                "gives every layer the same sparsity; leave one of them out."
+                "selection.layer_targets cannot be combined with "
+                f"pattern={self.pattern!r}, which gives every layer the same sparsity; leave "
+                "one of them out."
             )
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How one pruning step reaches its sparsity: weight update, stages, measurements.
+    """Settings of one pruning step: weight update, stages and measurements.
 
     Args:
         update: how the kept weights compensate for the removed ones: ``"joint"`` minimizes
@@ -280,7 +281,7 @@ class PruningConfig:
         for setting, is_set in conflicts.items():
             if is_set:
                 raise ConfigurationError(
-                    f"flops_target cannot go with selection.{setting}, which already "
+                    f"flops_target cannot be combined with selection.{setting}, which already "
                     "decides how many weights of a layer are pruned; leave one of them out."
                 )
 
@@ -290,12 +291,12 @@ class PruningConfig:
         if not CRITERIA[self.criterion].can_restrict:
             able = [name for name, other in CRITERIA.items() if other.can_restrict]
             raise ConfigurationError(
-                f"step.reuse_gradients cannot go with criterion={self.criterion!r}; use "
-                f"{' or '.join(able)}, or set it to False."
+                "step.reuse_gradients cannot be combined with "
+                f"criterion={self.criterion!r}; use {' or '.join(able)}, or set it to False."
             )
         if self.selection.pattern != "unstructured":
             raise ConfigurationError(
-                "step.reuse_gradients cannot go with selection.pattern="
+                "step.reuse_gradients cannot be combined with selection.pattern="
                 f"{self.selection.pattern!r}; set it to False."
             )
 
@@ -312,7 +313,7 @@ class PruningConfig:
         most = self.fisher.max_nonfinite
         if most and CRITERIA[self.criterion].needs == "factors":
             raise ConfigurationError(
-                f"fisher.max_nonfinite={most} cannot go with criterion="
+                f"fisher.max_nonfinite={most} cannot be combined with criterion="
                 f"{self.criterion!r}, which has no gradients of single mini-batches; "
                 "set it to 0."
             )

@@ -49,7 +49,7 @@ class Quotas:
     """Number of weights to remove, by group of competing layers.
 
     Attributes:
-        competitors: index of the group of each layer.
+        group_of_layer: index of the group of each layer.
         groups: target sparsity, weights and zeros of each group.
         spacing: how sparsity grows over the stages of the step.
         caps: largest number of weights that each layer may lose; None without limits.
@@ -57,7 +57,7 @@ class Quotas:
             smaller than this may stay.
     """
 
-    competitors: tuple[int, ...]
+    group_of_layer: tuple[int, ...]
     groups: tuple[tuple[float, int, int], ...]
     spacing: Spacing
     caps: tuple[int, ...] | None
@@ -112,22 +112,22 @@ def make_quotas(
         own = {layer: target * progress for layer, target in own.items()}
     caps = _caps(selection, layers)
     if selection.scope == "layer":
-        competitors = list(range(len(layers.names)))
-        targets = [own.get(layer, target_sparsity) for layer in competitors]
+        group_of_layer = list(range(len(layers.names)))
+        targets = [own.get(layer, target_sparsity) for layer in group_of_layer]
     else:
         numbers = {layer: 1 + i for i, layer in enumerate(own)}
-        competitors = [numbers.get(i, 0) for i in range(len(layers.names))]
+        group_of_layer = [numbers.get(i, 0) for i in range(len(layers.names))]
         targets = [_rest(layers, own, target_sparsity), *own.values()]
     weights, zeros = [0] * len(targets), [0] * len(targets)
     grains = [1] * len(targets)
     pattern = parse_pattern(selection.pattern)
-    for layer, group in enumerate(competitors):
+    for layer, group in enumerate(group_of_layer):
         weights[group] += layers.weights[layer]
         zeros[group] += layers.zeros[layer]
         leaving = pattern.removed_per_group(layers.shapes[layer])
         grains[group] = max(grains[group], leaving)
     quotas = Quotas(
-        tuple(competitors),
+        tuple(group_of_layer),
         tuple(zip(targets, weights, zeros, strict=True)),
         spacing,
         caps,
@@ -249,7 +249,7 @@ def _require_feasible(
         return
     pattern = parse_pattern(selection.pattern)
     for group, wanted in enumerate(quotas.totals):
-        members = [i for i, g in enumerate(quotas.competitors) if g == group]
+        members = [i for i, g in enumerate(quotas.group_of_layer) if g == group]
         room = 0
         for i in members:
             leaving = pattern.removed_per_group(layers.shapes[i])

@@ -35,7 +35,7 @@ from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import parse_pattern
 
-# How near a share of the FLOPs is as good as met.
+# Relative tolerance of the share of FLOPs.
 _FLOPS_TOLERANCE = 0.005
 
 
@@ -204,7 +204,7 @@ class Selector:
         else:
             groups = None
             if len(quotas.granularity) > 1:
-                groups = self._by_layer(quotas.competitors, layers)
+                groups = self._by_layer(quotas.group_of_layer, layers)
             counts = self._counts(fraction, zeros)
             chosen = select_smallest(scores, groups, counts, comm, sizes)
         if inside is None:
@@ -214,10 +214,10 @@ class Selector:
         return everywhere
 
     def _counts(self, fraction: float, zeros: list[int]) -> list[int]:
-        """Count the weights that each group must lose until the end of a stage."""
+        """Count the weights that each group must still lose by the end of a stage."""
         quotas = self._quotas
         counts = quotas.until(fraction)
-        for layer, group in enumerate(quotas.competitors):
+        for layer, group in enumerate(quotas.group_of_layer):
             counts[group] -= zeros[layer] - self._start[layer]
         return [max(0, count) for count in counts]
 

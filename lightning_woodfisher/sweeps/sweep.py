@@ -42,7 +42,7 @@ from lightning_woodfisher.resources.budget import (
 from lightning_woodfisher.sweeps.report import TARGET, SweepReport, SweepResult
 from lightning_woodfisher.sweeps.stored_rows import (
     RowStore,
-    StoredSampling,
+    StoredEvaluator,
     kind_of_rows,
 )
 from lightning_woodfisher.weights.layers import prunable_parameters
@@ -204,7 +204,7 @@ def run_sweep(
     comm = Communicator(next(source.model.parameters()).device)
     jobs = [_prepare(setting, source, comm) for setting in settings]
     store = RowStore(_row_bytes(row_memory, comm), _most_gradients(jobs))
-    sampling = functools.partial(StoredSampling, store=store, is_start=start.equals)
+    evaluator = functools.partial(StoredEvaluator, store=store, is_start=start.equals)
     results: dict[int, SweepResult] = {}
     try:
         with progress("Trying settings", len(jobs)) as tick:
@@ -212,7 +212,7 @@ def run_sweep(
             # Settings that share gradients follow each other.
             for i in sorted(range(len(jobs)), key=lambda i: _order(jobs[i].config)):
                 start.restore()
-                results[i] = _try(jobs[i], source, evaluate, comm, sampling, progress)
+                results[i] = _try(jobs[i], source, evaluate, comm, evaluator, progress)
                 tick(1)
     finally:
         start.restore()
@@ -226,11 +226,11 @@ def _try(
     source: LossSource,
     evaluate: Evaluate,
     comm: Communicator,
-    sampling: Callable[..., StoredSampling],
+    evaluator: Callable[..., StoredEvaluator],
     progress: Progress,
 ) -> SweepResult:
     masks = _make_masks(source.model, job.config.selection)
-    pruner = Pruner(masks, job.config, comm, progress, sampling)
+    pruner = Pruner(masks, job.config, comm, progress, evaluator)
     try:
         report: PruningReport = pruner.step(source, job.target_sparsity)
     except PruningError as error:

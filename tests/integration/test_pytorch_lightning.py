@@ -41,7 +41,7 @@ from lightning_woodfisher import (
     SOSPPruningCallback,
     WoodFisherPruningCallback,
 )
-from lightning_woodfisher.base.lightning_names import either_name, like
+from lightning_woodfisher.base.lightning_names import either_name, from_package_of
 from lightning_woodfisher.callbacks.checks import releases_weights
 from lightning_woodfisher.callbacks.progress import progress_bar
 
@@ -388,8 +388,10 @@ def test_namesakes(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     derived = type("Derived", (pl.Trainer,), {})
     logger = own.loggers.logger.DummyLogger
-    assert like(derived(logger=False), logger) is pl.loggers.logger.DummyLogger
-    assert like(trainer(own), logger) is logger
+    assert (
+        from_package_of(derived(logger=False), logger) is pl.loggers.logger.DummyLogger
+    )
+    assert from_package_of(trainer(own), logger) is logger
     for name in list(sys.modules):
         if name.partition(".")[0] == "pytorch_lightning":
             monkeypatch.delitem(sys.modules, name)

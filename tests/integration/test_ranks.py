@@ -379,8 +379,8 @@ def test_the_cases_prune_what_they_were_asked_for(pruned: Pruned, case: str) -> 
             ],
             "loop: the data comes in batches",
         ),
-        "one by one": "loop: asked for",
-        "diagonal Fisher, one by one": "loop: asked for",
+        "one by one": "loop: requested",
+        "diagonal Fisher, one by one": "loop: requested",
         **dict.fromkeys(
             [name for name, chosen in CASES.items() if chosen.model_mode == "train"],
             "loop: in training mode samples of a batch may influence each other",

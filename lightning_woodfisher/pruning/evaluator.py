@@ -1,8 +1,8 @@
-"""Evaluation of model and data in a pruning step: gradients, losses, FLOPs, statistics."""
+"""Run the model on the data in a pruning step: gradients, losses, FLOPs, statistics."""
 
 from __future__ import annotations
 
-__all__ = ["CollectionRecord", "Sampling"]
+__all__ = ["CollectionRecord", "Evaluator"]
 
 import contextlib
 import dataclasses
@@ -59,11 +59,11 @@ class CollectionRecord:
     tick: Callable[[int], object] = lambda _: None
 
 
-class Sampling:
+class Evaluator:
     """Evaluate the model on the data, with whole or with sharded parameters.
 
     Args:
-        source: where losses and gradients come from.
+        source: source of losses and gradients.
         masks: masks with the parameters.
         fisher: number and size of the mini-batches.
         communicator: the ranks.
@@ -113,7 +113,7 @@ class Sampling:
     def observe(
         self, criterion: Criterion, active: ActiveWeights, seed: int
     ) -> tuple[list[float], str | None]:
-        """Compute what a criterion needs, and let it observe that.
+        """Compute what a criterion needs, and pass it to the criterion.
 
         Args:
             criterion: criterion after :meth:`~.Criterion.begin`.
@@ -269,7 +269,7 @@ class Sampling:
             return collect_factors(task, batches, active.partition)
 
     def rehearse(self, criterion: Criterion, seed: int, pattern: Pattern) -> None:
-        """Compute what a criterion needs, and drop it.
+        """Compute what a criterion needs, and discard it.
 
         Args:
             criterion: a new criterion.
@@ -379,7 +379,7 @@ class Sampling:
     def _observe_first_order(
         self, criterion: Criterion, active: ActiveWeights, seed: int
     ) -> None:
-        """Let a criterion observe the gradients of its first-order sample, if it has one."""
+        """Pass the gradients of ``first_order_samples`` to a criterion that uses them."""
         sample = self._first_order(criterion, seed)
         if sample is None:
             return
