@@ -67,10 +67,11 @@ def prune(
         step: weight update, stages and measurements.
         flops_target: in place of ``target_sparsity``: prune until the masked network needs
             this share of the FLOPs of the dense one, within 0.5 %.
-        progress: called with a title and a total; a context that yields a counter.
+        progress: called with a title and a total; returns a context manager that yields a
+            function, which is called with the number of finished items.
 
     Returns:
-        What happened.
+        The report of the step.
 
     Raises:
         ConfigurationError: for settings that cannot work, before anything is computed.

@@ -23,7 +23,7 @@ def parse_bytes(value: str | int, name: str = "memory") -> int:
     Args:
         value: a number of bytes, or a number with a unit: ``"80GB"`` (10⁹ bytes each),
             ``"24GiB"`` (2³⁰ bytes each).
-        name: of the setting, for the error.
+        name: name of the setting, for the error.
 
     Returns:
         Bytes.

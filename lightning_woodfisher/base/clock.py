@@ -53,8 +53,8 @@ def no_progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
     """Show nothing.
 
     Args:
-        title: what would be shown.
-        total: number of items.
+        title: title of the progress bar; ignored.
+        total: number of items; ignored.
 
     Yields:
         A function that ignores the number of finished items.

@@ -1,4 +1,4 @@
-"""The two errors that the package raises, and checks of single settings."""
+"""The two errors that the package raises, and checks of settings."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import cast
 
-# At a millisecond each, more than this takes hours.
+# More items than this take hours, at a millisecond each.
 _LARGEST_COUNT = 10_000_000
 
 
 class ConfigurationError(ValueError):
-    """A setting that cannot work. The message names the value, the reason and the remedy."""
+    """Invalid setting. The message names the value, the reason and the remedy."""
 
 
 class PruningError(RuntimeError):
-    """A failed pruning step. The model and the masks are as they were before the step."""
+    """Failed pruning step. The model and the masks are as they were before the step."""
 
 
 def first_line(error: BaseException) -> str:
@@ -67,7 +67,7 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Check that a setting is one of several names.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         value: what the user gave.
         choices: the valid values.
 
@@ -83,25 +83,22 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
         )
 
 
-def require_count(
-    name: str, value: object, least: int | None = None, hint: str = ""
-) -> None:
-    """Check that a setting is a number of items that can be worked through.
+def require_count(name: str, value: object, least: int | None = None) -> None:
+    """Check that a setting is a number of items that can be computed one by one.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         value: what the user gave.
         least: smallest valid value, if any.
-        hint: what the setting means or what to do, for the error.
     """
-    require_integer(name, value, least, _LARGEST_COUNT, hint)
+    require_integer(name, value, least, _LARGEST_COUNT)
 
 
 def require_flag(name: str, value: object) -> None:
     """Check that a setting is True or False.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         value: what the user gave.
 
     Raises:
@@ -118,10 +115,10 @@ def require_integer(
     most: int | None = None,
     hint: str = "",
 ) -> None:
-    """Check that a setting is a whole number, which a bool is not.
+    """Check that a setting is a whole number and not a bool.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         value: what the user gave.
         least: smallest valid value, if any.
         most: largest valid value, if any.
@@ -151,10 +148,10 @@ def require_integer(
 def require_number(
     name: str, value: object, interval: str | None = None, hint: str = ""
 ) -> None:
-    """Check that a setting is a number, which a bool is not.
+    """Check that a setting is a number and not a bool.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         value: what the user gave.
         interval: the valid values, such as ``"[0, 1)"``: brackets include an end,
             parentheses do not. ``"(0, inf)"`` means positive and finite. NaN is in none.
@@ -200,17 +197,17 @@ def require_patterns(name: str, value: object) -> None:
 
 
 def require_text(name: str, value: object) -> None:
-    """Check that an optional setting is a name or a path.
+    """Check that an optional setting is a string or a path.
 
     Args:
-        name: of the setting.
+        name: name of the setting.
         value: what the user gave, or None.
 
     Raises:
         ConfigurationError: for any other value.
     """
     if value is not None and not isinstance(value, str | os.PathLike):
-        raise ConfigurationError(f"{name}={value!r} is not a text.")
+        raise ConfigurationError(f"{name}={value!r} is neither a string nor a path.")
 
 
 def _ending(hint: str) -> str:

@@ -1,4 +1,4 @@
-"""Lightning under its two names: ``lightning.pytorch`` and ``pytorch_lightning``.
+"""Support both packages of Lightning: ``lightning.pytorch`` and ``pytorch_lightning``.
 
 They are two packages with the same source. Every class exists twice, and an instance of one
 is not an instance of the other. The pruning callbacks derive from ``lightning.pytorch`` and
@@ -8,7 +8,7 @@ that is not imported has no instances.
 
 from __future__ import annotations
 
-__all__ = ["callbacks_of", "either_name", "has_callback", "like"]
+__all__ = ["callbacks_of", "either_name", "from_package_of", "has_callback"]
 
 import sys
 from typing import TYPE_CHECKING, TypeVar
@@ -35,8 +35,8 @@ def either_name(*kinds: type[T]) -> tuple[type[T], ...]:
     return (*kinds, *(other for other in others if other is not None))
 
 
-def like(owner: object, kind: type[T]) -> type[T]:
-    """Return a class of the same package as a Trainer or a module.
+def from_package_of(owner: object, kind: type[T]) -> type[T]:
+    """Return the class of the package that a Trainer or a module comes from.
 
     Args:
         owner: an instance of a class of Lightning, or of a class derived from it.
@@ -57,7 +57,7 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """Return the list in which the Trainer keeps its callbacks.
 
     Args:
-        trainer: of either package.
+        trainer: Trainer of either package.
 
     Returns:
         The list itself, not a copy.
@@ -68,10 +68,10 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 
 
 def has_callback(trainer: pl.Trainer, *kinds: type[pl.Callback]) -> bool:
-    """Check whether the Trainer has a callback of some classes, of either package.
+    """Check whether the Trainer has a callback of certain classes, from either package.
 
     Args:
-        trainer: of either package.
+        trainer: Trainer of either package.
         kinds: classes of ``lightning.pytorch``.
 
     Returns:

@@ -18,7 +18,7 @@ def common_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
     """Choose the dtype of weights and gradients of several parameters.
 
     Args:
-        parameters: of any floating-point dtypes.
+        parameters: parameters of any floating-point dtypes.
 
     Returns:
         float64 if any parameter is float64, else float32, also for 16-bit parameters.

@@ -70,28 +70,21 @@ class SilentCommunicator(Communicator):
     """
 
     def exchange(
-        self,
-        rows: Tensor | None,
-        sizes: Sequence[int],
-        counts: Sequence[int],
-        dtype: torch.dtype = torch.float32,
+        self, rows: Tensor, sizes: Sequence[int], counts: Sequence[int]
     ) -> Pending:
         """Return rows of the right shape; see :meth:`Communicator.exchange`.
 
         Args:
-            rows: ``[n, D]``, or None if this rank has no rows this time.
+            rows: ``[n, D]``; n may be 0.
             sizes: number of columns that each rank owns.
             counts: number of rows that each rank has.
-            dtype: dtype of the rows.
 
         Returns:
             ``[sum(counts), D_r]``, copies of the first own row.
         """
         start, own = sum(sizes[: self.rank]), sizes[self.rank]
-        if rows is None:
-            return Pending(
-                torch.ones(sum(counts), own, dtype=dtype, device=self.device)
-            )
+        if not len(rows):
+            rows = rows.new_ones(1, sum(sizes))
         return Pending(rows[:1, start : start + own].repeat(sum(counts), 1))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
-from lightning_woodfisher.base.lightning_names import either_name, like
+from lightning_woodfisher.base.lightning_names import either_name, from_package_of
 from lightning_woodfisher.base.types import ModelMode
 from lightning_woodfisher.callbacks.stand_ins import (
     CapturedBackward,
@@ -177,7 +177,7 @@ class TrainingStepLoss(LossSource):
         loggers, toggled = trainer.loggers, module._param_requires_grad_state
         with super().session(mode):
             vars(module).update(stand_ins)
-            trainer.loggers = [like(trainer, DummyLogger)() for _ in loggers]
+            trainer.loggers = [from_package_of(trainer, DummyLogger)() for _ in loggers]
             try:
                 yield
                 if self._streams is not None:

@@ -1,4 +1,4 @@
-"""Pruning criteria: what each weight is worth.
+"""Pruning criteria: the saliency of each weight, and the update of the kept weights.
 
 Each criterion observes gradient rows ``[n, D_r]``, returns a saliency for each of the D_r
 active weights of this rank, and computes the change ``[D_r]`` that compensates for the
@@ -21,7 +21,7 @@ __all__ = [
 import inspect
 from typing import Literal
 
-from lightning_woodfisher.base.errors import ConfigurationError, nearest
+from lightning_woodfisher.base.errors import ConfigurationError, require_choice
 from lightning_woodfisher.criteria.base import Criterion
 from lightning_woodfisher.criteria.diagonal import DiagonalCriterion
 from lightning_woodfisher.criteria.diagonal_fisher import DiagonalFisher
@@ -61,16 +61,9 @@ def make_criterion(name: str, fisher: FisherConfig, update: Update) -> Criterion
         update: how the kept weights compensate for the removed ones.
 
     Returns:
-        A new criterion for one part of a pruning step.
-
-    Raises:
-        ConfigurationError: if the name is unknown.
+        A new criterion for one stage of a pruning step.
     """
-    if name not in CRITERIA:
-        raise ConfigurationError(
-            f"criterion={name!r} is unknown; use one of {', '.join(CRITERIA)}."
-            f"{nearest(name, CRITERIA)}"
-        )
+    require_choice("criterion", name, CRITERIA)
     return CRITERIA[name](fisher, update)
 
 
@@ -97,13 +90,9 @@ def register_criterion(name: str, criterion: type[Criterion]) -> None:
             "lightning_woodfisher.criteria.DiagonalCriterion."
         )
     taken = CRITERIA.get(name, criterion)
-    same = (taken.__module__, taken.__qualname__) == (
-        criterion.__module__,
-        criterion.__qualname__,
-    )
-    if not same:
+    path = f"{taken.__module__}.{taken.__qualname__}"
+    if path != f"{criterion.__module__}.{criterion.__qualname__}":
         raise ConfigurationError(
-            f"criterion={name!r} is {taken.__module__}.{taken.__qualname__} already; "
-            "choose another name."
+            f"criterion={name!r} is {path} already; choose another name."
         )
     CRITERIA[name] = criterion

@@ -25,11 +25,11 @@ Needs = Literal["gradients", "hessian rows", "factors", "nothing"]
 
 
 class Criterion(ABC):
-    """One part of a pruning step, from gradients to new weights, on this rank's shard.
+    """Base class of the criteria: one stage, from gradients to new weights.
 
     The pruner calls :meth:`layout`, :meth:`begin`, :meth:`observe` for all rows (or
     :meth:`observe_factors` once), :meth:`score` and :meth:`compensate`, in this order.
-    Vectors are float64 ``[D_r]``.
+    Vectors are float64 ``[D_r]``, for the active weights of this rank.
 
     Args:
         fisher: settings of the Fisher matrix.
@@ -41,7 +41,7 @@ class Criterion(ABC):
             :meth:`observe_first_order`.
         compensates: whether the kept weights change.
         first_order_scale: the share of :meth:`descent` that :meth:`score` assumes.
-        can_restrict: whether :meth:`restrict` prepares it for another part of the step.
+        can_restrict: whether :meth:`restrict` prepares it for another stage of the step.
         damping: λ, or None for a criterion without damping.
     """
 
@@ -116,7 +116,7 @@ class Criterion(ABC):
     def observe_factors(  # noqa: B027  (optional)
         self, factors: Sequence[KroneckerFactors]
     ) -> None:
-        """Take the Kronecker factors of this rank's layers.
+        """Store the Kronecker factors of this rank's layers.
 
         Args:
             factors: one for each unit of this rank, in order.
@@ -191,7 +191,7 @@ class Criterion(ABC):
         return {}
 
     def restrict(self, kept: Tensor) -> None:  # noqa: B027  (optional)
-        """Drop weights permanently, for another part with the same gradients.
+        """Drop weights permanently, for another stage with the same gradients.
 
         Args:
             kept: bool ``[D_r]``; the other weights are zero now.
@@ -229,10 +229,14 @@ class Criterion(ABC):
 
 
 class CompensatingCriterion(Criterion):
-    """A criterion with a model of how weights depend on each other.
+    """A criterion that models how weights depend on each other, damped by λ.
 
     Subclasses compute the update of either kind in ``_change``.
     """
+
+    def __init__(self, fisher: FisherConfig, update: Update) -> None:
+        super().__init__(fisher, update)
+        self.damping = fisher.damping
 
     @abstractmethod
     def _change(self, weights: Tensor, removed: Tensor, update: Update) -> Tensor:

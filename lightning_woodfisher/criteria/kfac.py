@@ -17,7 +17,6 @@ from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.criteria.base import CompensatingCriterion, Needs
 from lightning_woodfisher.criteria.obs import Update, saliency
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.gradients.kronecker_factors import KroneckerFactors
 from lightning_woodfisher.weights.partition import Partition, make_partition
 from lightning_woodfisher.weights.patterns import GroupRun, Pattern
@@ -40,10 +39,6 @@ class KFAC(CompensatingCriterion):
     """
 
     needs: ClassVar[Needs] = "factors"
-
-    def __init__(self, fisher: FisherConfig, update: Update) -> None:
-        super().__init__(fisher, update)
-        self.damping = fisher.damping
 
     @override
     def layout(

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_woodfisher.criteria.base import CompensatingCriterion
 from lightning_woodfisher.criteria.obs import Update, saliency, weight_update
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.config import FisherConfig, choose_engine
+from lightning_woodfisher.fisher.config import choose_engine
 from lightning_woodfisher.fisher.inverse import (
     InverseFisher,
     block_cost,
@@ -45,10 +45,6 @@ class WoodFisher(CompensatingCriterion):
 
     can_restrict: ClassVar[bool] = True
     inverse_fisher: InverseFisher
-
-    def __init__(self, fisher: FisherConfig, update: Update) -> None:
-        super().__init__(fisher, update)
-        self.damping = fisher.damping
 
     @override
     def layout(

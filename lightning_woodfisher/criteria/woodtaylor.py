@@ -53,7 +53,7 @@ class WoodTaylor(WoodFisher):
 
     @property
     def mean_gradient(self) -> Tensor:
-        """g, float64 ``[D_r]``."""
+        """Mean gradient g, float64 ``[D_r]``."""
         return self._gradient_sum / self._summed
 
     @override

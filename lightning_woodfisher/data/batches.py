@@ -68,7 +68,7 @@ class Batches(ABC):
         """Return one batch.
 
         Args:
-            index: of the batch; callers ask in increasing order.
+            index: index of the batch; callers ask in increasing order.
 
         Returns:
             The batch, on the device of the data.
@@ -95,7 +95,7 @@ class Batches(ABC):
         """Name the samples of a batch for an error message.
 
         Args:
-            index: of the batch.
+            index: index of the batch.
 
         Returns:
             For example ``"samples 3, 17"``.
@@ -111,7 +111,7 @@ class DatasetBatches(Batches):
         dataset: anything with ``__len__`` and ``__getitem__``.
         count: number of batches, N.
         size: samples in a batch, m.
-        seed: of the permutation.
+        seed: seed of the permutation.
         collate: converts a list of samples to a batch.
         regroupable: False if ``collate`` can only make a batch of one item.
         indices: the samples that may be drawn; None for the whole dataset.
@@ -140,7 +140,7 @@ class DatasetBatches(Batches):
                 "iterable of batches."
             )
         samples = len(dataset) if indices is None else len(indices)
-        where = "the dataset" if indices is None else "what the sampler may draw"
+        where = "the dataset" if indices is None else "the sampler"
         if samples < count * size and not (repeat and samples):
             raise ConfigurationError(
                 f"num_gradients={count} times gradient_batch_size={size} needs "
@@ -199,10 +199,10 @@ def loader_batches(
     the sampler does. The ``collate_fn`` makes the batches; the ``batch_size`` is ignored.
 
     Args:
-        loader: with its dataset.
+        loader: the DataLoader.
         count: number of batches, N.
         size: samples in a batch, m; ignored if automatic batching is off.
-        seed: of the choice.
+        seed: seed of the choice.
         repeat: as in :class:`DatasetBatches`.
 
     Returns:
@@ -258,12 +258,12 @@ def _warn_unknown_sampler(sampler: str) -> None:
 class CachedBatches(Batches):
     """Batches that are fetched repeatedly, and cached while memory is left.
 
-    A cached batch cannot be told from a new one: it is a copy, and fetching it restores the
-    generators to the state after the batch was made.
+    A cached batch is equivalent to a new one: it is a copy, and fetching it sets the random
+    generators to their state after the batch was made.
 
     Args:
         batches: can be fetched in any order, each under a seed of its own.
-        most_bytes: of the cache.
+        most_bytes: largest size of the cache.
     """
 
     def __init__(self, batches: Batches, most_bytes: int) -> None:
@@ -275,7 +275,7 @@ class CachedBatches(Batches):
         self.why_not_regroupable = batches.why_not_regroupable
 
     def fetch(self, index: int) -> Any:
-        """Return one batch, from the cache if it is there."""
+        """Return one batch, from the cache if it has been cached."""
         if index in self._cache:
             batch, states = self._cache[index]
             states.restore()
@@ -322,9 +322,9 @@ class StreamBatches(Batches):
     that an iterable that shuffles with the global generators does the same on all ranks.
 
     Args:
-        iterable: of batches, one for each gradient.
+        iterable: iterable of batches, one for each gradient.
         count: number of batches that will be needed, N.
-        seed: of the random numbers that the iterable draws.
+        seed: seed of the random numbers that the iterable draws.
         repeat: whether to open the iterable again if it ends too early.
     """
 
@@ -348,7 +348,7 @@ class StreamBatches(Batches):
         """Read up to one batch.
 
         Args:
-            index: of the batch, not smaller than in earlier calls.
+            index: index of the batch, not smaller than in earlier calls.
 
         Returns:
             The batch.
@@ -417,7 +417,7 @@ class RepeatableStream:
         return StreamBatches(self._reading(self._data, self._read, count), count, seed)
 
     def finish(self) -> None:
-        """Read the rest of the N batches, because not every rank needs the last ones."""
+        """Read the remaining batches, because not every rank reads the last ones."""
         if self._key is not None and isinstance(self._data, Iterator):
             for _ in self._reading(self._data, self._read, self._key[0]):
                 pass

@@ -1,9 +1,9 @@
 """Estimate BatchNorm statistics of the pruned network on a few batches.
 
 Every layer normalizes batch k by the statistics of that batch, as in training. The running
-statistics become the mean over batches of the mean and the unbiased variance, which the
-moving average of training estimates. Dropout is off, as in evaluation. Rank k mod R computes
-batch k, and all ranks add the numbers of all batches in order of k.
+statistics become the mean over batches of the mean and of the unbiased variance; the moving
+average of training estimates the same. Dropout is off, as in evaluation. Rank k mod R
+computes batch k, and all ranks add the numbers of all batches in order of k.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ __all__ = [
     "BatchNormStatistics",
     "batchnorm_layers",
     "estimate_statistics",
-    "require_recalibration_batches",
 ]
 
 import contextlib
@@ -24,23 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_woodfisher.base.errors import PruningError, require_count
-from lightning_woodfisher.data.isolation import derive_seed, seeded
-from lightning_woodfisher.data.losses import LossSource, loss_value
+from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.data.losses import LossSource, compute_loss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import reshard
 
 # Gradients may be those of single samples, which have no variance.
 _FEWEST_SAMPLES = 64
-
-
-def require_recalibration_batches(count: int) -> None:
-    """Check ``batchnorm_recalibration_batches``.
-
-    Args:
-        count: number of batches; 0 leaves the statistics as they are.
-    """
-    require_count("batchnorm_recalibration_batches", count, least=0)
 
 
 def batchnorm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -108,11 +97,11 @@ def estimate_statistics(
     Samples may repeat if the data has too few.
 
     Args:
-        source: where losses come from, with its session entered.
+        source: source of losses, inside its session.
         count: number of batches.
         size: samples in a batch; at least 64 are taken.
         comm: the ranks.
-        seed: of the samples.
+        seed: seed of the samples.
 
     Returns:
         The statistics of the layers that were used; bit-identical on every rank and for
@@ -136,12 +125,8 @@ def estimate_statistics(
         # A rank without a batch of its own runs the last one: layers may be sharded.
         index = min(first + comm.rank, count - 1)
         records = dict(zip(layers, torch.split(own[round_], widths), strict=True))
-
-        def run(index: int = index, records: dict[str, Tensor] = records) -> None:
-            with seeded(derive_seed(seed, index)), _batch_statistics(layers, records):
-                loss_value(source, batches, index)
-
-        comm.run_together(run)
+        with _batch_statistics(layers, records):
+            compute_loss(source, batches, index, comm, seed)
     reshard(model)
     every = comm.gather_shards(own.reshape(-1), [own.numel()] * comm.world_size)
     rows = every.view(comm.world_size, *own.shape).transpose(0, 1).flatten(0, 1)

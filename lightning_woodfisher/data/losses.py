@@ -5,9 +5,9 @@ from __future__ import annotations
 __all__ = [
     "FunctionLoss",
     "LossSource",
+    "compute_loss",
     "compute_losses",
     "differentiable_loss",
-    "loss_value",
     "lower_loss_scale",
     "run_loss",
     "scalar_loss",
@@ -39,6 +39,7 @@ from lightning_woodfisher.data.isolation import (
 )
 from lightning_woodfisher.data.sampled_labels import UnlabeledBatch, draw_labels
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.distributed.dtensor import reshard
 
 # Gradients that overflow at this loss scale do not overflow because of the scale.
 _SMALLEST_LOSS_SCALE = 1.0
@@ -85,7 +86,7 @@ class LossSource(ABC):
         Args:
             batch: from :class:`.Batches`; the labels of an :class:`.UnlabeledBatch` are
                 drawn (:func:`.draw_labels`).
-            index: of the batch.
+            index: index of the batch.
 
         Returns:
             Scalar tensor with a graph: the mean loss of the batch.
@@ -169,8 +170,8 @@ def scalar_loss(result: Any, index: int, origin: str, remedy: str) -> Tensor:
     """Check that a result is a loss.
 
     Args:
-        result: of the loss function.
-        index: of the batch.
+        result: result of the loss function.
+        index: index of the batch.
         origin: name of the function that returned it.
         remedy: what to do if it is not a loss.
 
@@ -211,11 +212,11 @@ def differentiable_loss(
     """Compute a loss that can be differentiated.
 
     Args:
-        source: where losses come from, with its session entered.
+        source: source of losses, inside its session.
         batches: the mini-batches.
-        index: of the mini-batch.
+        index: index of the mini-batch.
         batch: its samples.
-        kind: of the error if the loss is not finite.
+        kind: kind of the error if the loss is not finite.
 
     Returns:
         The loss: a finite scalar tensor with a graph.
@@ -246,7 +247,7 @@ def compute_losses(
     """Compute the losses of the mini-batches without gradients, shared by the ranks.
 
     Args:
-        source: where losses come from, with its session entered.
+        source: source of losses, inside its session.
         batches: the mini-batches.
         count: N.
         comm: the ranks.
@@ -257,55 +258,62 @@ def compute_losses(
     Returns:
         The losses in order, the same on every rank.
     """
-
-    def compute() -> dict[int, float]:
-        own = {}
-        for index in range(comm.rank, count, comm.world_size):
-            if index in skip:
-                continue
-            with seeded(derive_seed(seed, index)):
-                own[index] = loss_value(source, batches, index)
-            if finite:
-                _require_finite(own[index], batches, index)
-        return own
-
-    losses = comm.gather_in_order(comm.run_together(compute), count)
-    return [loss for index, loss in enumerate(losses) if index not in skip]
+    indices = [index for index in range(count) if index not in skip]
+    own: dict[int, float] = {}
+    for first in range(0, len(indices), comm.world_size):
+        # A rank without a mini-batch of its own runs the last one.
+        place = min(first + comm.rank, len(indices) - 1)
+        own[place] = compute_loss(source, batches, indices[place], comm, seed)
+    reshard(source.model)
+    losses = comm.gather_in_order(own, len(indices))
+    if finite:
+        for index, loss in zip(indices, losses, strict=True):
+            _require_finite(loss, batches, index)
+    return losses
 
 
-def loss_value(source: LossSource, batches: Batches, index: int) -> float:
-    """Compute one loss without gradients, or with them if the loss needs them.
+def compute_loss(
+    source: LossSource, batches: Batches, index: int, comm: Communicator, seed: int
+) -> float:
+    """Compute the loss of one mini-batch without gradients. Call on all ranks.
+
+    Each rank may have another mini-batch, but all of them run the model at the same time,
+    because its parameters may be sharded.
 
     Args:
-        source: where losses come from, with its session entered.
+        source: source of losses, inside its session.
         batches: the mini-batches.
-        index: of the mini-batch.
+        index: index of the mini-batch of this rank.
+        comm: the ranks.
+        seed: the one given to :func:`.collect_gradients`.
 
     Returns:
-        The loss.
-
-    Raises:
-        RuntimeError: any other error of the loss.
+        The loss. Any error is raised on all ranks.
     """
-    batch = batches.fetch(index)
-    try:
-        with preserve_random_states(), torch.no_grad():
-            return float(run_loss(source, batch, index))
-    except RuntimeError as error:
-        if "not require grad" not in str(error):
-            raise
-    # A loss that differentiates inside, such as a gradient penalty. Each batch is decided
-    # alone, so that the result does not depend on the rank that computes it.
-    return float(run_loss(source, batch, index).detach())
+
+    def compute() -> float:
+        try:
+            with preserve_random_states(), torch.no_grad():
+                return float(run_loss(source, batch, index))
+        except RuntimeError as error:
+            if "not require grad" not in str(error):
+                raise
+        # A loss that differentiates inside, such as a gradient penalty. Each mini-batch is
+        # decided alone, so that the result does not depend on the rank that computes it.
+        return float(run_loss(source, batch, index).detach())
+
+    with seeded(derive_seed(seed, index)):
+        batch = comm.run_together(lambda: batches.fetch(index))
+        return comm.run_together(compute)
 
 
 def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
     """Run the model, and explain the error of BatchNorm for a single sample.
 
     Args:
-        source: where losses come from, with its session entered.
+        source: source of losses, inside its session.
         batch: the samples.
-        index: of the batch.
+        index: index of the batch.
 
     Returns:
         The result of :meth:`LossSource.loss`.
@@ -320,9 +328,9 @@ def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ConfigurationError(
-            f"BatchNorm in training mode has no variance of batch {index}, a single "
-            "sample; raise fisher.gradient_batch_size, or set "
-            "fisher.model_mode='eval'."
+            "BatchNorm in training mode cannot compute the variance of batch "
+            f"{index}, which is a single sample; raise fisher.gradient_batch_size, "
+            "or set fisher.model_mode='eval'."
         ) from error
 
 

@@ -32,8 +32,8 @@ class UnlabeledBatch:
     """A batch whose labels must be drawn.
 
     Attributes:
-        batch: with the labels of the data.
-        seed: of the labels.
+        batch: the batch, with the labels of the data.
+        seed: seed of the labels.
         first: number of its first sample.
     """
 
@@ -47,7 +47,7 @@ class UnlabeledBatches(Batches):
 
     Args:
         batches: the samples.
-        seed: of the labels.
+        seed: seed of the labels.
         model: the network. If it has a method ``sample_labels``, which draws the labels of
             a whole batch, the batches cannot be regrouped.
     """
@@ -86,8 +86,8 @@ def draw_labels(
     """Draw the labels of a batch, y ~ softmax(model(inputs)).
 
     Args:
-        model: in the mode in which the loss will be computed. It sees the inputs with the
-            random states of the loss, so that dropout drops the same.
+        model: the network, in the mode in which the loss will be computed. It runs with the
+            random states of the loss, so that dropout zeroes the same elements.
         batch: ``(inputs, labels)`` on the device of the model; int64 labels ``[n, ...]``
             and logits ``[n, C, ...]``. Negative labels (ignored positions) stay.
         unlabeled: the batch with its seed; None returns ``batch`` unchanged.

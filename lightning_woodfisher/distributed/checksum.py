@@ -17,7 +17,7 @@ def checksum(tensor: Tensor) -> Tensor:
     """Mix the bits of a tensor into one integer, which wraps around.
 
     Args:
-        tensor: of any dtype and shape.
+        tensor: tensor of any dtype and shape.
 
     Returns:
         int64 scalar on the device of the tensor.

@@ -1,17 +1,17 @@
 """Every collective of the package. On one rank each of them is the identity.
 
-Sums are of integers only, because the order of floating-point additions depends on the
-number of ranks; :mod:`.exact_sum` converts floating-point numbers to integers.
+Only integers are added, because the order of floating-point additions depends on the number
+of ranks; :mod:`.exact_sum` converts floating-point numbers to integers.
 
-A rank that fails must not leave the others waiting for it. So every collective except
-:meth:`Communicator.exchange` begins with :meth:`Communicator.raise_together`, a sum of one
-integer. Work that contains collectives runs inside :meth:`Communicator.failing_together`,
-which takes a rank that has failed to that same sum. Both are needed: the sum is where the
-ranks meet.
+A rank that fails must not leave the others waiting for it. Every collective except
+:meth:`Communicator.exchange` therefore begins with :meth:`Communicator.raise_together`, the
+sum of one integer over the ranks. Work that contains collectives runs inside
+:meth:`Communicator.failing_together`, in which a rank that has failed takes part in the next
+of these sums and reports its error there.
 
 If a collective itself fails, because a rank has ended or does not answer within the timeout
-of the process group, the ranks cannot meet again. No other collective follows it: the rank
-stops (:meth:`Communicator.failing_alone`), and its end stops the others.
+of the process group, the ranks can no longer communicate. The rank then stops without another
+collective (:meth:`Communicator.failing_alone`), and the other ranks stop because it has ended.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from torch import Tensor
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.distributed.checksum import checksum
 
-# Attribute of an error that all ranks know of, or that they cannot be told about.
+# Attribute of an error that the other ranks know already or cannot be told.
 _SETTLED = "_settled_between_ranks"
-# Before this version a group of gloo joins its threads while it holds the GIL. A thread
-# that still releases a tensor of the last collective then waits for the GIL forever
+# Before this version, gloo joins its threads while it holds the GIL. A thread that still has
+# to release a tensor of the last collective then waits for the GIL forever
 # (pytorch/pytorch#154976).
 _GLOO_JOINS_WITHOUT_GIL = "2.8"
 _SECONDS_TO_RELEASE = 0.1
@@ -89,7 +89,6 @@ class Communicator:
 
     Args:
         device: device of the tensors that are sent.
-        group: process group; None for the default group, if there is one.
 
     Attributes:
         rank: this rank.
@@ -97,60 +96,46 @@ class Communicator:
         bytes_sent: bytes that this rank has sent to others in row exchanges and gathers.
     """
 
-    def __init__(self, device: torch.device | str = "cpu", group: Any = None) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self._group = group
         active = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank(group) if active else 0
-        self.world_size = dist.get_world_size(group) if active else 1
+        self.rank = dist.get_rank() if active else 0
+        self.world_size = dist.get_world_size() if active else 1
         self.bytes_sent = 0
-        self._phase: Callable[[], str | None] = _no_phase
+        self._phase: Callable[[], str | None] = lambda: None
 
     def exchange(
-        self,
-        rows: Tensor | None,
-        sizes: Sequence[int],
-        counts: Sequence[int],
-        dtype: torch.dtype = torch.float32,
+        self, rows: Tensor, sizes: Sequence[int], counts: Sequence[int]
     ) -> Pending:
-        """Send each rank its columns of our rows and collect our columns of all rows.
+        """Exchange rows by column (all-to-all): each rank receives its columns of all rows.
 
-        Unlike the other collectives it does not check first whether a rank has failed,
-        because it runs while the next row is computed. A rank that fails between two
-        exchanges must hold its error back and take part in the remaining ones.
+        Unlike the other collectives, this one does not check first whether a rank has
+        failed, because it runs while the next rows are computed. A rank that fails between
+        two exchanges must hold its error back and take part in the remaining ones.
 
         Args:
-            rows: tensor of shape ``[n, D]``, or None if this rank has none this time.
+            rows: tensor of shape ``[n, D]``; n may be 0.
             sizes: columns owned by each rank.
-            counts: rows of each rank.
-            dtype: of the rows, also if this rank has none.
+            counts: rows of each rank, n of this one.
 
         Returns:
             A pending tensor of shape ``[sum(counts), D_r]``, in order of the sender.
-
-        Raises:
-            ValueError: on a single rank without rows.
         """
         if self.world_size == 1:
-            if rows is None:
-                raise ValueError("a single rank must have rows")
             return Pending(rows)
-        own, total, mine = sizes[self.rank], sum(counts), counts[self.rank]
+        own, mine = sizes[self.rank], len(rows)
         # Not every backend supports every dtype, but all support bytes.
-        width = dtype.itemsize
+        width = rows.itemsize
         with self.failing_alone():
-            send = torch.empty(0, dtype=dtype, device=self.device)
-            if rows is not None:
-                columns = torch.split(rows, list(sizes), dim=1)
-                send = torch.cat([part.reshape(-1) for part in columns])
-            received = torch.empty(total, own, dtype=dtype, device=self.device)
+            columns = torch.split(rows, list(sizes), dim=1)
+            send = torch.cat([part.reshape(-1) for part in columns])
+            received = rows.new_empty(sum(counts), own)
         with self._guarded():
             work = dist.all_to_all_single(
                 received.view(-1).view(torch.uint8),
                 send.view(torch.uint8),
                 [n * own * width for n in counts],
                 [mine * size * width for size in sizes],
-                group=self._group,
                 async_op=True,
             )
         self.bytes_sent += (send.numel() - mine * own) * width
@@ -160,7 +145,7 @@ class Communicator:
         """Broadcast a string from rank 0.
 
         Args:
-            text: only that of rank 0 counts.
+            text: ignored on the other ranks.
 
         Returns:
             The text of rank 0.
@@ -169,9 +154,7 @@ class Communicator:
         if self.world_size > 1:
             self.raise_together()
             with self._guarded():
-                dist.broadcast_object_list(
-                    texts, 0, group=self._group, device=self.device
-                )
+                dist.broadcast_object_list(texts, 0, device=self.device)
         return texts[0]
 
     def gather_shards(self, shard: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -212,7 +195,7 @@ class Communicator:
         everyone = own.new_empty(self.world_size * own.numel())
         self.raise_together()
         with self._guarded():
-            dist.all_gather_into_tensor(everyone, own, group=self._group)
+            dist.all_gather_into_tensor(everyone, own)
         return everyone.view(self.world_size, own.numel())
 
     def gather_in_order(
@@ -222,8 +205,8 @@ class Communicator:
 
         Args:
             own: this rank's numbers by index; micro-batch k belongs to rank k mod R.
-            count: numbers on all ranks.
-            at_once: numbers of a micro-batch.
+            count: how many numbers all ranks have together.
+            at_once: how many numbers belong to a micro-batch.
 
         Returns:
             All numbers, on every rank.
@@ -265,7 +248,7 @@ class Communicator:
         if self.world_size > 1:
             self.raise_together()
             with self._guarded():
-                dist.all_reduce(values, operation, group=self._group)
+                dist.all_reduce(values, operation)
         return values
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
@@ -280,7 +263,7 @@ class Communicator:
             self.raise_together()
             with self._guarded():
                 for _, moved in pairs:
-                    dist.broadcast(moved, 0, group=self._group)
+                    dist.broadcast(moved, 0)
             for tensor, moved in pairs:
                 if moved is not tensor:
                     tensor.copy_(moved)
@@ -289,8 +272,8 @@ class Communicator:
         """Check that all ranks hold the same bits.
 
         Args:
-            tensor: of any dtype.
-            what: named in the error.
+            tensor: tensor of any dtype.
+            what: what is compared, for the error.
 
         Raises:
             PruningError: if the ranks differ.
@@ -303,7 +286,7 @@ class Communicator:
     def find_differing(self, numbers: Tensor) -> dict[int, list[int]]:
         """Find the numbers that are not the same on all ranks.
 
-        One small collective if they are the same, and two if not.
+        This takes one small collective if all are the same, and two otherwise.
 
         Args:
             numbers: int64 ``[n]``.
@@ -311,8 +294,6 @@ class Communicator:
         Returns:
             For the index of each such number, the ranks that differ from rank 0.
         """
-        if self.world_size == 1:
-            return {}
         # The maximum of ~n is ~(the minimum of n), also at the ends of int64.
         largest, smallest = self.maximum(torch.stack([numbers, ~numbers]))
         differing = torch.nonzero(largest != ~smallest).flatten()
@@ -327,10 +308,11 @@ class Communicator:
 
     @contextlib.contextmanager
     def failing_alone(self) -> Iterator[None]:
-        """Mark an error of the body as one that the other ranks cannot be told about.
+        """Mark an error of the body as one that the other ranks cannot be told.
 
-        They wait in a collective that this rank will not enter. In another collective it
-        would only wait with them. So it stops, and its end stops them.
+        They wait in a collective that this rank will not enter, and another collective
+        would wait forever. This rank therefore stops, and the others stop because it has
+        ended.
 
         Yields:
             Nothing. :meth:`failing_together` raises such an error at once.
@@ -353,27 +335,27 @@ class Communicator:
                 raise PruningError(
                     f"rank {self.rank} has lost the other ranks{self._in_phase()}: one of "
                     "them has ended, or has not answered within the timeout of the process "
-                    "group. The output of the other ranks tells why. "
+                    "group. See the output of the other ranks for the cause. "
                     f"({type(error).__name__}: {error})"
                 ) from error
 
     @contextlib.contextmanager
     def failing_together(
-        self, phase: Callable[[], str | None] | None = None
+        self, phase: Callable[[], str | None] = lambda: None
     ) -> Iterator[None]:
         """Raise an error of one rank on all of them.
 
         The body may fail anywhere except between two calls of :meth:`exchange`: the other
-        ranks learn of it in their next collective, or at the end. Put one such block
-        around a whole piece of work.
+        ranks receive the error in their next collective, or at the end. Put one block
+        around all the work of a step.
 
         Args:
-            phase: returns what is being done, for the error.
+            phase: returns the name of the current phase, for the error.
 
         Yields:
             Nothing. Errors are raised as by :meth:`raise_together`.
         """
-        self._phase = phase or _no_phase
+        self._phase = phase
         try:
             yield
             self.raise_together()
@@ -382,16 +364,16 @@ class Communicator:
                 self.raise_together(error)
             raise
         finally:
-            self._phase = _no_phase
+            self._phase = lambda: None
 
     def run_together(self, compute: Callable[[], T]) -> T:
-        """Call a function on every rank, or fail on every rank.
+        """Call a function on every rank, and raise its error on every rank.
 
         If the function runs collectives of a model, such as those of FSDP2, a rank that
-        fails between two of them stops the others only by its end, as in training.
+        fails between two of them stops the others only when it ends, as in training.
 
         Args:
-            compute: what this rank does.
+            compute: the function.
 
         Returns:
             Its result.
@@ -407,17 +389,17 @@ class Communicator:
     def raise_together(self, error: Exception | None = None) -> None:
         """Raise an error on every rank if any rank has one.
 
-        The own error is raised as it is. The other ranks raise a :class:`PruningError`
-        that names the rank that failed and what it was doing.
+        A rank raises its own error unchanged. The other ranks raise a
+        :class:`PruningError` that names the rank that failed and the phase.
 
         Args:
-            error: of this rank, or None.
+            error: error of this rank, or None.
         """
         if self.world_size > 1:
             failed = torch.tensor([error is not None], dtype=torch.int64)
             failed = failed.to(self.device)
             with self._guarded():
-                dist.all_reduce(failed, dist.ReduceOp.SUM, group=self._group)
+                dist.all_reduce(failed, dist.ReduceOp.SUM)
                 some_failed = bool(failed)
             if some_failed:
                 texts: list[str | None] = [None] * self.world_size
@@ -425,7 +407,7 @@ class Communicator:
                 if error is not None:
                     own = f"{self._in_phase()}: {type(error).__name__}: {error}"
                 with self._guarded():
-                    dist.all_gather_object(texts, own, group=self._group)
+                    dist.all_gather_object(texts, own)
                 if error is None:
                     rank, text = next((r, t) for r, t in enumerate(texts) if t)
                     error = PruningError(f"rank {rank} failed{text}")
@@ -441,7 +423,3 @@ class Communicator:
 def _settle(error: Exception) -> None:
     # On the error itself: it may pass several communicators on its way.
     vars(error)[_SETTLED] = True
-
-
-def _no_phase() -> None:
-    return None

@@ -1,8 +1,8 @@
-"""DTensor parameters and the part of them on this rank; no other module knows DTensors.
+"""Parameters that are DTensors, and their shards on this rank. No other module uses DTensor.
 
 FSDP2 (``fully_shard``) shards every parameter by rows (dimension 0). Rank r of R holds the
-r-th of R runs of ⌈rows/R⌉ rows, which is shorter or empty at the end. Every function here
-treats a plain tensor as its own only part.
+r-th of R runs of ⌈rows/R⌉ rows; the last runs are shorter or empty. Every function here
+treats a plain tensor as its own only shard.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightning_woodfisher.base.errors import ConfigurationError
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Check whether ranks may hold different parts of a tensor.
+    """Check whether a tensor is sharded over the ranks.
 
     Args:
         tensor: any tensor.
@@ -40,7 +40,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor.
+    """Return this rank's shard of a tensor.
 
     Args:
         tensor: any tensor.
@@ -53,7 +53,7 @@ def to_local(tensor: Tensor) -> Tensor:
 
 
 def local_sizes(tensor: Tensor) -> list[int]:
-    """Count the elements of every rank's part.
+    """Count the elements of every rank's shard.
 
     Args:
         tensor: any tensor; a DTensor must be sharded by rows.
@@ -70,11 +70,11 @@ def local_sizes(tensor: Tensor) -> list[int]:
 
 
 def take_local(whole: Tensor, tensor: Tensor) -> Tensor:
-    """Cut this rank's part out of a full tensor.
+    """Cut this rank's shard out of a full tensor.
 
     Args:
         whole: plain tensor, equal on all ranks.
-        tensor: of the same shape, sharded as the result should be.
+        tensor: tensor of the same shape, sharded as the result should be.
 
     Returns:
         Plain tensor of the shape of ``to_local(tensor)``.

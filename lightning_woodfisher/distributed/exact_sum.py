@@ -1,16 +1,17 @@
-"""Sums of floating-point numbers over ranks that do not depend on the order.
+"""Add floating-point numbers over ranks, with a result that does not depend on the order.
 
 The numbers are first converted to 64-bit integers on a common scale, because integer
-addition does not depend on the order. Any number of ranks therefore gets the same bits.
+addition does not depend on the order. The result therefore has the same bits for any number
+of ranks.
 """
 
 from __future__ import annotations
 
-__all__ = ["ExactSum", "sum_exactly"]
+__all__ = ["ExactSum"]
 
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,18 +19,21 @@ from torch import Tensor
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.distributed.communicator import Communicator
 
-# Head room of the fixed-point sum: |sum| < 2**61 fits into int64 with rounding to spare.
+# |sum| < 2**61 fits into int64, with room for rounding.
 _FIXED_POINT_BITS = 61
 
 
 class ExactSum:
-    """A sum over summands and ranks in any order: fixed-point numbers in int64.
+    """A sum over summands and ranks in any order.
+
+    Each summand is rounded to a multiple of ``bound * 2**-61`` (256 times finer than
+    float64 resolves at ``bound``) and added as an integer.
 
     Args:
         communicator: the ranks.
-        bound: scalar; an upper bound of the magnitude of any partial sum over all ranks.
-            The largest one of all ranks is used.
-        shape: of a summand.
+        bound: scalar; an upper bound of the magnitude of any partial sum over *all* ranks.
+            The largest bound of all ranks is used.
+        shape: shape of a summand.
 
     Raises:
         PruningError: if the bound is not finite.
@@ -70,35 +74,8 @@ class ExactSum:
         """Add up over the ranks. Call it once, on every rank.
 
         Returns:
-            float64 tensor.
+            float64 tensor, bit-identical on every rank and for every distribution of the
+            summands over ranks.
         """
         total = self._comm.sum_integers(self._total)
         return total.double() / self._up[0] / self._up[1]
-
-
-def sum_exactly(
-    communicator: Communicator,
-    summands: Iterable[Tensor],
-    bound: Tensor,
-    shape: Sequence[int],
-) -> Tensor:
-    """Add float64 tensors over all ranks with a result that does not depend on the order.
-
-    Each summand is rounded to a multiple of ``bound * 2**-61`` (256 times finer than
-    float64 resolves at ``bound``) and added as an integer.
-
-    Args:
-        communicator: the ranks.
-        summands: of this rank, each of ``shape``.
-        bound: scalar; on each rank an upper bound of the magnitude of any partial sum
-            over *all* ranks. The largest one of all ranks is used.
-        shape: of a summand.
-
-    Returns:
-        float64 tensor of ``shape``, bit-identical on every rank and for every
-        distribution of the summands over ranks.
-    """
-    total = ExactSum(communicator, bound, shape)
-    for summand in summands:
-        total.add(summand)
-    return total.result()

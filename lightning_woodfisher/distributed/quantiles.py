@@ -1,9 +1,8 @@
 """Exact quantiles of each layer over all ranks, without gathering the values.
 
-As in :mod:`.smallest`: a float64 that is not negative sorts like its bit pattern, so the
-value of a rank is found digit by digit, from counts that are added over ranks as integers.
-Neither the number of ranks nor the order of the values
-changes a bit of the result.
+As in :mod:`.smallest`, float64 numbers that are not negative sort like their bit patterns.
+Each quantile is found digit by digit, from counts that are added over the ranks as integers.
+The result has the same bits for any number of ranks and any order of the values.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from lightning_woodfisher.distributed.communicator import Communicator
 
-# Bits of each digit. The exponent first, which separates values better than eight bits
-# would; the sign is 0.
+# Bits of each digit. The first one is the exponent, because it separates values better than
+# eight bits would; the sign bit is always 0.
 _DIGITS = (11, 8, 8, 8, 8, 8, 8, 4)
 _PIECE = 2**20
 
@@ -31,25 +30,25 @@ def quantiles_by_group(
     shares: Sequence[float],
     comm: Communicator,
 ) -> list[tuple[float, ...]]:
-    """Find quantiles of each group by the nearest rank, so that each is one of the values.
+    """Find quantiles of each group by the nearest-rank method: each is one of the values.
 
     Args:
         values: float64 ``[D_r]``, not negative; infinite ones are ignored.
         groups: int64 ``[D_r]``, group of each value.
-        number: of groups, G.
+        number: number of groups, G.
         shares: which quantiles, each in [0, 1].
         comm: the ranks.
 
     Returns:
-        For each group the value at rank max(1, ⌈share · n⌉) of its n values, for every
-        share; an empty tuple for a group without values.
+        For each group and share the value at place max(1, ⌈share · n⌉) of its n sorted
+        values; an empty tuple for a group without values.
     """
     found = torch.zeros(number, len(shares), dtype=torch.int64, device=values.device)
     finite = values.isfinite()
     sizes = comm.sum_integers(torch.bincount(groups[finite], minlength=number))
-    # Number of smaller values to skip: the rank less one.
-    ranks = [[max(1, math.ceil(s * n)) - 1 for s in shares] for n in sizes.tolist()]
-    left = torch.tensor(ranks, dtype=torch.int64, device=values.device)
+    # How many smaller values to skip.
+    skipped = [[max(1, math.ceil(s * n)) - 1 for s in shares] for n in sizes.tolist()]
+    left = torch.tensor(skipped, dtype=torch.int64, device=values.device)
     # A slot is a group and the digits so far; each quantile lies in one of them.
     slot_of = torch.arange(number, device=values.device).unsqueeze(1).expand_as(left)
     pieces = [

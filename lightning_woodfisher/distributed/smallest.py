@@ -27,7 +27,7 @@ def select_smallest(
     comm: Communicator,
     sizes: Tensor | None = None,
 ) -> Tensor:
-    """Mark the exactly ``counts[g]`` smallest scores of every group g, over all ranks.
+    """Mark exactly ``counts[g]`` smallest scores of every group g, over all ranks.
 
     Args:
         scores: float64 ``[D_r]``, not negative; ranks hold consecutive runs of the global
@@ -56,8 +56,8 @@ def select_smallest(
         raise PruningError(
             f"cannot remove {wanted.tolist()} of {totals.tolist()} remaining weights"
         )
-    # The remaining count below the first score that is not marked. A group that is marked
-    # completely has no such score; its threshold has no meaning.
+    # The threshold is the first score that is not marked. A group that is marked completely
+    # has no such score, so its threshold is not used.
     everything = totals <= wanted
     left = wanted.clone()
     threshold = torch.zeros_like(wanted)

@@ -169,7 +169,7 @@ class InverseFisher(ABC):
     ) -> None:
         """Compute the diagonal sub-blocks of F⁻¹ that belong to groups of weights.
 
-        One unit is computed after another, so that few sub-blocks are in memory at a time.
+        Few units are computed at a time, so that few sub-blocks are in memory.
         Damping is raised where float64 has too few digits. Call on all ranks.
 
         Args:

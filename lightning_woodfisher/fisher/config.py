@@ -20,6 +20,7 @@ from typing import Literal, get_args
 from lightning_woodfisher.base.byte_sizes import parse_bytes
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
+    require_choice,
     require_count,
     require_flag,
     require_integer,
@@ -32,24 +33,11 @@ Collection = Literal["auto", "loop"]
 Precision = Literal["auto", "float32", "float64"]
 RowDtype = Literal["float32", "bfloat16"]
 
-# Outside of these limits, products and inverses of λ overflow.
-_SMALLEST_DAMPING, _LARGEST_DAMPING = 1e-100, 1e100
-# Entries of a chunk of gradients; a chunk of a large network has fewer gradients.
+# Largest number of entries in a chunk of gradients.
 _ENTRIES_IN_CHUNK = 2**26
-# Samples of a mini-batch of the first order.
+# Samples in a mini-batch of the mean gradient (``first_order_samples``).
 _FIRST_ORDER_BATCH = 256
 _SAMPLES_EVALUATED_AT_ONCE = 64
-_SMALLEST = {
-    "num_gradients": 1,
-    "gradient_batch_size": 1,
-    "block_size": 1,
-    "first_order_samples": 1,
-    "max_nonfinite": 0,
-}
-_HINTS = {
-    "block_size": "; None means one block over all weights",
-    "max_nonfinite": "; 0 allows none",
-}
 _CHOICES = {
     "model_mode": ModelMode,
     "engine": Engine,
@@ -71,12 +59,13 @@ class FisherConfig:
             weights (best if N gradients fit into memory).
         damping: λ, added to the diagonal.
         model_mode: ``"eval"`` computes gradients with running BatchNorm statistics and
-            without dropout, ``"train"`` with the behavior of training.
+            without dropout; ``"train"`` computes them as training does.
         engine: ``"primal"``, ``"dual"``, or ``"auto"`` for the cheaper one. Both give the
             same matrix.
         precision: dtype of the products of gradients. ``"auto"`` changes from float32 to
             float64 where float32 would change F⁻¹ by more than 1e-5.
-        offload_rows: keep gradient rows in host memory, if the engine keeps rows.
+        offload_rows: keep gradient rows in host memory; has no effect on the primal engine,
+            which keeps no rows.
         memory_budget: the most memory that a step may use on each rank, in addition to the
             network and its activations: bytes, ``"80GB"`` or ``"24GiB"``. It is checked
             before training starts; None checks against the memory that is free then.
@@ -86,7 +75,8 @@ class FisherConfig:
             memory and traffic.
         first_order_samples: samples of the mean gradient of ``criterion="woodtaylor"``,
             rounded down to whole mini-batches of 256; None uses the samples of the N
-            gradients. The step search always measures its losses on the latter.
+            gradients. The line search always measures its losses on the samples of the N
+            gradients.
         sample_labels: draw labels from the model's own softmax (the true Fisher, for
             m = 1) instead of using those of the data (the empirical Fisher). Batches must
             be ``(inputs, class labels)`` and ``model(inputs)`` the logits ``[n, C, ...]``,
@@ -94,8 +84,8 @@ class FisherConfig:
             with labels drawn from the model's predictions.
         centered: subtract the mean gradient, which gives the covariance of the gradients.
         repeat_samples: if the data has fewer than N·m samples, go through it again in
-            another order; otherwise that is an error.
-        max_nonfinite: how many gradients may be NaN or infinite. They are left out, N
+            another order. Without this, too few samples are an error.
+        max_nonfinite: number of gradients that may be NaN or infinite. They are left out, N
             becomes the number of the others, and the report counts them. One more is an
             error that names its samples.
     """
@@ -118,40 +108,35 @@ class FisherConfig:
     max_nonfinite: int = 0
 
     def __post_init__(self) -> None:
-        for name, smallest in _SMALLEST.items():
-            value = getattr(self, name)
-            if value is None and name in {"block_size", "first_order_samples"}:
-                continue
-            # A block may be larger than any sensible count.
-            require = require_integer if name == "block_size" else require_count
-            require(f"fisher.{name}", value)
-            if value < smallest:
-                raise ConfigurationError(
-                    f"fisher.{name}={value} must be at least {smallest}"
-                    f"{_HINTS.get(name, '')}."
-                )
-        require_number("fisher.damping", self.damping)
-        if not _SMALLEST_DAMPING <= self.damping <= _LARGEST_DAMPING:
-            raise ConfigurationError(
-                f"fisher.damping={self.damping} must be positive and not outside "
-                f"[{_SMALLEST_DAMPING:g}, {_LARGEST_DAMPING:g}]: without damping the Fisher "
-                "of fewer gradients than weights has no inverse, and its products with a "
-                "smaller or larger one overflow."
+        require_count("fisher.num_gradients", self.num_gradients, least=1)
+        require_count("fisher.gradient_batch_size", self.gradient_batch_size, least=1)
+        require_count("fisher.max_nonfinite", self.max_nonfinite, least=0)
+        if self.first_order_samples is not None:
+            require_count(
+                "fisher.first_order_samples", self.first_order_samples, least=1
             )
+        if self.block_size is not None:
+            # A block may be larger than any sensible count.
+            hint = "None means one block over all weights"
+            require_integer("fisher.block_size", self.block_size, least=1, hint=hint)
+        require_number(
+            "fisher.damping",
+            self.damping,
+            "[1e-100, 1e+100]",
+            "without damping the Fisher of fewer gradients than weights has no inverse, "
+            "and products with a smaller or larger value overflow",
+        )
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget, "fisher.memory_budget")
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                raise ConfigurationError(
-                    f"fisher.{name}={getattr(self, name)!r} is unknown; use one of "
-                    f"{', '.join(get_args(choices))}."
-                )
+            require_choice(f"fisher.{name}", getattr(self, name), get_args(choices))
         for name in ("sample_labels", "centered", "repeat_samples", "offload_rows"):
             require_flag(f"fisher.{name}", getattr(self, name))
         if self.block_size is None and self.engine == "primal":
             raise ConfigurationError(
-                "fisher.engine='primal' cannot go with fisher.block_size=None: it would "
-                "hold a matrix over all weights; use 'auto', or set a block size."
+                "fisher.engine='primal' cannot be combined with fisher.block_size=None, "
+                "because it would need a matrix over all weights; use 'auto', or set a "
+                "block size."
             )
 
 
@@ -183,8 +168,8 @@ def rows_in_chunk(fisher: FisherConfig, weights: int) -> int:
         weights: D, active weights of all ranks.
 
     Returns:
-        64 to 256 for the primal form, fewer for larger networks; at most 32 for the other
-        forms, which only store the rows.
+        64 to 256 for the primal engine, fewer for larger networks; at most 32 for the other
+        engines, which only store the rows.
     """
     if choose_engine(fisher) == "primal":
         largest = max(64, min(256, _ENTRIES_IN_CHUNK // max(1, weights)))
@@ -194,7 +179,7 @@ def rows_in_chunk(fisher: FisherConfig, weights: int) -> int:
 
 
 def first_order_batches(fisher: FisherConfig) -> tuple[int, int]:
-    """Cut the first-order sample into mini-batches.
+    """Divide ``first_order_samples`` into mini-batches.
 
     Args:
         fisher: the settings.

@@ -163,7 +163,7 @@ class DualInverseFisher(RowsInverseFisher, BlockwiseInverseFisher):
         too few.
 
         Args:
-            index: of the unit.
+            index: index of the unit.
             compute: maps L and G to complements and their pivots, ``[K, ...]``.
 
         Returns:

@@ -50,7 +50,7 @@ _ENGINES: dict[str, type[InverseFisher]] = {
 def make_inverse_fisher(
     partition: Partition, fisher: FisherConfig, communicator: Communicator
 ) -> InverseFisher:
-    """Create this rank's part of the inverse Fisher with the engine of the settings.
+    """Create this rank's blocks of the inverse Fisher with the engine of the settings.
 
     Args:
         partition: all blocks and their owners.

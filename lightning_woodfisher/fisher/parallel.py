@@ -1,4 +1,4 @@
-"""Independent work on the CPU cores of this process.
+"""Run independent work on the CPU cores of this process.
 
 On a CPU each call runs in one thread, and as many calls run at once as torch has threads.
 That is faster than threads within each product, because LAPACK factorizes the matrices of a

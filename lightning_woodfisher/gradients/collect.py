@@ -73,8 +73,7 @@ def collect_gradients(
         row_dtype: ``"bfloat16"`` rounds the rows before they are exchanged.
         note: called after the last gradient with ``"per-sample"`` or ``"loop: <reason>"``,
             the same text on every rank.
-        derivative: computes what a row holds instead of the gradient; requires
-            ``collection="loop"``.
+        derivative: computes Hessian products, one row at a time, in place of gradients.
         skipped: records the gradients that are left out because they are not finite, if
             that is allowed. Their losses are left out, too.
 
@@ -94,12 +93,10 @@ def collect_gradients(
         firsts = [start + rank * at_once for rank in range(comm.world_size)]
         counts = [max(0, min(at_once, count - first)) for first in firsts]
         first, number = firsts[comm.rank], counts[comm.rank]
-        rows: Tensor | None = None
-        if number:
-            # After an error here this rank would have nothing to send to the others.
-            with comm.failing_alone():
-                rows = torch.empty(number, width, dtype=task.dtype, device=comm.device)
-            computer.fill(first, rows)
+        # After an error here this rank would have nothing to send to the others.
+        with comm.failing_alone():
+            rows = torch.empty(number, width, dtype=task.dtype, device=comm.device)
+        computer.fill(first, rows)
         if start == 0 and at_once > 1:
             computer.agree_on_method(first, rows)
         kept = skipped.find_kept(start, sum(counts))
@@ -107,8 +104,8 @@ def collect_gradients(
         if comm.world_size == 1 and computer.failure is not None:
             raise computer.failure
         with comm.failing_alone():
-            sent = None if rows is None else rows.to(sent_dtype)
-        started.append((comm.exchange(sent, shard_sizes, counts, sent_dtype), kept))
+            sent = rows.to(sent_dtype)
+        started.append((comm.exchange(sent, shard_sizes, counts), kept))
         if len(started) > 1:
             yield _received(*started.pop(0))
         task.tick(sum(counts))
@@ -185,11 +182,7 @@ class _RowComputer:
         self._task = task
         self._batches = batches
         self._skipped = skipped
-        self._derivative = derivative or (
-            lambda loss, _: torch.autograd.grad(
-                loss, list(task.parameters.values()), allow_unused=True
-            )
-        )
+        self._derivative = derivative
         self.reason = ""
         self.losses: dict[int, float] = {}
         self.failure: Exception | None = None
@@ -205,21 +198,23 @@ class _RowComputer:
         return at_once
 
     def _reason_for_loop(self, collection: Collection) -> str:
-        """Return a reason to compute gradients one by one that is known before, or ``""``."""
+        """Return why gradients must be computed one by one, if known in advance, or ``""``."""
         model, batches = self._task.source.model, self._batches
+        if self._derivative is not None:
+            return "Hessian products"
         if collection == "loop":
-            return "asked for"
+            return "requested"
         if any(module.training for module in model.modules()):
             return "in training mode samples of a batch may influence each other"
         if not batches.regroupable or batches.size is None:
             return batches.why_not_regroupable
         return find_obstacle(model, self._task.parameters) or ""
 
-    def agree_on_method(self, first: int, rows: Tensor | None) -> None:
+    def agree_on_method(self, first: int, rows: Tensor) -> None:
         """Use the method of the first micro-batch, which rank 0 has, on all ranks."""
         was_together = not self.reason
         self.reason = self._task.comm.broadcast_text(self.reason)
-        if rows is not None and self.reason and was_together:
+        if self.reason and was_together:
             self.fill(first, rows)
 
     def fill(self, first: int, rows: Tensor) -> None:
@@ -257,7 +252,7 @@ class _RowComputer:
         except NonFiniteError as error:
             problem = error
             row.zero_()
-        self._skipped.note(index, problem)
+        self._skipped.record(index, problem)
 
     def describe(self) -> str:
         """Describe how gradients were computed; the same text on every rank."""
@@ -308,8 +303,13 @@ class _RowComputer:
             batch = batches.fetch(index)
             for scale in task.loss_scales():
                 loss = differentiable_loss(task.source, batches, index, batch, kind)
-                # autograd.grad never touches .grad or the hooks of DDP.
-                gradients = self._derivative(loss * scale, index)
+                if self._derivative is not None:
+                    gradients = self._derivative(loss * scale, index)
+                else:
+                    # Unlike backward(), this touches neither .grad nor the hooks of DDP.
+                    gradients = torch.autograd.grad(
+                        loss * scale, [*task.parameters.values()], allow_unused=True
+                    )
                 for target, where, gradient in zip(
                     targets, positions, gradients, strict=True
                 ):

@@ -125,19 +125,18 @@ def collect_factors(
     comm.broadcast(task.source.model.buffers())
     for start in range(0, count, comm.world_size):
         index = start + comm.rank
-        row: Tensor | None = None
-        if index < count:
-            row = torch.zeros(1, sum(sizes), dtype=task.dtype, device=comm.device)
-            # After a failure the other ranks still wait for rows from this one.
-            if failure is None:
-                try:
-                    with task.seeded(index):
-                        own[index] = _fill(task, batches, index, wanted, row[0])
-                except Exception as error:
-                    failure = error
         counts = [int(start + rank < count) for rank in ranks]
-        for part in comm.exchange(row, sizes, counts, task.dtype).wait():
-            total += part
+        shape = counts[comm.rank], sum(sizes)
+        rows = torch.zeros(shape, dtype=task.dtype, device=comm.device)
+        # After a failure the other ranks still wait for rows from this one.
+        if len(rows) and failure is None:
+            try:
+                with task.seeded(index):
+                    own[index] = _fill(task, batches, index, wanted, rows[0])
+            except Exception as error:
+                failure = error
+        for row in comm.exchange(rows, sizes, counts).wait():
+            total += row
         task.tick(sum(counts))
     comm.raise_together(failure)
     task.losses.extend(comm.gather_in_order(own, count))

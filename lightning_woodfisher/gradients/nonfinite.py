@@ -23,7 +23,7 @@ class SkippedGradients:
         communicator: the ranks.
 
     Attributes:
-        indices: of the gradients left out so far, in order.
+        indices: indices of the gradients left out so far, in order.
         failure: error for too many, on the rank that has the first one beyond the limit.
     """
 
@@ -39,11 +39,11 @@ class SkippedGradients:
         """Whether any may be left out."""
         return self._limit > 0
 
-    def note(self, index: int, error: NonFiniteError | None) -> None:
+    def record(self, index: int, error: NonFiniteError | None) -> None:
         """Record whether a gradient of this rank is finite.
 
         Args:
-            index: of the gradient.
+            index: index of the gradient.
             error: what is wrong with it; None removes an earlier error.
         """
         self._own.pop(index, None)

@@ -2,29 +2,23 @@
 
 Every rank takes part in every forward and backward pass, because the passes gather
 parameters. ``.backward()`` leaves each rank its shard of the gradient, averaged over the
-ranks. That shard is already this rank's part of the row, and no row is exchanged.
+ranks. That shard holds the columns of the row that this rank owns, so no row is exchanged.
 """
 
 from __future__ import annotations
 
-__all__ = ["collect_sharded_gradients", "sharded_mean_loss"]
+__all__ = ["collect_sharded_gradients"]
 
-import functools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.batches import Batches
-from lightning_woodfisher.data.isolation import derive_seed, seeded
-from lightning_woodfisher.data.losses import LossSource, differentiable_loss, run_loss
-from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.data.losses import differentiable_loss
 from lightning_woodfisher.distributed.dtensor import reshard, to_local
 from lightning_woodfisher.gradients.task import GradientTask
-
-_T = TypeVar("_T")
 
 
 def collect_sharded_gradients(
@@ -34,7 +28,7 @@ def collect_sharded_gradients(
     divisible: bool = True,
     choose: Callable[[int, int, int], Batches] | None = None,
 ) -> Iterator[Tensor]:
-    """Compute all gradients on all ranks and yield this rank's part of them.
+    """Compute all gradients on all ranks and yield the columns of this rank.
 
     Gradient i has the same samples for any number of ranks. If R divides m, each rank
     evaluates m/R of them. Otherwise all ranks evaluate all m, and the mean over ranks of
@@ -71,41 +65,8 @@ def collect_sharded_gradients(
     task.losses.extend(sum(values) / parts for values in zip(*everyone, strict=True))
 
 
-@torch.no_grad()
-def sharded_mean_loss(
-    source: LossSource, batches: Batches, count: int, comm: Communicator, seed: int
-) -> list[float]:
-    """Compute the losses of the mini-batches without gradients, shared by the ranks.
-
-    Args:
-        source: where losses come from, with its session entered.
-        batches: the mini-batches.
-        count: N.
-        comm: the ranks.
-        seed: the one given to :func:`collect_sharded_gradients`.
-
-    Returns:
-        N losses in order, the same on every rank.
-    """
-    values: list[float] = []
-    batch: Any = None
-    for first in range(0, count, comm.world_size):
-        # A rank without a batch must still gather parameters with the others.
-        index = min(first + comm.rank, count - 1)
-        with seeded(derive_seed(seed, index)):
-            if first == 0 or first + comm.rank < count:
-                batch = comm.run_together(functools.partial(batches.fetch, index))
-            else:
-                comm.raise_together(None)
-            value = comm.run_together(functools.partial(run_loss, source, batch, index))
-            values.append(float(value))
-    reshard(source.model)
-    columns = comm.gather_numbers(values)
-    return [columns[i % comm.world_size][i // comm.world_size] for i in range(count)]
-
-
 def _gradient(task: GradientTask, batches: Batches, index: int) -> tuple[Tensor, float]:
-    """Return this rank's part of the mean over ranks, and this rank's loss."""
+    """Return this rank's columns of the mean over ranks, and this rank's loss."""
     comm = task.comm
     with task.seeded(index):
         batch = comm.run_together(lambda: batches.fetch(index))
@@ -115,7 +76,7 @@ def _gradient(task: GradientTask, batches: Batches, index: int) -> tuple[Tensor,
             )
             (loss * scale).backward()  # type: ignore[no-untyped-call]
             row = _take_row(task).div_(scale)
-            # Ranks see different parts of the gradient, but must decide alike.
+            # Ranks hold different columns of the gradient, but must decide alike.
             bad = (~row.isfinite()).sum().reshape(1)
             if int(comm.sum_integers(bad)) == 0:
                 return row, float(loss.detach())

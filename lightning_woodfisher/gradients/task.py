@@ -22,10 +22,10 @@ class GradientTask:
     """The gradients that one collection computes.
 
     Args:
-        source: the source of losses, inside its session.
+        source: source of losses, inside its session.
         parameters: the parameters to differentiate with respect to, by name.
         positions: int64 positions of the active weights in each flattened parameter, or in
-            this rank's part of a sharded parameter.
+            this rank's shard of a sharded parameter.
         count: N, the number of mini-batches.
         seed: gradient i is computed under ``derive_seed(seed, i)``.
         comm: the ranks.

@@ -1,4 +1,4 @@
-"""Settings of a pruning step, checked as far as possible without a network."""
+"""Settings of a pruning step, with all checks that need no network."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ from lightning_woodfisher.base.errors import (
 )
 from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.criteria.obs import Update
-from lightning_woodfisher.data.batchnorm import require_recalibration_batches
 from lightning_woodfisher.fisher.config import FisherConfig
-from lightning_woodfisher.pruning.local_model import require_points
 from lightning_woodfisher.pruning.stages import Spacing
 from lightning_woodfisher.weights.patterns import parse_pattern
 
@@ -41,7 +39,7 @@ _SAME = 1e-9
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Which weights may be pruned, and what they compete for.
+    """Settings of the selection: which weights may be pruned, and which compete.
 
     Args:
         scope: ``"global"``: one threshold over all layers (the paper's joint
@@ -50,8 +48,8 @@ class SelectionConfig:
             for Linear and convolution weights.
         exclude: patterns of what to leave dense.
         pattern: weights that are pruned together: ``"unstructured"`` single weights;
-            ``"2:4"`` and the like, N kept of M consecutive inputs; ``"block4"`` and the
-            like, consecutive inputs; ``"rows"``, all weights of an output.
+            N:M such as ``"2:4"``, of which N of M consecutive inputs are kept; blocks such
+            as ``"block4"`` of consecutive inputs; ``"rows"``, all weights of an output.
         layer_targets: sparsity by regular expression on the parameter name, for layers
             that do not compete with the others; the others share the rest of the target.
         max_layer_sparsity: largest sparsity of a single layer; the others compensate.
@@ -103,14 +101,15 @@ class SelectionConfig:
                 ) from error
         if parse_pattern(self.pattern).sparsity is not None and self.layer_targets:
             raise ConfigurationError(
-                f"selection.layer_targets cannot go with pattern={self.pattern!r}, which "
-                "gives every layer the same sparsity; leave one of them out."
+                "selection.layer_targets cannot be combined with "
+                f"pattern={self.pattern!r}, which gives every layer the same sparsity; leave "
+                "one of them out."
             )
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How one pruning step reaches its sparsity: weight update, stages, measurements.
+    """Settings of one pruning step: weight update, stages and measurements.
 
     Args:
         update: how the kept weights compensate for the removed ones: ``"joint"`` minimizes
@@ -166,15 +165,23 @@ class StepConfig:
         require_number(
             "step.update_scale", self.update_scale, "[0, 1]", "1 is the whole update"
         )
-        require_count("step.recompute_steps", self.recompute_steps, least=1)
+        for name, least in {
+            "recompute_steps": 1,
+            "local_model_points": 0,
+            "batchnorm_recalibration_batches": 0,
+        }.items():
+            require_count(f"step.{name}", getattr(self, name), least)
         require_integer("step.seed", self.seed, -(2**63), 2**63 - 1)
-        require_points("step.local_model_points", self.local_model_points)
+        if self.local_model_points == 1:
+            raise ConfigurationError(
+                "step.local_model_points=1 must be 0 (off), or at least 2: the weights "
+                "before and after the stage are two of them."
+            )
         if self.local_model_points and not self.measure_loss:
             raise ConfigurationError(
                 f"step.local_model_points={self.local_model_points} needs measured losses; "
                 "set step.measure_loss=True."
             )
-        require_recalibration_batches(self.batchnorm_recalibration_batches)
         if self.trust_ratio is not None:
             require_number("step.trust_ratio", self.trust_ratio, "(0, inf)")
             if self.recompute_steps == 1:
@@ -264,7 +271,7 @@ class PruningConfig:
         for setting, is_set in conflicts.items():
             if is_set:
                 raise ConfigurationError(
-                    f"flops_target cannot go with selection.{setting}, which already "
+                    f"flops_target cannot be combined with selection.{setting}, which already "
                     "decides how many weights of a layer are pruned; leave one of them out."
                 )
 
@@ -274,12 +281,12 @@ class PruningConfig:
         if not CRITERIA[self.criterion].can_restrict:
             able = [name for name, other in CRITERIA.items() if other.can_restrict]
             raise ConfigurationError(
-                f"step.reuse_gradients cannot go with criterion={self.criterion!r}; use "
-                f"{' or '.join(able)}, or set it to False."
+                "step.reuse_gradients cannot be combined with "
+                f"criterion={self.criterion!r}; use {' or '.join(able)}, or set it to False."
             )
         if self.selection.pattern != "unstructured":
             raise ConfigurationError(
-                "step.reuse_gradients cannot go with selection.pattern="
+                "step.reuse_gradients cannot be combined with selection.pattern="
                 f"{self.selection.pattern!r}; set it to False."
             )
 
@@ -296,7 +303,7 @@ class PruningConfig:
         most = self.fisher.max_nonfinite
         if most and CRITERIA[self.criterion].needs == "factors":
             raise ConfigurationError(
-                f"fisher.max_nonfinite={most} cannot go with criterion="
+                f"fisher.max_nonfinite={most} cannot be combined with criterion="
                 f"{self.criterion!r}, which has no gradients of single mini-batches; "
                 "set it to 0."
             )

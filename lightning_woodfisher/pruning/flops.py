@@ -73,7 +73,7 @@ def count_flops(
     """Count the FLOPs of one mini-batch.
 
     Args:
-        source: computes losses, with its session entered.
+        source: source of losses, inside its session.
         batches: mini-batches, of which the first is used.
         masks: masks with the parameters.
         comm: the ranks; the counts of rank 0 hold for all.

@@ -18,7 +18,7 @@ _COMPENSATIONS = (0.0, 0.5, 1.0)
 # Outside the span of the gradients, the first-order direction is g/λ: with a scale in
 # proportion to λ, the length of the step along g does not depend on λ.
 _FIRST_ORDER_PER_DAMPING = 10.0
-# Ratios of neighbouring scales of the first-order direction.
+# Ratios of neighboring scales of the first-order direction.
 _COARSE, _FINE = 3.0, 3.0**0.5
 _MOST_RATIOS = 6
 
@@ -103,7 +103,7 @@ def count_trials(first_order: bool) -> tuple[int, int]:
     if not first_order:
         # A compensation of 0 means no update.
         return compensations, compensations
-    # Each search measures its start and 0, and goes in two directions.
+    # Each search measures its start and 0, and searches in two directions.
     fixed = 2 + 1 + compensations
     return fixed + 2 * 2, fixed + 2 * 2 * _MOST_RATIOS
 

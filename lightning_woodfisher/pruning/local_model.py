@@ -9,36 +9,15 @@ local quadratic analysis of the paper (Singh & Alistarh 2020, appendix).
 
 from __future__ import annotations
 
-__all__ = ["LocalModel", "require_points"]
+__all__ = ["LocalModel"]
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.base.errors import ConfigurationError, require_count
 from lightning_woodfisher.pruning.report import LocalModelPoint
 from lightning_woodfisher.weights.masks import Masks
-
-_FEWEST_POINTS = 2
-
-
-def require_points(name: str, points: int) -> None:
-    """Check a number of points.
-
-    Args:
-        name: name of the setting.
-        points: number of points; 0 for none.
-
-    Raises:
-        ConfigurationError: for a number that cannot work.
-    """
-    require_count(name, points, least=0)
-    if 0 < points < _FEWEST_POINTS:
-        raise ConfigurationError(
-            f"{name}={points} must be 0 (off), or at least {_FEWEST_POINTS}: the weights "
-            "before and after the stage are two of them."
-        )
 
 
 class LocalModel:

@@ -28,6 +28,7 @@ from lightning_woodfisher.pruning.config import (
     check_sparsity,
     require_target_fits,
 )
+from lightning_woodfisher.pruning.evaluator import Evaluator
 from lightning_woodfisher.pruning.local_model import LocalModel
 from lightning_woodfisher.pruning.quotas import (
     Quotas,
@@ -35,7 +36,6 @@ from lightning_woodfisher.pruning.quotas import (
     make_quotas,
 )
 from lightning_woodfisher.pruning.report import PruningReport
-from lightning_woodfisher.pruning.sampling import Sampling
 from lightning_woodfisher.pruning.selector import Selector, is_too_sparse, layers_of
 from lightning_woodfisher.pruning.stage_results import StageResult, summarize
 from lightning_woodfisher.pruning.stages import Stages
@@ -66,8 +66,9 @@ class Pruner:
             changes them.
         config: settings of the step.
         communicator: the ranks of the job.
-        progress: called with a title and a total; a context that yields a counter.
-        make_sampling: class that evaluates the model on the data.
+        progress: called with a title and a total; returns a context manager that yields a
+            function, which is called with the number of finished items.
+        make_evaluator: class that evaluates the model on the data.
     """
 
     def __init__(
@@ -76,13 +77,13 @@ class Pruner:
         config: PruningConfig,
         communicator: Communicator,
         progress: Progress | None = None,
-        make_sampling: Callable[..., Sampling] = Sampling,
+        make_evaluator: Callable[..., Evaluator] = Evaluator,
     ) -> None:
         self.masks = masks
         self.config = config
         self.comm = communicator
         self._progress = progress or no_progress
-        self._make_sampling = make_sampling
+        self._make_evaluator = make_evaluator
 
     def step(
         self,
@@ -97,7 +98,7 @@ class Pruner:
         a :class:`PruningError`. After any exception the model is as it was before.
 
         Args:
-            source: where losses and gradients come from.
+            source: source of losses and gradients.
             target_sparsity: share of the selected weights that is pruned afterwards.
             position: position of the step in training. It enters the seed: every step
                 draws other samples, and a repeated step draws the same.
@@ -105,10 +106,10 @@ class Pruner:
                 layers and of FLOPs are scaled in proportion. None for a single step.
 
         Returns:
-            What happened; equal on all ranks except for the seconds.
+            The report; equal on all ranks except for the seconds.
         """
         clock, sent_before = PhaseClock(), self.comm.bytes_sent
-        sampling = self._make_sampling(
+        evaluator = self._make_evaluator(
             source,
             self.masks,
             self.config.fisher,
@@ -126,15 +127,15 @@ class Pruner:
                 self.masks.require_equal_on_ranks(self.comm, "before the step")
             quotas = self._quotas(target_sparsity, final_sparsity)
             zeros_before = self.masks.zeros()
-            with sampling.session():
+            with evaluator.session():
                 share = flops_share_of_step(
                     self.config.flops_target, target_sparsity, final_sparsity
                 )
-                selector = self._selector(sampling, quotas, share, position)
+                selector = self._selector(evaluator, quotas, share, position)
                 stages = Stages(self.config.step.recompute_steps)
-                results = list(self._run(stages, sampling, selector, position))
+                results = list(self._run(stages, evaluator, selector, position))
                 self.masks.verify()
-                statistics = sampling.batchnorm_statistics(
+                statistics = evaluator.batchnorm_statistics(
                     self.config.step.batchnorm_recalibration_batches,
                     derive_seed(self.config.step.seed, position, "batchnorm"),
                 )
@@ -150,7 +151,7 @@ class Pruner:
                 sent=self.comm.bytes_sent - sent_before,
                 seconds=clock.seconds,
                 stage_halvings=stages.halvings,
-                nonfinite_gradients=sampling.nonfinite,
+                nonfinite_gradients=evaluator.nonfinite,
                 batchnorm_layers=len(statistics.layers),
                 **selector.flops_before_and_after(),
             )
@@ -159,29 +160,29 @@ class Pruner:
         return report
 
     def rehearse(self, source: LossSource) -> None:
-        """Check on little data that model and data give what a step needs.
+        """Check with a few samples that model and data support a pruning step.
 
-        Computes one gradient, or one loss, on each rank and drops it. Nothing changes.
+        Computes one gradient, or one loss, on each rank and discards it. Nothing changes.
 
         Args:
-            source: where losses and gradients come from.
+            source: source of losses and gradients.
         """
         config, comm = self.config, self.comm
         few = comm.world_size + config.fisher.max_nonfinite
         fisher = dataclasses.replace(
             config.fisher, num_gradients=min(config.fisher.num_gradients, few)
         )
-        sampling = Sampling(
+        evaluator = Evaluator(
             source, self.masks, fisher, comm, measure_loss=config.step.measure_loss
         )
-        with comm.failing_together(), sampling.session():
+        with comm.failing_together(), evaluator.session():
             if config.counts_flops:
-                # Refuses a target that is out of reach.
+                # Raises an error for a target that is out of reach.
                 quotas = make_quotas(config.selection, layers_of(self.masks), 0.0)
-                self._selector(sampling, quotas, config.flops_target, None)
+                self._selector(evaluator, quotas, config.flops_target, None)
             criterion = make_criterion(config.criterion, fisher, config.step.update)
             pattern = parse_pattern(config.selection.pattern)
-            sampling.rehearse(criterion, config.step.seed, pattern)
+            evaluator.rehearse(criterion, config.step.seed, pattern)
 
     def _quotas(self, target_sparsity: float, final_sparsity: float | None) -> Quotas:
         """Count what must be removed; nothing when FLOPs decide."""
@@ -202,12 +203,12 @@ class Pruner:
 
     def _selector(
         self,
-        sampling: Sampling,
+        evaluator: Evaluator,
         quotas: Quotas,
         flops_share: float | None,
         position: int | None,
     ) -> Selector:
-        """Make the selector of a step, with FLOPs counted where they matter."""
+        """Make the selector of a step; count FLOPs if the settings need them."""
         seed = self.config.step.seed
         if position is not None:
             seed = derive_seed(seed, position, 0)
@@ -216,13 +217,12 @@ class Pruner:
             self.config.selection,
             self.comm,
             quotas,
-            sampling.count_flops(seed) if self.config.counts_flops else None,
+            evaluator.count_flops(seed) if self.config.counts_flops else None,
             flops_share,
-            self.config.step.recompute_spacing,
         )
 
     def _run(
-        self, stages: Stages, sampling: Sampling, selector: Selector, position: int
+        self, stages: Stages, evaluator: Evaluator, selector: Selector, position: int
     ) -> Iterator[StageResult]:
         """Run all stages of a step, with fresh or reused gradients."""
         step, number = self.config.step, 0
@@ -232,49 +232,51 @@ class Pruner:
             fraction = stages.advance()
             if observed is None:
                 seed = derive_seed(step.seed, position, number)
-                observed = self._observe(sampling, selector, seed)
+                observed = self._observe(evaluator, selector, seed)
             else:
                 observed.criterion.restrict(~observed.removed)
                 observed.losses = losses
-            result = self._stage(sampling, selector, observed, fraction)
+            result = self._stage(evaluator, selector, observed, fraction)
             if not step.reuse_gradients:
                 # Free this Fisher before the next one is made.
                 observed = None
-            if step.trust_ratio is not None and result.is_beyond(step.trust_ratio):
+            if step.trust_ratio is not None and result.exceeds(step.trust_ratio):
                 stages.halve()
             losses, number = result.losses_after, number + 1
             yield result
 
-    def _observe(self, sampling: Sampling, selector: Selector, seed: int) -> _Observed:
+    def _observe(
+        self, evaluator: Evaluator, selector: Selector, seed: int
+    ) -> _Observed:
         """Collect gradients of the active weights for a fresh criterion."""
         config, comm = self.config, self.comm
         criterion = make_criterion(config.criterion, config.fisher, config.step.update)
         active = ActiveWeights(self.masks, criterion.layout, comm, selector.pattern)
         criterion.begin(active.partition, comm)
-        losses, collection = sampling.observe(criterion, active, seed)
+        losses, collection = evaluator.observe(criterion, active, seed)
         size = active.partition.shard_sizes()[comm.rank]
         removed = torch.zeros(size, dtype=torch.bool, device=comm.device)
         return _Observed(criterion, active, seed, losses, collection, removed)
 
     def _stage(
         self,
-        sampling: Sampling,
+        evaluator: Evaluator,
         selector: Selector,
         observed: _Observed,
         fraction: float,
     ) -> StageResult:
-        """Invert, select, update and write: one stage, once through."""
-        step, search, clock = self.config.step, self.config.searches, sampling.clock
+        """Run one stage: invert, select, update and write."""
+        step, search, clock = self.config.step, self.config.searches, evaluator.clock
         criterion, active, seed = observed.criterion, observed.active, observed.seed
         # Before the line search, whose trials overwrite the weights.
         local_model = LocalModel(self.masks, step.local_model_points)
         with clock("factorize"):
-            weights = active.gather()
+            weights = active.read()
             descent = criterion.descent() if search else None
         length = StepLength(
             criterion,
             active,
-            sampling,
+            evaluator,
             weights,
             seed,
             largest=step.update_scale,
@@ -310,7 +312,7 @@ class Pruner:
             active.write(weights + chosen.change, observed.removed)
         losses_after = chosen.losses if step.measure_loss else []
         if losses_after is None:
-            losses_after = sampling.measure(seed)
+            losses_after = evaluator.measure(seed)
         return StageResult(
             thresholds=thresholds,
             quantiles=quantiles,
@@ -321,7 +323,7 @@ class Pruner:
             losses_before=observed.losses,
             losses_after=losses_after,
             local_model=local_model.check(
-                predict, lambda: sampling.measure(seed), observed.losses, losses_after
+                predict, lambda: evaluator.measure(seed), observed.losses, losses_after
             ),
             collection=observed.collection,
             scales=chosen.scales,

@@ -12,19 +12,15 @@ __all__ = [
     "Quotas",
     "flops_share_of_step",
     "make_quotas",
-    "removal_counts",
-    "removal_counts_until",
+    "removal_count",
 ]
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_woodfisher.base.errors import (
-    ConfigurationError,
-    nearest,
-)
-from lightning_woodfisher.pruning.config import Scope, SelectionConfig
+from lightning_woodfisher.base.errors import ConfigurationError, nearest
+from lightning_woodfisher.pruning.config import SelectionConfig
 from lightning_woodfisher.pruning.stages import Spacing, removed_fraction
 from lightning_woodfisher.weights.patterns import parse_pattern
 
@@ -53,7 +49,7 @@ class Quotas:
     """Number of weights to remove, by group of competing layers.
 
     Attributes:
-        competitors: index of the group of each layer.
+        group_of_layer: index of the group of each layer.
         groups: target sparsity, weights and zeros of each group.
         spacing: how sparsity grows over the stages of the step.
         caps: largest number of weights that each layer may lose; None without limits.
@@ -61,7 +57,7 @@ class Quotas:
             smaller than this may stay.
     """
 
-    competitors: tuple[int, ...]
+    group_of_layer: tuple[int, ...]
     groups: tuple[tuple[float, int, int], ...]
     spacing: Spacing
     caps: tuple[int, ...] | None
@@ -85,9 +81,7 @@ class Quotas:
             Number of weights by group of layers.
         """
         return [
-            removal_counts_until(
-                "global", target, [weights], [zeros], fraction, self.spacing
-            )[0]
+            removal_count(target, weights, zeros, fraction, self.spacing)
             for target, weights, zeros in self.groups
         ]
 
@@ -117,25 +111,23 @@ def make_quotas(
         progress = min(1.0, target_sparsity / final_sparsity)
         own = {layer: target * progress for layer, target in own.items()}
     caps = _caps(selection, layers)
-    competitors, targets = [], []
     if selection.scope == "layer":
-        competitors = list(range(len(layers.names)))
-        targets = [own.get(layer, target_sparsity) for layer in competitors]
+        group_of_layer = list(range(len(layers.names)))
+        targets = [own.get(layer, target_sparsity) for layer in group_of_layer]
     else:
         numbers = {layer: 1 + i for i, layer in enumerate(own)}
-        competitors = [numbers.get(i, 0) for i in range(len(layers.names))]
+        group_of_layer = [numbers.get(i, 0) for i in range(len(layers.names))]
         targets = [_rest(layers, own, target_sparsity), *own.values()]
     weights, zeros = [0] * len(targets), [0] * len(targets)
     grains = [1] * len(targets)
     pattern = parse_pattern(selection.pattern)
-    for layer, group in enumerate(competitors):
+    for layer, group in enumerate(group_of_layer):
         weights[group] += layers.weights[layer]
         zeros[group] += layers.zeros[layer]
-        if pattern.is_grouped:
-            leaving = pattern.removed_per_group(layers.shapes[layer])
-            grains[group] = max(grains[group], leaving)
+        leaving = pattern.removed_per_group(layers.shapes[layer])
+        grains[group] = max(grains[group], leaving)
     quotas = Quotas(
-        tuple(competitors),
+        tuple(group_of_layer),
         tuple(zip(targets, weights, zeros, strict=True)),
         spacing,
         caps,
@@ -145,60 +137,32 @@ def make_quotas(
     return quotas
 
 
-def removal_counts(
-    scope: Scope, target_sparsity: float, weights: Sequence[int], zeros: Sequence[int]
-) -> list[int]:
-    """Count the weights that each group of competing layers must lose.
-
-    Args:
-        scope: all layers form one group (``"global"``), or each its own (``"layer"``).
-        target_sparsity: share of weights that is zero afterwards.
-        weights: number of weights of each layer.
-        zeros: number of pruned weights of each layer.
-
-    Returns:
-        For each group round(target · weights) − zeros, at least 0. One number, or one for
-        each layer.
-    """
-    groups = [(sum(weights), sum(zeros))]
-    if scope == "layer":
-        groups = list(zip(weights, zeros, strict=True))
-    return [max(0, round(target_sparsity * total) - gone) for total, gone in groups]
-
-
-def removal_counts_until(
-    scope: Scope,
+def removal_count(
     target_sparsity: float,
-    weights: Sequence[int],
-    zeros: Sequence[int],
-    fraction: float,
+    weights: int,
+    zeros: int,
+    fraction: float = 1.0,
     spacing: Spacing = "geometric",
-) -> list[int]:
-    """Count the weights that each group must lose in the first fraction of a step.
+) -> int:
+    """Count the weights that competing layers must lose in the first fraction of a step.
 
     Args:
-        scope: as of :func:`removal_counts`.
         target_sparsity: share of weights that is zero after the step.
-        weights: number of weights of each layer.
-        zeros: number of pruned weights of each layer at the start of the step.
-        fraction: fraction of the step, in [0, 1]; 1 gives :func:`removal_counts`.
+        weights: number of weights of the layers together.
+        zeros: number of pruned weights at the start of the step.
+        fraction: fraction of the step, in [0, 1].
         spacing: how the kept share falls; see :func:`~.stages.removed_fraction`.
 
     Returns:
-        A number for each group, which never falls as the fraction grows.
+        A number that never falls as the fraction grows: at the end
+        round(target · weights) − zeros, but at least 0.
     """
-    totals = [sum(weights)] if scope == "global" else weights
-    gone = [sum(zeros)] if scope == "global" else zeros
-    last = removal_counts(scope, target_sparsity, weights, zeros)
-    if fraction >= 1.0:
-        return last
-    counts = []
-    for total, before, count in zip(totals, gone, last, strict=True):
-        kept = total - before
-        ratio = min(1.0, (1.0 - target_sparsity) * total / kept) if kept else 1.0
-        share = removed_fraction(ratio, fraction, spacing)
-        counts.append(min(count, round(kept * share)))
-    return counts
+    total = max(0, round(target_sparsity * weights) - zeros)
+    kept = weights - zeros
+    if fraction >= 1.0 or not kept:
+        return total
+    ratio = min(1.0, (1.0 - target_sparsity) * weights / kept)
+    return min(total, round(kept * removed_fraction(ratio, fraction, spacing)))
 
 
 def flops_share_of_step(
@@ -285,12 +249,10 @@ def _require_feasible(
         return
     pattern = parse_pattern(selection.pattern)
     for group, wanted in enumerate(quotas.totals):
-        members = [i for i, g in enumerate(quotas.competitors) if g == group]
+        members = [i for i, g in enumerate(quotas.group_of_layer) if g == group]
         room = 0
         for i in members:
-            leaving = (
-                pattern.removed_per_group(layers.shapes[i]) if pattern.is_grouped else 1
-            )
+            leaving = pattern.removed_per_group(layers.shapes[i])
             room += quotas.caps[i] - quotas.caps[i] % leaving
         if wanted - room >= quotas.granularity[group]:
             names = ", ".join(layers.names[i] for i in members[:8])

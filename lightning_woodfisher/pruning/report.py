@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# Fields of a report that are tuples, and lists in JSON.
-_TUPLES = ("fisher_bytes", "update_scales", "first_order_scales", "updates")
 # Quantiles of the saliencies in the report of a layer.
 SALIENCY_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -189,22 +187,7 @@ class PruningReport:
         Returns:
             Nested dicts, lists, numbers, strings and None.
         """
-        plain = asdict(self)
-        plain["layers"] = [
-            {
-                **asdict(layer),
-                "shape": list(layer.shape),
-                "saliency_quantiles": list(layer.saliency_quantiles),
-            }
-            for layer in self.layers
-        ]
-        plain["raised_damping"] = dict(self.raised_damping)
-        plain["seconds"] = dict(self.seconds)
-        for name in _TUPLES:
-            plain[name] = list(plain[name])
-        plain["local_model"] = [
-            [asdict(point) for point in points] for points in self.local_model
-        ]
+        plain: dict[str, Any] = _with_lists(asdict(self))
         return plain
 
     @classmethod
@@ -228,13 +211,12 @@ class PruningReport:
             for layer in plain["layers"]
         )
         # Reports of older versions have fewer fields.
-        numbers = {name: tuple(plain[name]) for name in _TUPLES if name in plain}
         curves = tuple(
             tuple(LocalModelPoint(**point) for point in points)
             for points in plain.get("local_model", ())
         )
-        changed = {"layers": layers, "local_model": curves, **numbers}
-        return cls(**{**plain, **changed})
+        tuples = {k: tuple(v) for k, v in plain.items() if isinstance(v, list)}
+        return cls(**{**plain, **tuples, "layers": layers, "local_model": curves})
 
     def metrics(self) -> dict[str, float]:
         """Return the scalars for a logger.
@@ -303,15 +285,8 @@ def format_steps(reports: Sequence[PruningReport]) -> str:
     Returns:
         Lines of equal width, one for each step below the head.
     """
-    head: tuple[str, ...] = (
-        "",
-        "epoch",
-        "step",
-        "target",
-        "sparsity",
-        "predicted rise",
-    )
-    head += ("measured rise", "loss before", "after", "seconds")
+    head = ("", "epoch", "step", "target", "sparsity", "predicted rise")
+    rest = ("measured rise", "loss before", "after", "seconds")
     rows = [
         (
             f"{number}",
@@ -327,7 +302,7 @@ def format_steps(reports: Sequence[PruningReport]) -> str:
         )
         for number, report in enumerate(reports, start=1)
     ]
-    return format_table(head, rows)
+    return format_table(head + rest, rows)
 
 
 def format_table(
@@ -358,6 +333,13 @@ def format_table(
     rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
     lines = [line(head), rule, *map(line, rows)]
     return "\n".join([*lines, rule, line(total)] if total else lines)
+
+
+def _with_lists(value: Any) -> Any:
+    """Convert all tuples inside mappings and sequences to lists."""
+    if isinstance(value, Mapping):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return [*map(_with_lists, value)] if isinstance(value, list | tuple) else value
 
 
 def _number(value: float | None) -> str:

@@ -25,25 +25,17 @@ from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.quantiles import quantiles_by_group
-from lightning_woodfisher.distributed.smallest import (
-    select_smallest,
-)
-from lightning_woodfisher.pruning.config import (
-    SelectionConfig,
-)
+from lightning_woodfisher.distributed.smallest import select_smallest
+from lightning_woodfisher.pruning.config import SelectionConfig
 from lightning_woodfisher.pruning.flops import LayerFlops
-from lightning_woodfisher.pruning.quotas import (
-    Layers,
-    Quotas,
-    make_quotas,
-)
+from lightning_woodfisher.pruning.quotas import Layers, Quotas, make_quotas
 from lightning_woodfisher.pruning.report import SALIENCY_SHARES
-from lightning_woodfisher.pruning.stages import Spacing, removed_fraction
+from lightning_woodfisher.pruning.stages import removed_fraction
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import parse_pattern
 
-# How near a share of the FLOPs is as good as met.
+# Relative tolerance of the share of FLOPs.
 _FLOPS_TOLERANCE = 0.005
 
 
@@ -76,7 +68,6 @@ class Selector:
         quotas: number of weights to remove.
         flops: FLOPs by layer, where ``flops_power`` or ``flops_target`` needs them.
         flops_target: share of the dense FLOPs that is left after the step.
-        spacing: how sparsity grows over the stages of the step.
 
     Raises:
         ConfigurationError: for a target that cannot be reached.
@@ -90,7 +81,6 @@ class Selector:
         quotas: Quotas,
         flops: LayerFlops | None = None,
         flops_target: float | None = None,
-        spacing: Spacing = "geometric",
     ) -> None:
         self._masks = masks
         self._selection = selection
@@ -98,7 +88,6 @@ class Selector:
         self._quotas = quotas
         self._flops = flops
         self._flops_target = flops_target
-        self._spacing: Spacing = spacing
         self.pattern = parse_pattern(selection.pattern)
         self._start = list(masks.zeros().values())
         if flops is not None and flops_target is not None:
@@ -215,7 +204,7 @@ class Selector:
         else:
             groups = None
             if len(quotas.granularity) > 1:
-                groups = self._by_layer(quotas.competitors, layers)
+                groups = self._by_layer(quotas.group_of_layer, layers)
             counts = self._counts(fraction, zeros)
             chosen = select_smallest(scores, groups, counts, comm, sizes)
         if inside is None:
@@ -225,10 +214,10 @@ class Selector:
         return everywhere
 
     def _counts(self, fraction: float, zeros: list[int]) -> list[int]:
-        """Count the weights that each group must lose until the end of a stage."""
+        """Count the weights that each group must still lose by the end of a stage."""
         quotas = self._quotas
         counts = quotas.until(fraction)
-        for layer, group in enumerate(quotas.competitors):
+        for layer, group in enumerate(quotas.group_of_layer):
             counts[group] -= zeros[layer] - self._start[layer]
         return [max(0, count) for count in counts]
 
@@ -238,7 +227,8 @@ class Selector:
         # FLOPs fall over the stages as the kept share of weights does.
         start = flops.masked(self._start)
         ratio = min(1.0, target * flops.dense / start)
-        goal = start * (1.0 - removed_fraction(ratio, fraction, self._spacing))
+        spacing = self._quotas.spacing
+        goal = start * (1.0 - removed_fraction(ratio, fraction, spacing))
         return max(0, round(flops.masked(zeros) - goal))
 
     def _require_reachable(self, flops: LayerFlops, target: float) -> None:

@@ -1,4 +1,4 @@
-"""What the stages of a pruning step leave behind, and their summary in a report."""
+"""Results of the stages of a pruning step, and their summary in a report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_woodfisher.weights.masks import Masks
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one stage leaves behind for the report; values of layers in their order."""
+    """Result of one stage for the report; values by layer are in the order of layers."""
 
     thresholds: list[float | None]
     quantiles: list[tuple[float, ...]]
@@ -41,8 +41,8 @@ class StageResult:
         before, after = _mean(self.losses_before), _mean(self.losses_after)
         return None if before is None or after is None else after - before
 
-    def is_beyond(self, trust_ratio: float) -> bool:
-        """Whether the loss has risen by more than that multiple of the prediction."""
+    def exceeds(self, trust_ratio: float) -> bool:
+        """Return whether the loss has risen by more than a multiple of the prediction."""
         if self.measured is None or self.predicted is None:
             return False
         return self.measured > trust_ratio * sum(self.predicted)

@@ -1,4 +1,4 @@
-"""Stages of a pruning step: where each one ends, and shorter ones after a bad one."""
+"""Stages of a pruning step: where each ends, and when they become shorter."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def removed_fraction(kept_ratio: float, fraction: float, spacing: Spacing) -> fl
 
 
 class Stages:
-    """Position within a step of equal stages, which may become shorter on the way.
+    """Position within a step of equal stages, which :meth:`halve` makes shorter.
 
     Args:
         number: number of stages when none is halved.

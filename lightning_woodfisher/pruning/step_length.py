@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.criteria.obs import Update
+from lightning_woodfisher.pruning.evaluator import Evaluator
 from lightning_woodfisher.pruning.line_search import search_first_order, search_scales
-from lightning_woodfisher.pruning.sampling import Sampling
 from lightning_woodfisher.weights.active import ActiveWeights
 
 
@@ -45,7 +45,7 @@ class StepLength:
     Args:
         criterion: criterion that has observed all rows.
         active: the active weights.
-        sampling: measures the losses.
+        evaluator: measures the losses.
         weights: present weights, float64 ``[D_r]``.
         seed: seed of the samples.
         largest: largest scale; without search, the scale of every direction.
@@ -56,7 +56,7 @@ class StepLength:
         self,
         criterion: Criterion,
         active: ActiveWeights,
-        sampling: Sampling,
+        evaluator: Evaluator,
         weights: Tensor,
         seed: int,
         *,
@@ -65,7 +65,7 @@ class StepLength:
     ) -> None:
         self._criterion = criterion
         self._active = active
-        self._sampling = sampling
+        self._evaluator = evaluator
         self._weights = weights
         self._seed = seed
         self._largest = largest
@@ -146,7 +146,7 @@ class StepLength:
         """Return the losses at trial weights; none if the weights are not finite."""
         if not self._active.write_trial(self._weights + change, removed):
             return []
-        return self._sampling.measure_trial(self._seed)
+        return self._evaluator.measure_trial(self._seed)
 
 
 def _mean(losses: Sequence[float]) -> float:

@@ -19,11 +19,11 @@ from typing import Literal, get_args
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
     require_choice,
+    require_count,
     require_integer,
     require_number,
     require_patterns,
 )
-from lightning_woodfisher.data.batchnorm import require_recalibration_batches
 
 ScoringMethod = Literal["sosp_i", "sosp_h", "hap", "magnitude", "random"]
 #: The entries of the vector θ_s of a structure: ``conv`` for filter and bias, ``bn`` for
@@ -109,7 +109,11 @@ class StructureConfig:
         for name in ("include", "exclude"):
             require_patterns(name, getattr(self, name))
         require_integer("seed", self.seed)
-        require_recalibration_batches(self.batchnorm_recalibration_batches)
+        require_count(
+            "batchnorm_recalibration_batches",
+            self.batchnorm_recalibration_batches,
+            least=0,
+        )
         if self.per_cost and self.measure == "structures":
             raise ConfigurationError(
                 "per_cost=True has no effect with measure='structures', where every "

@@ -7,7 +7,7 @@ samples for every N. Rows are kept in memory, or in a temporary file if they are
 
 from __future__ import annotations
 
-__all__ = ["RowStore", "StoredSampling", "kind_of_rows"]
+__all__ = ["RowStore", "StoredEvaluator", "kind_of_rows"]
 
 import dataclasses
 import shutil
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_woodfisher.base.types import common_dtype
 from lightning_woodfisher.fisher.config import FisherConfig, rows_in_chunk
-from lightning_woodfisher.pruning.sampling import CollectionRecord, Sampling
+from lightning_woodfisher.pruning.evaluator import CollectionRecord, Evaluator
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks
 
@@ -87,14 +87,14 @@ class RowStore:
             self._folder = None
 
 
-class StoredSampling(Sampling):
-    """A :class:`Sampling` that takes the gradients at the start of a sweep from a store.
+class StoredEvaluator(Evaluator):
+    """An :class:`Evaluator` that takes the gradients at the start of a sweep from a store.
 
     Args:
-        arguments: arguments of :class:`Sampling`.
+        arguments: arguments of :class:`Evaluator`.
         store: the store of the sweep.
         is_start: returns whether weights and masks are those at the start of the sweep.
-        options: keyword arguments of :class:`Sampling`.
+        options: keyword arguments of :class:`Evaluator`.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ from lightning_woodfisher.resources.budget import (
 from lightning_woodfisher.sweeps.report import TARGET, SweepReport, SweepResult
 from lightning_woodfisher.sweeps.stored_rows import (
     RowStore,
-    StoredSampling,
+    StoredEvaluator,
     kind_of_rows,
 )
 from lightning_woodfisher.weights.layers import prunable_parameters
@@ -211,7 +211,7 @@ def run_sweep(
     comm = Communicator(next(source.model.parameters()).device)
     settings = [_prepare(setting, source, comm) for setting in settings]
     store = RowStore(_row_bytes(row_memory, comm), _most_gradients(settings))
-    sampling = functools.partial(StoredSampling, store=store, is_start=start.equals)
+    evaluator = functools.partial(StoredEvaluator, store=store, is_start=start.equals)
     results: dict[int, SweepResult] = {}
     try:
         with progress("Trying settings", len(settings)) as tick:
@@ -220,7 +220,7 @@ def run_sweep(
             for i in sorted(range(len(settings)), key=lambda i: _sort_key(settings[i])):
                 start.restore()
                 masks = _make_masks(source.model, settings[i].config.selection)
-                pruner = Pruner(masks, settings[i].config, comm, progress, sampling)
+                pruner = Pruner(masks, settings[i].config, comm, progress, evaluator)
                 results[i] = _try_setting(settings[i], pruner, source, evaluate)
                 tick(1)
     finally:

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.base.types import common_dtype
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.distributed.exact_sum import sum_exactly
+from lightning_woodfisher.distributed.exact_sum import ExactSum
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.partition import Partition
 from lightning_woodfisher.weights.patterns import UNSTRUCTURED, GroupRun, Pattern
@@ -32,7 +32,7 @@ class ActiveWeights:
     """The active weights at the start of one stage of a pruning step.
 
     Args:
-        masks: of the selected weights.
+        masks: masks of the selected weights.
         layout: cuts the active weights of each tensor into blocks for the ranks:
             :meth:`.Criterion.layout`.
         communicator: the ranks.
@@ -41,13 +41,13 @@ class ActiveWeights:
 
     Attributes:
         positions: int64 positions of the active weights in each flattened tensor, or in
-            this rank's part of it.
+            this rank's shard of it.
         partition: the blocks and their owners.
         runs: the dense groups of this rank; none without a pattern.
-        pattern: as given.
+        pattern: the pattern.
 
     Raises:
-        ConfigurationError: if a group is pruned in part.
+        ConfigurationError: if a group is partly pruned.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ActiveWeights:
         self.partition = self._make_partition(layout)
         self.runs = tuple(self._find_runs(self._group_sizes or ()))
 
-    def gather(self) -> Tensor:
+    def read(self) -> Tensor:
         """Read the weights of this rank.
 
         Returns:
@@ -151,7 +151,10 @@ class ActiveWeights:
             parts.append(part)
         magnitudes = [values.new_zeros(()), *(part.abs().max() for part in parts)]
         bound = torch.stack(magnitudes).max() * len(self.partition.units)
-        sums: list[float] = sum_exactly(self._comm, parts, bound, (number,)).tolist()
+        total = ExactSum(self._comm, bound, (number,))
+        for part in parts:
+            total.add(part)
+        sums: list[float] = total.result().tolist()
         return sums
 
     def largest_by_layer(
@@ -176,7 +179,7 @@ class ActiveWeights:
         """Collect a number per block from all ranks, and name the blocks.
 
         Args:
-            values: of blocks of this rank, by the global index of the block's first
+            values: values of blocks of this rank, by the global index of the block's first
                 active weight.
 
         Returns:
@@ -209,7 +212,7 @@ class ActiveWeights:
                 anything is written.
         """
         comm, masks = self._comm, self._masks
-        new, gone = self._exchange(weights, removed), removed
+        new, gone = self._gather(weights, removed), removed
         if not masks.sharded:
             sizes = self.partition.shard_sizes()
             gone = comm.gather_shards(gone.to(torch.uint8), sizes).bool()
@@ -241,7 +244,7 @@ class ActiveWeights:
             Whether all weights are finite in the dtype of their tensor. If not, nothing
             has been written.
         """
-        return not self._write_if_finite(self._exchange(weights, removed))
+        return not self._write_if_finite(self._gather(weights, removed))
 
     def is_close(self, one: Tensor, other: Tensor) -> bool:
         """Check whether two vectors are equal up to rounding.
@@ -259,7 +262,7 @@ class ActiveWeights:
         size, gap = self._comm.maximum(largest).tolist()
         return bool(gap <= _ROUNDING * size)
 
-    def _exchange(self, weights: Tensor, removed: Tensor) -> Tensor:
+    def _gather(self, weights: Tensor, removed: Tensor) -> Tensor:
         """Return all active weights that this rank holds in the model, ``[D]``."""
         # A kept weight may not underflow to zero silently, but a removed one is zero.
         dtype = common_dtype(self._masks.parameters.values())
@@ -270,7 +273,7 @@ class ActiveWeights:
         return self._comm.gather_shards(new, self.partition.shard_sizes())
 
     def _write_if_finite(self, weights: Tensor) -> int:
-        """Write ``[D]`` into the model; return the largest number of bad ones of a rank."""
+        """Write ``[D]`` into the model; return the largest number of bad weights of a rank."""
         # In the dtypes in which they are written: float16 overflows early.
         new = {
             name: values.to(self._masks.local(name).dtype)
@@ -278,16 +281,12 @@ class ActiveWeights:
         }
         bad = sum(int((~values.isfinite()).sum()) for values in new.values())
         bad = int(max(row[0] for row in self._comm.gather_numbers([bad])))
-        if not bad:
-            self._overwrite(new)
-        return bad
-
-    def _overwrite(self, new: Mapping[str, Tensor]) -> None:
-        for name, values in new.items():
+        for name, values in new.items() if not bad else ():
             part = self._masks.local(name)
             flat = part.reshape(-1).clone()
             flat[self.positions[name]] = values
             part.copy_(flat.view(part.shape))
+        return bad
 
     def _by_tensor(self, values: Tensor) -> dict[str, Tensor]:
         """Split a vector of all active weights that this rank holds."""
@@ -304,9 +303,9 @@ class ActiveWeights:
         if bool((~dense & (number != pattern.kept)).any()):
             # Masks of another pattern, for example from a checkpoint.
             raise ConfigurationError(
-                f"{name} has groups of weights that are pruned in part, which does not fit "
-                f"selection.pattern of groups of {size} that keep {pattern.kept}; start "
-                "from a dense network or go on with the pattern of the masks."
+                f"{name} has groups of weights that are partly pruned, which does not fit "
+                f"the selection.pattern: groups of {size} that keep {pattern.kept}. Start "
+                "from a dense network, or continue with the pattern of the masks."
             )
         self._in_groups[name] = int(dense.sum()) * size
         return torch.cat([groups[dense].flatten(), groups[~dense][active[~dense]]])

@@ -22,7 +22,7 @@ def require_readable(state: Mapping[str, Any], checkpoint: str) -> None:
     """Check that a state was not written by a later version of the package.
 
     Args:
-        state: of a pruning callback.
+        state: state of a pruning callback.
         checkpoint: which contains it, for the error.
 
     Raises:

@@ -4,9 +4,9 @@ A mask is a bool tensor of its parameter's shape, True where the weight is kept.
 turn an entry back to True. They are kept beside the model, never in it: parameter names,
 storages and ``state_dict`` keys stay unchanged.
 
-Each rank holds the mask of its own part of a sharded parameter. Counts are those of the
-whole parameter, and checkpoints contain whole masks. Methods that need the other ranks for
-this must be called on all of them, and their docstrings say so.
+Each rank holds the mask of its own shard of a sharded parameter. Counts are those of the
+whole parameter, and checkpoints contain whole masks. Methods that communicate for this are
+marked "Call on all ranks".
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Masks:
         parameters: those that may be pruned, by name; held by reference.
 
     Attributes:
-        sharded: whether each rank holds only a part of every parameter.
+        sharded: whether each rank holds only a shard of every parameter.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -54,7 +54,7 @@ class Masks:
         self._zeros = dict.fromkeys(self.parameters, 0)
 
     def local(self, name: str) -> Tensor:
-        """Return the part of a parameter on this rank.
+        """Return this rank's shard of a parameter.
 
         Args:
             name: the parameter.
@@ -192,11 +192,11 @@ class Masks:
     def require_equal_on_ranks(self, communicator: Communicator, when: str) -> None:
         """Check that all ranks hold the same weights and masks. Call on all ranks.
 
-        Ranks of a sharded model hold different parts, which cannot be compared.
+        Ranks of a sharded model hold different shards, which cannot be compared.
 
         Args:
             communicator: the ranks.
-            when: as in "the ranks disagree about ... after the step".
+            when: time of the check for the error, such as ``"after the step"``.
 
         Raises:
             PruningError: naming tensors, and the ranks that differ from rank 0.
@@ -253,7 +253,7 @@ class Masks:
         """Load the masks of a checkpoint. Call on all ranks.
 
         Args:
-            state: what :meth:`state_dict` returned.
+            state: result of :meth:`state_dict`.
 
         Raises:
             ConfigurationError: if names or shapes do not fit the parameters.

@@ -49,7 +49,7 @@ class Pattern:
     """Which weights form a group, and how many of them are kept.
 
     Attributes:
-        kind: of group.
+        kind: kind of the groups.
         size: weights of a group (M of N:M, Q of blocks); 0 for rows, whose size depends
             on the tensor.
         kept: weights that a group keeps (N of N:M).
@@ -73,7 +73,7 @@ class Pattern:
         """Count the weights of a group.
 
         Args:
-            shape: of the tensor.
+            shape: shape of the tensor.
 
         Returns:
             Their number.
@@ -84,7 +84,7 @@ class Pattern:
         """Count the weights that are removed from a group.
 
         Args:
-            shape: of the tensor.
+            shape: shape of the tensor.
 
         Returns:
             Their number.
@@ -95,7 +95,7 @@ class Pattern:
         """View a tensor group by group.
 
         Args:
-            tensor: of the shape of a weight, or of consecutive rows of it.
+            tensor: tensor of the shape of a weight, or of consecutive rows of it.
 
         Returns:
             ``[groups, group_size]``.
@@ -181,8 +181,8 @@ def parse_pattern(text: str) -> Pattern:
                 return Pattern("block", size)
     raise ConfigurationError(
         f"selection.pattern={text!r} is unknown; use 'unstructured', 'rows', N:M with "
-        f"1 <= N < M <= {_LARGEST_GROUP} such as '2:4' (in YAML in quotes: 2:4 alone is a "
-        f"number there), or blocks of 2 to {_LARGEST_BLOCK} weights such as 'block4'."
+        f"1 <= N < M <= {_LARGEST_GROUP} such as '2:4' (quote it in YAML, which reads 2:4 as "
+        f"a number), or blocks of 2 to {_LARGEST_BLOCK} weights such as 'block4'."
     )
 
 
@@ -299,9 +299,9 @@ def cheapest_in_groups(
     """Choose the weights to remove from each group if their scores simply add up.
 
     Args:
-        scores: of each weight, float64 ``[D_r]``.
+        scores: score of each weight, float64 ``[D_r]``.
         runs: the groups.
-        pattern: says how many weights of a group are kept.
+        pattern: defines how many weights of a group are kept.
 
     Returns:
         The cost of each group, float64 ``[G_r]``, and bool ``[D_r]``, True for weights

@@ -18,7 +18,7 @@ def rollback_on_error(masks: Masks, model: nn.Module) -> Iterator[None]:
     """Restore weights, masks and BatchNorm statistics if the body fails.
 
     Args:
-        masks: of the weights that the body may change.
+        masks: masks of the weights that the body may change.
         model: the network that holds them.
 
     Yields:

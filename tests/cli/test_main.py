@@ -373,7 +373,7 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
     ),
     "negative damping": (
         lambda c: pruning(c)["fisher"].update(damping=-1.0),
-        ["fisher.damping=-1.0 must be positive"],
+        ["fisher.damping=-1.0 is outside"],
     ),
     "start after the end": (
         lambda c: ramp(c).update(start_epoch=2),

@@ -30,7 +30,7 @@ from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.kronecker_factors import KroneckerFactors
-from lightning_woodfisher.pruning.sampling import Sampling
+from lightning_woodfisher.pruning.evaluator import Evaluator
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
@@ -43,14 +43,14 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def sampling(
+def evaluator(
     model: nn.Module, data: Any, loss: Any, fisher: FisherConfig, scale: float = 1.0
-) -> tuple[Sampling, Masks]:
+) -> tuple[Evaluator, Masks]:
     masks = Masks(prunable_parameters(model))
     masks.prune_zeros()
     source = FunctionLoss(model, data, loss)
     source.loss_scale = scale
-    return Sampling(source, masks, fisher, Communicator()), masks
+    return Evaluator(source, masks, fisher, Communicator()), masks
 
 
 def observed(
@@ -63,19 +63,19 @@ def observed(
     scale: float = 1.0,
 ) -> tuple[Criterion, Tensor, ActiveWeights]:
     """A criterion that has seen the data, with the active weights."""
-    asked, masks = sampling(model, data, loss, fisher, scale)
+    asked, masks = evaluator(model, data, loss, fisher, scale)
     criterion = make_criterion(name, fisher, update)
     active = ActiveWeights(masks, criterion.layout, Communicator())
     criterion.begin(active.partition, Communicator())
     with asked.session():
         asked.observe(criterion, active, seed=0)
-    return criterion, active.gather(), active
+    return criterion, active.read(), active
 
 
 def factors(
     model: nn.Module, data: Any, loss: Any, fisher: FisherConfig, scale: float = 1.0
 ) -> list[KroneckerFactors]:
-    asked, masks = sampling(model, data, loss, fisher, scale)
+    asked, masks = evaluator(model, data, loss, fisher, scale)
     layout = make_criterion("kfac", fisher, "joint").layout
     with asked.session():
         return asked.factors(ActiveWeights(masks, layout, Communicator()), seed=0)

@@ -21,8 +21,7 @@ from lightning_woodfisher.pruning.config import (
     SelectionConfig,
 )
 from lightning_woodfisher.pruning.quotas import (
-    removal_counts,
-    removal_counts_until,
+    removal_count,
 )
 
 # Few distinct values, so that ties happen, next to every value that float64 has.
@@ -125,6 +124,15 @@ def test_more_than_there_are_is_refused(comm: Communicator) -> None:
         select_smallest(as_scores([1.0, 2.0, 3.0]), torch.zeros(3).long(), [1, 1], comm)
 
 
+def competing(
+    scope: str, weights: list[int], zeros: list[int]
+) -> list[tuple[int, int]]:
+    """Weights and zeros of each group of layers that compete with each other."""
+    if scope == "global":
+        return [(sum(weights), sum(zeros))]
+    return list(zip(weights, zeros, strict=True))
+
+
 @pytest.mark.parametrize(
     ("scope", "target", "weights", "zeros", "expected"),
     [
@@ -144,8 +152,8 @@ def test_more_than_there_are_is_refused(comm: Communicator) -> None:
 def test_removal_counts(
     scope: str, target: float, weights: list[int], zeros: list[int], expected: list[int]
 ) -> None:
-    counts = removal_counts(scope, target, weights, zeros)  # type: ignore[arg-type]
-    assert counts == expected
+    groups = competing(scope, weights, zeros)
+    assert [removal_count(target, *group) for group in groups] == expected
 
 
 @given(
@@ -155,13 +163,9 @@ def test_removal_counts(
 def test_removal_counts_miss_the_target_by_half_a_weight_at_most(
     target: float, weights: list[int]
 ) -> None:
-    zeros = [0] * len(weights)
-    for scope, groups in (("global", [sum(weights)]), ("layer", weights)):
-        counts = removal_counts(scope, target, weights, zeros)  # type: ignore[arg-type]
-        assert all(
-            abs(count - target * total) <= 0.5 + 1e-9
-            for count, total in zip(counts, groups, strict=True)
-        )
+    for scope in ("global", "layer"):
+        for total, _ in competing(scope, weights, [0] * len(weights)):
+            assert abs(removal_count(target, total, 0) - target * total) <= 0.5 + 1e-9
 
 
 @given(
@@ -183,44 +187,36 @@ def test_parts_end_at_the_target_and_none_gives_anything_back(
     spacing: Any,
 ) -> None:
     weights, zeros = map(list, zip(*layers, strict=True))
-    ends = [
-        removal_counts_until(scope, target, weights, zeros, part / parts, spacing)
-        for part in range(parts + 1)
-    ]
-    assert not any(ends[0])
-    for before, after in itertools.pairwise(ends):
-        assert all(a <= b for a, b in zip(before, after, strict=True))
-    assert ends[-1] == removal_counts(scope, target, weights, zeros)
+    for group in competing(scope, weights, zeros):
+        ends = [
+            removal_count(target, *group, part / parts, spacing)
+            for part in range(parts + 1)
+        ]
+        assert ends[0] == 0
+        assert all(before <= after for before, after in itertools.pairwise(ends))
+        assert ends[-1] == removal_count(target, *group)
 
 
 @pytest.mark.parametrize(
     ("spacing", "expected"),
     [
         # Of 1000 weights 100 are gone; 900 shall become 300.
-        ("linear", [[0], [200], [400], [600]]),
-        ("geometric", [[0], [276], [467], [600]]),
-        ("polynomial", [[0], [422], [578], [600]]),
+        ("linear", [0, 200, 400, 600]),
+        ("geometric", [0, 276, 467, 600]),
+        ("polynomial", [0, 422, 578, 600]),
     ],
 )
-def test_spacing_of_parts(spacing: Any, expected: list[list[int]]) -> None:
-    ends = [
-        removal_counts_until("global", 0.7, [600, 400], [100, 0], part / 3, spacing)
-        for part in range(4)
-    ]
+def test_spacing_of_parts(spacing: Any, expected: list[int]) -> None:
+    ends = [removal_count(0.7, 1000, 100, part / 3, spacing) for part in range(4)]
     assert ends == expected
     # By hand: what is kept falls by equal amounts, by equal ratios, by a cubic.
-    kept = [900 - end for [end] in ends]
+    kept = [900 - end for end in ends]
     by_hand = {
         "linear": [900, 700, 500, 300],
         "geometric": [900, 900 / 3 ** (1 / 3), 900 / 3 ** (2 / 3), 300],
         "polynomial": [300 + 600 * (1 - part / 3) ** 3 for part in range(4)],
     }[spacing]
     assert kept == pytest.approx(by_hand, abs=0.5)
-
-
-def test_layers_and_zeros_must_match() -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        removal_counts("layer", 0.5, [1, 2], [0])
 
 
 def test_selection_config() -> None:

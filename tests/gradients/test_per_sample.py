@@ -380,7 +380,7 @@ def test_collection_gives_what_the_loop_gives(count: int, size: int) -> None:
         network(), dataset, cross_entropy, count=count, size=size, how="loop"
     )
     assert how == "per-sample"
-    assert loop == "loop: asked for"
+    assert loop == "loop: requested"
     error = (rows - expected).norm(dim=1) / expected.norm(dim=1)
     assert float(error.max()) < 1e-5
     assert len(losses) == count

@@ -221,6 +221,6 @@ def test_a_lost_rank_ends_the_others_and_training_goes_on(
         assert error.startswith(
             f"PruningError: rank {rank} has lost the other ranks in"
         )
-        assert "The output of the other ranks tells why." in error
+        assert "See the output of the other ranks for the cause." in error
     found = ranks.run(world_size, train_on, str(tmp_path), world_size, launch="trainer")
     assert found == [[]] * world_size

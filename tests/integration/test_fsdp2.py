@@ -43,17 +43,14 @@ from lightning_woodfisher import (
 )
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
-from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.data.losses import FunctionLoss, compute_losses
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import (
     local_sizes,
     reshard,
     take_local,
 )
-from lightning_woodfisher.gradients.sharded import (
-    collect_sharded_gradients,
-    sharded_mean_loss,
-)
+from lightning_woodfisher.gradients.sharded import collect_sharded_gradients
 from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
@@ -620,7 +617,7 @@ class Collect(pl.Callback):
             for row in collect_sharded_gradients(task, self.size):
                 self.seen += float(row.abs().sum())
             batches = source.batches(3, self.size, seed=1)
-            again = sharded_mean_loss(source, batches, 3, comm, 1)
+            again = compute_losses(source, batches, 3, comm, 1)
         assert losses == pytest.approx(again) or self.size % 2 == 0
 
 

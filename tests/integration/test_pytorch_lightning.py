@@ -44,8 +44,8 @@ from lightning_woodfisher import (
 )
 from lightning_woodfisher.base.lightning_names import (
     either_name,
+    from_package_of,
     has_callback,
-    like,
 )
 from lightning_woodfisher.callbacks.progress import progress_bar
 
@@ -392,8 +392,10 @@ def test_namesakes(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     derived = type("Derived", (pl.Trainer,), {})
     logger = own.loggers.logger.DummyLogger
-    assert like(derived(logger=False), logger) is pl.loggers.logger.DummyLogger
-    assert like(trainer(own), logger) is logger
+    assert (
+        from_package_of(derived(logger=False), logger) is pl.loggers.logger.DummyLogger
+    )
+    assert from_package_of(trainer(own), logger) is logger
     for name in list(sys.modules):
         if name.partition(".")[0] == "pytorch_lightning":
             monkeypatch.delitem(sys.modules, name)

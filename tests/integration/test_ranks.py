@@ -32,7 +32,7 @@ from lightning_woodfisher import (
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.distributed.exact_sum import ExactSum, sum_exactly
+from lightning_woodfisher.distributed.exact_sum import ExactSum
 from lightning_woodfisher.distributed.smallest import (
     select_smallest,
 )
@@ -379,8 +379,8 @@ def test_the_cases_prune_what_they_were_asked_for(pruned: Pruned, case: str) -> 
             ],
             "loop: the data comes in batches",
         ),
-        "one by one": "loop: asked for",
-        "diagonal Fisher, one by one": "loop: asked for",
+        "one by one": "loop: requested",
+        "diagonal Fisher, one by one": "loop: requested",
         **dict.fromkeys(
             [name for name, chosen in CASES.items() if chosen.model_mode == "train"],
             "loop: in training mode samples of a batch may influence each other",
@@ -729,9 +729,7 @@ def collectives() -> None:
         ):
             rows = numbers_of(rank, counts[rank] * 5).view(-1, 5).to(dtype)
             before = comm.bytes_sent
-            received = comm.exchange(
-                rows if counts[rank] else None, sizes, counts, dtype
-            ).wait()
+            received = comm.exchange(rows, sizes, counts).wait()
             start = sum(sizes[:rank])
             expected = torch.cat(
                 [numbers_of(s, n * 5).view(-1, 5) for s, n in enumerate(counts)]
@@ -798,6 +796,13 @@ def summands() -> list[Tensor]:
     return list(values)
 
 
+def sum_exactly(comm: Communicator, summands: list[Tensor], bound: Tensor) -> Tensor:
+    total = ExactSum(comm, bound, (40,))
+    for summand in summands:
+        total.add(summand)
+    return total.result()
+
+
 def sum_shares(orders: list[list[int]]) -> list[Tensor]:
     """Job: the same sum with the summands dealt out in several ways."""
     comm, parts = Communicator(), summands()
@@ -805,11 +810,11 @@ def sum_shares(orders: list[list[int]]) -> list[Tensor]:
     totals = []
     for order in orders:
         mine = [parts[i] for i in order[comm.rank :: comm.world_size]]
-        totals.append(sum_exactly(comm, mine, bound, (40,)))
+        totals.append(sum_exactly(comm, mine, bound))
     # Everything with one rank; the bound of one rank counts for all.
     everything = parts if comm.rank == 0 else []
     own = bound if comm.rank == 0 else torch.zeros(())
-    totals.append(sum_exactly(comm, everything, own, (40,)))
+    totals.append(sum_exactly(comm, everything, own))
     return totals
 
 

@@ -261,7 +261,9 @@ def test_what_is_no_share_is_refused(target: Any) -> None:
     ],
 )
 def test_what_says_already_how_many_go_is_refused(selection: SelectionConfig) -> None:
-    with pytest.raises(ConfigurationError, match="flops_target cannot go with"):
+    with pytest.raises(
+        ConfigurationError, match="flops_target cannot be combined with"
+    ):
         PruningConfig(flops_target=0.5, selection=selection)
 
 

@@ -635,17 +635,17 @@ def test_samples_come_again_where_flops_are_counted() -> None:
 
 def test_skipped_gradients_count_by_round(comm: Communicator) -> None:
     skipped = SkippedGradients(2, comm)
-    skipped.note(1, NonFiniteError("first"))
-    skipped.note(2, NonFiniteError("taken back"))
-    skipped.note(2, None)
+    skipped.record(1, NonFiniteError("first"))
+    skipped.record(2, NonFiniteError("taken back"))
+    skipped.record(2, None)
     kept = skipped.find_kept(0, 4)
     assert kept is not None
     assert kept.tolist() == [True, False, True, True]
     assert skipped.find_kept(4, 4) is None
-    skipped.note(9, NonFiniteError("second"))
+    skipped.record(9, NonFiniteError("second"))
     assert skipped.find_kept(8, 2) is not None
     assert skipped.failure is None
-    skipped.note(10, NonFiniteError("third"))
+    skipped.record(10, NonFiniteError("third"))
     skipped.find_kept(10, 1)
     assert skipped.indices == [1, 9, 10]
     assert "third" in str(skipped.failure)

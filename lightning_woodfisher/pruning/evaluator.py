@@ -1,8 +1,8 @@
-"""Evaluation of model and data in a pruning step: gradients, losses, FLOPs, statistics."""
+"""Run the model on the data in a pruning step: gradients, losses, FLOPs, statistics."""
 
 from __future__ import annotations
 
-__all__ = ["CollectionRecord", "Sampling"]
+__all__ = ["CollectionRecord", "Evaluator"]
 
 import contextlib
 import dataclasses
@@ -37,10 +37,7 @@ from lightning_woodfisher.gradients.kronecker_factors import (
     collect_factors,
 )
 from lightning_woodfisher.gradients.nonfinite import SkippedGradients
-from lightning_woodfisher.gradients.sharded import (
-    collect_sharded_gradients,
-    sharded_mean_loss,
-)
+from lightning_woodfisher.gradients.sharded import collect_sharded_gradients
 from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.pruning.flops import LayerFlops, count_flops
 from lightning_woodfisher.weights.active import ActiveWeights
@@ -62,11 +59,11 @@ class CollectionRecord:
     tick: Callable[[int], object] = lambda _: None
 
 
-class Sampling:
+class Evaluator:
     """Evaluate the model on the data, with whole or with sharded parameters.
 
     Args:
-        source: where losses and gradients come from.
+        source: source of losses and gradients.
         masks: masks with the parameters.
         fisher: number and size of the mini-batches.
         communicator: the ranks.
@@ -116,7 +113,7 @@ class Sampling:
     def observe(
         self, criterion: Criterion, active: ActiveWeights, seed: int
     ) -> tuple[list[float], str | None]:
-        """Compute what a criterion needs, and let it observe that.
+        """Compute what a criterion needs, and pass it to the criterion.
 
         Args:
             criterion: criterion after :meth:`~.Criterion.begin`.
@@ -185,9 +182,7 @@ class Sampling:
             if stored is not None:
                 return stored
         # Other samples than those of the settings are read only once.
-        choose = self._batches_of_gradients
-        if fisher is not None:
-            choose = functools.partial(choose, again=False)
+        choose = functools.partial(self._batches_of_gradients, again=fisher is None)
         fisher, parameters = fisher or self._fisher, self._masks.parameters
         count, size = fisher.num_gradients, fisher.gradient_batch_size
         skipped = SkippedGradients(fisher.max_nonfinite, self._comm)
@@ -203,36 +198,30 @@ class Sampling:
             record.tick,
         )
         if self._masks.sharded:
-            self._require_no_limit(fisher.max_nonfinite)
+            if fisher.max_nonfinite:
+                setting = f"fisher.max_nonfinite={fisher.max_nonfinite}"
+                self._require_whole_parameters(setting, "set it to 0")
             if hessian:
-                self._require_whole_parameters("hessian_diagonal")
+                self._require_whole_parameters("criterion='hessian_diagonal'")
             record.notes.append("loop: the model is sharded")
             divisible = fisher.model_mode == "eval"
             return collect_sharded_gradients(
                 task, size, divisible=divisible, choose=choose
             )
-        batches, sizes = choose(count, size, seed), active.partition.shard_sizes()
+        derivative = None
         if hessian:
-            record.notes.append("loop: Hessian products")
-            rows = collect_gradients(
-                task,
-                batches,
-                sizes,
-                collection="loop",
-                row_dtype=fisher.row_dtype,
-                derivative=make_hessian_derivative(parameters, active.positions, seed),
-                skipped=skipped,
-            )
-            return _in_context(twice_differentiable, rows)
-        return collect_gradients(
+            derivative = make_hessian_derivative(parameters, active.positions, seed)
+        rows = collect_gradients(
             task,
-            batches,
-            sizes,
+            choose(count, size, seed),
+            active.partition.shard_sizes(),
             collection=fisher.collection,
             row_dtype=fisher.row_dtype,
             note=record.notes.append,
+            derivative=derivative,
             skipped=skipped,
         )
+        return _in_context(twice_differentiable, rows) if hessian else rows
 
     def _stored_rows(
         self,
@@ -260,7 +249,7 @@ class Sampling:
         Returns:
             The factors of this rank's layers, in order.
         """
-        self._require_whole_parameters("kfac")
+        self._require_whole_parameters("criterion='kfac'")
         count, size = self._groups(seed)
         with (
             self.clock("collect"),
@@ -280,7 +269,7 @@ class Sampling:
             return collect_factors(task, batches, active.partition)
 
     def rehearse(self, criterion: Criterion, seed: int, pattern: Pattern) -> None:
-        """Compute what a criterion needs, and drop it.
+        """Compute what a criterion needs, and discard it.
 
         Args:
             criterion: a new criterion.
@@ -299,19 +288,15 @@ class Sampling:
         for _ in self.rows(active, seed, hessian=criterion.needs == "hessian rows"):
             pass
 
-    def _require_whole_parameters(self, criterion: str) -> None:
+    def _require_whole_parameters(
+        self,
+        setting: str,
+        remedy: str = "use DDP, or criterion='woodfisher' or 'diagonal_fisher'",
+    ) -> None:
         if self._masks.sharded:
             raise ConfigurationError(
-                f"criterion={criterion!r} needs whole parameters on every rank, but these "
-                "are sharded (fully_shard, FSDP2); use DDP, or criterion='woodfisher' or "
-                "'diagonal_fisher'."
-            )
-
-    def _require_no_limit(self, max_nonfinite: int) -> None:
-        if max_nonfinite:
-            raise ConfigurationError(
-                f"fisher.max_nonfinite={max_nonfinite} needs whole parameters on every "
-                "rank, but these are sharded (fully_shard, FSDP2); set it to 0."
+                f"{setting} needs whole parameters on every rank, but these are sharded "
+                f"(fully_shard, FSDP2); {remedy}."
             )
 
     def count_flops(self, seed: int) -> LayerFlops:
@@ -376,12 +361,9 @@ class Sampling:
     def _losses(
         self, seed: int, count: int, size: int, finite: bool = True
     ) -> list[float]:
-        batches = self._batches(count, size, seed)
-        if self._masks.sharded:
-            return sharded_mean_loss(self._source, batches, count, self._comm, seed)
         return compute_losses(
             self._source,
-            batches,
+            self._batches(count, size, seed),
             count,
             self._comm,
             seed,
@@ -397,7 +379,7 @@ class Sampling:
     def _observe_first_order(
         self, criterion: Criterion, active: ActiveWeights, seed: int
     ) -> None:
-        """Let a criterion observe the gradients of its first-order sample, if it has one."""
+        """Pass the gradients of ``first_order_samples`` to a criterion that uses them."""
         sample = self._first_order(criterion, seed)
         if sample is None:
             return
