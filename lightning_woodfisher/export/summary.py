@@ -12,9 +12,9 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_woodfisher.base.byte_sizes import format_bytes
+from lightning_woodfisher.base.text_table import format_table
 from lightning_woodfisher.export.bitmask import count_zeros
 from lightning_woodfisher.export.shared_memory import find_views
-from lightning_woodfisher.pruning.report import format_table
 
 Storage = Literal["dense", "sparse", "shared"]
 _MAX_ROWS = 24
