@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import FisherConfig, SelectionConfig, StepConfig, prune
-from lightning_woodfisher.pruning.report import format_table
+from lightning_woodfisher.base.text_table import format_table
 
 
 def loss_fn(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:

@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 from examples.cifar10.fitting import fit_and_test, load_data
 from examples.cifar10.model import CIFAR10, CIFAR10Classifier
 from lightning_woodfisher import SOSPPruningCallback, StructureConfig, StructureReport
-from lightning_woodfisher.pruning.report import format_table
+from lightning_woodfisher.base.text_table import format_table
 from lightning_woodfisher.structured.expand import find_bottlenecks, target_for_size
 
 

@@ -29,7 +29,7 @@ from lightning_woodfisher import (
     StepConfig,
     WoodFisherPruningCallback,
 )
-from lightning_woodfisher.pruning.report import format_table
+from lightning_woodfisher.base.text_table import format_table
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {

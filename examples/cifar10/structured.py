@@ -34,9 +34,9 @@ from lightning_woodfisher import (
     StructuredPruningCallback,
     prune_structures,
 )
+from lightning_woodfisher.base.text_table import format_table
 from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.pruning.report import format_table
 from lightning_woodfisher.structured.graph.groups import Group, channel_masks
 from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.network_cost import measure_latency

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import matplotlib
 
-from lightning_woodfisher.pruning.report import PruningReport, format_table
+from lightning_woodfisher.base.text_table import format_table
+from lightning_woodfisher.pruning.report import PruningReport
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

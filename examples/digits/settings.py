@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from examples.comparison import accuracy, loss_fn
 from examples.digits.model import Digits
 from lightning_woodfisher import FisherConfig, StepConfig, prune
-from lightning_woodfisher.pruning.report import format_table
+from lightning_woodfisher.base.text_table import format_table
 
 GRADIENTS = ((1000, 1), (256, 4))
 DAMPINGS = (1e-2, 1e-3, 1e-4, 1e-5)

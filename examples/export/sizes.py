@@ -21,8 +21,8 @@ from torch import Tensor
 from torchvision.models import resnet50
 
 from lightning_woodfisher.base.byte_sizes import format_bytes
+from lightning_woodfisher.base.text_table import format_table
 from lightning_woodfisher.export import load_sparse, save_sparse
-from lightning_woodfisher.pruning.report import format_table
 
 Result = TypeVar("Result")
 

@@ -1,4 +1,4 @@
-"""Errors, checks of settings, byte sizes, clocks and types that every folder uses.
+"""Errors, checks of settings, byte sizes, text tables, clocks and types for every folder.
 
 Nothing here knows networks, data or ranks, so this folder imports no other folder of the
 package.

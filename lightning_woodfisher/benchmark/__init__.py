@@ -1,6 +1,6 @@
 """Measurements behind ``lightning-woodfisher benchmark``: one module for each table.
 
-In go problem sizes and a device; out come rows (frozen dataclasses) with seconds, cores
-and memory, printed as a table, written as JSON or drawn. Only :mod:`lightning_woodfisher.cli`
-may import this folder, and it must not know Lightning.
+Inputs are problem sizes and a device; outputs are rows (frozen dataclasses) with seconds,
+cores and memory, printed as a table, written as JSON or drawn. Only
+:mod:`lightning_woodfisher.cli` may import this folder, and it must not import Lightning.
 """

@@ -1,4 +1,4 @@
-"""Problem sizes of the inverse Fisher, from the literature or from the command line."""
+"""Define problem sizes of the inverse Fisher."""
 
 from __future__ import annotations
 
@@ -82,22 +82,22 @@ def custom_case(num_gradients: int, block_size: int | None, weights: int) -> Cas
     return Case(name, num_gradients, block_size, (weights,), weights)
 
 
-def slice_case(case: Case, most: int) -> Case:
+def slice_case(case: Case, max_weights: int) -> Case:
     """Reduce a large case to the same share of every tensor, in whole blocks.
 
     Args:
         case: the case with all weights.
-        most: approximate number of weights to measure.
+        max_weights: approximate number of weights to measure.
 
     Returns:
         The case itself, or a slice of it. At least one block of every tensor is kept.
     """
     total = case.weights
-    if total <= most:
+    if total <= max_weights:
         return case
     block = case.block_size or 1
     segments = tuple(
-        min(weights, max(block, weights * most // total // block * block))
+        min(weights, max(block, weights * max_weights // total // block * block))
         for weights in case.segments
     )
     return dataclasses.replace(case, segments=segments)

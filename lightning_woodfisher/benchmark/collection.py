@@ -1,4 +1,4 @@
-"""Gradients of single samples, computed in several ways."""
+"""Measure methods to compute the gradients of single samples."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _VMAP_CHUNK = 32
 
 @dataclass(frozen=True)
 class CollectionRow:
-    """One way to compute per-sample gradients.
+    """One method to compute per-sample gradients.
 
     Attributes:
-        way: ``"batched"`` (no per-sample gradients: the reference), ``"loop"``, ``"vmap"``
-            or ``"collect_gradients"``.
-        samples: number of samples, of one gradient each.
-        timing: time of all of them.
-        ratio: seconds over those of ``"batched"``.
+        method: ``"batched"`` (no per-sample gradients: the reference), ``"loop"``,
+            ``"vmap"`` or ``"collect_gradients"``.
+        samples: number of samples, each with one gradient.
+        timing: time of all samples.
+        ratio: seconds divided by those of ``"batched"``.
     """
 
-    way: str
+    method: str
     samples: int
     timing: Timing
     ratio: float
@@ -51,9 +51,10 @@ class CollectionRow:
 def measure_collection(
     model: nn.Module, data: TensorDataset, *, repeats: int = 3
 ) -> list[CollectionRow]:
-    """Measure ways to compute the gradients of single samples.
+    """Measure methods to compute the gradients of single samples.
 
-    All compute gradients of the prunable weights in evaluation mode and discard them.
+    All methods compute gradients of the prunable weights in evaluation mode and discard
+    them.
 
     Args:
         model: the network.
@@ -61,20 +62,20 @@ def measure_collection(
         repeats: number of repetitions, after one that is not counted.
 
     Returns:
-        A row for each way.
+        A row for each method.
     """
     parameters = list(prunable_parameters(model).values())
-    ways: dict[str, Callable[[], object]] = {
+    methods: dict[str, Callable[[], object]] = {
         "batched": lambda: run_batches(model, data, _BATCH, parameters),
         "loop": lambda: collect_by_loop(model, data),
         "vmap": lambda: _collect_by_vmap(model, data),
         "collect_gradients": lambda: _collect(model, data),
     }
-    timings = measure_alternately(ways, repeats, parameters[0].device, warm_up=1)
+    timings = measure_alternately(methods, repeats, parameters[0].device, warm_up=1)
     reference = timings["batched"].seconds
     return [
-        CollectionRow(way, len(data), timing, timing.seconds / reference)
-        for way, timing in timings.items()
+        CollectionRow(method, len(data), timing, timing.seconds / reference)
+        for method, timing in timings.items()
     ]
 
 
@@ -90,7 +91,7 @@ def run_batches(
         model: the network.
         data: inputs and labels.
         batch_size: samples in a batch.
-        parameters: parameters to differentiate by, used by the loss or not.
+        parameters: parameters to differentiate by; the loss may ignore some of them.
     """
     for batch in split_batches(data, batch_size, parameters[0].device):
         loss = cross_entropy(model, batch)
@@ -105,7 +106,8 @@ def collect_by_loop(
     Args:
         model: the network.
         data: inputs and labels.
-        rows: ``[N, D]``, receives the gradients of the prunable weights; None discards them.
+        rows: ``[N, D]`` to fill with the gradients of the prunable weights; None discards
+            them.
     """
     source = FunctionLoss(model, data, cross_entropy)
     batches = source.batches(len(data), 1, derive_seed(0, 0, 0))

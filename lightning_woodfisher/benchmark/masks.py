@@ -1,13 +1,11 @@
-"""Training steps with masks, against training steps without."""
+"""Measure training steps with masks against training steps without masks."""
 
 from __future__ import annotations
 
 __all__ = ["MaskRow", "measure_masks"]
 
 import functools
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +22,7 @@ _WARM_UP_STEPS = 3
 
 @dataclass(frozen=True)
 class MaskRow:
-    """Training steps of one network.
+    """Times of the training steps of one network.
 
     Attributes:
         network: name of the network.
@@ -33,8 +31,7 @@ class MaskRow:
         plain_seconds: median of the steps without masks.
         masked_seconds: median of the steps with masks.
         ratio: ``masked_seconds / plain_seconds``.
-        mask_seconds: median of the two mask passes within a step; on a GPU only the time
-            to launch them.
+        mask_seconds: median of the two mask passes of a step, measured alone.
     """
 
     network: str
@@ -79,26 +76,25 @@ def _measure_network(
     masks.prune({n: torch.rand_like(p) < _SPARSITY for n, p in parameters.items()})
     optimizer = torch.optim.AdamW(model.parameters())
     labels = torch.arange(len(inputs), device=inputs.device) % 10
-    passes: list[float] = []
-
-    def run_pass(apply_masks: Callable[[], None]) -> None:
-        start = time.perf_counter()
-        apply_masks()
-        passes.append(time.perf_counter() - start)
 
     def train(with_masks: bool) -> None:
         optimizer.zero_grad()
         torch.autograd.backward(cross_entropy(model, (inputs, labels)))
         if with_masks:
-            run_pass(masks.apply_to_gradients)
+            masks.apply_to_gradients()
         optimizer.step()
         if with_masks:
-            run_pass(masks.apply)
+            masks.apply()
+
+    def apply_masks() -> None:
+        masks.apply_to_gradients()
+        masks.apply()
 
     timings = measure_alternately(
         {
-            kind: functools.partial(train, kind == "masked")
-            for kind in ("plain", "masked")
+            "plain": functools.partial(train, with_masks=False),
+            "masked": functools.partial(train, with_masks=True),
+            "masks": apply_masks,
         },
         steps,
         inputs.device,
@@ -106,8 +102,6 @@ def _measure_network(
         track_memory=False,
     )
     plain, masked = timings["plain"].seconds, timings["masked"].seconds
-    pairs = zip(passes[::2], passes[1::2], strict=True)
-    both = [gradients + weights for gradients, weights in pairs]
     return MaskRow(
         network=name,
         masked=len(parameters),
@@ -115,5 +109,5 @@ def _measure_network(
         plain_seconds=plain,
         masked_seconds=masked,
         ratio=masked / plain,
-        mask_seconds=statistics.median(both[_WARM_UP_STEPS:]),
+        mask_seconds=timings["masks"].seconds,
     )

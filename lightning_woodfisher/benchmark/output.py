@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
+from lightning_woodfisher.base.text_table import format_table
 from lightning_woodfisher.benchmark.cases import Case
 from lightning_woodfisher.benchmark.inverse import InverseRow
 from lightning_woodfisher.benchmark.timing import Timing, describe_memory_measure
-from lightning_woodfisher.pruning.report import format_table
 
 # Headers that do not follow from the name.
 _HEADERS = {

@@ -20,7 +20,8 @@ __all__ = [
 ]
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +30,14 @@ from torch import Tensor
 from lightning_woodfisher.benchmark.timing import time_action
 from lightning_woodfisher.weights.partition import Partition, Unit
 
-# Sizes of the batches of blocks to try: no cache is larger or smaller.
+# Range of the batch sizes to try; all caches lie within it.
 _LARGEST_BATCH_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
 _SMALLEST_BATCH_BYTES = {"cpu": 64 << 10, "cuda": 16 << 20}
 _UPDATES_TRIED = 6
 _TRIALS = 3
 
-Kernel = Callable[[Tensor, Tensor, Tensor, float], None]
+# How a batch of blocks is updated; see _apply.
+KERNELS = ("broadcast", "products", "mixed")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Plan:
     """How to run the recursion.
 
     Attributes:
-        kernel: implementation of one update, a key of ``KERNELS``.
+        kernel: implementation of one update, one of ``KERNELS``.
         blocks_at_once: number of blocks in a batch.
     """
 
@@ -88,14 +90,13 @@ def invert_by_recursion(
     Returns:
         F⁻¹ of each unit, ``[K, B, B]`` in the dtype of the rows.
     """
-    kernel = KERNELS[plan.kernel]
     inverses = []
     for unit in units:
         inverse = rows.new_empty(unit.count, unit.size, unit.size)
         for first in range(0, unit.count, plan.blocks_at_once):
             batch = inverse[first : first + plan.blocks_at_once]
             columns = rows[:, unit.start + first * unit.size :]
-            _apply(kernel, batch, columns, len(rows), damping)
+            _apply(plan.kernel, batch, columns, len(rows), damping)
         inverses.append(inverse)
     return inverses
 
@@ -146,16 +147,14 @@ def _seconds_per_block(rows: Tensor, unit: Unit, damping: float, plan: Plan) -> 
     tried = rows[:_UPDATES_TRIED, unit.start :]
     batch = rows.new_empty(plan.blocks_at_once, unit.size, unit.size)
 
-    def apply() -> None:
-        _apply(KERNELS[plan.kernel], batch, tried, len(tried), damping)
-
+    apply = functools.partial(_apply, plan.kernel, batch, tried, len(tried), damping)
     apply()
     seconds = min(time_action(apply, rows.device) for _ in range(_TRIALS))
     return seconds / plan.blocks_at_once
 
 
 def _apply(
-    kernel: Kernel, inverse: Tensor, columns: Tensor, count: int, damping: float
+    kernel: str, inverse: Tensor, columns: Tensor, count: int, damping: float
 ) -> None:
     """Set F⁻¹ to I/λ and apply all rows in place."""
     blocks, size = inverse.shape[:2]
@@ -163,30 +162,15 @@ def _apply(
     inverse.diagonal(dim1=-2, dim2=-1).fill_(1.0 / damping)
     product = inverse.new_empty(blocks, size)
     for row in columns:
-        kernel(inverse, row[: blocks * size].view(blocks, size), product, float(count))
-
-
-def _by_broadcast(inverse: Tensor, row: Tensor, product: Tensor, count: float) -> None:
-    # F⁻¹ is symmetric: gᵀF⁻¹ reads it row by row, and addcmul_ writes it in one pass.
-    torch.bmm(row.unsqueeze(1), inverse, out=product.unsqueeze(1))
-    scale = (row * product).sum(dim=1, keepdim=True).add_(count)
-    inverse.addcmul_((product / scale).unsqueeze(2), product.unsqueeze(1), value=-1.0)
-
-
-def _by_products(inverse: Tensor, row: Tensor, product: Tensor, count: float) -> None:
-    torch.bmm(inverse, row.unsqueeze(2), out=product.unsqueeze(2))
-    scale = (row * product).sum(dim=1, keepdim=True).add_(count)
-    inverse.baddbmm_((product / scale).unsqueeze(2), product.unsqueeze(1), alpha=-1.0)
-
-
-def _by_mixed(inverse: Tensor, row: Tensor, product: Tensor, count: float) -> None:
-    torch.bmm(row.unsqueeze(1), inverse, out=product.unsqueeze(1))
-    scale = (row * product).sum(dim=1, keepdim=True).add_(count)
-    inverse.baddbmm_((product / scale).unsqueeze(2), product.unsqueeze(1), alpha=-1.0)
-
-
-KERNELS: dict[str, Kernel] = {
-    "broadcast": _by_broadcast,
-    "products": _by_products,
-    "mixed": _by_mixed,
-}
+        gradient = row[: blocks * size].view(blocks, size)
+        if kernel == "products":
+            torch.bmm(inverse, gradient.unsqueeze(2), out=product.unsqueeze(2))
+        else:
+            # F⁻¹ is symmetric: gᵀF⁻¹ is the same, and reads it row by row.
+            torch.bmm(gradient.unsqueeze(1), inverse, out=product.unsqueeze(1))
+        scale = (gradient * product).sum(dim=1, keepdim=True).add_(float(count))
+        left, right = (product / scale).unsqueeze(2), product.unsqueeze(1)
+        if kernel == "broadcast":
+            inverse.addcmul_(left, right, value=-1.0)
+        else:
+            inverse.baddbmm_(left, right, alpha=-1.0)

@@ -1,4 +1,4 @@
-"""A pruning step on several gloo processes of this machine."""
+"""Measure a pruning step on several gloo processes of this machine."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class ScalingRow:
 
     Attributes:
         world_size: R.
-        num_gradients: N, of one sample each.
+        num_gradients: N, each of one sample.
         block_size: B.
         seconds: time of the slowest rank, median over repetitions.
-        speedup: seconds of one process over ``seconds``.
-        silent_seconds: the same, without messages in the exchange of rows.
+        speedup: seconds of one process divided by ``seconds``.
+        no_exchange_seconds: ``seconds`` without messages in the exchange of rows.
         exchange_share: share of ``seconds`` that the messages take.
         state_bytes: bytes of the Fisher on each rank.
     """
@@ -57,13 +57,13 @@ class ScalingRow:
     block_size: int
     seconds: float
     speedup: float
-    silent_seconds: float
+    no_exchange_seconds: float
     exchange_share: float
     state_bytes: tuple[int, ...]
 
 
 class SilentCommunicator(Communicator):
-    """A communicator that exchanges rows without messages: each rank repeats its own.
+    """A communicator that sends no rows; each rank repeats its own instead.
 
     Results are wrong, but the work is the same, so that the difference in time is the cost
     of the exchange.
@@ -89,17 +89,17 @@ class SilentCommunicator(Communicator):
 
 
 def measure_scaling(
-    most: int,
+    max_world_size: int,
     model: nn.Module,
     data: TensorDataset,
     block_size: int = 288,
     *,
     repeats: int = 3,
 ) -> list[ScalingRow]:
-    """Measure pruning steps on 1 to ``most`` processes.
+    """Measure pruning steps on 1 to ``max_world_size`` processes.
 
     Args:
-        most: largest world size.
+        max_world_size: largest number of processes.
         model: the network, on the CPU and in evaluation mode.
         data: N inputs and labels; each sample has one gradient.
         block_size: B.
@@ -110,7 +110,7 @@ def measure_scaling(
     """
     fisher = FisherConfig(len(data), 1, block_size, damping=1e-5)
     rows: list[ScalingRow] = []
-    for world_size in tqdm(range(1, most + 1), leave=False, disable=None):
+    for world_size in tqdm(range(1, max_world_size + 1), leave=False, disable=None):
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
                 _run_rank,
@@ -118,7 +118,10 @@ def measure_scaling(
                 nprocs=world_size,
             )
             spent, silent, state = torch.load(Path(folder, "result"), weights_only=True)
-        seconds, silent_seconds = statistics.median(spent), statistics.median(silent)
+        seconds, no_exchange_seconds = (
+            statistics.median(spent),
+            statistics.median(silent),
+        )
         rows.append(
             ScalingRow(
                 world_size=world_size,
@@ -126,8 +129,8 @@ def measure_scaling(
                 block_size=block_size,
                 seconds=seconds,
                 speedup=(rows[0].seconds if rows else seconds) / seconds,
-                silent_seconds=silent_seconds,
-                exchange_share=1.0 - silent_seconds / seconds,
+                no_exchange_seconds=no_exchange_seconds,
+                exchange_share=1.0 - no_exchange_seconds / seconds,
                 state_bytes=tuple(state),
             )
         )

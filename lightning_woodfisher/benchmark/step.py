@@ -1,4 +1,4 @@
-"""A whole pruning step, against the recursion of the literature."""
+"""Measure a whole pruning step against the recursion of the literature."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ from lightning_woodfisher.benchmark.recursion import (
 from lightning_woodfisher.benchmark.timing import Timing, measure_alternately
 from lightning_woodfisher.criteria.obs import Update, saliency
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.distributed.smallest import (
-    select_smallest,
-)
+from lightning_woodfisher.distributed.smallest import select_smallest
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.one_shot import prune
 from lightning_woodfisher.pruning.config import StepConfig
@@ -42,19 +40,19 @@ _PUBLISHED = "loop + published recursion"
 
 @dataclass(frozen=True)
 class StepRow:
-    """One way to run a pruning step.
+    """One method to run a pruning step.
 
     Attributes:
-        way: ``"loop + recursion"`` (with the independent update, as published), ``"loop +
+        method: ``"loop + recursion"`` (with the independent update, as published), ``"loop +
             published recursion"``, ``"ours, independent"`` or ``"ours, joint"``.
-        num_gradients: N, of one sample each.
+        num_gradients: N, each of one sample.
         block_size: B.
         timing: time of the step.
-        ratio: seconds of ``"loop + recursion"`` over seconds.
+        ratio: seconds of ``"loop + recursion"`` divided by seconds.
         equal_mask: share of weights with the same mask as in ``"loop + recursion"``.
     """
 
-    way: str
+    method: str
     num_gradients: int
     block_size: int
     timing: Timing
@@ -70,22 +68,22 @@ def measure_step(
     repeats: int = 3,
     as_published: bool = False,
 ) -> list[StepRow]:
-    """Measure a pruning step to 50 % sparsity, gradients included.
+    """Measure a pruning step to 50 % sparsity, including the gradients.
 
     The baseline computes gradients one sample at a time, inverts by the recursion, and
-    selects and updates as published; samples, λ and global selection are the same for all.
-    The plan of the recursion is chosen before and not counted.
+    selects and updates as published. Samples, λ and the global selection are the same for
+    all methods. The time to choose the plan of the recursion is not counted.
 
     Args:
         model: the network, in evaluation mode.
         data: N inputs and labels; each sample has one gradient.
         block_size: B.
         repeats: number of repetitions.
-        as_published: whether to measure the recursion as batched products over all blocks,
-            too.
+        as_published: whether to also measure the recursion as batched products over all
+            blocks.
 
     Returns:
-        A row for each way.
+        A row for each method.
     """
     fisher = FisherConfig(len(data), 1, block_size, damping=1e-5)
     parameters = list(prunable_parameters(model).values())
@@ -97,21 +95,21 @@ def measure_step(
         plans[_PUBLISHED] = Plan("products", max(unit.count for unit in units))
     masks: dict[str, Tensor] = {}
 
-    def run(way: str, prune_model: Callable[[nn.Module], object]) -> None:
+    def run(method: str, prune_model: Callable[[nn.Module], object]) -> None:
         pruned = copy.deepcopy(model)
         prune_model(pruned)
         weights = prunable_parameters(pruned).values()
-        masks[way] = torch.cat([w.detach().reshape(-1) == 0 for w in weights])
+        masks[method] = torch.cat([w.detach().reshape(-1) == 0 for w in weights])
 
-    ways: dict[str, Callable[[], object]] = {}
-    for way, plan in plans.items():
-        published = functools.partial(
+    methods: dict[str, Callable[[nn.Module], object]] = {
+        name: functools.partial(
             _prune_as_published, data=data, fisher=fisher, units=units, plan=plan
         )
-        ways[way] = functools.partial(run, way, published)
+        for name, plan in plans.items()
+    }
     updates: tuple[Update, ...] = ("independent", "joint")
     for update in updates:
-        ours = functools.partial(
+        methods[f"ours, {update}"] = functools.partial(
             prune,
             data=data,
             loss_fn=cross_entropy,
@@ -119,18 +117,21 @@ def measure_step(
             fisher=fisher,
             step=StepConfig(update=update, measure_loss=False),
         )
-        ways[f"ours, {update}"] = functools.partial(run, f"ours, {update}", ours)
-    timings = measure_alternately(ways, repeats, device)
+    timings = measure_alternately(
+        {name: functools.partial(run, name, each) for name, each in methods.items()},
+        repeats,
+        device,
+    )
     return [
         StepRow(
-            way=way,
+            method=method,
             num_gradients=len(data),
             block_size=block_size,
             timing=timing,
             ratio=timings[_BASELINE].seconds / timing.seconds,
-            equal_mask=float((masks[way] == masks[_BASELINE]).double().mean()),
+            equal_mask=float((masks[method] == masks[_BASELINE]).double().mean()),
         )
-        for way, timing in timings.items()
+        for method, timing in timings.items()
     ]
 
 

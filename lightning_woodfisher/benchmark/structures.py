@@ -1,4 +1,4 @@
-"""Scores of structures, against a gradient pass over the same samples."""
+"""Measure scores of structures against a gradient pass over the same samples."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ _METHODS: dict[str, StructureConfig] = {
 
 @dataclass(frozen=True)
 class StructureRow:
-    """One way to score the structures of a network.
+    """One method to score the structures of a network.
 
     Attributes:
-        way: ``"gradient pass"`` (forward and backward, in evaluation mode: the reference)
-            or a method.
+        method: ``"gradient pass"`` (forward and backward, in evaluation mode: the
+            reference) or a scoring method.
         structures: S.
         samples: N'.
         timing: time and memory of the scores of all structures.
-        ratio: seconds over those of the gradient pass.
+        ratio: seconds divided by those of the gradient pass.
         pair_bytes: bytes that represent the correlations of all pairs (SOSP-I).
         squared_bytes: bytes of a float32 matrix of all pairs, 4·S².
     """
 
-    way: str
+    method: str
     structures: int
     samples: int
     timing: Timing
@@ -62,7 +62,7 @@ def load_torchvision_network(name: str = "resnet50") -> nn.Module:
     """Return a network of torchvision with random weights.
 
     Args:
-        name: its name in torchvision.
+        name: name in torchvision.
 
     Returns:
         The network in evaluation mode.
@@ -92,7 +92,7 @@ def measure_structures(
     Args:
         model: the network, in evaluation mode.
         data: N' images and labels.
-        batch_size: number of images in a batch, for all ways.
+        batch_size: number of images in a batch, for all methods.
         repeats: number of repetitions, after one that is not counted.
 
     Returns:
@@ -122,7 +122,7 @@ def measure_structures(
         pairs = scores[name].pairs if name in scores else None
         rows.append(
             StructureRow(
-                way=name,
+                method=name,
                 structures=size,
                 samples=len(data),
                 timing=timing,

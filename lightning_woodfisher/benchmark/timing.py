@@ -34,11 +34,11 @@ class Timing:
 
     Attributes:
         runs: seconds of every repetition.
-        cores: processor seconds per second, median over repetitions. A value far below the
-            number of threads means that other processes used the cores, that the action is
-            not parallel, or that it runs on a GPU.
-        peak_bytes: peak memory above the memory in use before, largest of the repetitions;
-            None if it was not measured.
+        cores: processor seconds per second, median over repetitions. A value far below
+            the number of threads means that other processes used the cores, that the
+            action is not parallel, or that it runs on a GPU.
+        peak_bytes: peak memory beyond the memory in use before, the largest of all
+            repetitions; None if it was not measured.
     """
 
     runs: tuple[float, ...]
@@ -149,10 +149,9 @@ def _start_peak(device: torch.device) -> int | None:
     """Reset the peak and return the bytes in use, None if unknown."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    # Memory that malloc keeps for later would hide the use of it by the next action.
+    # The next action could reuse memory that malloc keeps, and its peak would be too low.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     return _read_status("VmRSS") if _reset_resident_peak() else None
@@ -170,7 +169,7 @@ def _reset_resident_peak() -> bool:
         _CLEAR_REFS.write_text("5")
     except OSError:
         return False
-    return _STATUS.exists()
+    return True
 
 
 def _read_status(field: str) -> int:

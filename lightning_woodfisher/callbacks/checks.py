@@ -40,9 +40,9 @@ from lightning_woodfisher.base.lightning_names import (
     either_name,
     has_callback,
 )
+from lightning_woodfisher.base.text_table import format_table
 from lightning_woodfisher.data.batches import Batches, StreamBatches
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.pruning.report import format_table
 from lightning_woodfisher.pruning.schedule import (
     Horizon,
     PlannedStep,

@@ -1,9 +1,9 @@
 """Write pruned networks to files that other programs read.
 
-In goes a checkpoint, a ``state_dict`` (tensors of any shape by name) or a model; out come
-sparse or dense ``state_dict`` files, ONNX and ``torch.export`` programs, and models with
-2:4 weights. Nothing here prunes or trains: the package imports no callback, criterion or
-Fisher, and neither Lightning nor W&B.
+Inputs are a checkpoint, a ``state_dict`` (tensors of any shape by name) or a model; outputs
+are sparse or dense ``state_dict`` files, ONNX and ``torch.export`` programs, and models
+with 2:4 weights. Nothing here prunes or trains: this folder imports no callback, criterion
+or Fisher, and neither Lightning nor W&B.
 """
 
 from lightning_woodfisher.export.checkpoint import (

@@ -1,4 +1,4 @@
-"""Pack a tensor into a bitmask and the elements that are not zero.
+"""Pack a tensor into a bitmask and its nonzero elements.
 
 An element counts as zero if all its bits are zero, so that -0.0 and NaN are kept.
 """
@@ -24,7 +24,7 @@ def count_zeros(tensor: Tensor) -> int:
         tensor: tensor of any shape, with at most eight bytes per element.
 
     Returns:
-        Number of elements, without those that are -0.0.
+        Number of zeros, not counting -0.0.
     """
     return tensor.numel() - int(torch.count_nonzero(_as_integers(tensor)))
 

@@ -40,7 +40,7 @@ class Checkpoint:
 
     @property
     def state_dict(self) -> Mapping[str, Any]:
-        """The whole ``state_dict``, with entries that are not tensors."""
+        """The whole ``state_dict``, including entries that are not tensors."""
         state: Mapping[str, Any] = self.content.get("state_dict", self.content)
         return state
 
@@ -70,13 +70,13 @@ class Checkpoint:
         for name, kept in self.masks.items():
             weight = self.weights.get(name)
             if weight is None:
-                wrong.append(f"{name}: has no weight")
+                wrong.append(f"{name}: no weight of this name")
             elif weight.shape != kept.shape:
                 shapes = f"{tuple(kept.shape)}, not {tuple(weight.shape)}"
-                wrong.append(f"{name}: has a mask of shape {shapes}")
+                wrong.append(f"{name}: mask has shape {shapes}")
             elif count := int((weight[~kept] != 0).sum()):
                 pruned = int((~kept).sum())
-                wrong.append(f"{name}: {count} of {pruned} pruned weights not zero")
+                wrong.append(f"{name}: {count} of {pruned} pruned weights are not zero")
         if wrong:
             listed = "; ".join(wrong[:_MAX_NAMES])
             if len(wrong) > _MAX_NAMES:
@@ -99,7 +99,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         Weights and masks, on the CPU.
 
     Raises:
-        ConfigurationError: if the file is something else, or holds other objects than
+        ConfigurationError: if the file is something else, or holds objects other than
             tensors and plain values.
     """
     path = Path(path)
@@ -112,12 +112,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise ConfigurationError(f"{path} is not a file.")
     try:
         with warnings.catch_warnings():
-            # A warning about pickles that are no checkpoints; the error below is clearer.
+            # torch warns about a pickle that is not a checkpoint; the error below is clearer.
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConfigurationError(_explain(path, error)) from error
-    # Arbitrary bytes can make the reader fail in any way.
+    # Arbitrary bytes can raise any exception in the reader.
     except Exception as error:
         raise ConfigurationError(
             f"{path} is not a checkpoint, or it is cut off ({first_line(error)})."
@@ -126,7 +126,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     state = content.get("state_dict", content)
     entries = state.items() if isinstance(state, dict) else ()
     weights = {name: value for name, value in entries if isinstance(value, Tensor)}
-    # Some modules save other things beside tensors; a bare state_dict has none.
+    # Modules may save objects other than tensors; a plain state_dict has only tensors.
     if not weights or (content is state and len(weights) < len(content)):
         raise ConfigurationError(
             f"{path} is not a checkpoint: it neither is nor contains a state_dict."
@@ -180,7 +180,7 @@ def _explain(path: Path, error: Exception) -> str:
         return f"{path} is not a checkpoint ({first_line(error)})."
     culprit = message.partition("GLOBAL ")[2].split()[0]
     return (
-        f"{path} holds an object of {culprit}. Only tensors and plain values are read, so "
+        f"{path} contains an object of {culprit}. Only tensors and plain values are read, so "
         "that no code in the file is run. Keep the object out of the checkpoint "
         "(self.save_hyperparameters(ignore=[…])). If you trust the file, load it, save its "
         "['state_dict'] with torch.save, and export that with --from_zeros."

@@ -65,7 +65,7 @@ def export_onnx(
     inputs = _as_tuple(example_inputs)
     expected = _evaluate(model, inputs)
     program = _trace(model, inputs, dynamic_batch)
-    size = sum(t.numel() * t.itemsize for t in model.state_dict().values())
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
     with write_atomically(Path(path)) as unfinished:
         _convert(program, unfinished, size > _MAX_PROTOBUF_BYTES)
         checker.check_model(str(unfinished))
@@ -137,8 +137,8 @@ def _trace(
         if len(sizes) != 1 or min(sizes) < 2:
             raise ConfigurationError(
                 f"dynamic_batch: the first dimensions of the example inputs are "
-                f"{sorted(sizes)}; use the same size of 2 or more for all of them, since 1 "
-                "is taken for a constant."
+                f"{sorted(sizes)}; use the same size of 2 or more for all of them, because "
+                "torch.export treats 1 as a constant."
             )
         batch = Dim("batch")
         shapes = tree_map(lambda v: {0: batch} if _has_batch(v) else None, inputs)
@@ -149,7 +149,7 @@ def _trace(
     except Exception as error:
         raise ConfigurationError(
             f"torch.export cannot trace {type(model).__name__} ({first_line(error)}). "
-            "Its forward may not branch on values of tensors; use torch.where or "
+            "Its forward must not branch on values of tensors; use torch.where or "
             "torch.cond, see https://pytorch.org/docs/stable/export.html."
         ) from error
 
@@ -157,7 +157,7 @@ def _trace(
 def _convert(program: ExportedProgram, path: Path, external: bool) -> None:
     try:
         with warnings.catch_warnings():
-            # torch.onnx and onnxscript use deprecated functions of torch and Python.
+            # torch.onnx and onnxscript call deprecated functions of torch and Python.
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
             torch.onnx.export(

@@ -1,4 +1,4 @@
-"""Convert 2:4 weights for sparse tensor cores, and measure the speed."""
+"""Convert 2:4 weights for sparse tensor cores, and measure the speedup."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ __all__ = [
     "to_semi_structured",
 ]
 
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.weights.layers import matches_pattern
 
 # Sparse tensor cores exist since the Ampere architecture.
 _CAPABILITY = (8, 0)
@@ -54,25 +54,21 @@ def find_semi_structured(
 
     Args:
         model: the network.
-        exclude: regular expressions, searched in the names of layers; matching layers
-            are ignored.
+        exclude: regular expressions, searched in the names of layers, or class paths;
+            matching layers are ignored.
 
     Returns:
         Layers by name.
 
     Raises:
-        ConfigurationError: if a weight is not 2:4, or if there is no Linear layer.
+        ConfigurationError: if a weight is not 2:4, if there is no Linear layer, or if a
+            pattern is not a regular expression.
     """
-    try:
-        patterns = [re.compile(pattern) for pattern in exclude]
-    except re.error as error:
-        raise ConfigurationError(
-            f"exclude={list(exclude)} is not a list of regular expressions: {error}."
-        ) from error
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(p.search(name) for p in patterns)
+        if isinstance(module, nn.Linear)
+        and not any(matches_pattern(pattern, [(name, module)]) for pattern in exclude)
     }
     if not layers:
         raise ConfigurationError(
@@ -92,8 +88,8 @@ def to_semi_structured(model: nn.Module, exclude: Sequence[str] = ()) -> list[st
 
     Args:
         model: network in float16 or bfloat16, on a GPU of compute capability 8.0 or later.
-        exclude: regular expressions, searched in the names of layers; matching layers
-            stay dense.
+        exclude: regular expressions, searched in the names of layers, or class paths;
+            matching layers stay dense.
 
     Returns:
         Names of the converted layers.
@@ -116,7 +112,7 @@ def to_semi_structured(model: nn.Module, exclude: Sequence[str] = ()) -> list[st
                 )
         except RuntimeError as error:
             raise ConfigurationError(
-                f"{name}: the kernels do not take a weight of shape "
+                f"{name}: the kernels do not support a weight of shape "
                 f"{tuple(layer.weight.shape)} ({error}); leave it dense with exclude."
             ) from error
         converted[id(layer.weight)] = nn.Parameter(sparse, requires_grad=False)
@@ -143,13 +139,11 @@ def compare_speed(
         ConfigurationError: without a GPU.
     """
     if not torch.cuda.is_available():
-        raise ConfigurationError(
-            "compare_speed measures on a GPU, and no GPU is available."
-        )
+        raise ConfigurationError("compare_speed needs a GPU, and no GPU is available.")
     for model in (dense, sparse):
         for _ in range(_WARMUP):
             _milliseconds(model, inputs)
-    # In turn, so that a change of the clock rate affects both.
+    # In turn, so that changes of the clock rate affect both.
     times = [
         (_milliseconds(dense, inputs), _milliseconds(sparse, inputs))
         for _ in range(calls)
@@ -172,18 +166,18 @@ def _milliseconds(model: Callable[..., Any], inputs: Sequence[Any]) -> float:
 def _check_pattern(name: str, weight: Tensor) -> None:
     if weight.shape[1] % 4:
         raise ConfigurationError(
-            f"{name} has {weight.shape[1]} inputs, which 4 does not divide; leave it dense "
-            "with exclude."
+            f"{name} has {weight.shape[1]} inputs, not a multiple of 4; leave it dense with "
+            "exclude."
         )
     groups = (weight != 0).view(weight.shape[0], -1, 4).sum(dim=2)
     wrong = (groups > 2).nonzero()
     if len(wrong):
         row, group = wrong[0].tolist()
         raise ConfigurationError(
-            f"{name} is not 2:4: row {row} has {int(groups[row, group])} weights that are "
-            f"not zero in columns {4 * group} to {4 * group + 3}, and {len(wrong)} of "
-            f"{groups.numel()} groups have more than 2. Prune it with "
-            'selection.pattern="2:4", or leave it dense with exclude.'
+            f"{name} is not 2:4: row {row} has {int(groups[row, group])} nonzero weights in "
+            f"columns {4 * group} to {4 * group + 3}, and {len(wrong)} of {groups.numel()} "
+            'groups have more than 2. Prune it with selection.pattern="2:4", or leave it '
+            "dense with exclude."
         )
 
 

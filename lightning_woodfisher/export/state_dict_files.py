@@ -1,17 +1,17 @@
 """Save a ``state_dict`` to a dense or sparse file, and load sparse files.
 
-A sparse file is a safetensors file that stores a bit for each weight and the weights that
-are not zero. Its metadata has three entries: ``woodfisher.format``, ``woodfisher.version``
-and ``woodfisher.layout``, a JSON object with
+A sparse file is a safetensors file that stores a bit for each weight and the nonzero
+weights. Its metadata has three entries: ``woodfisher.format``, ``woodfisher.version`` and
+``woodfisher.layout``, a JSON object with
 
 - ``order``: names of all tensors, in order;
-- ``sparse``: for each tensor that is stored sparse, its shape and the names under which
-  the file has its bits (uint8) and its values (see :mod:`.bitmask`);
-- ``views``: for each tensor in the memory of another one, its position in it (see
-  :mod:`.shared_memory`).
+- ``sparse``: for each tensor that is stored sparse, its shape and the names of its bits
+  (uint8) and its values in the file (see :mod:`.bitmask`);
+- ``views``: for each tensor that lies in the memory of another one, its position there
+  (see :mod:`.shared_memory`).
 
-All others are stored dense under their own names. A program that reads the file as plain
-safetensors gets bits and values.
+All other tensors are stored dense under their own names. A program that reads the file as
+plain safetensors sees bits and values.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ _DTYPES = frozenset(
         *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     }
 )
-# The key of the metadata in the header of safetensors.
+# Key of the metadata in the header of a safetensors file.
 _RESERVED = "__metadata__"
-# What a sparse tensor consists of, in the order of :func:`pack`.
+# The two parts of a sparse tensor, in the order of :func:`pack`.
 _PACKED = ("bits", "values")
 
 
@@ -87,17 +87,17 @@ def save_sparse(
 ) -> ExportSummary:
     """Save tensors to a safetensors file, those with many zeros as bits and values.
 
-    A tensor is stored sparse if that is smaller. Loading returns the same bits, also for
-    -0.0 and NaN. Tensors that share memory are written once and share it again when
-    loaded. The file appears under its name only when it is complete. A ConfigurationError
-    is raised for entries that are not tensors, are sharded or have another dtype, and for
-    metadata that is not text.
+    A tensor is stored sparse if that is smaller. Loading restores every bit, also of -0.0
+    and NaN. Tensors that share memory are written once and share it again when loaded. The
+    file appears under its name only when it is complete. A ConfigurationError is raised for
+    entries that are not tensors, are sharded or have another dtype, and for metadata that
+    is not text.
 
     Args:
         state_dict: tensors by name, on any device; integers, bool, float8 to float64, or
             complex64.
         path: path of the file; missing folders are created.
-        metadata: other texts for the header of the file, by name.
+        metadata: additional texts for the header of the file, by name.
 
     Returns:
         Summary of the file.
@@ -120,7 +120,7 @@ def save_sparse(
         if name in views:
             continue
         packed = count_packed_bytes(tensor)
-        if packed + _HEADER_BYTES < tensor.numel() * tensor.itemsize:
+        if packed + _HEADER_BYTES < tensor.nbytes:
             bits, values = (_find_free_name(f"{name}.{k}", state) for k in _PACKED)
             stored[bits], stored[values] = pack(tensor.cpu())
             shape = list(tensor.shape)
@@ -226,7 +226,7 @@ def _open_sparse(
         ) from error
     except ConfigurationError:
         raise
-    # From json, missing keys, unpack and make_view, and from torch for absurd shapes.
+    # From json, missing keys, unpack and make_view, and from torch for impossible shapes.
     except (
         *(ValueError, LookupError, TypeError, AttributeError),
         *(ArithmeticError, RuntimeError),
@@ -289,5 +289,5 @@ def _find_free_name(key: str, taken: Mapping[str, object]) -> str:
 def _own_memory(tensor: Tensor) -> Tensor:
     """Return a contiguous tensor on the CPU that shares no memory with another one."""
     tensor = tensor.cpu().contiguous()
-    size = tensor.numel() * tensor.itemsize
-    return tensor if tensor.untyped_storage().nbytes() == size else tensor.clone()
+    owns_all = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if owns_all else tensor.clone()

@@ -1,4 +1,4 @@
-"""Summarize what an export has written: bytes and zeros of each tensor."""
+"""Summarize an exported file: bytes and zeros of each tensor."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_woodfisher.base.byte_sizes import format_bytes
+from lightning_woodfisher.base.text_table import format_table
 from lightning_woodfisher.export.bitmask import count_zeros
 from lightning_woodfisher.export.shared_memory import find_views
-from lightning_woodfisher.pruning.report import format_table
 
 Storage = Literal["dense", "sparse", "shared"]
 _MAX_ROWS = 24
@@ -25,13 +25,14 @@ class TensorSummary:
     """One tensor of a file.
 
     Attributes:
-        name: its key in the ``state_dict``.
-        shape: its shape.
+        name: key in the ``state_dict``.
+        shape: shape of the tensor.
         elements: number of elements.
         zeros: elements whose bits are all zero.
         dense_bytes: bytes of the elements; 0 if another tensor shares its memory.
         written_bytes: bytes of the elements in the file.
-        storage: ``"sparse"``, ``"dense"``, or ``"shared"`` for memory of another tensor.
+        storage: ``"sparse"``, ``"dense"``, or ``"shared"`` if it lies in the memory of
+            another tensor.
     """
 
     name: str
@@ -49,7 +50,7 @@ class ExportSummary:
 
     Attributes:
         path: path of the file.
-        file_bytes: its size, with headers, graphs and side files.
+        file_bytes: size of the file, with headers, graphs and side files.
         tensors: the tensors, in the order of the ``state_dict``.
     """
 
@@ -76,21 +77,18 @@ class ExportSummary:
         """Format the tensors as a text table.
 
         Returns:
-            A line for each of the largest tensors with zeros, one for the others
-            together, and the totals of the file.
+            A line for each of the largest tensors with zeros, one line for all others,
+            and the totals of the file.
         """
         head = ("tensor", "shape", "zeros", "dense", "written", "stored")
         pruned = [t for t in self.tensors if t.zeros and t.storage != "shared"]
         pruned = sorted(pruned, key=lambda t: -t.elements)[:_MAX_ROWS]
-        rows: list[tuple[str, ...]] = []
-        others = []
-        for tensor in self.tensors:
-            if tensor in pruned:
-                shape = "×".join(map(str, tensor.shape)) or "–"
-                cells = _format_sizes([tensor])
-                rows.append((tensor.name, shape, *cells, tensor.storage))
-            else:
-                others.append(tensor)
+        rows: list[tuple[str, ...]] = [
+            (t.name, "×".join(map(str, t.shape)) or "–", *_format_sizes([t]), t.storage)
+            for t in self.tensors
+            if t in pruned
+        ]
+        others = [t for t in self.tensors if t not in pruned]
         if others:
             rows.append((f"{len(others)} others", "", *_format_sizes(others), ""))
         zeros, dense, _ = _format_sizes(self.tensors)
@@ -110,7 +108,7 @@ def summarize(
         state_dict: tensors that were written, by name.
         path: path of the file.
         sparse_bytes: bytes of the tensors that are stored sparse, by name.
-        side_files: paths of files that belong to it.
+        side_files: paths of additional files with weights.
 
     Returns:
         The summary.
@@ -118,7 +116,7 @@ def summarize(
     views, sparse = find_views(state_dict), sparse_bytes or {}
     tensors = []
     for name, tensor in state_dict.items():
-        size = 0 if name in views else tensor.numel() * tensor.itemsize
+        size = 0 if name in views else tensor.nbytes
         storage: Storage = "sparse" if name in sparse else "dense"
         tensors.append(
             TensorSummary(

@@ -8,12 +8,13 @@ __all__ = [
     "LocalModelPoint",
     "PruningReport",
     "format_steps",
-    "format_table",
 ]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from lightning_woodfisher.base.text_table import format_table
 
 # Quantiles of the saliencies in the report of a layer.
 SALIENCY_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -303,36 +304,6 @@ def format_steps(reports: Sequence[PruningReport]) -> str:
         for number, report in enumerate(reports, start=1)
     ]
     return format_table(head + rest, rows)
-
-
-def format_table(
-    head: tuple[str, ...],
-    rows: Sequence[tuple[str, ...]],
-    total: tuple[str, ...] | None = None,
-) -> str:
-    """Format a text table, first column left-aligned, the others right-aligned.
-
-    Args:
-        head: column titles.
-        rows: cells.
-        total: a last row below a rule.
-
-    Returns:
-        The lines of the table.
-    """
-    every = [head, *rows, *([total] if total else [])]
-    widths = [max(len(row[i]) for row in every) for i in range(len(head))]
-
-    def line(row: tuple[str, ...]) -> str:
-        first = row[0].ljust(widths[0])
-        rest = [
-            cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)
-        ]
-        return "  ".join([first, *rest])
-
-    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-    lines = [line(head), rule, *map(line, rows)]
-    return "\n".join([*lines, rule, line(total)] if total else lines)
 
 
 def _with_lists(value: Any) -> Any:

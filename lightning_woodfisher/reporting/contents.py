@@ -1,8 +1,8 @@
-"""Tables, figures and key numbers of pruning steps, shown by loggers and by the page."""
+"""Collect the tables, figures and key numbers that the loggers and the page show."""
 
 from __future__ import annotations
 
-__all__ = ["Contents", "Drawing", "Reports", "Rows", "Table", "collect_contents"]
+__all__ = ["Contents", "Reports", "Rows", "Table", "collect_contents"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,14 +66,14 @@ _QUANTILE_COLUMNS = [f"saliency_{share:.0%}" for share in SALIENCY_SHARES]
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """Rows for the loggers and the page.
 
     Attributes:
         name: key in loggers, below ``pruning/``.
-        rows: values by column name, at least one row; None where a value is not known.
+        rows: values by column name, at least one row; None for unknown values.
         text: the table as TensorBoard shows it.
-        bar_chart: chart in W&B: its key below ``pruning/``, the columns of labels and of
-            values, and its title.
+        bar_chart: chart in W&B: key below ``pruning/``, column of the labels, column of
+            the values, and title.
     """
 
     name: str
@@ -83,27 +83,13 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A figure that is drawn when it is needed.
-
-    Attributes:
-        name: key in loggers, below ``pruning/figures/``.
-        caption: text below it on the page.
-        draw: function that draws it with matplotlib.
-    """
-
-    name: str
-    caption: str
-    draw: Callable[[], Figure]
-
-
-@dataclass(frozen=True)
 class Contents:
-    """What there is to show about the steps of one callback.
+    """Everything to show about the steps of one callback.
 
     Attributes:
         key_numbers: formatted values by label.
-        figures: all figures that the reports have data for.
+        figures: functions that draw the figures for which the reports have data, by key
+            in loggers, below ``pruning/figures/``.
         steps: one row for each step.
         layers: one row for each layer, or group of channels, after the last step.
         layer_history: the rows of ``layers`` of every step, with epoch and step.
@@ -112,7 +98,7 @@ class Contents:
     """
 
     key_numbers: Mapping[str, str]
-    figures: Sequence[Drawing]
+    figures: Mapping[str, Callable[[], Figure]]
     steps: Table
     layers: Table
     layer_history: Rows
@@ -124,12 +110,12 @@ def collect_contents(reports: Reports, masks: Mapping[str, Tensor]) -> Contents:
     """Collect tables, figures and key numbers from the reports of one callback.
 
     Args:
-        reports: of all steps, in order; at least one.
-        masks: bool tensors by parameter name, True where kept. Those of small layers are
-            drawn.
+        reports: reports of all steps, in order; at least one.
+        masks: bool tensors by parameter name, True where kept; only those of small layers
+            are drawn.
 
     Returns:
-        The contents; figures are not drawn yet.
+        The contents, with figures that are not drawn yet.
     """
     channels = [report for report in reports if isinstance(report, StructureReport)]
     if channels:
@@ -201,20 +187,10 @@ def _collect_channels(reports: Sequence[StructureReport]) -> Contents:
         key_numbers["forward pass of one sample"] = times
     return Contents(
         key_numbers=key_numbers,
-        figures=[
-            Drawing(
-                "channels",
-                "Channels of each group of layers. The outline is the dense network. (+n) "
-                "means that n more layers lose the same channels.",
-                lambda: figures.draw_channels(last),
-            ),
-            Drawing(
-                "network_size",
-                "Size of the network after each step, and the mean loss just before and "
-                "after it.",
-                lambda: figures.draw_network_size(reports),
-            ),
-        ],
+        figures={
+            "channels": lambda: figures.draw_channels(last),
+            "network_size": lambda: figures.draw_network_size(reports),
+        },
         steps=Table(
             "channel_steps",
             _step_rows(reports, _CHANNEL_STEP_COLUMNS),
@@ -241,55 +217,22 @@ def _common_key_numbers(reports: Reports) -> dict[str, str]:
 
 def _weight_figures(
     reports: Sequence[PruningReport], masks: Mapping[str, Tensor]
-) -> list[Drawing]:
+) -> dict[str, Callable[[], Figure]]:
     last = reports[-1]
-    drawings = [
-        Drawing(
-            "progress",
-            "Zeros after each step, and the mean loss just before and after it.",
-            lambda: figures.draw_progress(reports),
-        ),
-        Drawing(
-            "loss_increase",
-            "Rise of the loss in each step, as the quadratic model predicts it and as "
-            "measured. Below zero the step has lowered the loss.",
-            lambda: figures.draw_loss_increase(reports),
-        ),
-        Drawing(
-            "layers",
-            "Layers that matter less to the loss get sparser than others.",
-            lambda: figures.draw_layers(last),
-        ),
-        Drawing(
-            "schedule",
-            "Zeros of each layer after each step, in percent.",
-            lambda: figures.draw_schedule(reports),
-        ),
-        Drawing(
-            "saliencies",
-            "Range of the saliencies in each layer, and the largest one removed.",
-            lambda: figures.draw_saliencies(last),
-        ),
-    ]
+    found: dict[str, Callable[[], Figure]] = {
+        "progress": lambda: figures.draw_progress(reports),
+        "loss_increase": lambda: figures.draw_loss_increase(reports),
+        "layers": lambda: figures.draw_layers(last),
+        "schedule": lambda: figures.draw_schedule(reports),
+        "saliencies": lambda: figures.draw_saliencies(last),
+    }
     if last.local_model:
-        drawings.append(
-            Drawing(
-                "local_model",
-                "Loss along the line from the weights before the step to those after it.",
-                lambda: figures.draw_local_model(last),
-            )
-        )
+        found["local_model"] = lambda: figures.draw_local_model(last)
     names = figures.small_layers({name: mask.shape for name, mask in masks.items()})
     if names:
-        drawings.append(
-            Drawing(
-                "masks",
-                "Kept weights are black. A white row is an output without any weight, a "
-                "white column an unused input.",
-                lambda: figures.draw_masks({name: masks[name] for name in names}),
-            )
-        )
-    return drawings
+        small = {name: masks[name] for name in names}
+        found["masks"] = lambda: figures.draw_masks(small)
+    return found
 
 
 def _layer_rows(report: PruningReport) -> list[dict[str, Any]]:
@@ -303,7 +246,7 @@ def _layer_rows(report: PruningReport) -> list[dict[str, Any]]:
             "threshold": layer.threshold,
             "damping": report.damping_of(layer),
             "predicted_increase": layer.predicted_increase,
-            # No quantiles if the layer had nothing to compare.
+            # There are no quantiles if no weight of the layer could be removed.
             **dict.fromkeys(_QUANTILE_COLUMNS),
             **dict(zip(_QUANTILE_COLUMNS, layer.saliency_quantiles, strict=False)),
         }

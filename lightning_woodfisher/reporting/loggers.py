@@ -42,8 +42,8 @@ def log_settings(
         trainer: Trainer with the loggers.
         settings: settings of the callback.
         schedule: schedule of the steps; its class and attributes are added.
-        prefix: prefix of the section ``pruning`` in W&B's config and of the text
-            ``pruning/settings``.
+        prefix: prefix of the section name ``pruning`` in W&B's config and of the name
+            ``settings`` in TensorBoard.
     """
     if not trainer.is_global_zero:
         return
@@ -52,7 +52,7 @@ def log_settings(
     content = _to_plain({**settings, "schedule": described})
     for logger in trainer.loggers:
         if isinstance(logger, either_name(WandbLogger)):
-            # A resumed run may have other settings than it began with.
+            # A resumed run may change its settings.
             config = {f"{prefix}pruning": content}
             logger.experiment.config.update(config, allow_val_change=True)
         elif isinstance(logger, either_name(TensorBoardLogger)):
@@ -70,26 +70,26 @@ def log_step(trainer: pl.Trainer, reports: Reports, masks: Masks | None = None) 
     """
     small: dict[str, Tensor] = {}
     if masks is not None:
-        # A collective: each rank may hold a part of a mask.
         shapes = {name: tuple(p.shape) for name, p in masks.parameters.items()}
+        # Collective, because each rank may hold only a part of a mask.
         small = {name: masks.whole(name) for name in figures.small_layers(shapes)}
     if not trainer.is_global_zero:
         return
     contents = collect_contents(reports, small)
-    pictures: dict[str, Any] = {}
+    images: dict[str, Any] = {}
     visual = either_name(WandbLogger, TensorBoardLogger)
     if figures.has_matplotlib() and any(isinstance(x, visual) for x in trainer.loggers):
-        pictures = {
-            f"pruning/figures/{drawing.name}": figures.to_pixels(drawing.draw())
-            for drawing in contents.figures
+        images = {
+            f"pruning/figures/{name}": figures.to_pixels(draw())
+            for name, draw in contents.figures.items()
         }
     points = contents.local_model_points
     for logger in trainer.loggers:
         if isinstance(logger, either_name(WandbLogger)):
             tables = [contents.layers, *([points] if points else [])]
-            _log_to_wandb(logger, tables, pictures, trainer.global_step)
+            _log_to_wandb(logger, tables, images, trainer.global_step)
         elif isinstance(logger, either_name(TensorBoardLogger)):
-            for name, pixels in pictures.items():
+            for name, pixels in images.items():
                 logger.experiment.add_image(
                     name, pixels, trainer.global_step, dataformats="HWC"
                 )
@@ -107,9 +107,9 @@ def log_end(trainer: pl.Trainer, reports: Reports, masks: Masks | None = None) -
     Args:
         trainer: Trainer with the loggers.
         reports: reports of all steps.
-        masks: masks at the end of training, which W&B gets as an artifact.
+        masks: masks at the end of training, uploaded to W&B as an artifact.
     """
-    # A collective: each rank may hold a part of a mask.
+    # Collective, because each rank may hold only a part of a mask.
     kept = masks.state_dict() if masks is not None else None
     if not trainer.is_global_zero or not reports:
         return
@@ -126,7 +126,7 @@ def log_end(trainer: pl.Trainer, reports: Reports, masks: Masks | None = None) -
 def _log_to_wandb(
     logger: WandbLogger,
     tables: Sequence[Table],
-    pictures: Mapping[str, Any],
+    images: Mapping[str, Any],
     step: int,
 ) -> None:
     import wandb
@@ -139,8 +139,8 @@ def _log_to_wandb(
         if table.bar_chart is not None:
             name, label, value, title = table.bar_chart
             entry[f"pruning/{name}"] = wandb.plot.bar(shown, label, value, title=title)
-    entry |= {name: wandb.Image(pixels) for name, pixels in pictures.items()}
-    # With step= W&B would drop later entries for an earlier step.
+    entry |= {name: wandb.Image(pixels) for name, pixels in images.items()}
+    # With step=, W&B would drop entries for steps before the latest one.
     logger.experiment.log(entry)
 
 
@@ -156,7 +156,7 @@ def _log_mask_artifact(logger: WandbLogger, kept: Mapping[str, Tensor]) -> None:
 
 def _write_csv(logger: CSVLogger, name: str, rows: Rows) -> None:
     """Write rows to a file beside metrics.csv, replacing an older one."""
-    # fsspec, as the logger itself uses it: the folder may be remote.
+    # fsspec, as in the logger itself, because the folder may be remote.
     path = f"{logger.log_dir}/pruning_{name}.csv"
     with fsspec.open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -171,7 +171,7 @@ def _add_text(logger: TensorBoardLogger, name: str, text: str, step: int) -> Non
 
 
 def _to_plain(value: Any) -> Any:
-    """Convert nested settings to types that JSON knows, other objects to their repr."""
+    """Convert nested settings to types of JSON, and other objects to their repr."""
     if isinstance(value, Mapping):
         return {str(key): _to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):

@@ -1,4 +1,4 @@
-"""Write one HTML page about a pruned run that loads nothing from elsewhere."""
+"""Write one self-contained HTML page about a pruned run."""
 
 from __future__ import annotations
 
@@ -43,6 +43,21 @@ th { background: var(--card); white-space: normal; vertical-align: bottom; }
 tr + tr td { border-top: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
 """
+_CAPTIONS = {
+    "progress": "Zeros after each step, and the mean loss just before and after it.",
+    "loss_increase": "Rise of the loss in each step, as predicted by the quadratic model "
+    "and as measured. A value below zero means that the step lowered the loss.",
+    "layers": "Layers that matter less to the loss become sparser than others.",
+    "schedule": "Zeros of each layer after each step, in percent.",
+    "saliencies": "Range of the saliencies in each layer, and the largest one removed.",
+    "local_model": "Loss along the line from the weights before the step to those after it.",
+    "masks": "Kept weights are black. A white row is an output without any weight, a white "
+    "column an unused input.",
+    "channels": "Channels of each group of layers. The outline is the dense network. (+n) "
+    "means that n more layers lose the same channels.",
+    "network_size": "Size of the network after each step, and the mean loss just before "
+    "and after it.",
+}
 # Formats of columns; by default integers have commas and floats three digits.
 _FORMATS = {
     "sparsity": ".2%",
@@ -76,12 +91,12 @@ def build_page(
     """Write the page.
 
     Args:
-        source: where the reports come from, shown below the title.
+        source: file or run of the reports, shown below the title.
         runs: reports of the steps of each pruning callback, by a title for the callback.
         masks: bool tensors by parameter name, True where kept, by the same titles.
 
     Returns:
-        HTML without scripts, links to files or requests to a host.
+        HTML without scripts, external files or network requests.
     """
     sections = []
     for number, (title, reports) in enumerate(runs.items()):
@@ -107,10 +122,11 @@ def _write_section(name: str, contents: Contents) -> str:
         for label, value in contents.key_numbers.items()
     )
     drawn = ""
-    for drawing in contents.figures:
-        svg = figures.to_svg(drawing.draw, f"{name}-{drawing.name}", drawing.caption)
-        caption = f"<figcaption>{html.escape(drawing.caption)}</figcaption>"
-        drawn += f"<figure>{svg}{caption}</figure>\n"
+    for figure, draw in contents.figures.items():
+        caption = _CAPTIONS[figure]
+        svg = figures.to_svg(draw, f"{name}-{figure}", caption)
+        shown = f"<figcaption>{html.escape(caption)}</figcaption>"
+        drawn += f"<figure>{svg}{shown}</figure>\n"
     raised = "".join(f"<li>{html.escape(x)}</li>" for x in contents.raised_damping)
     if raised:
         raised = f"<h2>Blocks with raised damping</h2>\n<ul>{raised}</ul>\n"

@@ -20,13 +20,13 @@ from torch import nn
 
 from lightning_woodfisher.base.byte_sizes import format_bytes, format_count, parse_bytes
 from lightning_woodfisher.base.errors import require_integer, require_number
+from lightning_woodfisher.base.text_table import format_table
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.pruning.config import (
     PruningConfig,
     SelectionConfig,
     StepConfig,
 )
-from lightning_woodfisher.pruning.report import format_table
 from lightning_woodfisher.resources.costs import (
     Memory,
     count_flops,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_woodfisher.pruning.report import format_table
+from lightning_woodfisher.base.text_table import format_table
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
-from lightning_woodfisher.pruning.report import format_table
+from lightning_woodfisher.base.text_table import format_table
 
 #: Name of the target sparsity in a setting.
 TARGET = "target_sparsity"

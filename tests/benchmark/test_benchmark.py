@@ -286,16 +286,16 @@ class TestTiming:
 
 
 class TestTraining:
-    def test_collection_measures_every_way(self) -> None:
+    def test_collection_measures_every_method(self) -> None:
         rows = collection.measure_collection(
             make_resnet20(CPU, 2), random_images(3, 8), repeats=1
         )
-        ways = ["batched", "loop", "vmap", "collect_gradients"]
-        assert [row.way for row in rows] == ways
+        methods = ["batched", "loop", "vmap", "collect_gradients"]
+        assert [row.method for row in rows] == methods
         assert rows[0].ratio == 1.0
         assert {row.samples for row in rows} == {3}
 
-    def test_the_ways_give_the_same_gradients(
+    def test_the_methods_give_the_same_gradients(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The unit's gradient is the mean of the rows of the loop, and of vmap's."""
@@ -336,7 +336,7 @@ class TestTraining:
 
     def test_the_published_step_gives_the_same_mask_and_weights(self) -> None:
         rows = measure_step(make_resnet20(CPU, 2), random_images(24, 8), 12, repeats=1)
-        assert [row.way for row in rows] == [
+        assert [row.method for row in rows] == [
             "loop + recursion",
             "ours, independent",
             "ours, joint",
@@ -344,7 +344,7 @@ class TestTraining:
         assert rows[0].ratio == rows[0].equal_mask == 1.0
         assert all(row.equal_mask > 0.99 for row in rows)
 
-    def test_masks_are_applied_in_half_of_the_steps(
+    def test_masks_are_applied_in_half_of_the_steps_and_alone(
         self, monkeypatch: pytest.MonkeyPatch, progress: list[str]
     ) -> None:
         passes: list[str] = []
@@ -362,8 +362,9 @@ class TestTraining:
         (row,) = masks.measure_masks(networks, 2)
         assert (row.network, row.masked, row.steps) == ("tiny", 1, 2)
         steps = 2 + masks._WARM_UP_STEPS
-        assert progress == ["plain", "masked"] * steps
-        assert passes == ["apply_to_gradients", "apply"] * steps
+        assert progress == ["plain", "masked", "masks"] * steps
+        # Both passes in each step with masks, and once more alone.
+        assert passes == ["apply_to_gradients", "apply"] * 2 * steps
         assert row.ratio == pytest.approx(row.masked_seconds / row.plain_seconds)
         assert 0 < row.mask_seconds < row.masked_seconds
         assert not torch.equal(model.weight, before)
@@ -524,7 +525,7 @@ def _machine() -> output.Machine:
 
 
 class TestStructures:
-    def test_every_way_is_measured_against_the_gradient_pass(
+    def test_every_method_is_measured_against_the_gradient_pass(
         self, progress: list[str]
     ) -> None:
         pytest.importorskip("torch_pruning")

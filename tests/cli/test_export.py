@@ -288,7 +288,7 @@ def test_no_code_of_a_checkpoint_is_run(capsys: pytest.CaptureFixture[str]) -> N
     path = change(lambda content: content.update(hyper_parameters={"x": Foreign()}))
     assert export("sparse", "a.safetensors", checkpoint=path) == 2
     message = short_message(capsys)
-    assert "holds an object of posix.mkdir" in message
+    assert "contains an object of posix.mkdir" in message
     assert "save_hyperparameters(ignore=" in message
     assert not Path("code_was_run").exists()
 
@@ -350,9 +350,9 @@ def test_weights_and_masks_that_disagree(capsys: pytest.CaptureFixture[str]) -> 
     assert export("dense", "a.pt", checkpoint=path) == 2
     message = short_message(capsys)
     assert "disagree in 4 of 5 layers" in message
-    assert f"net.0.weight: 2 of {pruned} pruned weights not zero" in message
-    assert "net.1.weight: has a mask of shape (3,), not (32,)" in message
-    assert "gone.weight: has no weight; and 1 more" in message
+    assert f"net.0.weight: 2 of {pruned} pruned weights are not zero" in message
+    assert "net.1.weight: mask has shape (3,), not (32,)" in message
+    assert "gone.weight: no weight of this name; and 1 more" in message
     assert export("dense", "a.pt", "--from_zeros", checkpoint=path) == 0
 
 

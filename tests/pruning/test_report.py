@@ -12,7 +12,6 @@ from lightning_woodfisher.pruning.report import (
     LayerReport,
     PruningReport,
     format_steps,
-    format_table,
 )
 
 PLAIN_TYPES = (str, int, float, bool, type(None))
@@ -161,18 +160,6 @@ def test_table_without_a_model_of_the_loss() -> None:
         "2",
         "50.00%",
         "–",
-    ]
-
-
-def test_format_table() -> None:
-    assert format_table(("name", "n"), [("a", "1,000"), ("long name", "2")]) == (
-        "name           n\n────────────────\na          1,000\nlong name      2"
-    )
-    assert format_table(("a",), [], ("sum",)).splitlines() == [
-        "a  ",
-        "───",
-        "───",
-        "sum",
     ]
 
 

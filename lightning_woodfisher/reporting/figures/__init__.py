@@ -1,8 +1,8 @@
 """Draw figures of reports.
 
-In go reports, or masks in the shapes of their parameters; out come matplotlib figures.
-matplotlib is imported only when a figure is drawn, and pyplot never. Figures know no
-logger and no page.
+Inputs are reports, or masks in the shapes of their parameters; outputs are matplotlib
+figures. matplotlib is imported only when a figure is drawn, and pyplot is never imported.
+This folder imports neither the loggers nor the page.
 """
 
 from __future__ import annotations

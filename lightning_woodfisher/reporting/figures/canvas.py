@@ -1,15 +1,13 @@
-"""Axes, labels and legends that several figures use, and export to pixels and SVG."""
+"""Make axes, labels and legends for several figures, and render figures."""
 
 from __future__ import annotations
 
 __all__ = [
     "BLUE",
-    "DARK_BLUE",
-    "MAX_CELLS",
     "MAX_LAYERS",
     "MAX_LEGEND_ENTRIES",
+    "MAX_STEPS",
     "ORANGE",
-    "Report",
     "add_grid",
     "add_legend_below",
     "annotate_rows",
@@ -45,15 +43,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-Report: TypeAlias = PruningReport | StructureReport
+_Report: TypeAlias = PruningReport | StructureReport
 
 MAX_LEGEND_ENTRIES = 24
-# Only every nth layer is labeled beyond this number.
+# With more layers than this only every nth one is labeled.
 MAX_LAYERS = 40
-# Ticks of steps, and columns of a heatmap that has numbers in its cells.
-MAX_CELLS = 12
-# Colors that color-blind readers can tell apart, on white and on black.
-BLUE, ORANGE, DARK_BLUE = "#3a86c8", "#e08214", "#27608f"
+# Most ticks of steps, and most columns of a heatmap with numbers in its cells.
+MAX_STEPS = 12
+# Colors that color-blind readers can tell apart on a light or dark background.
+BLUE, ORANGE = "#3a86c8", "#e08214"
 _LONGEST_NAME = 34
 # Placeholders in an SVG for colors that the page sets.
 _TEXT, _BACKGROUND = "#1f2329", "#fdfdfb"
@@ -112,8 +110,7 @@ def to_svg(draw: Callable[[], Figure], name: str, title: str) -> str:
     }
     file = io.StringIO()
     with mpl.rc_context(settings):
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        draw().savefig(file, format="svg", metadata=metadata)
+        draw().savefig(file, format="svg")
     svg = file.getvalue()
     # The XML header and the metadata only make sense in a separate file.
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
@@ -132,8 +129,8 @@ def shorten_name(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def locate_steps(reports: Sequence[Report]) -> tuple[list[int], str]:
-    """Return the x positions of steps and their unit, the coarsest that separates them."""
+def locate_steps(reports: Sequence[_Report]) -> tuple[list[int], str]:
+    """Return the x positions of steps and their unit, the coarsest in which they differ."""
     for attribute, unit in (("epoch", "epoch"), ("step", "optimizer step")):
         positions = [getattr(report, attribute) for report in reports]
         if None not in positions and len(set(positions)) == len(positions):
@@ -145,7 +142,7 @@ def label_steps(axes: Any, unit: str) -> None:
     """Label the x axis with whole numbers and the unit of the steps."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(MAX_CELLS, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(MAX_STEPS, integer=True))
     axes.set_xlabel(f"{unit} of the pruning step")
 
 
@@ -157,14 +154,14 @@ def label_layers(axes: Any, names: Sequence[str], most: int = MAX_LAYERS) -> Non
 
 
 def annotate_rows(axes: Any, texts: Sequence[str]) -> None:
-    """Write a text to the right of each row, whose x axis ends at 100."""
+    """Write a text to the right of each row; the x axis must end at 100."""
     style = {"textcoords": "offset points", "fontsize": "small", "va": "center"}
     for row, text in enumerate(texts):
         axes.annotate(text, (100, row), (4, 0), annotation_clip=False, **style)
 
 
 def scale_y(axes: Any, values: Sequence[float]) -> None:
-    """Make the y axis logarithmic if small numbers would vanish on a linear one."""
+    """Make the y axis logarithmic if a linear one would hide small numbers."""
     sizes = [abs(value) for value in values if value]
     if sizes and max(sizes) > _LOG_RATIO * min(sizes):
         if min(values) > 0:
@@ -176,7 +173,7 @@ def scale_y(axes: Any, values: Sequence[float]) -> None:
         axes.axhline(0, color="grey", linewidth=1)
 
 
-def draw_losses(axes: Any, at: Sequence[float], reports: Sequence[Report]) -> None:
+def draw_losses(axes: Any, at: Sequence[float], reports: Sequence[_Report]) -> None:
     """Draw the loss just before and after each step at the x positions ``at``."""
     measured = [
         (x, report.loss_before, report.loss_after)
@@ -197,14 +194,14 @@ def draw_losses(axes: Any, at: Sequence[float], reports: Sequence[Report]) -> No
 
 
 def text_color() -> str:
-    """Return the color of texts, which :func:`to_svg` sets."""
+    """Return the color of texts; :func:`to_svg` changes it."""
     import matplotlib as mpl
 
     return str(mpl.rcParams["text.color"])
 
 
 def write_note(axes: Any, text: str) -> None:
-    """Write a note into the middle of empty axes."""
+    """Write a note in the middle of empty axes."""
     where = {"ha": "center", "va": "center", "transform": axes.transAxes}
     axes.text(0.5, 0.5, text, color="grey", **where)
 
@@ -217,12 +214,12 @@ def add_grid(axes: Any) -> None:
 
 
 def add_legend_below(figure: Figure) -> None:
-    """Add one legend for all axes below them."""
+    """Add one legend for all axes below the axes."""
     figure.legend(loc="outside lower right", ncols=4, fontsize="small", frameon=False)
 
 
 def new_axes(height: float = 4.5) -> tuple[Figure, Any]:
-    """Make a figure with a single pair of axes; ``height`` is in inches."""
+    """Make a figure with one plot; ``height`` is in inches."""
     figure = new_figure((7.0, height))
     axes = figure.add_subplot()
     add_grid(axes)

@@ -1,4 +1,4 @@
-"""Draw figures of steps that remove whole channels."""
+"""Draw figures of steps that remove channels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_woodfisher.reporting.figures.canvas import (
     BLUE,
-    MAX_CELLS,
+    MAX_STEPS,
     ORANGE,
     add_grid,
     add_legend_below,
@@ -28,7 +28,7 @@ from lightning_woodfisher.structured.report import GroupReport, StructureReport
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Only every nth group is labeled beyond this number; networks have fewer groups than layers.
+# With more groups than this only every nth one is labeled.
 _MAX_GROUPS = 80
 _INCHES_PER_GROUP = 0.2
 
@@ -41,8 +41,8 @@ def draw_channels(report: StructureReport) -> Figure:
 
     Returns:
         A bar for each group, in the order of the network: channels on the left, with the
-        dense network as an outline, and percent on the right, with a line for all groups
-        together. Channels with 1×1 filters have another color.
+        dense network as an outline; percent on the right, with a line for all groups
+        together. Channels with 1×1 filters have a color of their own.
     """
     groups = report.groups
     rows = range(len(groups))
@@ -77,7 +77,7 @@ def draw_channels(report: StructureReport) -> Figure:
         left.tick_params(axis="y", labelsize="small")
         annotate_rows(right, [f"{group.kept:,} of {group.size:,}" for group in groups])
     when = "" if report.epoch is None else f", epoch {report.epoch}"
-    title = f"Channels kept, {report.macs_left:.1%} of the MACs left{when}"
+    title = f"Channels kept, {report.macs_left:.1%} of the MACs remaining{when}"
     figure.suptitle(title, fontsize="large")
     add_legend_below(figure)
     return figure
@@ -90,9 +90,9 @@ def draw_network_size(reports: Sequence[StructureReport]) -> Figure:
         reports: reports of the steps, in order.
 
     Returns:
-        Above, the share of the multiply-accumulates, the parameters, the channels and,
-        where measured, the time of a forward pass that is left, beginning with the dense
-        network. Below, the loss before and after each step.
+        Above, the remaining shares of multiply-accumulates, parameters, channels and, if
+        measured, time of a forward pass, starting with the dense network. Below, the loss
+        before and after each step.
     """
     figure = new_figure((8.6, 5.4))
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -105,7 +105,7 @@ def draw_network_size(reports: Sequence[StructureReport]) -> Figure:
         ("channels", "^", "#5f9e4c", [r.kept / r.structures for r in reports]),
         ("time", "D", "#9467bd", [r.latency_left for r in reports]),
     ]
-    # Small layers in pieces, as implants are, can take longer than the dense ones.
+    # A layer that is split for implants can be slower than the dense one.
     highest = 100.0
     for name, marker, color, shares in lines:
         known = [
@@ -125,11 +125,11 @@ def draw_network_size(reports: Sequence[StructureReport]) -> Figure:
     label = f"target ({reports[-1].measure})"
     upper.plot(at, goals, "x", color=text_color(), markersize=7, label=label)
     upper.set_ylim(0, 1.04 * highest)
-    upper.set_ylabel("left of the\ndense network (%)")
+    upper.set_ylabel("share of the\ndense network (%)")
     upper.set_title("Size of the network")
     draw_losses(lower, at, reports)
     lower.set_xlabel(f"{unit} of the pruning step")
-    each = -(-len(at) // MAX_CELLS)
+    each = -(-len(at) // MAX_STEPS)
     lower.set_xticks(at[::each], [f"{position:,}" for position in at[::each]])
     lower.set_xlim(*ends)
     for axes in (upper, lower):

@@ -24,10 +24,9 @@ from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.reporting.figures.canvas import (
     BLUE,
-    DARK_BLUE,
-    MAX_CELLS,
     MAX_LAYERS,
     MAX_LEGEND_ENTRIES,
+    MAX_STEPS,
     ORANGE,
     add_grid,
     add_legend_below,
@@ -47,7 +46,8 @@ from lightning_woodfisher.reporting.figures.canvas import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Rows and columns of the largest mask that is drawn, and the number of masks.
+_DARK_BLUE = "#27608f"
+# Most rows or columns of a mask that is drawn, and most masks in a figure.
 _LARGEST_MASK = 256
 _MAX_MASKS = 12
 
@@ -59,7 +59,7 @@ def draw_local_model(report: PruningReport) -> Figure:
         report: report of a step with ``local_model_points``.
 
     Returns:
-        A curve of the prediction and measured points, in one color for each stage.
+        The predicted curve and the measured points, in one color for each stage.
 
     Raises:
         ConfigurationError: if the report has no points, or without matplotlib.
@@ -100,9 +100,9 @@ def draw_layers(report: PruningReport) -> Figure:
     figure, axes = new_layer_axes([layer.name for layer in layers])
     rows = range(len(layers))
     after = [100 * layer.sparsity for layer in layers]
-    axes.barh(rows, after, color=BLUE, label="in the step")
+    axes.barh(rows, after, color=BLUE, label="pruned in this step")
     before = [100 * layer.zeros_before / layer.weights for layer in layers]
-    axes.barh(rows, before, color=DARK_BLUE, label="before the step")
+    axes.barh(rows, before, color=_DARK_BLUE, label="pruned before")
     label = f"all layers: {report.sparsity:.1%}"
     axes.axvline(100 * report.sparsity, color=ORANGE, label=label)
     if len(layers) <= MAX_LAYERS:
@@ -134,14 +134,14 @@ def draw_schedule(reports: Sequence[PruningReport]) -> Figure:
     limits = axes.get_ylim()
     image = axes.imshow(shares, aspect="auto", **scale)
     axes.set_ylim(limits)
-    if len(reports) <= MAX_CELLS and len(layers) <= MAX_LAYERS:
+    if len(reports) <= MAX_STEPS and len(layers) <= MAX_LAYERS:
         style = {"ha": "center", "va": "center", "fontsize": "small"}
         for row, cells in enumerate(shares):
             for column, share in enumerate(cells):
                 color = "black" if share > 60 else "white"
                 axes.text(column, row, f"{share:.0f}", color=color, **style)
     at, unit = locate_steps(reports)
-    each = -(-len(reports) // MAX_CELLS)
+    each = -(-len(reports) // MAX_STEPS)
     axes.set_xticks(range(0, len(reports), each), [f"{x:,}" for x in at[::each]])
     axes.set_xlabel(f"{unit} of the pruning step")
     axes.set_title("Sparsity per layer over the schedule")
@@ -157,7 +157,7 @@ def draw_loss_increase(reports: Sequence[PruningReport]) -> Figure:
 
     Returns:
         Two points for each step. The y axis is logarithmic if the numbers differ much; a
-        rise below zero means that the step has lowered the loss.
+        rise below zero means that the step lowered the loss.
     """
     figure, axes = new_axes()
     at, unit = locate_steps(reports)
@@ -196,7 +196,7 @@ def draw_progress(reports: Sequence[PruningReport]) -> Figure:
     upper, lower = figure.subplots(2, 1, sharex=True)
     at, unit = locate_steps(reports)
     targets = [100 * report.target_sparsity for report in reports]
-    # The two are mostly equal: dashes above the line show both.
+    # The two curves usually coincide; dashes on top of a line show both.
     upper.plot(at, targets, "--", color=ORANGE, label="target", zorder=3)
     reached = [100 * report.sparsity for report in reports]
     upper.plot(at, reached, "o-", color=BLUE, label="reached")
@@ -218,8 +218,8 @@ def draw_saliencies(report: PruningReport) -> Figure:
         report: report of a step.
 
     Returns:
-        For each layer the ranges that hold half and nine tenths of its saliencies, their
-        median, and the largest saliency removed.
+        For each layer, the central 50 % and 90 % of its saliencies, their median, and the
+        largest saliency removed.
     """
     layers = report.layers
     figure, axes = new_layer_axes([layer.name for layer in layers])
@@ -258,7 +258,7 @@ def small_layers(shapes: Mapping[str, Sequence[int]]) -> list[str]:
         shapes: shapes of the parameters by name.
 
     Returns:
-        Names of the first few layers that have, as a matrix of outputs by inputs, at most
+        Names of the first few layers that, as a matrix of outputs by inputs, have at most
         256 rows and columns.
     """
     small = [
@@ -270,22 +270,23 @@ def small_layers(shapes: Mapping[str, Sequence[int]]) -> list[str]:
 
 
 def draw_masks(masks: Mapping[str, Tensor]) -> Figure:
-    """Draw the masks of small layers, a point for each weight.
+    """Draw the masks of small layers, one pixel for each weight.
 
     Args:
-        masks: bool tensors by name, True where kept; see :func:`small_layers`.
+        masks: bool tensors by name, True where kept, at least one; see
+            :func:`small_layers`.
 
     Returns:
-        A panel for each mask: outputs from top to bottom, inputs (of a convolution with
-        the positions in its kernel) from left to right. Kept weights are black.
+        A panel for each mask: outputs from top to bottom, inputs from left to right (for
+        a convolution, inputs times kernel positions). Kept weights are black.
     """
-    across = min(3, max(1, len(masks)))
-    down = max(1, -(-len(masks) // across))
-    figure = new_figure((2.3 * across + 0.3, 2.3 * down + 0.4))
-    panels = figure.subplots(down, across, squeeze=False).flatten()
+    columns = min(3, len(masks))
+    rows = -(-len(masks) // columns)
+    figure = new_figure((2.3 * columns + 0.3, 2.3 * rows + 0.4))
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (name, mask) in zip(panels, masks.items(), strict=False):
         matrix = mask.reshape(_matrix_shape(mask.shape)).cpu().numpy()
-        # Weights are squares unless the layer is a narrow strip.
+        # Pixels are square unless the matrix is very narrow.
         ratio = max(matrix.shape) / min(matrix.shape)
         aspect = "equal" if ratio < 4 else "auto"
         scale = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
