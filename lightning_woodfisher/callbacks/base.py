@@ -129,6 +129,10 @@ class PruningCallback(MaskGuard, ABC):
         """Send the metrics of a step to the loggers."""
 
     @abstractmethod
+    def _log_end(self, trainer: pl.Trainer) -> None:
+        """Send what is known at the end of training to the loggers."""
+
+    @abstractmethod
     def _reads_on(self) -> bool:
         """Return whether a remaining step reads any sample."""
 
@@ -252,6 +256,29 @@ class PruningCallback(MaskGuard, ABC):
                 self._untried = False
                 if not isinstance(self.dataloader, Iterator):
                     self._rehearse(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that pruned weights are zero, while they are on their device.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+        """
+        super().on_train_end(trainer, pl_module)
+        self._get_masks().verify()
+        self._log_end(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check again, because callbacks that come later may have changed weights.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module, which Lightning has moved to the CPU.
+        """
+        # NCCL could not add the counts of sharded weights on the CPU. There are no masks
+        # if nothing was left to train.
+        if self.masks is not None and not self.masks.sharded:
+            self.masks.verify()
 
     # ------------------------------------------------------------------ checkpoint
 

@@ -36,6 +36,7 @@ from lightning_woodfisher.pruning.schedule import (
     PruningSchedule,
 )
 from lightning_woodfisher.reporting.loggers import log_end, log_settings, log_step
+from lightning_woodfisher.resources.budget import require_supported_device
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import (
     Group,
@@ -204,12 +205,9 @@ class StructuredPruningCallback(PruningCallback):
 
         Args:
             trainer: the Trainer.
-            pl_module: its module.
+            pl_module: its module, which Lightning has moved to the CPU.
         """
-        if self.masks is None:
-            return  # Nothing was left to train.
-        self.masks.verify()
-        log_end(trainer, self.reports)
+        super().on_fit_end(trainer, pl_module)
         if self.export_path and self.reports and trainer.is_global_zero:
             smaller = self.shrunk_model(pl_module)
             save_shrunk(self.export_path, smaller, self.removal_plan(pl_module))
@@ -228,6 +226,7 @@ class StructuredPruningCallback(PruningCallback):
                 "channels cannot be removed from parameters that are sharded over the "
                 "ranks; use a single device or 'ddp'."
             )
+        require_supported_device(module, dict(network.named_parameters()))
         self._groups = trace_groups(
             network,
             self._inputs,
@@ -303,6 +302,9 @@ class StructuredPruningCallback(PruningCallback):
             for logger in trainer.loggers:
                 logger.log_metrics(report.metrics(), step=trainer.global_step)
         log_step(trainer, self.reports)
+
+    def _log_end(self, trainer: pl.Trainer) -> None:
+        log_end(trainer, self.reports)
 
     def _publish(self, trainer: pl.Trainer, report: StructureReport) -> None:
         if self.latency_runs:

@@ -58,7 +58,10 @@ from lightning_woodfisher.reporting.loggers import (
     log_settings,
     log_step,
 )
-from lightning_woodfisher.resources.budget import fit_into_memory, require_one_device
+from lightning_woodfisher.resources.budget import (
+    fit_into_memory,
+    require_supported_device,
+)
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.patterns import require_pattern_fits
 
@@ -175,7 +178,7 @@ class WoodFisherPruningCallback(PruningCallback):
             selection.exclude,
             frozen=releases_weights(trainer),
         )
-        require_one_device(parameters)
+        require_supported_device(module, parameters)
         require_pattern_fits(module, parameters, selection.pattern)
         return parameters
 
@@ -285,19 +288,21 @@ class WoodFisherPruningCallback(PruningCallback):
 
     # ------------------------------------------------------------------ fit ends
 
+    def _log_end(self, trainer: pl.Trainer) -> None:
+        log_end(trainer, self.reports, self._get_masks() if self.log_masks else None)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the target sparsity has been reached.
 
         Args:
             trainer: the Trainer.
-            pl_module: its module.
+            pl_module: its module, which Lightning has moved to the CPU.
 
         Raises:
             PruningError: if it has not.
         """
+        super().on_fit_end(trainer, pl_module)
         masks = self._get_masks()
-        masks.verify()
-        log_end(trainer, self.reports, masks if self.log_masks else None)
         missed = self._ahead()
         missing = self._missing(self.target_sparsity)
         if isinstance(self.schedule, ConstantSchedule) or not any(missing):
