@@ -27,7 +27,10 @@ from lightning_woodfisher.pruning.config import (
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.selector import prune_zeros
-from lightning_woodfisher.resources.budget import fit_into_memory, require_one_device
+from lightning_woodfisher.resources.budget import (
+    fit_into_memory,
+    require_supported_device,
+)
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import require_pattern_fits
@@ -86,7 +89,7 @@ def prune(
     parameters = prunable_parameters(
         model, config.selection.include, config.selection.exclude
     )
-    require_one_device(parameters)
+    require_supported_device(model, parameters)
     require_pattern_fits(model, parameters, config.selection.pattern)
     masks = Masks(parameters)
     prune_zeros(masks, config.selection)

@@ -145,6 +145,10 @@ class PruningCallback(MaskGuard, ABC):
     def _describe(self, report: Any) -> str:
         """Format the result of a step, to be printed."""
 
+    @abstractmethod
+    def _log_end(self, trainer: pl.Trainer) -> None:
+        """Send what is known at the end of training to the loggers."""
+
     def _needs_data(self) -> bool:
         """Return whether a remaining step reads samples."""
         return bool(self._ahead())
@@ -275,16 +279,6 @@ class PruningCallback(MaskGuard, ABC):
         if trainer.state.fn == "fit" and self._holds_monitors(trainer):
             self._monitors.restart_early_stopping(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove all hooks.
-
-        Args:
-            trainer: the Trainer.
-            pl_module: its module.
-        """
-        super().on_train_end(trainer, pl_module)
-        self._monitors.restore_thresholds()
-
     def on_exception(
         self,
         trainer: pl.Trainer,
@@ -328,6 +322,30 @@ class PruningCallback(MaskGuard, ABC):
                 self._needs_rehearsal = False
                 if not isinstance(self.dataloader, Iterator):
                     self._rehearse(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that pruned weights are zero, while they are on their device.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+        """
+        super().on_train_end(trainer, pl_module)
+        self._monitors.restore_thresholds()
+        self._get_masks().verify()
+        self._log_end(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check again, because callbacks that come later may have changed weights.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module, which Lightning has moved to the CPU.
+        """
+        # NCCL could not add the counts of sharded weights on the CPU. There are no masks
+        # if nothing was left to train.
+        if self.masks is not None and not self.masks.sharded:
+            self.masks.verify()
 
     # ------------------------------------------------------------------ checkpoint
 

@@ -39,6 +39,7 @@ from lightning_woodfisher.pruning.schedule import (
     PruningSchedule,
 )
 from lightning_woodfisher.reporting.loggers import log_end, log_settings
+from lightning_woodfisher.resources.budget import require_supported_device
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import (
     Group,
@@ -206,12 +207,11 @@ class StructuredPruningCallback(PruningCallback):
 
         Args:
             trainer: the Trainer.
-            pl_module: its module.
+            pl_module: its module, which Lightning has moved to the CPU.
         """
+        super().on_fit_end(trainer, pl_module)
         if self.masks is None:
             return  # Nothing was left to train.
-        self.masks.verify()
-        log_end(trainer, self.reports)
         steps = f"{len(self.reports)} of {len(self._plan)} pruning steps"
         self._warn_of_missed_steps(trainer, steps)
         if self.export_path and self.reports and trainer.is_global_zero:
@@ -240,6 +240,7 @@ class StructuredPruningCallback(PruningCallback):
                 "channels cannot be removed from parameters that are sharded over the "
                 "ranks; use a single device or 'ddp'."
             )
+        require_supported_device(module, dict(network.named_parameters()))
         self._groups = trace_groups(
             network,
             self._inputs,
@@ -311,6 +312,9 @@ class StructuredPruningCallback(PruningCallback):
 
     def _describe(self, report: StructureReport) -> str:
         return report.to_table()
+
+    def _log_end(self, trainer: pl.Trainer) -> None:
+        log_end(trainer, self.reports)
 
     def _publish(self, trainer: pl.Trainer, report: StructureReport) -> None:
         if self.latency_runs:

@@ -58,7 +58,10 @@ from lightning_woodfisher.pruning.selector import (
     weights_to_remove,
 )
 from lightning_woodfisher.reporting.loggers import log_end, log_settings
-from lightning_woodfisher.resources.budget import fit_into_memory, require_one_device
+from lightning_woodfisher.resources.budget import (
+    fit_into_memory,
+    require_supported_device,
+)
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.patterns import require_pattern_fits
 
@@ -181,7 +184,7 @@ class WoodFisherPruningCallback(PruningCallback):
             # A callback for fine-tuning may train weights later that are frozen now.
             frozen=has_callback(trainer, BaseFinetuning),
         )
-        require_one_device(parameters)
+        require_supported_device(module, parameters)
         require_pattern_fits(module, parameters, selection.pattern)
         return parameters
 
@@ -287,19 +290,21 @@ class WoodFisherPruningCallback(PruningCallback):
 
     # ------------------------------------------------------------------ fit ends
 
+    def _log_end(self, trainer: pl.Trainer) -> None:
+        log_end(trainer, self.reports, self._get_masks() if self.log_masks else None)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that the target sparsity has been reached, or warn that it has not.
 
         Args:
             trainer: the Trainer.
-            pl_module: its module.
+            pl_module: its module, which Lightning has moved to the CPU.
 
         Raises:
             PruningError: if all steps are done, but weights are missing from the target.
         """
+        super().on_fit_end(trainer, pl_module)
         masks = self._get_masks()
-        masks.verify()
-        log_end(trainer, self.reports, masks if self.log_masks else None)
         if isinstance(self.schedule, ConstantSchedule):
             return
         missing = self._missing(self.target_sparsity)

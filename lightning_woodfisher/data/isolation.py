@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_woodfisher.base.full_float32 import full_float32
 from lightning_woodfisher.base.types import ModelMode
 from lightning_woodfisher.distributed.dtensor import reshard
 
@@ -42,7 +43,7 @@ def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
 
     Inside, every ``.grad`` is None, and neither metrics nor SyncBatchNorm communicate,
     because other ranks may compute another batch or none. The parameters of an FSDP2 model
-    are its shards before and after.
+    are its shards before and after. Float32 products and convolutions do not use TF32.
 
     Args:
         model: the network.
@@ -62,7 +63,12 @@ def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
             parameter.grad = None
         for metric, _ in metrics:
             metric.__dict__.update(dict.fromkeys(_METRIC_SYNC_FLAGS, False))
-        with preserve_random_states(), torch.enable_grad(), _local_statistics(model):
+        with (
+            preserve_random_states(),
+            torch.enable_grad(),
+            full_float32(),
+            _local_statistics(model),
+        ):
             if mode == "eval":
                 model.eval()
             elif not model.training:

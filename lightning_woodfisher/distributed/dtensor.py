@@ -89,7 +89,7 @@ def take_local(whole: Tensor, tensor: Tensor) -> Tensor:
 def require_supported_sharding(
     model: nn.Module, parameters: Mapping[str, Tensor]
 ) -> None:
-    """Check that the parameters of a sharded model are sharded by rows over all ranks.
+    """Check that parameters are sharded by rows over all ranks, on the device of the ranks.
 
     Args:
         model: the network.
@@ -107,6 +107,12 @@ def require_supported_sharding(
                 "apply fully_shard to the module that holds it, or exclude it."
             )
         mesh, placements = parameter.device_mesh, parameter.placements
+        if parameter.device.type != mesh.device_type:
+            raise ConfigurationError(
+                f"the parameter {name!r} is kept on {parameter.device} and computed on "
+                f"{mesh.device_type} (CPUOffloadPolicy), where the ranks of a pruning step "
+                "cannot exchange it; call fully_shard without offload_policy."
+            )
         # The exact class: a strided shard (tensor parallel and FSDP) is another one.
         if mesh.ndim != 1 or type(placements[0]) is not Shard or placements[0].dim != 0:
             raise ConfigurationError(

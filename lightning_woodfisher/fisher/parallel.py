@@ -9,11 +9,12 @@ from __future__ import annotations
 
 __all__ = ["run_in_threads"]
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+from lightning_woodfisher.base.full_float32 import full_float32
 
 
 def run_in_threads(
@@ -28,7 +29,7 @@ def run_in_threads(
         device: device of the tensors; on a GPU the calls run one after another.
     """
     threads = torch.get_num_threads()
-    with _full_float32():
+    with full_float32():
         if device.type != "cpu" or threads == 1 or count < 2:
             for index in range(count):
                 work(index)
@@ -46,17 +47,3 @@ def run_in_threads(
 
 def _use_one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """Forbid TF32 and bfloat16 in float32 products, whose 8 to 11 bits are too few."""
-    previous = torch.get_float32_matmul_precision()
-    if previous == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(previous)

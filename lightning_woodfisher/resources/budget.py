@@ -1,13 +1,14 @@
-"""Check that a pruning step fits into memory before the first step."""
+"""Check that the device supports a pruning step, and has the memory for it."""
 
 from __future__ import annotations
 
-__all__ = ["fit_into_memory", "free_bytes", "require_one_device"]
+__all__ = ["fit_into_memory", "free_bytes", "require_supported_device"]
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,16 +23,21 @@ from lightning_woodfisher.weights.masks import Masks
 
 # Tests allow this ratio between counted and estimated bytes.
 _TOLERANCE = 1.15
+# Attributes of a module that torch.compile and Lightning replace by compiled functions.
+_COMPILED = ("_compiled_call_impl", "forward", "training_step")
 
 
-def require_one_device(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse parameters without values or on several devices.
+def require_supported_device(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Refuse weights without values, on several devices, on MPS or in CUDA graphs.
 
     Args:
+        model: the network.
         parameters: the selected parameters by name.
 
     Raises:
-        ConfigurationError: with the names of some of them.
+        ConfigurationError: with the names of parameters or of a module.
     """
     devices: dict[torch.device, str] = {}
     for name, parameter in parameters.items():
@@ -48,6 +54,36 @@ def require_one_device(parameters: Mapping[str, nn.Parameter]) -> None:
             f"the selected weights are on several devices ({found}); move the model to "
             "one device, or restrict the selection with selection.include or exclude."
         )
+    for device in devices:
+        if device.type == "mps":
+            raise ConfigurationError(
+                f"the selected weights are on {device}, which has no float64 for the "
+                "factorizations of a pruning step; train on a CPU or on a CUDA GPU "
+                "(accelerator='cpu' or 'cuda')."
+            )
+        if device.type == "cuda":
+            _require_no_cuda_graphs(model)
+
+
+def _require_no_cuda_graphs(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        functions = [vars(module).get(attribute) for attribute in _COMPILED]
+        if any(map(_replays_cuda_graph, functions)):
+            raise ConfigurationError(
+                f"{name or type(module).__name__} replays CUDA graphs, which are recorded "
+                "for one batch size and overwrite their results, so they cannot compute "
+                "gradients for pruning; use torch.compile without mode='reduce-overhead' "
+                "('max-autotune-no-cudagraphs' has no graphs), and no "
+                "make_graphed_callables."
+            )
+
+
+def _replays_cuda_graph(function: Any) -> bool:
+    if getattr(function, "__module__", None) == "torch.cuda.graphs":
+        return True
+    read = getattr(function, "get_compiler_config", None)
+    config = read() if read is not None else None
+    return bool(config and config.get("triton.cudagraphs"))
 
 
 def fit_into_memory(

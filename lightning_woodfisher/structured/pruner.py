@@ -29,6 +29,7 @@ from lightning_woodfisher.data.batchnorm import estimate_statistics
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource, compute_losses
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.resources.budget import require_supported_device
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import (
     Group,
@@ -301,7 +302,8 @@ def prune_structures(
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
         target: share of ``config.measure`` that is removed afterwards, in [0, 1).
         config: how structures are scored and chosen.
-        example_inputs: inputs of the model, to trace it; see :func:`.trace_groups`.
+        example_inputs: inputs of the model on any device, to trace it; see
+            :func:`.trace_groups`.
         groups: groups of the model from an earlier call, in place of tracing.
 
     Returns:
@@ -312,6 +314,7 @@ def prune_structures(
     """
     require_target(target)
     require_rereadable(data)
+    require_supported_device(model, dict(model.named_parameters()))
     if groups is None:
         if example_inputs is None:
             raise ConfigurationError(

@@ -37,7 +37,7 @@ from lightning_woodfisher.pruning.selector import is_too_sparse
 from lightning_woodfisher.resources.budget import (
     fit_into_memory,
     free_bytes,
-    require_one_device,
+    require_supported_device,
 )
 from lightning_woodfisher.sweeps.report import TARGET, SweepReport, SweepResult
 from lightning_woodfisher.sweeps.stored_rows import (
@@ -273,7 +273,7 @@ def _prepare(setting: Setting, source: LossSource, comm: Communicator) -> Settin
 
 def _make_masks(model: nn.Module, selection: SelectionConfig) -> Masks:
     parameters = prunable_parameters(model, selection.include, selection.exclude)
-    require_one_device(parameters)
+    require_supported_device(model, parameters)
     masks = Masks(parameters)
     masks.prune_zeros()
     return masks

@@ -4,6 +4,9 @@ A mask is a bool tensor of its parameter's shape, True where the weight is kept.
 turn an entry back to True. They are kept beside the model, never in it: parameter names,
 storages and ``state_dict`` keys stay unchanged.
 
+A mask follows its parameter to another device. Lightning, for example, moves the module to
+the CPU when training ends.
+
 Each rank holds the mask of its own shard of a sharded parameter. Counts are those of the
 whole parameter, and checkpoints contain whole masks. Methods that communicate for this are
 marked "Call on all ranks".
@@ -53,6 +56,14 @@ class Masks:
         self._pruned: dict[str, Tensor] = {}
         self._zeros = dict.fromkeys(self.parameters, 0)
 
+    def _marks(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and pruned entries, on the devices where the parameters are now."""
+        for name, gone in list(self._pruned.items()):
+            device = self.parameters[name].device
+            if gone.device != device:
+                gone = self._pruned[name] = gone.to(device)
+            yield name, gone
+
     def local(self, name: str) -> Tensor:
         """Return this rank's shard of a parameter.
 
@@ -72,10 +83,11 @@ class Masks:
             name: the parameter.
 
         Returns:
-            bool tensor of the shape of :meth:`local`, True where the weight is kept.
+            bool tensor of the shape and on the device of :meth:`local`, True where the
+            weight is kept.
         """
         if name in self._pruned:
-            return ~self._pruned[name]
+            return ~self._pruned[name].to(self.parameters[name].device)
         return torch.ones_like(self.local(name), dtype=torch.bool)
 
     def zeros(self) -> dict[str, int]:
@@ -100,12 +112,13 @@ class Masks:
         """Mark more weights as pruned. Call on all ranks.
 
         Args:
-            pruned: bool tensors by parameter name, of the shape of :meth:`local`, True
-                where the weight is removed.
+            pruned: bool tensors by parameter name, of the shape of :meth:`local` on any
+                device, True where the weight is removed.
         """
         for name, gone in pruned.items():
+            gone = gone.to(self.parameters[name].device)
             if name in self._pruned:
-                gone = gone | self._pruned[name]
+                gone = gone | self._pruned[name].to(gone.device)
             if bool(gone.any()):
                 self._pruned[name] = gone.clone()
         self._zeros = self._count(self._pruned)
@@ -114,7 +127,7 @@ class Masks:
     def apply(self) -> None:
         """Set the pruned weights to zero, in place."""
         # masked_fill_ and not a product, because 0·∞ is not 0 and −1·0 is −0.
-        for name, gone in self._pruned.items():
+        for name, gone in self._marks():
             self.local(name).masked_fill_(gone, 0.0)
 
     @torch.no_grad()
@@ -134,7 +147,7 @@ class Masks:
 
         Otherwise they would contribute to the clipping norm and to momentum.
         """
-        for name, gone in self._pruned.items():
+        for name, gone in self._marks():
             gradient = self.parameters[name].grad
             if gradient is None:
                 continue
@@ -168,7 +181,7 @@ class Masks:
             Their number by parameter name, for parameters that have any.
         """
         counts = self._count(
-            {n: self.local(n)[gone] != 0 for n, gone in self._pruned.items()}
+            {name: self.local(name)[gone] != 0 for name, gone in self._marks()}
         )
         return {name: count for name, count in counts.items() if count}
 

@@ -6,14 +6,18 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from allocations import AllocationMeter, measure_step_bytes
+from fits import Classifier
+from lightning.pytorch.utilities.compile import from_compiled
 from step_bytes import make_step
 from step_options import in_step
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import (
@@ -30,7 +34,7 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.resources import budget as budget_module
-from lightning_woodfisher.resources.budget import free_bytes, require_one_device
+from lightning_woodfisher.resources.budget import free_bytes, require_supported_device
 from lightning_woodfisher.resources.network_shapes import SHAPES
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
@@ -494,12 +498,58 @@ def test_free_memory_is_known_here_and_not_everywhere() -> None:
     assert free_bytes(torch.device("meta")) is None
 
 
-def test_weights_without_values_or_on_two_devices_are_refused() -> None:
+def test_weights_on_unsupported_devices_are_refused() -> None:
     model = small()
+    require_supported_device(model, prunable_parameters(model))
+    on_mps = {"2.weight": SimpleNamespace(device=torch.device("mps", 0))}
+    with pytest.raises(ConfigurationError, match=r"on mps:0, which has no float64"):
+        require_supported_device(model, on_mps)
+    with pytest.raises(ConfigurationError, match=r"0\.weight on cpu, 2\.weight on mps"):
+        require_supported_device(model, prunable_parameters(model) | on_mps)
     model[2].to("meta")
     with pytest.raises(ConfigurationError, match=r"2\.weight is on the meta device"):
-        require_one_device(prunable_parameters(model))
-    require_one_device(prunable_parameters(small()))
+        require_supported_device(model, prunable_parameters(model))
+
+
+def compiled(model: nn.Sequential, mode: str) -> nn.Module:
+    return nn.Sequential(torch.compile(model[0], mode=mode), *model[1:])
+
+
+def compiled_in_place(model: nn.Sequential, mode: str) -> nn.Module:
+    model[0].compile(mode=mode)
+    return model
+
+
+def compiled_by_lightning(model: nn.Sequential, mode: str) -> nn.Module:
+    return from_compiled(torch.compile(Classifier(build=lambda: model), mode=mode))
+
+
+@pytest.mark.parametrize(
+    "compile_it", [compiled, compiled_in_place, compiled_by_lightning]
+)
+def test_cuda_graphs_of_compiled_modules_are_refused(
+    compile_it: Callable[..., nn.Module],
+) -> None:
+    on_gpu = {"0.weight": SimpleNamespace(device=torch.device("cuda", 0))}
+    graphs = compile_it(small(), "reduce-overhead")
+    with pytest.raises(ConfigurationError, match="replays CUDA graphs.*no-cudagraphs"):
+        require_supported_device(graphs, on_gpu)
+    # Inductor makes no CUDA graphs on a CPU.
+    require_supported_device(graphs, {"0.weight": small()[0].weight})
+    require_supported_device(compile_it(small(), "default"), on_gpu)
+
+
+def test_graphed_callables_are_refused() -> None:
+    on_gpu = {"0.weight": SimpleNamespace(device=torch.device("cuda", 0))}
+    model = small()
+
+    def forward(inputs: Tensor) -> Tensor:
+        return inputs
+
+    forward.__module__ = torch.cuda.make_graphed_callables.__module__
+    model[0].forward = forward
+    with pytest.raises(ConfigurationError, match=r"^0 replays CUDA graphs"):
+        require_supported_device(model, on_gpu)
 
 
 # ---------------------------------------------------------------- shapes

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map_only
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.structured.graph.coupling import Coupling, find_groups
@@ -56,7 +58,7 @@ def trace_groups(
     Args:
         model: the network; unchanged afterwards.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, on
-            the model's device. A batch of one sample is enough.
+            any device. A batch of one sample is enough.
         include: patterns of layers to prune; empty for all.
         exclude: patterns of layers to leave dense.
         seed: of the numerical comparison of masked and removed channels.
@@ -69,6 +71,8 @@ def trace_groups(
             pattern is not a regular expression or matches nothing that can be pruned,
             include and exclude disagree about coupled layers, or no group is left.
     """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    example_inputs = tree_map_only(Tensor, lambda t: t.to(device), example_inputs)
     coupling, suspects = trace_coupling(model, example_inputs)
     groups = find_groups(coupling)
     pruned = {layer for group in groups for layer in group.layers}

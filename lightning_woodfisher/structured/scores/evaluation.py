@@ -89,7 +89,7 @@ class Evaluation:
         Args:
             compute: takes a function that runs the model on the batch and returns its mean
                 loss, and the scale to multiply the loss by; returns a float64 tensor
-                ``[r, width]`` on the CPU that is linear in the scale.
+                ``[r, width]`` that is linear in the scale.
             width: length of a row.
             sample_labels: draw the labels from the predictions of the model.
 
@@ -127,7 +127,7 @@ class Evaluation:
             with seeded(derive_seed(self._seed, "loss", index)):
                 rows = compute(loss, scale) / scale
             if bool(rows.isfinite().all()):
-                return rows
+                return rows.cpu()
             # float16 has overflowed under the scale of the GradScaler.
             lower = lower_loss_scale(scale)
             if lower is None:

@@ -84,8 +84,8 @@ def score_hap(
         shifted = torch.where(one.structure_of >= 0, shifted, -1)
         slices[place] = dataclasses.replace(one, structure_of=shifted)
     ones = [torch.ones_like(p) for p in vectors.parameters]
-    sizes = sum_products(slices, ones, ones, count).clamp(min=1)
-    norms = sum_products(slices, vectors.parameters, vectors.parameters, count)
+    sizes = sum_products(slices, ones, ones, count).clamp(min=1).cpu()
+    norms = sum_products(slices, vectors.parameters, vectors.parameters, count).cpu()
 
     def scores(traces: Tensor) -> Tensor:
         return (traces / sizes * norms).view(-1, vectors.size).sum(dim=0)
@@ -94,18 +94,21 @@ def score_hap(
     done, agreement, probes = 0, math.nan, probes - probes % 2
     while done < probes:
         numbers = range(done, min(done + _PROBES_PER_GRAPH, probes))
+        seeds = [derive_seed(seed, "probe", number) for number in numbers]
+        drawn = _draw_signs(masks, seeds)
 
         def compute(
-            loss: Callable[[], Tensor], scale: float, numbers: range = numbers
+            loss: Callable[[], Tensor], scale: float, drawn: Tensor = drawn
         ) -> Tensor:
             gradients = _gradients(loss() * scale, vectors)
-            result = torch.zeros(2, count, dtype=torch.float64)
-            for number in numbers:
-                signs = _signs(masks, derive_seed(seed, "probe", number), vectors)
+            result = torch.zeros(2, count, dtype=torch.float64, device=drawn.device)
+            for place, row in enumerate(drawn):
+                signs = _signs(row, masks, vectors)
                 products = _hessian_product(
-                    gradients, signs, vectors, retain_graph=number != numbers[-1]
+                    gradients, signs, vectors, retain_graph=place + 1 < len(drawn)
                 )
-                result[number % 2] += sum_products(slices, signs, products, count)
+                # The first number is even, as the number of probes of a graph.
+                result[place % 2] += sum_products(slices, signs, products, count)
             return result
 
         rows = evaluation.compute_rows(compute, count)
@@ -144,16 +147,30 @@ def _ranks(values: Tensor) -> Tensor:
     return ranks
 
 
+def _draw_signs(masks: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
+    """Draw -1 or 1 for every entry, once for all batches.
+
+    Returns:
+        int8 ``[P, entries]``, on the device of the masks: one copy for all probes.
+    """
+    # On the CPU, because the numbers of a GPU depend on its model.
+    sizes = [mask.numel() for mask in masks]
+    bits = torch.empty(len(seeds), sum(sizes), dtype=torch.int8)
+    for row, seed in zip(bits, seeds, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        for part in torch.split(row, sizes):
+            part.copy_(torch.randint(0, 2, part.shape, generator=generator))
+    return bits.to(masks[0].device).mul_(2).sub_(1)
+
+
 def _signs(
-    masks: Sequence[Tensor], seed: int, vectors: StructureVectors
+    drawn: Tensor, masks: Sequence[Tensor], vectors: StructureVectors
 ) -> list[Tensor]:
-    """Draw -1 or 1 where a mask is True, and 0 elsewhere."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return the drawn signs of a probe where a mask is True, and 0 elsewhere."""
+    parts = torch.split(drawn, [mask.numel() for mask in masks])
     return [
-        (
-            (2 * torch.randint(0, 2, mask.shape, generator=generator) - 1) * mask.cpu()
-        ).to(parameter)
-        for mask, parameter in zip(masks, vectors.parameters, strict=True)
+        (part.view(mask.shape) * mask).to(parameter)
+        for part, mask, parameter in zip(parts, masks, vectors.parameters, strict=True)
     ]
 
 

@@ -88,7 +88,7 @@ def score_structures(
     elif config.method == "magnitude":
         roles = ROLES[config.structure]
         layers = [len({m.module for m in g.of_role(*roles)}) for g in groups]
-        squares = vectors.inner_products(vectors.parameters)
+        squares = vectors.inner_products(vectors.parameters).cpu()
         values = (
             squares / torch.tensor(layers).repeat_interleave(torch.tensor(sizes))
         ).sqrt()

@@ -256,7 +256,7 @@ class _LayerOutputs:
             retain_graph: whether another backward pass follows.
 
         Returns:
-            float64 ``[n, S]`` on the CPU.
+            float64 ``[n, S]``, on the device of the outputs.
 
         Raises:
             PruningError: if the outputs do not belong to the same n samples.
@@ -274,7 +274,8 @@ class _LayerOutputs:
             retain_graph=retain_graph,
             allow_unused=True,
         )
-        result = torch.zeros(lengths.pop(), self._size, dtype=torch.float64)
+        shape, device = (lengths.pop(), self._size), outputs[0][1].device
+        result = torch.zeros(shape, dtype=torch.float64, device=device)
         for (name, output), gradient in zip(outputs, gradients, strict=True):
             if gradient is not None:
                 self._add(result, name, output.detach(), gradient)
@@ -291,14 +292,12 @@ class _LayerOutputs:
             of_output = of_output.sum(rest, dtype=torch.float64)
             of_bias = of_bias.sum(rest, dtype=torch.float64)
         bias = getattr(module, "bias", None)
-        by_bias = torch.zeros((), dtype=torch.float64)
-        if bias is not None:
-            by_bias = of_bias.double().cpu() * bias.detach().double().cpu()
-        by_weight = of_output.double().cpu() - by_bias
+        of_output, of_bias = of_output.double(), of_bias.double()
+        by_bias = of_bias * (0.0 if bias is None else bias.detach().double())
+        by_weight = of_output - by_bias
         for one in self._slices[name]:
             values = by_bias if one.tensor == "bias" else by_weight
-            belongs = one.structure_of >= 0
-            result.index_add_(1, one.structure_of[belongs], values[:, belongs])
+            result.index_add_(1, one.owners, values[:, one.where])
 
 
 def _require_linear(

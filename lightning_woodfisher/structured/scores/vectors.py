@@ -11,6 +11,7 @@ __all__ = ["ROLES", "ParameterSlices", "StructureVectors", "sum_products"]
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,24 @@ ROLES: dict[StructureKind, tuple[Role, ...]] = {
 class ParameterSlices(Member):
     """The slices of one parameter that belong to the structures of one group.
 
-    As :class:`.Member`, but ``structure_of`` holds indices among all S structures.
+    As :class:`.Member`, but ``structure_of`` holds indices among all S structures, on the
+    device of the parameter.
 
     Args:
         parameter: index of the parameter in :attr:`StructureVectors.parameters`.
     """
 
     parameter: int
+
+    @cached_property
+    def where(self) -> Tensor:
+        """Indices on the axis that belong to a structure, in order."""
+        return (self.structure_of >= 0).nonzero().flatten()
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """Structures of the indices :attr:`where`."""
+        return self.structure_of[self.where]
 
 
 class StructureVectors:
@@ -81,6 +93,7 @@ class StructureVectors:
                 parameter = member.find_in(model)
                 unique[id(parameter)] = parameter
                 shifted = torch.where(owners >= 0, owners + self.size, owners)
+                shifted = shifted.to(parameter.device)
                 settings = {**vars(member), "structure_of": shifted}
                 index = list(unique).index(id(parameter))
                 self.slices.append(ParameterSlices(**settings, parameter=index))
@@ -99,8 +112,7 @@ class StructureVectors:
         masks = [torch.zeros_like(p, dtype=torch.bool) for p in self.parameters]
         for one in slices:
             mask = masks[one.parameter]
-            where = (one.structure_of >= 0).nonzero().flatten()
-            mask.index_fill_(one.axis, where.to(mask.device), True)
+            mask.index_fill_(one.axis, one.where, True)
         return masks
 
     def inner_products(self, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -110,7 +122,7 @@ class StructureVectors:
             tensors: the vector, one tensor for each of ``parameters``; None for zeros.
 
         Returns:
-            float64 ``[S]`` on the CPU.
+            float64 ``[S]``, on the device of the parameters.
         """
         return sum_products(self.slices, self.parameters, tensors, self.size)
 
@@ -130,9 +142,9 @@ def sum_products(
         size: length of the result.
 
     Returns:
-        float64 ``[size]`` on the CPU, by ``structure_of`` of the slices.
+        float64 ``[size]``, on the device of the vectors, by ``structure_of`` of the slices.
     """
-    result = torch.zeros(size, dtype=torch.float64)
+    result = torch.zeros(size, dtype=torch.float64, device=left[0].device)
     for one in slices:
         other = right[one.parameter]
         if other is not None:
@@ -140,6 +152,5 @@ def sum_products(
             values = left[one.parameter].detach().double() * other.detach().double()
             rest = [dim for dim in range(values.dim()) if dim != one.axis]
             sums = values.sum(rest) if rest else values
-            belongs = one.structure_of >= 0
-            result.index_add_(0, one.structure_of[belongs], sums.cpu()[belongs])
+            result.index_add_(0, one.owners, sums[one.where])
     return result
