@@ -371,6 +371,7 @@ class TestTraining:
 
 
 class TestScaling:
+    @pytest.mark.slow
     def test_two_processes(self) -> None:
         rows = scaling.measure_scaling(
             2, make_resnet20(CPU, 2), random_images(6, 8), 40, repeats=1
