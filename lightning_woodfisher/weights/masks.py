@@ -1,8 +1,8 @@
-"""The masks, which record what is pruned.
+"""Masks, which record the weights that are pruned.
 
-A mask is a bool tensor of its parameter's shape, True where the weight is kept. Masks never
-turn an entry back to True. They are kept beside the model, never in it: parameter names,
-storages and ``state_dict`` keys stay unchanged.
+A mask is a bool tensor of its parameter's shape, True where the weight is kept. Pruning never
+turns an entry back to True. Masks are stored outside of the model: parameter names, storages
+and ``state_dict`` keys stay unchanged.
 
 Each rank holds the mask of its own shard of a sharded parameter. Counts are those of the
 whole parameter, and checkpoints contain whole masks. Methods that communicate for this are
