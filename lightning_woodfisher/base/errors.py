@@ -50,7 +50,7 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """Suggest the known name that is spelled most like ``name``.
 
     Args:
-        name: what the user wrote.
+        name: the name to correct.
         known: the valid names.
 
     Returns:
@@ -68,7 +68,7 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
     Args:
         name: name of the setting.
-        value: what the user gave.
+        value: its value.
         choices: the valid values.
 
     Raises:
@@ -88,7 +88,7 @@ def require_count(name: str, value: object, least: int | None = None) -> None:
 
     Args:
         name: name of the setting.
-        value: what the user gave.
+        value: its value.
         least: smallest valid value, if any.
     """
     require_integer(name, value, least, _LARGEST_COUNT)
@@ -99,7 +99,7 @@ def require_flag(name: str, value: object) -> None:
 
     Args:
         name: name of the setting.
-        value: what the user gave.
+        value: its value.
 
     Raises:
         ConfigurationError: for any other value.
@@ -119,10 +119,10 @@ def require_integer(
 
     Args:
         name: name of the setting.
-        value: what the user gave.
+        value: its value.
         least: smallest valid value, if any.
         most: largest valid value, if any.
-        hint: what the setting means or what to do, for the error.
+        hint: meaning of the setting or remedy, for the error.
 
     Raises:
         ConfigurationError: for any other value.
@@ -152,10 +152,10 @@ def require_number(
 
     Args:
         name: name of the setting.
-        value: what the user gave.
+        value: its value.
         interval: the valid values, such as ``"[0, 1)"``: brackets include an end,
             parentheses do not. ``"(0, inf)"`` means positive and finite. NaN is in none.
-        hint: what the setting means or what to do, for the error.
+        hint: meaning of the setting or remedy, for the error.
 
     Raises:
         ConfigurationError: for any other value.
@@ -201,7 +201,7 @@ def require_text(name: str, value: object) -> None:
 
     Args:
         name: name of the setting.
-        value: what the user gave, or None.
+        value: its value, or None.
 
     Raises:
         ConfigurationError: for any other value.

@@ -41,7 +41,7 @@ class DiagonalCriterion(Criterion):
         return cheapest_in_groups(self.cost_in_group(weights), runs, pattern)
 
     def cost_in_group(self, weights: Tensor) -> Tensor:
-        """Return what each weight adds to the cost of its group; its score by default.
+        """Return the share of each weight in the cost of its group; its score by default.
 
         Args:
             weights: float64 ``[D_r]``.

@@ -73,7 +73,7 @@ def select_smallest(
             )
         ).view(len(wanted), -1)
         ends = histogram.cumsum(dim=1)
-        # First digit whose cumulative size exceeds what is left.
+        # First digit whose cumulative size exceeds the remaining count.
         chosen = (ends <= left.unsqueeze(1)).sum(dim=1).clamp(max=ends.shape[1] - 1)
         below = (ends - histogram).gather(1, chosen.unsqueeze(1)).squeeze(1)
         left = left - below

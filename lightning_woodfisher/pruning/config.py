@@ -198,7 +198,7 @@ class PruningConfig:
     Args:
         criterion: name of the saliency: a key of :data:`~.criteria.CRITERIA`.
         fisher: how the Fisher is estimated.
-        selection: which weights may be pruned and what they compete for.
+        selection: which weights may be pruned, and which of them compete.
         step: how a step reaches its sparsity.
         flops_target: share of the dense network's FLOPs that is left at the end; None
             when a sparsity decides.

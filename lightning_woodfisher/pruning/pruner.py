@@ -48,7 +48,7 @@ from lightning_woodfisher.weights.rollback import rollback_on_error
 
 @dataclass
 class _Observed:
-    """A criterion that has observed its gradients, and what it has removed since."""
+    """A criterion that has observed its gradients, and the weights removed since then."""
 
     criterion: Criterion
     active: ActiveWeights
@@ -185,7 +185,7 @@ class Pruner:
             evaluator.rehearse(criterion, config.step.seed, pattern)
 
     def _quotas(self, target_sparsity: float, final_sparsity: float | None) -> Quotas:
-        """Count what must be removed; nothing when FLOPs decide."""
+        """Count the weights that must be removed; none if there is a ``flops_target``."""
         check_sparsity(target_sparsity)
         masks, selection = self.masks, self.config.selection
         require_target_fits(selection, target_sparsity, is_final=False)

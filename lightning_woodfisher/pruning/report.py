@@ -78,7 +78,8 @@ class PruningReport:
         target_sparsity: requested sparsity.
         threshold: largest saliency removed in the last stage.
         damping: λ as configured; None for a criterion without damping.
-        raised_damping: blocks whose λ had to be raised, as ``"layer[first:last]"`` to λ.
+        raised_damping: λ of the blocks where it had to be raised, by name of the block:
+            ``"<layer> from weight <first active weight>"``.
         predicted_increase: rise of the mean loss that the quadratic model predicts, summed
             over stages; None without a model.
         measured_increase: rise of the mean loss on the samples of the gradients, summed

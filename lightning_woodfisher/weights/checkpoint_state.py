@@ -1,6 +1,9 @@
 """Version and keys of the state that a pruning callback stores in a checkpoint.
 
-Only this module knows them; the callbacks write the state, and the export reads it.
+The state is a dictionary: ``version``, ``masks`` (bool tensors by parameter name, True where
+kept), ``done`` (unit and position of each finished step) and ``reports`` (of the steps, as
+plain dictionaries). ``callbacks/base.py`` writes and loads it; the export and the command
+``report`` read it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The masks, which record what is pruned.
+"""Masks, which record the weights that are pruned.
 
-A mask is a bool tensor of its parameter's shape, True where the weight is kept. Masks never
-turn an entry back to True. They are kept beside the model, never in it: parameter names,
-storages and ``state_dict`` keys stay unchanged.
+A mask is a bool tensor of its parameter's shape, True where the weight is kept. Pruning never
+turns an entry back to True. Masks are stored outside of the model: parameter names, storages
+and ``state_dict`` keys stay unchanged.
 
 A mask follows its parameter to another device. Lightning, for example, moves the module to
 the CPU when training ends.
