@@ -315,7 +315,7 @@ def load_shrunk(folder: str | Path, model: nn.Module) -> RemovalPlan:
         state = torch.load(folder / _WEIGHTS, map_location="cpu", weights_only=True)
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigurationError(
-            f"{folder} does not contain a shrunk model: {error}"
+            f"{folder} contains no shrunk model: {error}"
         ) from error
     plan.apply(model)
     try:
