@@ -1,7 +1,6 @@
-"""Lightning callbacks: when to prune, masks that hold during training, checkpoint state.
+"""Lightning callbacks that prune at planned epochs or steps and keep pruned weights zero.
 
-A Trainer and a LightningModule go in; pruning steps happen at the planned epochs or optimizer
-steps, and reports go to the loggers. How a step works is the business of
-:mod:`lightning_woodfisher.pruning` and :mod:`lightning_woodfisher.structured`; callbacks
-contain no numerical code.
+Input: a Trainer and its LightningModule. Output: pruned weights, a report of each step for
+the loggers, and state in checkpoints. Callbacks contain no numerical code:
+:mod:`lightning_woodfisher.pruning` and :mod:`lightning_woodfisher.structured` compute a step.
 """

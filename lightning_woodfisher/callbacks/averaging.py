@@ -1,4 +1,4 @@
-"""Pruning of the averaged weights that Lightning's callbacks keep (EMA, SWA).
+"""Prune the averaged weights that Lightning's callbacks keep (EMA, SWA).
 
 An average over a pruning step mixes weights from before and after it, so pruned weights
 would become nonzero again in validation, in checkpoints and at the end. Once the average of

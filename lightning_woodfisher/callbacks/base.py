@@ -65,14 +65,14 @@ class PruningCallback(MaskGuard, ABC):
         schedule: when to prune and how far.
         loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to
             differentiate, for a ``training_step`` that does more than compute a loss.
-        dataloader: source of samples, in place of the training dataloader.
+        dataloader: batches to use instead of those of the training dataloader.
         report_path: JSON file for the reports of all steps.
         weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
             zero after the last planned step.
 
     Attributes:
         masks: masks of the selected parameters, from ``on_fit_start`` on.
-        reports: reports of the steps done.
+        reports: reports of the completed steps.
     """
 
     #: Whether ModelCheckpoint(monitor=...) and EarlyStopping count only scores from the
@@ -155,7 +155,7 @@ class PruningCallback(MaskGuard, ABC):
 
     @abstractmethod
     def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Check on little data that a step will work, before hours of training."""
+        """Check on a few samples that a step will work, before hours of training."""
 
     @property
     @abstractmethod
@@ -188,7 +188,7 @@ class PruningCallback(MaskGuard, ABC):
                 f"loss_method={self.loss_method!r} is not a method of "
                 f"{type(pl_module).__name__}."
             )
-        # Steps of bare optimizers, without Lightning's wrapper, are not counted.
+        # global_step leaves out steps of bare optimizers, so the epoch is checked as well.
         if trainer.global_step == 0 and trainer.current_epoch == 0:
             # A new run: drop the state of an earlier fit. A checkpoint to resume from is
             # loaded after this.
@@ -353,7 +353,7 @@ class PruningCallback(MaskGuard, ABC):
         """Return the state for a checkpoint, in plain types that load without the package.
 
         Returns:
-            Masks (bool tensors, True = kept), the steps done, and their reports.
+            Masks (bool tensors, True = kept), the completed steps, and their reports.
         """
         # Restored masks belong to the restored steps, reports and weights.
         masks = self._restored_masks
@@ -404,7 +404,7 @@ class PruningCallback(MaskGuard, ABC):
             masks.load_state_dict(state_dict["masks"])
             self.masks = masks
         if self._handles:
-            # During training, as the learning rate finder does.
+            # The learning rate finder loads a state during training.
             self._restored_masks = None
         self._done = [(unit, position) for unit, position in state_dict["done"]]
         self.reports = [self._report_class.from_dict(r) for r in state_dict["reports"]]

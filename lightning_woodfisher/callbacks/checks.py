@@ -131,7 +131,7 @@ def require_enough_batches(batches: Batches, data: Any, num_gradients: int) -> N
 
     Args:
         batches: batches made from the data.
-        data: data of the user.
+        data: the dataloader that they come from.
         num_gradients: number of gradients, N.
 
     Raises:
@@ -170,7 +170,7 @@ def require_weight_decay(optimizers: Sequence[Optimizer]) -> None:
 def require_same_selection(
     trainer: pl.Trainer, checkpoint: Mapping[str, Any], callback: pl.Callback
 ) -> None:
-    """Check that a checkpoint has no masks of another selection, which would be lost.
+    """Check that a checkpoint has no masks of another selection, which would be dropped.
 
     Args:
         trainer: the Trainer with all its callbacks.
@@ -232,7 +232,7 @@ def require_supported(trainer: pl.Trainer) -> None:
         trainer: the Trainer.
 
     Raises:
-        ConfigurationError: for others, with the supported ones.
+        ConfigurationError: for an unsupported strategy or callback.
     """
     strategy = trainer.strategy
     known = either_name(DDPStrategy, SingleDeviceStrategy, ModelParallelStrategy)
@@ -247,12 +247,12 @@ def require_supported(trainer: pl.Trainer) -> None:
         raise ConfigurationError(
             "Lightning's ModelPruning replaces weights by parameters with other names during "
             "training, so it cannot be combined with this callback; remove it. "
-            "criterion='magnitude' prunes as it does."
+            "criterion='magnitude' prunes by magnitude as well."
         )
 
 
 def require_masks_hold(masks: Masks) -> None:
-    """Check that all weights are zero that the masks of a checkpoint mark as pruned.
+    """Check that every weight that the masks of a checkpoint mark as pruned is zero.
 
     Args:
         masks: masks with the weights.

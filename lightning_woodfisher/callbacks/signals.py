@@ -1,4 +1,4 @@
-"""Delay of signals until a pruning step is complete.
+"""Delay signals until a pruning step is complete.
 
 A cluster announces the end of a job by a signal, and Lightning handles it at once: it saves
 a checkpoint together with the other ranks. In the middle of a pruning step this would save
@@ -22,7 +22,7 @@ _NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 
 @contextlib.contextmanager
 def delay_signals() -> Iterator[None]:
-    """Delay signals that have a Python handler until the body is left.
+    """Delay signals that have a Python handler until the body ends.
 
     Each signal is then handled once, in order of arrival. Signals without a handler act as
     usual. Outside of the main thread, where Python runs no handlers, nothing is delayed.

@@ -170,7 +170,7 @@ class IdleOptimizer(Idle):
 
     @contextlib.contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
-        """Toggle the optimizer in the body."""
+        """Toggle the optimizer while the body runs."""
         self._module.toggle_optimizer(self)  # type: ignore[arg-type]
         yield
         self._module.untoggle_optimizer(self)  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from lightning_woodfisher.callbacks.base import PruningCallback
 from lightning_woodfisher.callbacks.checks import training_horizon
 from lightning_woodfisher.callbacks.progress import announce
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
+from lightning_woodfisher.data.batches import require_rereadable
 from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import is_sharded
@@ -51,7 +52,6 @@ from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.network_cost import measure_latency
 from lightning_woodfisher.structured.pruner import (
     StructurePruner,
-    require_rereadable,
     require_target,
 )
 from lightning_woodfisher.structured.report import StructureReport
@@ -75,8 +75,7 @@ class StructuredPruningCallback(PruningCallback):
             and holds all Conv and Linear layers.
         loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to take
             the loss from, for a ``training_step`` that does more than compute one.
-        dataloader: source of the samples, in place of the training dataloader; it is read
-            several times.
+        dataloader: batches to use instead of the training data; read several times.
         report_path: JSON file for the reports of all steps.
         export_path: folder for the smaller network, written at the end of fit: the plan and
             a ``state_dict``, for :func:`.load_shrunk`.
@@ -270,8 +269,8 @@ class StructuredPruningCallback(PruningCallback):
         announce(
             trainer,
             f"Removing channels by {self.config.method}: {structures:,} structures in "
-            f"{len(self._groups)} groups; {self.config.measure} removed: "
-            f"{steps or 'no more'}.",
+            f"{len(self._groups)} groups; share of {self.config.measure} to remove: "
+            f"{steps or 'no step is left'}.",
         )
         settings = {
             "class": type(self).__name__,
@@ -401,11 +400,12 @@ class SOSPPruningCallback(StructuredPruningCallback):
 class HAPPruningCallback(StructuredPruningCallback):
     """Remove channels by HAP: the trace of the Hessian of each channel.
 
-    Yu et al., "Hessian-aware pruning and optimal neural implant", WACV 2022. Layers that
-    are added to each other lose the same channels; the authors' code scatters them.
+    Yu et al., "Hessian-aware pruning and optimal neural implant", WACV 2022. Layers whose
+    outputs are added lose the same channels; the authors' code scatters the remaining
+    channels instead.
 
-    With ``implant_ratio`` r, the lowest (1 - r) of the chosen channels are removed, and the
-    others get 1×1 filters in place of their k×k filters (neural implant).
+    With ``implant_ratio`` r, the share 1 - r of the chosen channels with the lowest scores is
+    removed. The k×k filters of the others are replaced by 1×1 filters (neural implant).
 
     Args:
         target: as for :class:`StructuredPruningCallback`; a share of ``"structures"``

@@ -32,7 +32,7 @@ from lightning_woodfisher.data.sampled_labels import UnlabeledBatch, draw_labels
 
 
 class TrainingStepLoss(LossSource):
-    """Run ``training_step`` (or another method) on batches of its own.
+    """Compute losses with ``training_step`` (or another method) on separate batches.
 
     Batches come from the training dataset, limited to the samples that the loader's sampler
     may draw, with its ``collate_fn``; the iterator of the fit loop is not touched. The
@@ -221,8 +221,8 @@ class TrainingStepLoss(LossSource):
                 return data
             raise PruningError(
                 f"{type(module).__name__} calls all_gather while gradients for pruning "
-                "are collected, when every rank has another batch; set loss_method= to a "
-                "method that does not"
+                "are collected, where every rank has a different batch; set loss_method= "
+                "to a method that does not"
             )
 
         names = ("log", "log_dict", "print", "clip_gradients", "lr_scheduler_step")

@@ -92,8 +92,8 @@ class WoodFisherPruningCallback(PruningCallback):
             set the pace: a step at half the target sparsity saves half of the FLOPs.
         loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to
             differentiate, for a ``training_step`` that does more than compute a loss.
-        dataloader: source of gradient samples, in place of the training dataloader;
-            needed for iterable-style data.
+        dataloader: batches to compute gradients on instead of the training data; needed
+            for iterable-style data.
         report_path: JSON file for the reports of all steps; rewritten after each step.
         weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
             zero after the last planned step.
@@ -209,7 +209,7 @@ class WoodFisherPruningCallback(PruningCallback):
         log_settings(trainer, settings, self.schedule)
 
     def _require_data(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Check that the data suffices for the gradients of a step."""
+        """Check that there is enough data for the gradients of a step."""
         fisher = self.config.fisher
         batches = self._source(trainer, module).batches(
             fisher.num_gradients,
@@ -280,7 +280,7 @@ class WoodFisherPruningCallback(PruningCallback):
         return Pruner(self._get_masks(), self._step_config, comm, progress_bar(trainer))
 
     def _missing(self, sparsity: float) -> list[int]:
-        """Return the missing zeros by group of competing layers; steps if FLOPs decide."""
+        """Return how many weights to prune by group of layers, or the steps left for FLOPs."""
         if self.config.flops_target is not None:
             # A step comes only as close to the target as whole groups allow.
             return [len(self._ahead())]

@@ -1,4 +1,4 @@
-"""Arguments of the subcommands that Lightning does not have."""
+"""Parse the arguments of the subcommands that LightningCLI does not have."""
 
 from __future__ import annotations
 

@@ -42,17 +42,17 @@ class Run:
     """The properties of a run on which an estimate depends.
 
     Attributes:
-        network: the module, on the meta device where it allows that, or shapes.
+        network: the module, on the meta device if possible, or shapes.
         callback: the pruning callback, with its settings.
         world_size: number of ranks.
-        levels: sparsities before the first and the last step.
+        sparsities: sparsities before the first and before the last step.
         sharded: whether the strategy shards parameters.
     """
 
     network: nn.Module | Mapping[str, tuple[int, ...]]
     callback: WoodFisherPruningCallback
     world_size: int
-    levels: tuple[float, ...]
+    sparsities: tuple[float, ...]
     sharded: bool = False
 
 
@@ -60,7 +60,7 @@ def run_estimate(options: argparse.Namespace) -> int:
     """Print the estimate.
 
     Args:
-        options: parsed by :func:`make_parser`, with arguments of ``fit`` beside them.
+        options: parsed by :func:`make_parser`, with ``fit_arguments``.
 
     Returns:
         Exit status: 0, or 1 if the step does not fit into the given memory.
@@ -73,7 +73,7 @@ def run_estimate(options: argparse.Namespace) -> int:
         run = read_run(rest, options.devices, options.num_nodes)
     elif rest:
         raise ConfigurationError(
-            f"{' '.join(rest)} means nothing with --preset; its settings are "
+            f"{' '.join(rest)} has no effect with --preset; its settings are "
             "--num_gradients, --gradient_batch_size, --block_size and --sparsity."
         )
     else:
@@ -83,7 +83,7 @@ def run_estimate(options: argparse.Namespace) -> int:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         rate = measure_gemm_rate(device, _GEMM_SIZE)
     settings = run.callback.config
-    levels = run.levels if options.sparsity is None else (options.sparsity,)
+    sparsities = run.sparsities if options.sparsity is None else (options.sparsity,)
     costs = [
         estimate(
             run.network,
@@ -91,7 +91,7 @@ def run_estimate(options: argparse.Namespace) -> int:
             selection=settings.selection,
             criterion=settings.criterion,
             step=settings.step,
-            sparsity=level,
+            sparsity=sparsity,
             world_size=run.world_size,
             memory=options.memory or settings.fisher.memory_budget,
             flops_per_second=rate,
@@ -99,7 +99,7 @@ def run_estimate(options: argparse.Namespace) -> int:
             seconds_per_gradient=options.seconds_per_gradient,
             sharded=options.sharded or run.sharded,
         )
-        for level in levels
+        for sparsity in sparsities
     ]
     text = _format(costs, settings.step.recompute_steps, rate, options.json)
     sys.stdout.write(text)
@@ -113,8 +113,8 @@ def read_run(
 
     Args:
         arguments: the arguments of ``fit``.
-        devices: devices of a node, in place of the configured ones.
-        num_nodes: nodes, in place of the configured ones.
+        devices: number of devices per node; None for that of the configuration.
+        num_nodes: number of nodes; None for that of the configuration.
 
     Returns:
         The run.
@@ -151,7 +151,7 @@ def read_run(
         callback=callback,
         world_size=_count_devices(devices or trainer.get("devices", "auto"), trainer)
         * int(num_nodes or trainer.get("num_nodes") or 1),
-        levels=tuple(dict.fromkeys([before[0], before[-1]])),
+        sparsities=tuple(dict.fromkeys([before[0], before[-1]])),
         # A name, or the configuration of an object.
         sharded=str(getattr(strategy, "class_path", strategy)).endswith(
             "ModelParallelStrategy"
@@ -183,7 +183,7 @@ def _read_preset(options: argparse.Namespace) -> Run:
         network=SHAPES[options.preset],
         callback=WoodFisherPruningCallback(fisher=fisher),
         world_size=(options.devices or 1) * (options.num_nodes or 1),
-        levels=(0.0,),
+        sparsities=(0.0,),
     )
 
 
@@ -194,7 +194,7 @@ def _format(
         return json.dumps([cost.to_dict() for cost in costs], indent=1) + "\n"
     text = "\n\n".join(cost.to_table() for cost in costs)
     if recompute_steps > 1:
-        text += f"\n\nrecompute_steps={recompute_steps}: a step does this once for each part."
+        text += f"\n\nrecompute_steps={recompute_steps}: a step does this once for each stage."
     return (
         f"{text}\n\nSeconds at {rate / 1e9:.3g} Gflop/s. The network's own activations, "
         "gradients and optimizer are not counted.\n"
@@ -205,26 +205,26 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the subcommand."""
     parser = SubcommandParser(
         "estimate",
-        "Print what the pruning steps of a run cost each rank, without running it. Other "
-        "arguments are those of `fit`, such as --config run.yaml.",
+        "Print what the pruning steps of a run cost each rank, without running it. All "
+        "options of `fit` are accepted as well, such as --config run.yaml.",
         _EXAMPLE,
     )
     add = parser.add_argument
-    add("--devices", type=int, help="devices of a node, in place of the configured")
-    add("--num_nodes", type=int, help="nodes, in place of the configured")
+    add("--devices", type=int, help="devices per node (default: as configured)")
+    add("--num_nodes", type=int, help="number of nodes (default: as configured)")
     add(
         "--sharded",
         action="store_true",
         help="parameters are sharded over the ranks (FSDP2); read from the strategy "
         "with --config",
     )
-    add("--memory", help="of a device for the step, such as 80GB or 24GiB")
-    add("--sparsity", type=float, help="before the step, in place of the scheduled")
-    add("--flops_per_second", type=float, help="of a rank; measured here if left out")
-    add("--bytes_per_second", type=float, help="that a rank can send")
-    add("--seconds_per_gradient", type=float, help="of one mini-batch")
-    add("--json", action="store_true", help="write JSON")
-    add("--preset", choices=list(SHAPES), help="shapes in place of a model")
+    add("--memory", help="memory of a device for the step, such as 80GB or 24GiB")
+    add("--sparsity", type=float, help="sparsity before the step (default: scheduled)")
+    add("--flops_per_second", type=float, help="speed of a rank (default: measured)")
+    add("--bytes_per_second", type=float, help="bytes per second that a rank can send")
+    add("--seconds_per_gradient", type=float, help="seconds for one mini-batch")
+    add("--json", action="store_true", help="print JSON")
+    add("--preset", choices=list(SHAPES), help="a known network instead of a config")
     add("--num_gradients", type=int, default=256, help="N, with --preset")
     add("--gradient_batch_size", type=int, default=16, help="m, with --preset")
     add("--block_size", type=block_size, default=256, help="B or none, with --preset")

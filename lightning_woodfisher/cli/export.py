@@ -1,4 +1,4 @@
-"""``lightning-woodfisher export``: files of a pruned checkpoint for other programs."""
+"""``lightning-woodfisher export``: write a pruned checkpoint for other programs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run_export(options: argparse.Namespace) -> int:
     """Write the file and print a summary of it.
 
     Args:
-        options: parsed by :func:`make_parser`, with arguments of ``fit`` beside them.
+        options: parsed by :func:`make_parser`, with ``fit_arguments``.
 
     Returns:
         Exit status 0.
@@ -126,7 +126,7 @@ def _check(options: argparse.Namespace, out: Path) -> None:
         if rest:
             known = [f"--{name}" for name in vars(options)]
             raise ConfigurationError(
-                f"{' '.join(rest)} means nothing with --format {options.format}, which "
+                f"{' '.join(rest)} has no effect with --format {options.format}, which "
                 f"needs no model; omit it.{nearest(rest[0], known)}"
             )
     elif not options.config and not any(a.startswith("--model") for a in rest):

@@ -60,7 +60,7 @@ class _Parser(LightningArgumentParser):
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Overwrites the config that an earlier run saved, but not a file of the user."""
+    """Save the config over one that an earlier run saved, but not over a user's file."""
 
     def setup(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
@@ -98,7 +98,7 @@ class FitReader(PruningCLI):
         """Leave this to the caller, who may change the configuration first."""
 
     def _set_seed(self) -> None:
-        """Leave the random state as it is: an estimate or an export needs no seed."""
+        """Leave the random state unchanged: an estimate or an export needs no seed."""
 
     def _run_subcommand(self, subcommand: str) -> None: ...
 

@@ -19,14 +19,14 @@ from lightning_woodfisher.cli.messages import explain_error
 
 
 class Subcommand(NamedTuple):
-    """A subcommand beside those of Lightning.
+    """A subcommand that LightningCLI does not have.
 
     Attributes:
         summary: what it does, for ``--help``.
         make_parser: returns its parser.
         run: runs it with the parsed options and returns the exit status. What the parser
             does not know is in ``options.fit_arguments``.
-        reads_fit: whether it accepts the options of ``fit``, too.
+        reads_fit: whether it also accepts the options of ``fit``.
     """
 
     summary: str
@@ -78,7 +78,7 @@ def _run_subcommand(subcommand: Subcommand, arguments: Sequence[str]) -> int:
 
 def _describe_subcommands() -> str:
     names = [f"{name} ({each.summary})" for name, each in _SUBCOMMANDS.items()]
-    return f"Other commands, each with a --help of its own: {', '.join(names)}."
+    return f"Other commands, each with its own --help: {', '.join(names)}."
 
 
 def _make_preset_parser() -> argparse.ArgumentParser:
@@ -112,13 +112,13 @@ _SUBCOMMANDS = {
         reads_fit=True,
     ),
     "sweep": Subcommand(
-        "one-shot settings compared on a checkpoint",
+        "a comparison of one-shot settings on a checkpoint",
         sweep.make_parser,
         sweep.run_sweep_command,
         reads_fit=True,
     ),
     "report": Subcommand(
-        "what a run has pruned, as a table and as a page",
+        "what a run has pruned, as a table or an HTML page",
         report.make_parser,
         report.run_report,
     ),
@@ -132,10 +132,10 @@ _SUBCOMMANDS = {
         "settings of published results, as YAML", _make_preset_parser, _run_preset
     ),
     "benchmark": Subcommand(
-        "the engines on this machine", benchmark.make_parser, benchmark.run_benchmark
+        "timings on this machine", benchmark.make_parser, benchmark.run_benchmark
     ),
     "completion": Subcommand(
-        "a script that completes this command in bash or zsh",
+        "a completion script for bash or zsh",
         completion.make_parser,
         _run_completion,
     ),

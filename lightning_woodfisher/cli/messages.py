@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["condense_error", "explain_error", "explain_wandb"]
 
-import dataclasses
 import inspect
 import re
 import sys
@@ -43,10 +42,13 @@ _OUR_CLASSES = (
     PolynomialSchedule,
     OneShotSchedule,
     ConstantSchedule,
+    FisherConfig,
+    SelectionConfig,
+    StepConfig,
+    StructureConfig,
 )
-_OUR_CONFIGS = (FisherConfig, SelectionConfig, StepConfig, StructureConfig)
 
-# Lines of jsonargparse that repeat the question instead of answering it.
+# Lines of jsonargparse that do not say what is wrong.
 _NOISE = re.compile(
     r"\s*((- )?Does not validate against any|Subtypes:|Errors:$|- Not a valid subclass of|"
     r"Subclass types expect one of|- an? (class path|dict)|"
@@ -177,7 +179,7 @@ def _suggest(line: str, owner: str) -> str:
         module, _, owner_name = owner.rpartition(".")
         cls = getattr(sys.modules.get(module), owner_name, None)
         known = [*_parameters(cls), *_known_names()]
-        # Of a dotted name, the first part that is unknown is the misspelt one.
+        # In a dotted name, the first unknown part is the misspelled one.
         parts = [part for part in name.split(".") if part not in known]
         hint = nearest(parts[0], known) if parts else ""
     elif choice := _CHOICE.search(line):
@@ -206,5 +208,3 @@ def _known_names() -> Iterator[str]:
     for cls in _OUR_CLASSES:
         yield cls.__name__
         yield from _parameters(cls)
-    for config in _OUR_CONFIGS:
-        yield from (field.name for field in dataclasses.fields(config))

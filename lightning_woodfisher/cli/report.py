@@ -1,4 +1,4 @@
-"""``lightning-woodfisher report``: what a run pruned, as a table and as a page."""
+"""``lightning-woodfisher report``: what a run pruned, as a table or an HTML page."""
 
 from __future__ import annotations
 
@@ -19,13 +19,10 @@ from torch import Tensor
 from lightning_woodfisher.base.errors import ConfigurationError, first_line
 from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.cli.arguments import SubcommandParser
-from lightning_woodfisher.pruning.report import PruningReport, format_steps
-from lightning_woodfisher.reporting.contents import Reports
+from lightning_woodfisher.pruning.report import PruningReport
+from lightning_woodfisher.reporting.contents import Reports, collect_contents
 from lightning_woodfisher.reporting.page import build_page
-from lightning_woodfisher.structured.report import (
-    StructureReport,
-    format_structure_steps,
-)
+from lightning_woodfisher.structured.report import StructureReport
 from lightning_woodfisher.weights.checkpoint_state import STATE_KEYS, require_readable
 
 # The file that a sharded strategy saves beside its shards.
@@ -48,7 +45,7 @@ class _Record:
 
 
 def run_report(options: argparse.Namespace) -> int:
-    """Print the tables, and write the page if it is wanted.
+    """Print the tables, and write the page if ``--html`` is given.
 
     Args:
         options: parsed by :func:`make_parser`.
@@ -74,12 +71,8 @@ def run_report(options: argparse.Namespace) -> int:
 
 
 def _describe(reports: Reports) -> str:
-    weights = [report for report in reports if isinstance(report, PruningReport)]
-    channels = [report for report in reports if isinstance(report, StructureReport)]
-    if channels:
-        steps, what = format_structure_steps(channels), "Channels"
-    else:
-        steps, what = format_steps(weights), "Layers"
+    steps = collect_contents(reports, {}).steps.text
+    what = "Channels" if isinstance(reports[-1], StructureReport) else "Layers"
     table = reports[-1].to_table()
     return f"\n{steps}\n\n{what} after the last step:\n\n{table}\n"
 
@@ -107,7 +100,7 @@ def _read(path: Path) -> _Record:
             problems.append(f"\n  {error}")
     found = "".join(problems[:5]) or " no checkpoint (*.ckpt) and no JSON file"
     raise ConfigurationError(
-        f"{path} has no report of pruning. It has:{found}\nSet report_path in the "
+        f"{path} has no report of pruning. It contains:{found}\nSet report_path in the "
         "callback, or keep a checkpoint that was saved with it."
     )
 
@@ -117,8 +110,8 @@ def _read_file(path: Path) -> _Record:
     runs = {title: reports for title, reports in record.runs.items() if reports}
     if not runs:
         raise ConfigurationError(
-            f"{path} was saved before the first pruning step, so that there is nothing to "
-            "report; give a later one."
+            f"{path} was saved before the first pruning step, so it has nothing to report; "
+            "give a later one."
         )
     return _Record(path, runs, record.masks)
 
@@ -129,8 +122,7 @@ def _read_json(path: Path) -> _Record:
         reports = _read_reports(plain)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigurationError(
-            f"{path} is not a file that report_path has written "
-            f"({type(error).__name__}: {error})."
+            f"{path} was not written by report_path ({type(error).__name__}: {error})."
         ) from error
     return _Record(path, {"": reports})
 
@@ -177,18 +169,18 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the subcommand."""
     parser = SubcommandParser(
         "report",
-        "Show what a run pruned: a table of the steps and of the layers, and a page with "
-        "figures that needs neither an account nor a server.",
+        "Print tables of the pruning steps and of the layers of a run. With --html, also "
+        "write a page with figures.",
     )
     parser.add_argument(
         "path",
         metavar="PATH",
-        help="a Lightning checkpoint, the JSON file of report_path, or a folder, whose "
-        "newest such file is read",
+        help="a Lightning checkpoint, the JSON file of report_path, or a folder (its newest "
+        "such file is read)",
     )
     parser.add_argument(
         "--html",
         metavar="FILE",
-        help="write one HTML file with figures and tables; it loads nothing from elsewhere",
+        help="write a self-contained HTML file with figures and tables",
     )
     return parser

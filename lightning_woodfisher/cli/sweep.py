@@ -46,20 +46,20 @@ if it has none. Nothing is trained.
 _DEFAULT_DAMPINGS = [1e-5, 1e-4, 1e-3]
 # The settings to try, as options with one or more values.
 _SWEPT: Mapping[str, Mapping[str, Any]] = {
-    TARGET: {"type": float, "help": "shares of zeros, as 0.5 0.9"},
+    TARGET: {"type": float, "help": "share of zeros, such as 0.5 0.9"},
     "criterion": {
         "choices": list(CRITERIA),
         "help": f"how weights are ranked: {' '.join(CRITERIA)}",
     },
     "update": {
         "choices": get_args(Update),
-        "help": f"of the weights that remain: {' '.join(get_args(Update))}",
+        "help": f"how the remaining weights change: {' '.join(get_args(Update))}",
     },
-    "damping": {"type": float, "help": "λ on the diagonal, as 1e-5 1e-4"},
-    "num_gradients": {"type": int, "help": "N, gradients in the Fisher"},
-    "gradient_batch_size": {"type": int, "help": "m, samples in a gradient"},
+    "damping": {"type": float, "help": "λ on the diagonal, such as 1e-5 1e-4"},
+    "num_gradients": {"type": int, "help": "N, number of gradients"},
+    "gradient_batch_size": {"type": int, "help": "m, samples per gradient"},
     "block_size": {"type": block_size, "help": "B, or none for one block"},
-    "recompute_steps": {"type": int, "help": "parts of the one shot"},
+    "recompute_steps": {"type": int, "help": "number of stages of the step"},
     "scope": {
         "choices": get_args(Scope),
         "help": f"weights compete over all layers or in each: {' '.join(get_args(Scope))}",
@@ -83,7 +83,7 @@ def run_sweep_command(options: argparse.Namespace) -> int:
     """Run the sweep, print the table, and write the JSON file and the figure.
 
     Args:
-        options: parsed by :func:`make_parser`, with arguments of ``fit`` beside them.
+        options: parsed by :func:`make_parser`, with ``fit_arguments``.
 
     Returns:
         Exit status: 0, or 1 if every setting failed.
@@ -106,8 +106,8 @@ def run_sweep_command(options: argparse.Namespace) -> int:
             "to compare settings."
         )
     callback = _take_callback(run.trainer)
-    checkpoint = options.ckpt_path or run.config["fit"].get("ckpt_path")
-    trial = _TrySettings(options, callback, checkpoint)
+    options.ckpt_path = options.ckpt_path or run.config["fit"].get("ckpt_path")
+    trial = _TrySettings(options, callback)
     callbacks_of(run.trainer).append(trial)
     run.trainer.fit(run.model, datamodule=run.datamodule)
     report = trial.report
@@ -137,24 +137,19 @@ def _take_callback(trainer: pl.Trainer) -> WoodFisherPruningCallback:
 
 
 class _TrySettings(pl.Callback):
-    """Runs the sweep at the start of training, when a training step can be computed.
+    """Run the sweep at the start of training, when a training step can be computed.
 
     Args:
         options: options of the command.
         callback: the callback with the settings that are not swept.
-        checkpoint: path of the weights; None for those of the model.
     """
 
     def __init__(
-        self,
-        options: argparse.Namespace,
-        callback: WoodFisherPruningCallback,
-        checkpoint: str | None,
+        self, options: argparse.Namespace, callback: WoodFisherPruningCallback
     ) -> None:
         self.report: SweepReport | None = None
         self._options = options
         self._callback = callback
-        self._checkpoint = checkpoint
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy = trainer.strategy
@@ -163,8 +158,8 @@ class _TrySettings(pl.Callback):
                 f"sweep runs on a single device or with 'ddp', not with "
                 f"{type(strategy).__name__}."
             )
-        if self._checkpoint is not None:
-            load_weights(pl_module, read_checkpoint(self._checkpoint))
+        if self._options.ckpt_path is not None:
+            load_weights(pl_module, read_checkpoint(self._options.ckpt_path))
 
     def on_train_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -223,11 +218,11 @@ def make_parser() -> argparse.ArgumentParser:
         "sweep",
         "Find good one-shot pruning settings: every combination of the values below is "
         "tried on a trained network and compared by its validation loop. Without values, "
-        "three dampings are tried. Other arguments are those of `fit`, such as --config "
-        "run.yaml or --trainer.limit_val_batches 50.",
+        "three dampings are tried. All options of `fit` are accepted as well, such as "
+        "--config run.yaml or --trainer.limit_val_batches 50.",
         _EXAMPLE,
     )
-    # `fit` also has this option, but reads more than the weights.
+    # `fit` has an option of this name, but it also reads the state of the optimizer.
     parser.add_argument(
         "--ckpt_path",
         metavar="FILE",
@@ -237,22 +232,22 @@ def make_parser() -> argparse.ArgumentParser:
     for name, options in _SWEPT.items():
         swept.add_argument(f"--{name}", nargs="+", metavar="VALUE", **options)
     add = parser.add_argument_group("results").add_argument
-    add("--metric", help="logged in validation, such as val_acc; the first if left out")
+    add("--metric", help="a validation metric, such as val_acc (default: the first)")
     add(
         "--mode",
         choices=["min", "max"],
-        help="which is better; by default small for a metric with loss or err in its name, "
-        "large for others",
+        help="whether a smaller or larger metric is better (default: min for names such as "
+        "loss or err, otherwise max)",
     )
     add(
         "--output",
         metavar="FILE",
         default="sweep.json",
-        help="file of the results; the figure gets its name with .png (sweep.json)",
+        help="file for the results (sweep.json); the figure is saved beside it as .png",
     )
     add(
         "--row_memory",
-        help="memory for stored gradients, as 8GB; larger ones go to a temporary file (a "
-        "quarter of the free memory)",
+        help="memory for stored gradients, such as 8GB; beyond it a temporary file is used "
+        "(default: a quarter of the free memory)",
     )
     return parser

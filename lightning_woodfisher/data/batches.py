@@ -9,6 +9,7 @@ __all__ = [
     "RepeatableStream",
     "StreamBatches",
     "loader_batches",
+    "require_rereadable",
 ]
 
 import functools
@@ -381,6 +382,23 @@ class StreamBatches(Batches):
     def describe(self, index: int) -> str:
         """Name the position of a batch in the stream."""
         return f"batch {index} of the stream"
+
+
+def require_rereadable(data: Any) -> None:
+    """Check that data can be read several times.
+
+    Args:
+        data: a dataset, a loader or an iterable of batches.
+
+    Raises:
+        ConfigurationError: for an iterator.
+    """
+    if isinstance(data, Iterator):
+        raise ConfigurationError(
+            f"the data is an iterator ({type(data).__name__}), which can be read only "
+            "once, but the same samples are needed several times; pass a list of batches, "
+            "a Dataset or a DataLoader."
+        )
 
 
 class RepeatableStream:

@@ -91,15 +91,11 @@ class StructureConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        kinds = {
-            "method": ScoringMethod,
-            "structure": StructureKind,
-            "labels": ScoreLabels,
-            "search": Search,
-            "measure": Measure,
-        }
-        for name, kind in kinds.items():
-            require_choice(name, getattr(self, name), get_args(kind))
+        require_choice("method", self.method, get_args(ScoringMethod))
+        require_choice("structure", self.structure, get_args(StructureKind))
+        require_choice("labels", self.labels, get_args(ScoreLabels))
+        require_choice("search", self.search, get_args(Search))
+        require_choice("measure", self.measure, get_args(Measure))
         for name in ("num_samples", "batch_size", "min_kept", "round_to"):
             require_integer(name, getattr(self, name), least=1)
         require_integer("probes", self.probes, least=2)

@@ -11,12 +11,11 @@ from __future__ import annotations
 __all__ = [
     "StructurePruner",
     "prune_structures",
-    "require_rereadable",
     "require_target",
 ]
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch.utils.data import Dataset
 
 from lightning_woodfisher.base.clock import PhaseClock
 from lightning_woodfisher.base.errors import ConfigurationError, require_number
+from lightning_woodfisher.data.batches import require_rereadable
 from lightning_woodfisher.data.batchnorm import estimate_statistics
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource, compute_losses
@@ -74,36 +74,19 @@ def require_target(target: float) -> None:
     require_number("target", target, "[0, 1)", meaning)
 
 
-def require_rereadable(data: Any) -> None:
-    """Check that data can be read several times.
-
-    Args:
-        data: a dataset, a loader or an iterable of batches.
-
-    Raises:
-        ConfigurationError: for an iterator.
-    """
-    if isinstance(data, Iterator):
-        raise ConfigurationError(
-            f"the data is an iterator ({type(data).__name__}), which can be read only "
-            "once, but scores and losses need the same samples several times; pass a "
-            "list of batches, a Dataset or a DataLoader."
-        )
-
-
 @dataclass
 class StructurePruner:
-    """Removes whole channels with masks, step by step.
+    """Remove whole channels with masks, step by step.
 
     Attributes:
         groups: groups of structures of the model.
         masks: masks of the parameters that belong to structures; changed by every step.
         config: how structures are scored and chosen.
         comm: the ranks.
-        implants: how many of the chosen structures become 1×1 filters.
+        implants: share of the chosen structures that become 1×1 filters.
         implantable: names of the layers that can have 1×1 filters, by group.
-        removed: structures that are removed, before the first step and after each one.
-        implanted: structures with 1×1 filters, likewise.
+        removed: structures that are removed so far; each step updates them.
+        implanted: structures with 1×1 filters so far; each step updates them.
     """
 
     groups: Sequence[Group]
@@ -120,8 +103,8 @@ class StructurePruner:
     ) -> StructureReport:
         """Remove structures until a share of the measure is gone.
 
-        A target that cannot be reached is a :class:`ConfigurationError`, a step that
-        fails a :class:`PruningError`; after any exception the model is unchanged.
+        Raise a :class:`ConfigurationError` for a target that cannot be reached and a
+        :class:`PruningError` if the step fails. After any exception the model is unchanged.
 
         Args:
             source: where losses come from.
@@ -223,7 +206,7 @@ class StructurePruner:
         """Choose what is removed and implanted after the step, earlier ones included."""
         config, groups, removed = self.config, self.groups, self.removed
         names = [group.name for group in groups]
-        # An implant may be removed later, but is never whole again.
+        # An implant may be removed later, but never gets its k×k filter back.
         earlier = {n: [*removed.get(n, ()), *self.implanted.get(n, ())] for n in names}
         by_name = dict(zip(names, scores.values, strict=True))
 
@@ -291,7 +274,7 @@ def prune_structures(
 ) -> tuple[StructureReport, tuple[Group, ...]]:
     """Mask whole channels of a plain PyTorch model, without a Trainer.
 
-    Channels that are already zero stay removed, and count.
+    Channels that are already zero stay removed, and count towards the target.
     ``shrink(model, groups, report.removed)`` of :mod:`.shrink.removal` cuts the masked
     channels out. With an initialized ``torch.distributed``, call it on every rank with the
     same model and data.

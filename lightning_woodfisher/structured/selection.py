@@ -1,8 +1,9 @@
 """Choose which structures to remove: a number of them, or as few as meet a size target.
 
-Scores of structures add up, so the best choice of j structures of a group are its j lowest.
-It remains to decide how many structures each group loses: within the limits of every group,
-at the least sum of scores. Ties are broken by the order of groups and structures.
+Scores of structures add up, so the best j structures of a group to remove are those with the
+j lowest scores. What is left to choose is the number for each group: the choice with the
+smallest sum of scores within the limits of the groups. Ties are broken by the order of groups
+and structures.
 """
 
 from __future__ import annotations
@@ -59,25 +60,25 @@ def select_count(
     scores: Sequence[Tensor],
     count: int,
     config: StructureConfig = StructureConfig(),
-    earlier: GroupIndices | None = None,
+    removed_before: GroupIndices | None = None,
 ) -> dict[str, Tensor]:
     """Choose a number of structures.
 
     Args:
         groups: the groups of structures.
         scores: ``[group.size]`` for each group; the lowest are removed.
-        count: number of structures. If ``round_to`` or ``earlier`` does not allow it, the
-            nearest number that they allow is taken, the larger one of two.
+        count: number of structures. If ``round_to`` or ``removed_before`` does not allow
+            it, the nearest number that they allow is taken, the larger one of two.
         config: limits on what a group may lose.
-        earlier: structures that are already removed; they stay removed, and count.
+        removed_before: structures that are already removed; they stay removed, and count.
 
     Returns:
         int64 indices of the removed structures of every group, ascending, by group name.
 
     Raises:
-        ConfigurationError: if the limits do not allow that many.
+        ConfigurationError: if the limits do not allow this number.
     """
-    choices = _Choices(groups, scores, config, earlier or {})
+    choices = _Choices(groups, scores, config, removed_before or {})
     most = choices.counts[-1]
     if count > most:
         raise ConfigurationError(
@@ -94,7 +95,7 @@ def select_for_size(
     size: NetworkSize,
     target: float,
     config: StructureConfig = StructureConfig(),
-    earlier: GroupIndices | None = None,
+    removed_before: GroupIndices | None = None,
     divide: Callable[[IndexTensors], tuple[IndexTensors, IndexTensors]] | None = None,
 ) -> dict[str, Tensor]:
     """Choose the fewest structures whose removal makes the network small enough.
@@ -108,7 +109,7 @@ def select_for_size(
         target: share of the parameters or multiply-accumulates (``config.measure``) to
             remove, in [0, 1).
         config: measure and limits.
-        earlier: structures that are already removed; they stay removed.
+        removed_before: structures that are already removed; they stay removed.
         divide: divides the chosen structures into removed and implanted ones; None without
             implants.
 
@@ -124,7 +125,7 @@ def select_for_size(
         first = torch.tensor([0])
         costs = [max(1, dense - count_left({group.name: first})) for group in groups]
         scores = [s.double() / cost for s, cost in zip(scores, costs, strict=True)]
-    choices = _Choices(groups, scores, config, earlier or {})
+    choices = _Choices(groups, scores, config, removed_before or {})
     counts = choices.counts
 
     def share_left(count: int) -> float:
@@ -150,7 +151,7 @@ def select_for_size(
 
 
 class _Choices:
-    """The choice with the least sum of scores, for every number of structures.
+    """The choice with the smallest sum of scores, for every number of structures.
 
     Attributes:
         is_nested: whether the choice of more structures contains that of fewer.
@@ -162,20 +163,20 @@ class _Choices:
         groups: Sequence[Group],
         scores: Sequence[Tensor],
         config: StructureConfig,
-        earlier: GroupIndices,
+        removed_before: GroupIndices,
     ) -> None:
         self._names = [group.name for group in groups]
         self._values: list[Tensor] = []
         self._order: list[Tensor] = []
         self._allowed: list[list[int]] = []
         for group, score in zip(groups, scores, strict=True):
-            gone = list(earlier.get(group.name, ()))
+            gone = list(removed_before.get(group.name, ()))
             score = score.cpu().clone()
             score[gone] = -math.inf
             values, order = torch.sort(score, stable=True)
             self._values.append(values)
             self._order.append(order)
-            # Limits that are tighter than those of an earlier step bring nothing back.
+            # Tighter limits than in an earlier step do not restore structures.
             more = [n for n in config.removable(group.size) if n > len(gone)]
             self._allowed.append([len(gone), *more])
         self.is_nested = config.round_to == 1

@@ -1,7 +1,6 @@
-"""Many one-shot settings on one network, compared by a metric.
+"""Try many one-shot settings on one network and compare them by a metric.
 
-In go a model, data and a grid of settings; out comes a report with one result for each
-setting, and the model is as before. Gradients ``[N, D_r]`` are collected once for all
-settings that share them. Imports neither Lightning nor any folder above, such as
-``reporting``.
+Input: a model, data and a grid of settings. Output: a report with one result for each
+setting; the model is restored. Gradients ``[N, D_r]`` are collected once for all settings
+that share them. This folder must not import Lightning or ``reporting``.
 """

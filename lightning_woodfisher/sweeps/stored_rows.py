@@ -30,7 +30,7 @@ class RowStore:
     """The gradients of one kind at the start of a sweep.
 
     Args:
-        memory: bytes of host memory that rows may take; larger ones go to a file.
+        memory: bytes of host memory for the rows; if they need more, a file is used.
         most_gradients: the largest N of the settings, by their m.
 
     Attributes:

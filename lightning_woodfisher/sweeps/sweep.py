@@ -11,7 +11,7 @@ __all__ = ["SweepReport", "SweepResult", "expand_grid", "run_sweep", "sweep"]
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from lightning_woodfisher.base.byte_sizes import parse_bytes
 from lightning_woodfisher.base.clock import Progress, no_progress
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError, nearest
+from lightning_woodfisher.data.batches import require_rereadable
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import FisherConfig
@@ -100,12 +101,13 @@ def sweep(
 
     The model is restored, bit for bit, after each setting. Gradients are collected once
     for all settings with the same ``gradient_batch_size``; a smaller ``num_gradients``
-    uses the first of them. Later parts of ``recompute_steps`` need new gradients. If
-    ``torch.distributed`` is initialized, call it on every rank.
+    uses the first of them. Later stages of ``recompute_steps`` need new gradients. If
+    ``torch.distributed`` is initialized, call it on every rank. A setting that cannot work
+    raises a ConfigurationError before any is tried.
 
     Args:
         model: the network.
-        data: the data, as for :func:`~.prune`; not an iterator, which can be read once.
+        data: the data, as for :func:`~.prune`; not an iterator.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
         evaluate: ``evaluate(model)`` returns a metric, or several by name. It is called
             once for the given network, and after each setting.
@@ -118,22 +120,15 @@ def sweep(
         fisher: settings of the Fisher that the grid does not vary.
         selection: settings of the selection that the grid does not vary.
         step: settings of the step that the grid does not vary.
-        row_memory: host memory for stored gradients, such as ``"8GB"``; larger ones go to
-            a temporary file. None for a quarter of the free memory.
+        row_memory: host memory for stored gradients, such as ``"8GB"``; beyond it a
+            temporary file is used. None for a quarter of the free memory.
         progress: a function of a title and a total that returns a context manager; this
             yields a counter.
 
     Returns:
         The results, in the order of the grid; its last name changes fastest.
-
-    Raises:
-        ConfigurationError: if a setting cannot work; raised before any is tried.
     """
-    if isinstance(data, Iterator):
-        raise ConfigurationError(
-            f"data is a {type(data).__name__}, which can be read only once, but every "
-            "setting reads it; give a Dataset, a DataLoader or a list of batches."
-        )
+    require_rereadable(data)
     config = PruningConfig(criterion, fisher, selection, step)
     settings = expand_grid(grid, config, target_sparsity)
     return run_sweep(

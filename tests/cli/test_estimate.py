@@ -140,7 +140,7 @@ def test_presets_need_no_configuration(capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "message"),
     [
         (["--preset", "resnet51"], "mean 'resnet50'"),
-        (["--preset", "resnet50", "--config", "x"], "--config x means nothing"),
+        (["--preset", "resnet50", "--config", "x"], "--config x has no effect"),
         (["--preset", "resnet50", "--memory", "80 apples"], "'80 apples' is not"),
         (["--config", "run.yaml", "--trainer.max_epochs", "2"], "only 2 epochs"),
     ],

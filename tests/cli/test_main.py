@@ -209,11 +209,16 @@ HELP = {
     "validate": ["--config CONFIG", "--trainer.devices", "--ckpt_path"],
     "test": ["--config CONFIG", "--trainer.devices", "--ckpt_path"],
     "predict": ["--config CONFIG", "--trainer.devices", "--return_predictions"],
-    "estimate": ["estimate --config run.yaml", "--memory", "as 80GB", "those of `fit`"],
+    "estimate": [
+        "estimate --config run.yaml",
+        "--memory",
+        "as 80GB",
+        "options of `fit`",
+    ],
     "sweep": [
         "sweep --config run.yaml --ckpt_path best.ckpt",
         "--metric",
-        "those of `fit`",
+        "options of `fit`",
     ],
     "report": ["a Lightning checkpoint", "--html FILE"],
     "export": ["export best.ckpt --format sparse", "--out FILE"],

@@ -107,8 +107,19 @@ def test_two_callbacks_make_two_tables(capsys: pytest.CaptureFixture[str]) -> No
             "a.ckpt",
             "could run code when loaded",
         ),
-        (lambda: Path("a.ckpt").write_text("{}"), "a.ckpt", "is no checkpoint"),
-        (lambda: Path("a.json").write_text("[1]"), "a.json", "report_path has written"),
+        (lambda: Path("a.ckpt").write_text("{}"), "a.ckpt", "is not a checkpoint"),
+        (
+            lambda: torch.save(
+                {"callbacks": {KEY: {"version": 9, "masks": {}, "done": []}}}, "a.ckpt"
+            ),
+            "a.ckpt",
+            "has version 9",
+        ),
+        (
+            lambda: Path("a.json").write_text("[1]"),
+            "a.json",
+            "not written by report_path",
+        ),
         (lambda: Path("run").mkdir(), "run", "no checkpoint (*.ckpt) and no JSON"),
         (lambda: write_json("run/a.json", []), "run", "give a later one"),
     ],

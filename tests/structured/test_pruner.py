@@ -109,9 +109,9 @@ def test_multiples_and_what_is_gone() -> None:
     assert count(1) == [[], [0, 1]]
     gone = {"conv1": [8, 9]}
     # Without what is gone, four of the first group would be the only way to four.
-    assert count(6, earlier=gone) == [[0, 1, 2, 3], [8, 9]]
-    assert count(4, earlier=gone) == [[0, 1, 2, 3], [8, 9]]
-    assert count(1, earlier=gone) == [[], [8, 9]]
+    assert count(6, removed_before=gone) == [[0, 1, 2, 3], [8, 9]]
+    assert count(4, removed_before=gone) == [[0, 1, 2, 3], [8, 9]]
+    assert count(1, removed_before=gone) == [[], [8, 9]]
     with pytest.raises(ConfigurationError, match="limits of the groups allow 10"):
         count(11)
 
@@ -293,7 +293,7 @@ def test_sizes_keep_what_is_gone() -> None:
     size = NetworkSize(source, groups, Communicator())
     scores = [torch.arange(4.0), torch.arange(5.0) - 10]
     earlier = {"stem": [3]}
-    removed = select_for_size(groups, scores, size, 0.5, earlier=earlier)
+    removed = select_for_size(groups, scores, size, 0.5, removed_before=earlier)
     assert 3 in removed["stem"].tolist()
     assert size.macs(removed) <= 0.5 * size.dense_macs
 

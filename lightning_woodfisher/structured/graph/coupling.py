@@ -37,7 +37,8 @@ class Port:
     """The outputs or the inputs of a layer.
 
     Args:
-        side: outputs or inputs. A layer that keeps channels apart has outputs only.
+        side: outputs or inputs. A layer that treats each channel separately, such as a
+            norm, has outputs only.
         channels: number of channels.
         axes: tensors whose axis has slices of these channels, as (tensor, axis, role).
             Slice i belongs to channel i, and there may be fewer slices than channels.
@@ -69,10 +70,8 @@ def ports_of(layer: nn.Module) -> tuple[Port, ...] | str:
             )
         axes: list[tuple[str, int, Role]] = [("weight", 0, "norm"), ("bias", 0, "norm")]
         if layer.running_mean is not None:
-            axes += [
-                ("running_mean", 0, "statistics"),
-                ("running_var", 0, "statistics"),
-            ]
+            statistics = ("running_mean", "running_var")
+            axes += [(name, 0, "statistics") for name in statistics]
         return (Port("out", layer.num_features, tuple(axes)),)
     if "weight" not in tensors:
         return f"the weight of a {kind} is computed from other tensors"
@@ -221,7 +220,7 @@ class Coupling:
 
 
 def find_groups(coupling: Coupling) -> tuple[Group, ...]:
-    """Sort the structures of a partition into groups.
+    """Collect the structures of a partition in groups.
 
     Structures are in the same group if they have slices in the same tensors.
 

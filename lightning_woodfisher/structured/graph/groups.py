@@ -74,11 +74,6 @@ class Member:
         """Name of the tensor in the model's ``state_dict``."""
         return f"{self.module}.{self.tensor}" if self.module else self.tensor
 
-    @property
-    def place(self) -> tuple[str, int]:
-        """Name of the tensor, and the axis."""
-        return self.name, self.axis
-
     def slices(self, structures: Sequence[int] | Tensor) -> Tensor:
         """Find the slices of some structures.
 
@@ -254,7 +249,8 @@ def resolve_structures(
         structures: indices by group name.
 
     Returns:
-        Each group that has any with its structures, int64, ascending, without duplicates.
+        Pairs of a group and its structures, int64, ascending, without duplicates. Groups
+        without structures are left out.
 
     Raises:
         ConfigurationError: for a group or a structure that does not exist.

@@ -126,7 +126,7 @@ def _unite_dependents(
     layer: nn.Module,
     names: Mapping[Any, str],
 ) -> str:
-    """Unite all channels tied to the outputs of a layer; return operations f(0) ≠ 0."""
+    """Unite the channels tied to the outputs of a layer; list operations with f(0) ≠ 0."""
     # Not by get_pruning_group: it computes all index maps again for each layer, and keeps
     # one of the roots of a channel that is reached from several.
     roots = coupling.channels[name, "out"]
@@ -161,7 +161,7 @@ def _unite_dependents(
             if not edge.is_triggered_by(function):
                 continue
             if edge.target.type.name in _DIVIDES_CHANNELS:
-                # The map drops the channels of the other pieces, which stay as well.
+                # The index map drops the channels of the other pieces; leave them out, too.
                 obstacle = _obstacle(edge.target, side)
                 if obstacle is not None:
                     _leave_out(coupling, roots, fresh, obstacle)

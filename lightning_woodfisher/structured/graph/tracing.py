@@ -50,10 +50,10 @@ def trace_groups(
     matches one of its producing layers; all layers of the group are pruned together. A
     layer that matches ``include`` and ``exclude`` is excluded.
 
-    A group is left out, with the reason, where removing a channel differs from setting it
-    to zero: outputs of the network, LayerNorm and GroupNorm, attention, an activation with
-    f(0) ≠ 0, channels split into fixed parts. Only layers that run in evaluation mode are
-    found.
+    Groups in which removing a channel differs from setting it to zero are left out, and the
+    result says why: outputs of the network, LayerNorm and GroupNorm, attention, an
+    activation with f(0) ≠ 0, channels split into pieces of fixed size. Only layers that run
+    in evaluation mode are found.
 
     Args:
         model: the network; unchanged afterwards.

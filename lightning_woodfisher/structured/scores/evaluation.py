@@ -41,7 +41,7 @@ class Evaluation:
     Args:
         source: where losses come from.
         groups: groups of structures of the model.
-        config: which samples.
+        config: number of samples, batch size and seed.
         comm: the ranks.
 
     Attributes:
@@ -65,7 +65,7 @@ class Evaluation:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """Enter before computing rows; the model is unchanged afterwards.
+        """Prepare the model for :meth:`compute_rows`, and restore it afterwards.
 
         Yields:
             Nothing.

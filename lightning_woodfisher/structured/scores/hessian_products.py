@@ -175,10 +175,9 @@ def _signs(
 
 
 def _gradients(loss: Tensor, vectors: StructureVectors) -> tuple[Tensor | None, ...]:
-    gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+    return torch.autograd.grad(
         loss, vectors.parameters, create_graph=True, allow_unused=True
     )
-    return gradients
 
 
 def _hessian_product(
@@ -196,7 +195,7 @@ def _hessian_product(
     if not pairs:
         return (None,) * len(direction)
     try:
-        products: tuple[Tensor | None, ...] = torch.autograd.grad(
+        return torch.autograd.grad(
             [gradient for gradient, _ in pairs],
             vectors.parameters,
             [vector for _, vector in pairs],
@@ -210,4 +209,3 @@ def _hessian_product(
             "the loss cannot be differentiated twice, which methods 'sosp_h' and 'hap' "
             f"need; use method='sosp_i': {error}"
         ) from error
-    return products

@@ -218,7 +218,7 @@ class _LayerOutputs:
                 if not output.requires_grad:
                     return None
                 self._outputs.append((name, output))
-                # What follows may work in place.
+                # The next operation may work in place.
                 return output.clone()
 
             return hook

@@ -204,8 +204,8 @@ def _has_center(conv: nn.Module, names: dict[int, list[str]]) -> bool:
 
 
 def _copies_of_group(member: Member, size: int) -> list[tuple[int, int]] | None:
-    """Find (start, stop) of each copy of a group on an axis; None if there is more."""
-    # A copy has the slices of all structures in order, the same number of each.
+    """Find (start, stop) of each copy of a group on an axis; None if one is incomplete."""
+    # A complete copy has the slices of all structures in order, the same number of each.
     owner = member.structure_of
     is_start = torch.ones(len(owner), dtype=torch.bool)
     is_start[1:] = (owner[1:] < owner[:-1]) | ((owner[1:] < 0) != (owner[:-1] < 0))

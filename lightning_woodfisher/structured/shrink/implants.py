@@ -111,7 +111,7 @@ def initialize_implants(
     """Set the center taps of new implants, in place. Call on all ranks.
 
     Args:
-        evaluation: of the samples, with its session not entered.
+        evaluation: of the samples, outside its session.
         groups: of its model.
         implanted: the new implants.
         removed: the removed structures, whose outputs the fit leaves out.

@@ -164,7 +164,7 @@ class RemovalPlan:
             }
             implants = {str(n): int(rows) for n, rows in data["implants"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigurationError(f"this is no removal plan: {error!r}.") from error
+            raise ConfigurationError(f"not a removal plan: {error!r}.") from error
         return cls(tensors, implants)
 
     def _find(self, model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
@@ -234,15 +234,17 @@ def plan_removal(
         for member in group.members:
             member.find_in(model)
             moved = sort_keys(member, group.size, structures)
-            earlier = keys.setdefault(member.place, moved)
+            key = member.name, member.axis
+            earlier = keys.setdefault(key, moved)
             # Other groups have other slices of the axis.
             is_moved = moved != torch.arange(len(moved))
-            keys[member.place] = torch.where(is_moved, moved, earlier)
+            keys[key] = torch.where(is_moved, moved, earlier)
     for group, structures in resolve_structures(groups, removed):
         for member in group.members:
             member.find_in(model)
             stays = torch.arange(len(member.structure_of))
-            keys.setdefault(member.place, stays)[member.slices(structures)] = -1
+            order = keys.setdefault((member.name, member.axis), stays)
+            order[member.slices(structures)] = -1
     tensors: dict[str, dict[int, Cut]] = defaultdict(dict)
     for (name, axis), order in sorted(keys.items()):
         number = int((order >= 0).sum())
