@@ -256,12 +256,8 @@ def _count_workspace(workload: Workload, units: Sequence[Unit]) -> tuple[int, in
         matrices = _largest(units, lambda unit: unit.count * unit.size**2)
         numbers = _PRIMAL_MATRICES * matrices
     elif engine == "dual":
-        numbers = _largest(
-            units,
-            lambda unit: (
-                unit.count * (_DUAL_GRAMS * count**2 + _DUAL_ROWS * count * unit.size)
-            ),
-        )
+        gram, row = _DUAL_GRAMS * count**2, _DUAL_ROWS * count
+        numbers = _largest(units, lambda unit: unit.count * (gram + row * unit.size))
     elif engine == "full":
         numbers = _FULL_GRAMS * count**2 + _DUAL_ROWS * count * longest
     size = 8 * numbers
