@@ -1,4 +1,4 @@
-"""The command line of ``lightning-woodfisher benchmark``."""
+"""Parse and run ``lightning-woodfisher benchmark``."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def run_benchmark(options: argparse.Namespace) -> int:
     Returns:
         Exit status.
     """
-    others = ("collection", "step", "masks", "scaling", "structures")
+    others = ("case", "collection", "step", "masks", "scaling", "structures")
     if not any(getattr(options, name) for name in others):
-        options.preset = options.preset or (None if options.case else "headline")
+        options.preset = options.preset or "headline"
     device = torch.device(options.device)
     _check(options, device)
     if options.threads:
@@ -76,7 +76,7 @@ def run_benchmark(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace, device: torch.device) -> None:
-    """Refuse options now that would fail after minutes of measurement."""
+    """Check options that would otherwise fail after minutes of measurement."""
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError(
             f"--device {options.device}: torch finds no CUDA device; use --device cpu."
@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog="lightning-woodfisher benchmark",
-        description="Measure what a pruning step costs on this machine.",
+        description="Measure the cost of a pruning step on this machine.",
     )
     add = parser.add_argument
     add("--preset", choices=PRESETS, help="cases to measure (default: headline)")
@@ -110,26 +110,26 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="N,B,D",
-        help="a case of your own; B = 'full' for the full Fisher; repeatable",
+        help="case to measure; B = 'full' for the full Fisher; repeatable",
     )
     add(
         "--engines",
         nargs="+",
         choices=("auto", "primal", "dual"),
         default=["auto"],
-        help="ways to compute the inverse (default: auto, the cheaper one)",
+        help="engines that compute the inverse (default: auto, the cheaper one)",
     )
     add("--update", action="store_true", help="also measure the joint update")
     add(
         "--as-published",
         action="store_true",
-        help="also measure the recursion as in published code: slow",
+        help="also measure the recursion as in published code, which is slow",
     )
     add(
         "--max-weights",
         type=_read_count,
-        help="measure a slice of larger networks (default: 300000 on a CPU; on a GPU "
-        "what fits into its memory)",
+        help="measure only a slice of larger networks (default: 300000 on a CPU; the most "
+        "that fits into memory on a GPU)",
     )
     add("--repeats", type=_read_count, default=3, help="repetitions (default: 3)")
     add("--threads", type=_read_count, help="number of torch threads on a CPU")
@@ -137,16 +137,21 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", default=device, help=f"torch device (default: {device})")
     add("--json", metavar="PATH", help="write every number to this file")
     add("--png", metavar="PATH", help="draw the table of the inverse to this file")
-    add("--collection", action="store_true", help="ways to collect gradients")
-    add("--step", action="store_true", help="a whole pruning step of ResNet-20")
-    add("--masks", action="store_true", help="training steps with masks and without")
-    add("--scaling", type=_read_count, metavar="R", help="a step on 1 to R processes")
+    add("--collection", action="store_true", help="measure gradient collection")
+    add("--step", action="store_true", help="measure a pruning step of ResNet-20")
+    add("--masks", action="store_true", help="measure training steps with masks")
+    add(
+        "--scaling",
+        type=_read_count,
+        metavar="R",
+        help="measure a step on 1 to R ranks",
+    )
     add(
         "--structures",
         nargs="?",
         const="resnet50",
         metavar="NETWORK",
-        help="channel scores of a torchvision network (default: resnet50)",
+        help="measure channel scores of a torchvision network (default: resnet50)",
     )
     return parser
 
@@ -170,7 +175,7 @@ def _read_case(text: str) -> Case:
 def _measure_inverse(
     options: argparse.Namespace, device: torch.device
 ) -> tuple[list[inverse.InverseRow], float | None]:
-    """Return rows and the best GEMM rate between the cases."""
+    """Return rows, and the best GEMM rate of those measured between the cases."""
     cases = list(options.case)
     if options.preset:
         cases += [
@@ -180,7 +185,7 @@ def _measure_inverse(
     if not cases:
         return [], None
     rows: list[inverse.InverseRow] = []
-    # A rate that other processes have lowered would flatter the engines.
+    # Too low a rate, because of other processes, would make the engines look better.
     rates = [inverse.measure_gemm_rate(device)]
     for case in cases:
         rows += inverse.measure_case(
@@ -200,7 +205,7 @@ def _choose_max_weights(device: torch.device, case: Case) -> int:
     if device.type != "cuda":
         return _SLICE_ON_CPU
     free, _ = torch.cuda.mem_get_info(device)
-    # Rows, given and stored; a matrix and its factor in float64.
+    # Given and stored rows; a matrix and its factor in float64.
     bytes_per_weight = 8 * case.num_gradients + 16 * (case.block_size or 0)
     return int(_USABLE_MEMORY * free / bytes_per_weight)
 

@@ -1,8 +1,8 @@
-"""The inverse Fisher: engines of this package, the recursion, and the GEMM floor.
+"""Measure the engines of the inverse Fisher, the recursion, and the GEMM floor.
 
 The floor of a case is the time of its matrix products at this machine's float32 GEMM rate,
-TF32 off. Operations are multiplications and additions; of symmetric products only half of
-the entries count::
+without TF32. Operations are multiplications and additions; only half of the entries of a
+symmetric product count::
 
     primal   N·B·D (half of GᵀG) + B²·D (factor, inverse factor)
     dual     N²·D (half of GGᵀ) + N²·D (triangular solve), also for the full Fisher
@@ -59,32 +59,34 @@ from lightning_woodfisher.fisher.inverse import (
 from lightning_woodfisher.weights.partition import Partition, Unit, make_partition
 
 DAMPING = 1e-5
-# Standard deviation of entries of rows, before each row is scaled by its own factor.
+# Standard deviation of the entries, before each row is scaled by its own factor.
 _GRADIENT_SCALE = 1e-3
 _GRADIENT_RANK = 16
 _BLOCKS_CHECKED = 8
 _COLUMNS_CHECKED = 256
 _REFERENCE_COLUMNS = 1 << 14
+_GEMM_REPEATS = 5
 
 
 @dataclass(frozen=True)
 class InverseRow:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         case: the problem size.
         engine: ``"recursion"``, ``"published"``, ``"primal"``, ``"dual"`` or ``"full"``.
         plan: kernel and batch size of a recursion; empty for the engines.
-        timing: observation of N rows, the inverse and its diagonal.
-        ratio: seconds of the recursion over seconds; None without a recursion.
+        timing: time to observe N rows and to compute the inverse and its diagonal.
+        ratio: seconds of the recursion divided by seconds; None without a recursion.
         processor_ratio: the same in processor seconds, which other processes on the cores
             affect less; None without a recursion and on a GPU.
-        error: largest relative error of the diagonal against a float64 inverse, on some of
-            the blocks (full Fisher: of the columns).
-        update_seconds: joint update that removes half of the weights; None if not measured.
-        floor_seconds: operations of the engine that ``"auto"`` chooses, at the GEMM rate;
-            None until :func:`add_floor`.
-        floor_share: ``floor_seconds`` over seconds.
+        error: largest relative error of the diagonal against a float64 inverse, in some
+            blocks (full Fisher: in some columns).
+        update_seconds: time of a joint update that removes half of the weights; None if
+            not measured.
+        floor_seconds: time of the operations of the engine that ``"auto"`` chooses, at the
+            GEMM rate; None before :func:`add_floor`.
+        floor_share: ``floor_seconds`` divided by seconds.
     """
 
     case: Case
@@ -99,25 +101,22 @@ class InverseRow:
     floor_share: float | None = None
 
 
-def draw_rows(
-    num_gradients: int, weights: int, device: torch.device, seed: int = 0
-) -> Tensor:
-    """Draw random rows with the structure of gradients.
+def draw_rows(num_gradients: int, weights: int, device: torch.device) -> Tensor:
+    """Draw random rows with the structure of gradients, the same in every call.
 
     Half of the variance lies in 16 common directions, half is independent. Entries have a
-    standard deviation of 1e-3, and each row has its own log-normal factor, as samples
-    differ in loss.
+    standard deviation of 1e-3, and each row has its own log-normal factor, because the
+    losses of samples differ.
 
     Args:
         num_gradients: N.
         weights: D.
         device: device of the result.
-        seed: seed of the random numbers.
 
     Returns:
         float32 ``[N, D]``.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
@@ -130,7 +129,7 @@ def draw_rows(
 
 
 def count_floor_operations(case: Case) -> float:
-    """Count the operations of matrix products of the same shapes (see the module).
+    """Count the operations of the GEMM floor.
 
     Args:
         case: the problem size.
@@ -148,24 +147,22 @@ def _settings(case: Case, engine: Engine = "auto") -> FisherConfig:
     return FisherConfig(case.num_gradients, 1, case.block_size, DAMPING, engine=engine)
 
 
-def measure_gemm_rate(
-    device: torch.device, size: int | None = None, repeats: int = 5
-) -> float:
-    """Measure the float32 GEMM rate on square matrices; the best of several products.
+def measure_gemm_rate(device: torch.device, size: int | None = None) -> float:
+    """Measure the float32 GEMM rate on square matrices.
 
     Args:
         device: device of the matrices.
-        size: rows and columns; None for 2048 on a CPU and 8192 on a GPU.
-        repeats: number of products, after one that is not counted.
+        size: number of rows and columns; None for 2048 on a CPU and 8192 on a GPU.
 
     Returns:
-        Multiplications and additions per second.
+        Multiplications and additions per second, the best of several products.
     """
     size = size or (8192 if device.type == "cuda" else 2048)
     left, right = torch.randn(2, size, size, device=device)
     result = left @ right
     multiply = functools.partial(torch.mm, left, right, out=result)
-    return 2.0 * size**3 / min(time_action(multiply, device) for _ in range(repeats))
+    seconds = min(time_action(multiply, device) for _ in range(_GEMM_REPEATS))
+    return 2.0 * size**3 / seconds
 
 
 def add_floor(row: InverseRow, rate: float) -> InverseRow:
@@ -173,10 +170,10 @@ def add_floor(row: InverseRow, rate: float) -> InverseRow:
 
     Args:
         row: the measurement.
-        rate: from :func:`measure_gemm_rate`.
+        rate: result of :func:`measure_gemm_rate`.
 
     Returns:
-        The row with its floor and the share of it that is reached.
+        The row with ``floor_seconds`` and ``floor_share``.
     """
     floor = count_floor_operations(row.case) / rate
     return dataclasses.replace(
@@ -193,20 +190,20 @@ def measure_case(
     with_update: bool = False,
     as_published: bool = False,
 ) -> list[InverseRow]:
-    """Measure one case; all engines get the same rows and take turns.
+    """Measure one case. All engines get the same rows and run alternately.
 
     Args:
         case: the problem size.
         repeats: number of repetitions.
         device: device to measure on.
         engines: engines of this package.
-        with_update: whether to measure the joint update, too.
-        as_published: whether to measure the recursion as batched products over all blocks,
-            as in published code, too.
+        with_update: whether to also measure the joint update.
+        as_published: whether to also measure the recursion as batched products over all
+            blocks, as in published code.
 
     Returns:
-        A row for the recursion, where it is possible, and one for each engine, without
-        floor.
+        A row for the recursion, unless the case is the full Fisher, and one for each
+        engine, all without floor.
     """
     rows = draw_rows(case.num_gradients, case.weights, device)
     cost = block_cost(_settings(case))
@@ -239,8 +236,9 @@ def measure_case(
         actions[name] = functools.partial(run_engine, name, engine)
     timings = measure_alternately(actions, repeats, device)
     errors = measure_errors(rows, partition, case, diagonals)
+    update_seconds = {n: statistics.median(spent) for n, spent in updates.items()}
     for name, spent in updates.items():
-        # The update runs inside the measured action, but has a column of its own.
+        # The update runs inside the measured action, but is reported separately.
         pairs = zip(timings[name].runs, spent, strict=True)
         runs = tuple(total - update for total, update in pairs)
         timings[name] = dataclasses.replace(timings[name], runs=runs)
@@ -252,14 +250,12 @@ def measure_case(
             plan=str(plans.get(name, "")),
             timing=timing,
             ratio=recursion.seconds / timing.seconds if recursion else None,
-            # While a GPU works, the processor only waits.
+            # While the GPU computes, the processor only waits.
             processor_ratio=recursion.processor_seconds / timing.processor_seconds
             if recursion and device.type == "cpu"
             else None,
             error=errors[name],
-            update_seconds=statistics.median(updates[name])
-            if name in updates
-            else None,
+            update_seconds=update_seconds.get(name),
         )
         for name, timing in timings.items()
     ]
@@ -278,7 +274,7 @@ def _invert(
 
 
 def _time_update(inverse: InverseFisher, device: torch.device) -> float:
-    """Measure the joint update that removes the half with the smallest saliencies."""
+    """Measure the joint update that removes the half of the weights with least saliency."""
     generator = torch.Generator(device).manual_seed(0)
     weights = torch.randn(
         inverse.size, generator=generator, dtype=torch.float64, device=device
@@ -293,8 +289,8 @@ def measure_errors(
 ) -> dict[str, float]:
     """Compare diagonals with dense float64 inverses of some blocks.
 
-    The full Fisher is too large for a dense inverse. There, some columns g are compared
-    with (1 − gᵀ(NλI + GGᵀ)⁻¹g)/λ, computed by LU in float64.
+    The full Fisher is too large for a dense inverse. Its diagonal is compared for some
+    columns g with (1 − gᵀ(NλI + GGᵀ)⁻¹g)/λ, computed by LU in float64.
 
     Args:
         rows: ``[N, D]``.
@@ -346,7 +342,7 @@ def _full_reference(rows: Tensor, checked: Tensor) -> Tensor:
 
 
 def _spread(count: int, wanted: int) -> list[int]:
-    """Return up to ``wanted`` numbers below ``count``, with the first and the last."""
+    """Return up to ``wanted`` evenly spaced numbers from 0 to ``count - 1``."""
     if count <= wanted:
         return list(range(count))
     return [i * (count - 1) // (wanted - 1) for i in range(wanted)]

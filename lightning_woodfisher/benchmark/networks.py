@@ -1,4 +1,4 @@
-"""Small networks and data for measurements, with random weights."""
+"""Make small networks with random weights, and random data, for measurements."""
 
 from __future__ import annotations
 

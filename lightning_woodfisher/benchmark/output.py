@@ -28,7 +28,7 @@ from lightning_woodfisher.benchmark.cases import Case
 from lightning_woodfisher.benchmark.inverse import InverseRow
 from lightning_woodfisher.benchmark.timing import Timing, describe_memory_measure
 
-# Headers that do not follow from the name.
+# Headers of columns; by default the name of the column.
 _HEADERS = {
     "num_gradients": "N",
     "block_size": "B",
@@ -47,28 +47,29 @@ _HEADERS = {
 _HIDDEN = {"name", "segments", "total_weights", "runs", "plan"}
 _SHARES = {"floor_share", "exchange_share", "equal_mask"}
 _LARGE = 1e4
-# Engines consist of large products, which keep more than this share of the threads busy.
+# On an idle machine the large products of the engines keep more than this share of the
+# threads busy.
 _BUSY_SHARE = 0.6
 _SHORT = 0.1
 _BUSY_NOTE = (
-    "WARNING: other processes used the cores during the measurement (see 'cores'). This "
-    "slows the recursion most, so the ratios are too favorable for this package. Do not "
-    "quote them; measure again on an idle machine."
+    "WARNING: other processes used the cores during the measurement (see the column "
+    "'cores'). This slows the recursion most, so the ratios overstate the speed of this "
+    "package. Do not quote them; measure again on an idle machine."
 )
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that was measured.
+    """The machine of the measurement.
 
     Attributes:
         device: name of the processor or GPU.
         threads: number of torch threads.
         cores_allowed: number of processors that this process may use.
         load: average number of running processes in the minute before the start.
-        torch: version.
+        torch: version of PyTorch.
         gemm_rate: float32 operations per second; None if not measured.
-        memory: what the peak counts.
+        memory: how the peak memory was measured.
         busy: whether an action got so little processor time that other processes must have
             been running; ratios are then unreliable.
     """
@@ -89,13 +90,13 @@ def describe_machine(
     load: float | None,
     rows: Sequence[InverseRow] = (),
 ) -> Machine:
-    """Collect what a reader needs to judge the numbers.
+    """Describe the machine, and detect whether it was busy.
 
     Args:
         device: the measured device.
-        gemm_rate: rate that the floor assumes.
+        gemm_rate: GEMM rate of the floor.
         load: average load before the start.
-        rows: measurements, which show whether other processes were running.
+        rows: measurements to check for a busy machine.
 
     Returns:
         The description.
@@ -105,8 +106,8 @@ def describe_machine(
         name, busy = torch.cuda.get_device_name(device), False
     else:
         name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        # On an idle machine every action keeps at least one thread busy, engines most of
-        # them. Short actions and the recursion may keep only one busy.
+        # On an idle machine short actions and the recursion keep at least one thread busy,
+        # and engines keep most threads busy.
         busy = any(
             row.timing.cores < _BUSY_SHARE * (1 if _is_sequential(row) else threads)
             for row in rows
@@ -128,7 +129,7 @@ def _is_sequential(row: InverseRow) -> bool:
 
 
 def _count_allowed_cores() -> int:
-    """Count the processors of all threads: OpenMP may have bound each to one of them."""
+    """Count the processors of all threads, because OpenMP may bind each thread to one."""
     tasks = Path("/proc/self/task")
     if not tasks.exists():
         return os.cpu_count() or 1
@@ -152,7 +153,7 @@ def format_results(machine: Machine, tables: Mapping[str, Sequence[Any]]) -> str
     """
     lines = [
         f"{machine.device}, {machine.threads} threads on {machine.cores_allowed} cores, "
-        f"torch {machine.torch}, memory: {machine.memory}"
+        f"torch {machine.torch}, peak memory: {machine.memory}"
     ]
     if machine.load is not None:
         lines.append(f"load before the start: {machine.load:.2f} running processes")
@@ -172,8 +173,8 @@ def format_rows(rows: Sequence[Any]) -> str:
         rows: instances of one of the row classes.
 
     Returns:
-        Lines with a header, without columns that are None in every row. Notes name the
-        plan of a recursion, and the time of a slice scaled to the whole network.
+        A table without columns that are None in every row, and notes on the plan of a
+        recursion and on the time of a slice scaled to the whole network.
     """
     flat = [_flatten(row) for row in rows]
     names = [
@@ -181,11 +182,11 @@ def format_rows(rows: Sequence[Any]) -> str:
         for name in flat[0]
         if name not in _HIDDEN and any(row[name] is not None for row in flat)
     ]
-    head = tuple(
+    head = [
         _HEADERS.get(name, name.replace("_seconds", " s").replace("_", " "))
         for name in names
-    )
-    cells = [tuple(_format(name, row[name]) for name in names) for row in flat]
+    ]
+    cells = [[_format(name, row[name]) for name in names] for row in flat]
     lines = [format_table(head, cells)]
     for row in rows:
         if not isinstance(row, InverseRow):
@@ -264,16 +265,10 @@ def write_figure(rows: Sequence[InverseRow], machine: Machine, path: Path) -> No
         case = row.case
         size = f"N = {case.num_gradients}, B = {case.block_size or 'D'}, D = {case.weights:,}"
         labels.append(f"{row.engine}\n{case.name}: {size}")
-        is_recursion = row.engine == "recursion"
-        colors.append("#9aa3ad" if is_recursion else "#1f77b4")
-        text = f" {row.timing.seconds:.3g} s  ("
-        if row.ratio is not None and not is_recursion:
-            text += (
-                f"{row.ratio:.3g}× faster, "
-                if row.ratio >= 1
-                else f"{row.ratio:.2g}×, "
-            )
-        texts.append(f"{text}{100 * (row.floor_share or 0):.0f} % of the GEMM floor)")
+        colors.append("#9aa3ad" if row.engine == "recursion" else "#1f77b4")
+        speed = "" if row.ratio is None else f"{row.ratio:.3g}× the recursion's speed, "
+        floor = f"{100 * (row.floor_share or 0):.0f} % of the GEMM floor"
+        texts.append(f" {row.timing.seconds:.3g} s  ({speed}{floor})")
     figure = Figure(figsize=(11, 1.2 + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh(range(len(rows)), seconds, color=colors, height=0.7)

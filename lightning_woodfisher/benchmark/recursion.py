@@ -1,12 +1,12 @@
-"""Baseline: the inverse Fisher by N rank-one Woodbury updates, as in the literature.
+"""Invert the Fisher by N rank-one Woodbury updates, the baseline from the literature.
 
 For every block, starting with F⁻¹ = I/λ, for each row g (WoodFisher, section 3)::
 
     v = F⁻¹g,    F⁻¹ ← F⁻¹ − v vᵀ / (N + gᵀv)
 
-The implementation is fast, for a fair comparison: updates are in place, all rows are
-applied to a batch of blocks that fits into cache before the next batch, and the batch
-size and one of three kernels are chosen by trying them on this machine.
+For a fair comparison the implementation is fast: updates are in place, all rows are applied
+to a batch of blocks that fits into cache before the next batch starts, and the batch size
+and one of three kernels are chosen by trying them on this machine.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def merge_units(partition: Partition) -> list[Unit]:
         partition: all blocks.
 
     Returns:
-        Units in order, which may span several tensors. Together they cover the same weights.
+        Units in order, which may span several tensors and cover the same weights.
     """
     merged: list[Unit] = []
     for unit in partition.units:
@@ -85,7 +85,7 @@ def invert_by_recursion(
         rows: ``[N, D]``, float32 as in the literature, or float64.
         units: the blocks.
         damping: λ.
-        plan: from :func:`choose_plan`.
+        plan: result of :func:`choose_plan`.
 
     Returns:
         F⁻¹ of each unit, ``[K, B, B]`` in the dtype of the rows.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["ExportSummary", "TensorSummary", "summarize"]
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,6 @@ class TensorSummary:
     Attributes:
         name: key in the ``state_dict``.
         shape: shape of the tensor.
-        elements: number of elements.
         zeros: elements whose bits are all zero.
         dense_bytes: bytes of the elements; 0 if another tensor shares its memory.
         written_bytes: bytes of the elements in the file.
@@ -37,7 +37,6 @@ class TensorSummary:
 
     name: str
     shape: tuple[int, ...]
-    elements: int
     zeros: int
     dense_bytes: int
     written_bytes: int
@@ -82,7 +81,7 @@ class ExportSummary:
         """
         head = ("tensor", "shape", "zeros", "dense", "written", "stored")
         pruned = [t for t in self.tensors if t.zeros and t.storage != "shared"]
-        pruned = sorted(pruned, key=lambda t: -t.elements)[:_MAX_ROWS]
+        pruned = sorted(pruned, key=lambda t: -math.prod(t.shape))[:_MAX_ROWS]
         rows: list[tuple[str, ...]] = [
             (t.name, "×".join(map(str, t.shape)) or "–", *_format_sizes([t]), t.storage)
             for t in self.tensors
@@ -122,7 +121,6 @@ def summarize(
             TensorSummary(
                 name=name,
                 shape=tuple(tensor.shape),
-                elements=tensor.numel(),
                 zeros=count_zeros(tensor),
                 dense_bytes=size,
                 written_bytes=sparse.get(name, size),
@@ -136,7 +134,7 @@ def summarize(
 def _format_sizes(tensors: Sequence[TensorSummary]) -> tuple[str, str, str]:
     """Format the share of zeros, the dense and the written bytes of tensors together."""
     owned = [tensor for tensor in tensors if tensor.storage != "shared"]
-    elements = sum(tensor.elements for tensor in owned)
+    elements = sum(math.prod(tensor.shape) for tensor in owned)
     zeros = sum(tensor.zeros for tensor in owned)
     return (
         f"{zeros / elements:.2%}" if elements else "–",

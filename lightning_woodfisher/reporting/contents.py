@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Contents", "Reports", "Rows", "Table", "collect_contents"]
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
@@ -139,12 +139,7 @@ def _collect_weights(
     if last.damping is not None:
         key_numbers["damping λ"] = f"{last.damping:.3g}"
     points = [
-        {
-            "stage": number,
-            "fraction": point.fraction,
-            "predicted": point.predicted,
-            "measured": point.measured,
-        }
+        {"stage": number, **asdict(point)}
         for number, stage in enumerate(last.local_model)
         for point in stage
     ]

@@ -21,7 +21,7 @@ from lightning_woodfisher.resources.estimate import ResourceEstimate, estimate_w
 from lightning_woodfisher.resources.workload import Workload
 from lightning_woodfisher.weights.masks import Masks
 
-# Tests allow this ratio between counted and estimated bytes.
+# Largest ratio of estimated to counted bytes that the tests allow.
 _TOLERANCE = 1.15
 # Attributes of a module that torch.compile and Lightning replace by compiled functions.
 _COMPILED = ("_compiled_call_impl", "forward", "training_step")
@@ -91,9 +91,9 @@ def fit_into_memory(
 ) -> tuple[PruningConfig, ResourceEstimate]:
     """Check the next step against ``fisher.memory_budget``, or against free memory.
 
-    If the step exceeds the budget on a GPU, gradient rows are offloaded to host memory
-    where that is enough; no setting that changes the result is touched. Without a budget,
-    only a step that certainly does not fit is refused.
+    If the step exceeds the budget on a GPU, gradient rows are offloaded to host memory,
+    provided that is enough; settings that change the result are never changed. Without a
+    budget, only a step that certainly does not fit is refused.
 
     Args:
         masks: current masks.
@@ -125,11 +125,10 @@ def fit_into_memory(
         if comm.device.type == "cuda":
             fisher = dataclasses.replace(config.fisher, offload_rows=True)
             offloaded = dataclasses.replace(config, fisher=fisher)
-            there = estimate_workload(
-                dataclasses.replace(workload, config=offloaded), budget
-            )
-            if there.fits:
-                return offloaded, there
+            workload = dataclasses.replace(workload, config=offloaded)
+            offloaded_cost = estimate_workload(workload, budget)
+            if offloaded_cost.fits:
+                return offloaded, offloaded_cost
         raise ConfigurationError(
             f"fisher.memory_budget={budget!r} is too small: the pruning step "
             f"{cost.verdict}."
@@ -139,7 +138,7 @@ def fit_into_memory(
     known = free_bytes(comm.device)
     rows = comm.gather_numbers([math.inf if known is None else known])
     free = min(row[0] for row in rows)
-    # Ranks that share memory need at least this much of it together.
+    # Ranks that share memory together need at least this much.
     needed = max(sharing * cost.smallest_peak_bytes, cost.peak_bytes) / _TOLERANCE
     if needed > free:
         advice = estimate_workload(workload, max(1, int(free) // sharing))

@@ -1,10 +1,10 @@
-"""Formulas for the cost of one stage of a pruning step on one rank.
+"""Compute the cost of one stage of a pruning step on one rank.
 
-They follow the code of :mod:`~.pruning.pruner`, :mod:`~.gradients` and :mod:`~.fisher`
-phase by phase and must change with it. Tests compare them with counted bytes. Symbols:
-T selected weights, D active weights, D_r active weights of a rank, N gradients, B block
-size, K blocks and U = K·B weights of a unit, R ranks. The activations of the network are
-not included.
+The formulas follow the code of :mod:`~.pruning.pruner`, :mod:`~.gradients` and
+:mod:`~.fisher` phase by phase and must change with it. Tests compare them with counted
+bytes. Symbols: T selected weights, D active weights, D_r active weights of a rank, N
+gradients, B block size, K blocks and U = K·B weights of a unit, R ranks. The activations of
+the network are not included.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ __all__ = [
     "count_flops",
     "count_host_bytes",
     "count_memory",
-    "count_state_bytes",
     "count_traffic",
 ]
 
@@ -27,27 +26,28 @@ from lightning_woodfisher.resources.workload import Workload
 from lightning_woodfisher.weights.partition import Unit
 from lightning_woodfisher.weights.patterns import numbers_at_once
 
-# Bytes of one number of GᵀG. "auto" starts in float32 and is counted as float32.
+# Bytes of one number of GᵀG; "auto" starts in float32 and is counted as float32.
 _GRAM_ITEMSIZE = {"auto": 4, "float32": 4, "float64": 8}
 # float64 copies of the matrices of a unit while it is processed.
 _PRIMAL_MATRICES = 4
 _DUAL_GRAMS, _DUAL_ROWS = 4, 2
 _FULL_GRAMS = 6
-# Copies of a layer's factor during its inversion, and of a layer's weights during the
-# update.
+# Copies of a layer's factor during its inversion; matrices and vectors of a layer's
+# weights during the update.
 _FACTOR_MATRICES = 2
 _LAYER_MATRICES, _LAYER_VECTORS = 3, 7
 # Approximate number of conjugate gradient steps in the joint update.
 _SOLVER_STEPS = 50
 # float64 vectors of D_r numbers that exist at the same time in each phase.
 _VECTORS = {"factorize": 5, "select": 11, "update": 7, "search": 6, "write": 8}
-# Additional vectors in the search if there is a second update to try, and if the
-# criterion has a first-order direction.
+# Additional vectors of the line search for a second update to try, and for a first-order
+# direction.
 _VECTORS_ALTERNATIVE = 2
 _VECTORS_DESCENT = 1
-# Vectors of a point of the local model: the change, its part, and products with F.
+# Vectors of a point of the local model: the update, a fraction of it, and products with F.
 _VECTORS_LOCAL_MODEL = 5
-# Copies of the sub-blocks of a unit for group scores, and of the rows they are made from.
+# Copies of the sub-blocks of a unit for group scores, and of the rows they are computed
+# from.
 _GROUP_MATRICES, _GROUP_ROWS = 3, 2
 _SUPPORT_MATRICES = 2.5
 _VECTORS_GROUPS = 2
@@ -59,10 +59,10 @@ class Memory:
 
     Attributes:
         state: GᵀG or the rows that the Fisher stores.
-        rows: gradient rows that have not entered the Fisher yet.
+        rows: gradient rows that the Fisher has not observed yet.
         workspace: matrices of the units that are being processed.
         copies: vectors over all weights: copies of weights and masks, positions,
-            saliencies, gathered values.
+            saliencies and gathered values.
     """
 
     state: int
@@ -72,7 +72,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Sum of all four."""
+        """Sum of the four attributes."""
         return self.state + self.rows + self.workspace + self.copies
 
 
@@ -93,10 +93,10 @@ def count_memory(workload: Workload, rank: int) -> dict[str, Memory]:
     total, largest = sum(weights), max(weights, default=0)
     weight_bytes, value_bytes = workload.weight_bytes, workload.value_bytes
     first_order = int(workload.criterion.first_order)
-    state = count_state_bytes(workload, units) - count_host_bytes(workload, units)
+    state = _count_state_bytes(workload, units) - count_host_bytes(workload, units)
     # Copies of weights and masks before the step, and the positions of active weights.
     kept = total * (weight_bytes + 1) + 8 * active
-    kept += vector * first_order + _mean_gradient_bytes(workload, units)
+    kept += vector * first_order + _count_mean_gradient_bytes(workload, units)
     phases: dict[str, Memory] = {}
     has_factors = workload.engine == "factors"
     if has_factors:
@@ -142,7 +142,7 @@ def count_memory(workload: Workload, rank: int) -> dict[str, Memory]:
     return phases
 
 
-def _mean_gradient_bytes(workload: Workload, units: Sequence[Unit]) -> int:
+def _count_mean_gradient_bytes(workload: Workload, units: Sequence[Unit]) -> int:
     """Count the bytes of the mean gradient, or of its preliminary value."""
     if not (workload.fisher.centered and workload.has_blocks):
         return 0
@@ -150,16 +150,8 @@ def _mean_gradient_bytes(workload: Workload, units: Sequence[Unit]) -> int:
     return (8 + shift) * _count_weights(units)
 
 
-def count_state_bytes(workload: Workload, units: Sequence[Unit]) -> int:
-    """Count the bytes that the Fisher stores for some units.
-
-    Args:
-        workload: the stage.
-        units: the units.
-
-    Returns:
-        Bytes.
-    """
+def _count_state_bytes(workload: Workload, units: Sequence[Unit]) -> int:
+    """Count the bytes that the Fisher stores for some units."""
     if workload.engine == "primal":
         item = _GRAM_ITEMSIZE[workload.fisher.precision]
         return item * sum(unit.count * unit.size**2 for unit in units)
@@ -185,19 +177,19 @@ def count_host_bytes(workload: Workload, units: Sequence[Unit]) -> int:
         Bytes; zero unless ``offload_rows`` is set and the engine stores rows.
     """
     if workload.fisher.offload_rows and workload.engine in {"dual", "full"}:
-        return count_state_bytes(workload, units)
+        return _count_state_bytes(workload, units)
     return 0
 
 
 def _count_collection(
     workload: Workload, units: Sequence[Unit], kept: int, state: int
 ) -> dict[str, Memory]:
-    """Count the memory while rows are computed, and while a chunk enters the Fisher."""
+    """Count the memory while rows are computed, and while the Fisher observes a chunk."""
     own, active = _count_weights(units), workload.partition.size
     ranks, count = workload.exchange_ranks, workload.fisher.num_gradients
     value_bytes, row_bytes = workload.value_bytes, workload.row_bytes
     chunk = rows_in_chunk(workload.fisher, active)
-    at_once = workload.gradients_at_once
+    at_once = workload.rows_at_once(count, workload.fisher.gradient_batch_size)
     # Computed rows, sent rows, received rows, and rows that wait for a full chunk.
     rows = at_once * active * value_bytes
     if count > at_once or ranks > 1 or row_bytes != value_bytes:
@@ -227,12 +219,12 @@ def _count_collection(
 def _count_factor_collection(
     workload: Workload, units: Sequence[Unit], kept: int, state: int
 ) -> Memory:
-    """Count the memory while Kronecker factors are computed, without patches."""
+    """Count the memory while Kronecker factors are computed, without image patches."""
     ranks, own = workload.world_size, _count_factor_numbers(workload, units)
     everything = _count_factor_numbers(workload, workload.partition.units)
     rows = everything * (1 + (ranks > 1)) + own * ranks * (ranks > 1)
-    # A summand of the row, and flags of its finite numbers. Sums and means take as much
-    # memory as factors and inverses do later.
+    # One summand of a row, and the flags of its finite numbers. Sums and means take as
+    # much memory as factors and inverses do later.
     sides = _factor_sides(workload, units)
     largest = max((max(pair) ** 2 for pair in sides), default=0)
     workspace = workload.value_bytes * largest + everything
@@ -264,12 +256,8 @@ def _count_workspace(workload: Workload, units: Sequence[Unit]) -> tuple[int, in
         matrices = _largest(units, lambda unit: unit.count * unit.size**2)
         numbers = _PRIMAL_MATRICES * matrices
     elif engine == "dual":
-        numbers = _largest(
-            units,
-            lambda unit: (
-                unit.count * (_DUAL_GRAMS * count**2 + _DUAL_ROWS * count * unit.size)
-            ),
-        )
+        gram, row = _DUAL_GRAMS * count**2, _DUAL_ROWS * count
+        numbers = _largest(units, lambda unit: unit.count * (gram + row * unit.size))
     elif engine == "full":
         numbers = _FULL_GRAMS * count**2 + _DUAL_ROWS * count * longest
     size = 8 * numbers
@@ -324,9 +312,9 @@ def count_traffic(workload: Workload, rank: int) -> dict[str, int]:
         rank: index of the sender.
 
     Returns:
-        Bytes of the ``"exchange"`` of gradient rows, of the ``"gather"`` of new weights
-        and masks, of the trial weights of a usual step ``"search"``, and of the sums of
-        N×N matrices (``"reduce"``, full Fisher only, for a ring).
+        Bytes by purpose: ``"exchange"`` of gradient rows, ``"gather"`` of new weights and
+        masks, ``"search"`` (trial weights of a usual line search), and ``"reduce"`` (sums
+        of N×N matrices in a ring, full Fisher only).
     """
     partition, ranks = workload.partition, workload.exchange_ranks
     sizes = partition.shard_sizes()
@@ -338,10 +326,9 @@ def count_traffic(workload: Workload, rank: int) -> dict[str, int]:
         exchange = len(range(rank, batches, ranks)) * workload.value_bytes
         exchange *= _count_factor_numbers(workload, sent)
     else:
-        rows = _count_rows(rank, ranks, count, workload.gradients_at_once)
+        rows = _count_rows(workload, rank, count, workload.fisher.gradient_batch_size)
         exchange = rows * others * workload.row_bytes
-        sample, _ = workload.first_order_batches
-        rows = _count_rows(rank, ranks, sample, workload.first_order_at_once)
+        rows = _count_rows(workload, rank, *workload.first_order_batches)
         exchange += rows * others * workload.value_bytes
     sums = (1 + (workload.config.step.update == "joint")) * (workload.engine == "full")
     gathered = (ranks - 1) * max(sizes)
@@ -353,11 +340,12 @@ def count_traffic(workload: Workload, rank: int) -> dict[str, int]:
     }
 
 
-def _count_rows(rank: int, ranks: int, count: int, at_once: int) -> int:
+def _count_rows(workload: Workload, rank: int, count: int, size: int) -> int:
     """Count the rows that a rank computes; micro-batch k belongs to rank k mod R."""
     if not count:
         return 0
-    starts = range(rank * at_once, count, ranks * at_once)
+    at_once = workload.rows_at_once(count, size)
+    starts = range(rank * at_once, count, workload.exchange_ranks * at_once)
     return sum(min(at_once, count - first) for first in starts)
 
 
@@ -376,8 +364,8 @@ def count_flops(workload: Workload, rank: int) -> dict[str, int]:
     """
     units, engine = workload.partition.owned(rank), workload.engine
     n, joint = workload.fisher.num_gradients, workload.config.step.update == "joint"
-    # Products with F⁻¹ that factorize blocks again: of the mean gradient, and of the
-    # independent update if it is chosen or tried by the search.
+    # Products with F⁻¹ that factorize blocks again: with the mean gradient, and for the
+    # independent update if it is configured or tried by the line search.
     solves = int(workload.criterion.first_order)
     searches_joint = workload.config.searches and joint
     independent = int(workload.config.step.update == "independent" or searches_joint)

@@ -1,4 +1,4 @@
-"""Estimate what a pruning step costs each rank, before anything is run.
+"""Estimate the cost of a pruning step on each rank before it is run.
 
 Bytes, traffic and floating-point operations follow from the shapes, the settings and the
 number of ranks; nothing is allocated. The formulas are in :mod:`.costs`.
@@ -37,7 +37,7 @@ from lightning_woodfisher.resources.costs import (
 from lightning_woodfisher.resources.workload import Workload
 from lightning_woodfisher.weights.layers import prunable_parameters
 
-# More ranks than this are not proposed.
+# Most ranks that are proposed.
 _MOST_RANKS = 2**16
 _COLUMNS = ("state", "rows", "workspace", "copies")
 
@@ -59,22 +59,20 @@ class ResourceEstimate:
         world_size: number of ranks, R.
         blocks: number of blocks of the Fisher.
         idle_ranks: number of ranks that own no block.
-        rank: index of the rank with the highest peak.
-        phases: memory of that rank by phase of the step.
+        phases: memory by phase of the step, on the rank with the highest peak.
         host_bytes: bytes of rows in host memory.
         smallest_peak_bytes: peak of the rank with the lowest peak.
         bytes_sent: bytes that a rank sends: ``"exchange"`` of gradient rows, ``"gather"``
             of new weights, ``"search"`` of trial weights, ``"reduce"`` (full Fisher).
-        total_bytes_sent: all but ``"reduce"`` of all ranks together, as in
+        total_bytes_sent: sum over all ranks, without ``"reduce"``, as in
             :attr:`PruningReport.bytes_exchanged`.
         flops: floating-point operations by phase, without those of the gradients.
-        gradient_passes: number of mini-batches of which a rank computes gradients.
+        gradient_passes: number of mini-batches whose gradients a rank computes.
         first_order_passes: the same for the mini-batches of ``first_order_samples``, of up
             to 256 samples each.
-        loss_passes: number of mini-batches of which a rank computes losses without
-            gradients: in the step search, before and after the step, and at points of the
-            local model.
-        trials: fewest and most losses that the step search measures; all other numbers
+        loss_passes: number of mini-batches whose losses a rank computes without gradients:
+            in the line search, before and after the step, and at points of the local model.
+        trials: fewest and most losses that the line search measures; all other numbers
             assume a usual search.
         seconds: estimated seconds of the phases whose rate was given.
         memory: bytes available on a rank, None if not given.
@@ -91,7 +89,6 @@ class ResourceEstimate:
     world_size: int
     blocks: int
     idle_ranks: int
-    rank: int
     phases: Mapping[str, Memory]
     host_bytes: int
     smallest_peak_bytes: int
@@ -115,7 +112,7 @@ class ResourceEstimate:
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes at one time; less than the sum of the columns' maxima."""
+        """Most bytes at one time; at most the sum of the maxima of the columns."""
         return self._largest("total")
 
     def _largest(self, column: str) -> int:
@@ -128,7 +125,7 @@ class ResourceEstimate:
 
     @property
     def verdict(self) -> str:
-        """Whether the step fits into memory, and if not, which changes would help."""
+        """Sentence on whether the step fits into memory; if not, with changes that would."""
         need = f"{format_bytes(self.peak_bytes)} per rank"
         if self.memory is None:
             return f"needs {need}"
@@ -182,7 +179,7 @@ class ResourceEstimate:
         """Format the estimate as text.
 
         Returns:
-            Lines: the settings, bytes by phase, traffic and operations, the verdict.
+            Lines of settings, bytes by phase, traffic, operations and the verdict.
         """
         share = 1 - self.active / self.weights if self.weights else 0.0
         block = self.fisher.block_size or "all"
@@ -236,30 +233,30 @@ def estimate(
     threads: int = 1,
     sharded: bool = False,
 ) -> ResourceEstimate:
-    """Estimate what a pruning step costs, without running anything.
+    """Estimate the cost of a pruning step without running it.
 
     Args:
         model_or_shapes: the network, which may be on the meta device, or shapes of the
             weights to prune by name (float32).
         fisher: settings of the Fisher.
-        selection: which weights of a network are pruned, and their pattern; shapes are
-            not filtered.
+        selection: weights of a network to prune, and their pattern; shapes are not
+            filtered.
         criterion: name of the criterion.
         step: weight update, line search and measurements of the step.
         sparsity: share of the weights that are pruned before the step, assumed to be the
             same in every tensor.
         world_size: number of ranks.
         memory: memory of a device for the step: bytes, ``"80GB"`` or ``"24GiB"``.
-        flops_per_second: rate of a rank in matrix products; without it, ``seconds`` has no
-            entry for them.
-        bytes_per_second: rate at which a rank sends; the same.
-        seconds_per_gradient: seconds of one mini-batch, forward and backward; the same.
+        flops_per_second: rate of a rank in matrix products. Without this rate or one of
+            the next two, ``seconds`` has no entry for the phases that depend on it.
+        bytes_per_second: rate at which a rank sends.
+        seconds_per_gradient: seconds of one mini-batch, forward and backward.
         threads: torch threads of each rank. On a CPU each thread processes its own blocks;
             use 1 for a GPU.
         sharded: whether the parameters are sharded over the ranks (FSDP2).
 
     Returns:
-        The estimate for the rank that needs most memory.
+        The estimate for the rank with the highest cost.
 
     Examples:
         >>> cost = estimate({"fc": (1000, 512)}, memory="1GB")
@@ -313,7 +310,6 @@ def estimate_workload(
     ranks = range(workload.exchange_ranks)
     memories = [count_memory(workload, rank) for rank in ranks]
     peaks = [max(phase.total for phase in phases.values()) for phases in memories]
-    worst = max(ranks, key=peaks.__getitem__)
     sent = [count_traffic(workload, rank) for rank in ranks]
     owned = [workload.partition.owned(rank) for rank in ranks]
     result = ResourceEstimate(
@@ -324,8 +320,7 @@ def estimate_workload(
         world_size=workload.world_size,
         blocks=_count_blocks(workload),
         idle_ranks=sum(not units for units in owned),
-        rank=worst,
-        phases=memories[worst],
+        phases=memories[peaks.index(max(peaks))],
         host_bytes=max(count_host_bytes(workload, units) for units in owned),
         smallest_peak_bytes=min(peaks),
         bytes_sent=_take_largest(sent),
@@ -354,13 +349,13 @@ def _find_remedies(workload: Workload, memory: int) -> dict[str, Any]:
         )
 
     def fits_with(name: str, value: int) -> bool:
-        # A tolerance for nonfinite gradients costs nothing, but must stay below N.
+        # max_nonfinite costs nothing, but must be less than N.
         changes: dict[str, Any] = {name: value, "max_nonfinite": 0}
         fisher = dataclasses.replace(workload.fisher, **changes)
         config = dataclasses.replace(workload.config, fisher=fisher)
         return fits(dataclasses.replace(workload, config=config))
 
-    # Ranks beyond the number of units own nothing and cannot help.
+    # More ranks than units do not help, because a unit has one owner.
     fewest = workload.world_size
     most = min(_MOST_RANKS, max(fewest, len(workload.partition.units)))
     found = {
@@ -371,7 +366,7 @@ def _find_remedies(workload: Workload, memory: int) -> dict[str, Any]:
     }
     if workload.has_blocks:
         count = workload.fisher.num_gradients
-        # Without blocks all weights are one block; the widest tensor bounds a block.
+        # A block lies in one tensor; without a block size the largest tensor is the limit.
         size = workload.fisher.block_size or max(workload.active, default=1)
         for name, largest in (("num_gradients", count), ("block_size", max(1, size))):
             found[f"largest_{name}"] = _find_first(

@@ -1,4 +1,4 @@
-"""Shapes of the prunable weights of well-known networks.
+"""List the shapes of the prunable weights of well-known networks.
 
 As in :func:`~.weights.layers.prunable_parameters`, weights of Linear and convolution
 layers are prunable; biases, embeddings and normalization layers are not. Linear weights
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 __all__ = ["SHAPES"]
 
-Shape = tuple[int, ...]
-Shapes = dict[str, Shape]
+Shapes = dict[str, tuple[int, ...]]
 
 
 def _resnet20() -> Shapes:
@@ -69,28 +68,21 @@ def _transformer(
     return shapes
 
 
-def _bert_base() -> Shapes:
-    """Return BERT-base with its pooler, without embeddings (Devlin et al. 2019)."""
-    return {**_transformer(12, 768, 3072), "pooler": (768, 768)}
-
-
-def _vit_b() -> Shapes:
-    """Return ViT-B/16 with patch projection and 1,000 classes (Dosovitskiy et al. 2021)."""
-    patches: Shapes = {"patches": (768, 3, 16, 16)}
-    return {**patches, **_transformer(12, 768, 3072), "head": (1000, 768)}
-
-
-def _llama7b() -> Shapes:
-    """Return LLaMA 7B with its output projection (Touvron et al. 2023, table 2)."""
-    layers = _transformer(32, 4096, 11008, ("gate", "up"))
-    return {**layers, "lm_head": (32000, 4096)}
-
-
 SHAPES: dict[str, Shapes] = {
     "resnet20": _resnet20(),
     "resnet50": _resnet50(),
     "mobilenetv1": _mobilenetv1(),
-    "bert_base": _bert_base(),
-    "vit_b": _vit_b(),
-    "llama7b": _llama7b(),
+    # BERT-base with its pooler, without embeddings (Devlin et al. 2019).
+    "bert_base": {**_transformer(12, 768, 3072), "pooler": (768, 768)},
+    # ViT-B/16 with patch projection and 1,000 classes (Dosovitskiy et al. 2021).
+    "vit_b": {
+        "patches": (768, 3, 16, 16),
+        **_transformer(12, 768, 3072),
+        "head": (1000, 768),
+    },
+    # LLaMA 7B with its output projection (Touvron et al. 2023, table 2).
+    "llama7b": {
+        **_transformer(32, 4096, 11008, ("gate", "up")),
+        "lm_head": (32000, 4096),
+    },
 }

@@ -1,4 +1,4 @@
-"""The workload of one stage of a pruning step, and the counts that follow from it."""
+"""Describe the workload of one stage of a pruning step, and derive its counts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_woodfisher.pruning.line_search import count_trials
 from lightning_woodfisher.weights.partition import Partition
 from lightning_woodfisher.weights.patterns import Pattern, parse_pattern
 
-# A line search measures about this many losses more than the fewest possible.
+# A usual line search measures this many losses more than the fewest possible.
 _ADDITIONAL_TRIALS = 4
 
 
@@ -105,7 +105,7 @@ class Workload:
 
     @property
     def trials(self) -> tuple[int, int]:
-        """Fewest and most losses that the step search measures."""
+        """Fewest and most losses that the line search measures."""
         if not self.config.searches:
             return 0, 0
         fewest, most = count_trials(self.criterion.first_order)
@@ -114,7 +114,7 @@ class Workload:
 
     @property
     def expected_trials(self) -> int:
-        """Usual number of losses that the step search measures."""
+        """Usual number of losses that the line search measures."""
         fewest, most = self.trials
         return min(most, fewest + _ADDITIONAL_TRIALS)
 
@@ -139,58 +139,49 @@ class Workload:
         return 2 if self.fisher.row_dtype == "bfloat16" else self.value_bytes
 
     @property
-    def gradients_at_once(self) -> int:
-        """Rows that a rank computes in one pass, if the network allows it."""
-        fisher = self.fisher
-        return self._at_once(fisher.num_gradients, fisher.gradient_batch_size)
-
-    @property
     def first_order_batches(self) -> tuple[int, int]:
         """Number and size of the mini-batches of the first-order sample."""
         if not self.criterion.first_order:
             return 0, 0
         return first_order_batches(self.fisher)
 
-    @property
-    def first_order_at_once(self) -> int:
-        """Rows of the first-order sample that a rank computes in one pass."""
-        count, size = self.first_order_batches
-        return self._at_once(count, size) if count else 0
+    def rows_at_once(self, count: int, size: int) -> int:
+        """Count the rows that a rank computes in one pass, if the network allows it.
 
-    def _at_once(self, count: int, size: int) -> int:
+        Args:
+            count: number of gradients, at least one.
+            size: samples of each gradient.
+
+        Returns:
+            Number of rows.
+        """
         if self.fisher.collection == "loop" or self.sharded or self.uses_hessian:
             return 1
         return micro_batch_size(count, size, self.partition.size)
 
     @property
     def gradient_passes(self) -> int:
-        """Gradients of mini-batches of m samples that a rank computes."""
+        """Number of mini-batches of m samples whose gradients a rank computes."""
         count = self.fisher.num_gradients if self.uses_gradients else 0
         return -(-count // self.exchange_ranks)
 
     @property
     def first_order_passes(self) -> int:
-        """Gradients of the first-order sample that a rank computes."""
+        """The same for the mini-batches of the first-order sample."""
         return -(-self.first_order_batches[0] // self.exchange_ranks)
 
     @property
     def loss_passes(self) -> int:
         """Mini-batches whose loss a rank computes without a gradient (map-style data)."""
-        trials = self.expected_trials
-        # The last measurement of the step search is the loss of the new weights.
-        after = int(self.config.step.measure_loss and not trials)
-        inner = max(0, self.config.step.local_model_points - 2)
+        passes = self.expected_trials + max(0, self.config.step.local_model_points - 2)
         group = mini_batches_in_group(self.fisher)
+        if self.config.step.measure_loss:
+            # The last measurement of the line search is the loss of the new weights.
+            passes += not self.expected_trials
+            # The loss before the step is known from the gradients if these are computed
+            # with the labels of the data, in the groups in which losses are measured.
+            in_groups = group == 1 or self.criterion.needs == "factors"
+            known = self.uses_gradients and not self.fisher.sample_labels and in_groups
+            passes += not known
         own_groups = -(-(self.fisher.num_gradients // group) // self.exchange_ranks)
-        return (trials + after + inner + self._losses_before) * own_groups * group
-
-    @property
-    def _losses_before(self) -> int:
-        """1 if the loss before the step needs passes of its own, else 0."""
-        if not self.config.step.measure_loss:
-            return 0
-        if not self.uses_gradients or self.fisher.sample_labels:
-            return 1
-        # Factors are computed in the groups in which losses are measured.
-        has_factors = self.criterion.needs == "factors"
-        return int(not has_factors and mini_batches_in_group(self.fisher) > 1)
+        return passes * own_groups * group
