@@ -124,7 +124,8 @@ class FunctionLoss(LossSource):
         loss_fn: Callable[[Any, Any], Tensor],
     ) -> None:
         super().__init__(model)
-        self._data = data
+        # Fabric wraps a DataLoader, and gives each rank other batches of it.
+        self._data = data = getattr(data, "_dataloader", data)
         self._loss_fn = loss_fn
         self._stream = RepeatableStream(data)  # type: ignore[arg-type]
 

@@ -613,6 +613,31 @@ def test_synchronised_batchnorm_is_left_alone_by_the_other_ranks(
 # ---------------------------------------------------------------- other ways to train
 
 
+def prune_with_loader(world_size: int) -> dict[str, torch.Tensor]:
+    """Prune with a loader that Fabric has given to one of several ranks."""
+    seed_all(1)
+    strategy = "ddp" if world_size > 1 else "auto"
+    fabric = Fabric(accelerator="cpu", devices=world_size, strategy=strategy)
+    fabric.launch()
+    network = convolutional()
+    prune(
+        network,
+        fabric.setup_dataloaders(loader()),
+        lambda net, batch: cross_entropy(net(batch[0]), batch[1]),
+        target_sparsity=0.75,
+        fisher=FisherConfig(num_gradients=6, gradient_batch_size=2, block_size=16),
+    )
+    return copied(network.state_dict())
+
+
+def test_a_loader_of_fabric_gives_the_same_network_on_two_ranks(
+    ranks: RankPool,
+) -> None:
+    (alone,) = ranks.run(1, prune_with_loader, 1, launch="trainer")
+    for state in ranks.run(2, prune_with_loader, 2, launch="trainer"):
+        assert differences(state, alone) == []
+
+
 def test_prune_in_a_loop_of_fabric() -> None:
     seed_all(1)
     fabric = Fabric(accelerator="cpu", devices=1)
