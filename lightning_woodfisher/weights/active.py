@@ -281,12 +281,16 @@ class ActiveWeights:
         }
         bad = sum(int((~values.isfinite()).sum()) for values in new.values())
         bad = int(max(row[0] for row in self._comm.gather_numbers([bad])))
-        for name, values in new.items() if not bad else ():
+        if not bad:
+            self._overwrite(new)
+        return bad
+
+    def _overwrite(self, new: Mapping[str, Tensor]) -> None:
+        for name, values in new.items():
             part = self._masks.local(name)
             flat = part.reshape(-1).clone()
             flat[self.positions[name]] = values
             part.copy_(flat.view(part.shape))
-        return bad
 
     def _by_tensor(self, values: Tensor) -> dict[str, Tensor]:
         """Split a vector of all active weights that this rank holds."""
