@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.callbacks.averaging import mask_averages
 from lightning_woodfisher.weights.masks import Masks
 
@@ -99,6 +100,11 @@ class MaskGuard(pl.Callback):
         """Register hooks that apply the masks around every optimizer step."""
         # The hooks look the masks up, because loading a checkpoint replaces them.
         for optimizer in trainer.optimizers:
+            if not hasattr(optimizer, "register_step_post_hook"):
+                raise ConfigurationError(
+                    f"{type(optimizer).__name__} has no step hooks, which keep pruned weights "
+                    "zero; derive it from torch.optim.Optimizer."
+                )
             post = optimizer.register_step_post_hook(
                 lambda *_: self._get_masks().apply()
             )

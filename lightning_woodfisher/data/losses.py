@@ -8,6 +8,7 @@ __all__ = [
     "compute_loss",
     "compute_losses",
     "differentiable_loss",
+    "differentiate",
     "lower_loss_scale",
     "run_loss",
     "scalar_loss",
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
@@ -167,6 +169,12 @@ class FunctionLoss(LossSource):
             self._stream.finish()
 
 
+_REENTRANT = (
+    "the model uses reentrant gradient checkpointing, through which torch.autograd.grad "
+    "cannot compute gradients; pass use_reentrant=False to torch.utils.checkpoint"
+)
+
+
 def scalar_loss(result: Any, index: int, origin: str, remedy: str) -> Tensor:
     """Check that a result is a loss.
 
@@ -201,6 +209,59 @@ def _require_finite(
         raise kind(
             f"the loss of gradient {index} ({batches.describe(index)}) is {value}"
         )
+
+
+def differentiate(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor] | Sequence[GradientEdge],
+    directions: Any = None,
+    **options: bool,
+) -> tuple[Tensor | None, ...]:
+    """Call ``torch.autograd.grad``, and refuse reentrant gradient checkpointing.
+
+    Unlike ``backward()``, this does not touch ``.grad`` or the hooks of DDP.
+
+    Args:
+        outputs: what to differentiate.
+        inputs: with respect to which tensors.
+        directions: as ``grad_outputs``.
+        options: further arguments.
+
+    Returns:
+        One gradient for each input; None for an input that was not used.
+
+    Raises:
+        PruningError: for reentrant gradient checkpointing.
+        RuntimeError: any other error of autograd, as it is.
+    """
+    try:
+        gradients = torch.autograd.grad(
+            outputs, inputs, directions, allow_unused=True, **options
+        )
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise PruningError(_REENTRANT) from error
+    # Parameters that are used only inside a reentrant checkpoint seem to be unused.
+    if any(gradient is None for gradient in gradients) and _has_checkpoint(outputs):
+        raise PruningError(_REENTRANT)
+    return gradients
+
+
+def _has_checkpoint(outputs: Tensor | Sequence[Tensor]) -> bool:
+    """Return whether the graph of tensors has a node of reentrant checkpointing."""
+    tensors = [outputs] if isinstance(outputs, Tensor) else outputs
+    nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        nodes += [function for function, _ in node.next_functions]
+    return False
 
 
 def differentiable_loss(

@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.batches import Batches
-from lightning_woodfisher.data.losses import differentiable_loss
+from lightning_woodfisher.data.losses import (
+    differentiable_loss,
+    differentiate,
+)
 from lightning_woodfisher.distributed.communicator import Pending
 from lightning_woodfisher.fisher.config import Collection, RowDtype
 from lightning_woodfisher.gradients.nonfinite import (
@@ -306,10 +309,7 @@ class _RowComputer:
                 if self._derivative is not None:
                     gradients = self._derivative(loss * scale, index)
                 else:
-                    # Unlike backward(), this touches neither .grad nor the hooks of DDP.
-                    gradients = torch.autograd.grad(
-                        loss * scale, [*task.parameters.values()], allow_unused=True
-                    )
+                    gradients = differentiate(loss * scale, [*task.parameters.values()])
                 for target, where, gradient in zip(
                     targets, positions, gradients, strict=True
                 ):

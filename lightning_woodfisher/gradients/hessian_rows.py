@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.isolation import derive_seed
+from lightning_woodfisher.data.losses import differentiate
 
 
 def make_hessian_derivative(
@@ -39,9 +40,7 @@ def make_hessian_derivative(
         signs = _signs(parameters, positions, derive_seed(seed, "probe", index))
         weights = list(parameters.values())
         try:
-            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-                loss, weights, create_graph=True, allow_unused=True
-            )
+            gradients = differentiate(loss, weights, create_graph=True)
             # A gradient without graph is constant and adds nothing to the Hessian.
             sums = [
                 (gradient * sign).sum()
@@ -50,9 +49,7 @@ def make_hessian_derivative(
             ]
             if not sums:
                 return [torch.zeros_like(sign) for sign in signs]
-            second: tuple[Tensor | None, ...] = torch.autograd.grad(
-                sum(sums[1:], sums[0]), weights, allow_unused=True
-            )
+            second = differentiate(sum(sums[1:], sums[0]), weights)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -26,7 +26,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.batches import Batches
-from lightning_woodfisher.data.losses import differentiable_loss
+from lightning_woodfisher.data.losses import (
+    differentiable_loss,
+    differentiate,
+)
 from lightning_woodfisher.gradients.per_sample import (
     LayerCall,
     is_plain,
@@ -162,9 +165,7 @@ def _fill(
             loss = differentiable_loss(task.source, batches, index, batch)
         gradients: tuple[Tensor | None, ...] = ()
         if calls:
-            gradients = torch.autograd.grad(
-                loss * scale, [call.edge for call in calls], allow_unused=True
-            )
+            gradients = differentiate(loss * scale, [call.edge for call in calls])
         row.zero_()
         _add_calls(calls, gradients, parameters, row, scale, batches.size)
         if bool(row.isfinite().all()):

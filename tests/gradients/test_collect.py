@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
@@ -592,3 +593,18 @@ def test_derived_seeds_are_stable_and_differ() -> None:
     assert len(seeds) == 900
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(1, 23) != derive_seed(12, 3)
+
+
+def test_reentrant_checkpointing_is_explained(comm: Communicator) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            # Reentrant checkpoints need an input with a gradient.
+            return checkpoint(self.net, inputs.requires_grad_(), use_reentrant=True)
+
+    source = FunctionLoss(Checkpointed(), batches(), cross_entropy)
+    with pytest.raises(PruningError, match="pass use_reentrant=False to torch"):
+        collect(source, comm)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fits import Classifier, Counting, loader, pruning, trainer
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
@@ -260,6 +261,26 @@ def test_a_useless_training_step_is_named(kind: str, message: str) -> None:
         trainer(pruning()).fit(module, loader())
     # Together with others, where that works compared with the first alone; then alone.
     assert module.steps == (3 if kind == "gradient" else 2)
+
+
+class Duck:
+    """An optimizer that works in a Trainer without being a ``torch.optim.Optimizer``."""
+
+    def __init__(self, parameters: Any) -> None:
+        self._inner = torch.optim.SGD(parameters, lr=0.1)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("register_step"):
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return self._inner.step(closure)
+
+
+def test_an_optimizer_without_hooks_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="Duck has no step hooks.*derive it"):
+        trainer(pruning()).fit(Classifier(optimizer=Duck), loader())
 
 
 # ---------------------------------------------------------------- ranks that differ

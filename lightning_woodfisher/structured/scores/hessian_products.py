@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.isolation import derive_seed
+from lightning_woodfisher.data.losses import differentiate
 from lightning_woodfisher.structured.scores.evaluation import Evaluation
 from lightning_woodfisher.structured.scores.vectors import (
     StructureVectors,
@@ -175,9 +176,7 @@ def _signs(
 
 
 def _gradients(loss: Tensor, vectors: StructureVectors) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(
-        loss, vectors.parameters, create_graph=True, allow_unused=True
-    )
+    return differentiate(loss, vectors.parameters, create_graph=True)
 
 
 def _hessian_product(
@@ -195,12 +194,11 @@ def _hessian_product(
     if not pairs:
         return (None,) * len(direction)
     try:
-        return torch.autograd.grad(
+        return differentiate(
             [gradient for gradient, _ in pairs],
             vectors.parameters,
             [vector for _, vector in pairs],
             retain_graph=retain_graph,
-            allow_unused=True,
         )
     except torch.OutOfMemoryError:
         raise

@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.data.losses import differentiate
 from lightning_woodfisher.structured.scores.evaluation import Evaluation
 from lightning_woodfisher.structured.scores.vectors import ParameterSlices
 
@@ -267,12 +268,11 @@ class _LayerOutputs:
                 "SOSP-I needs layers whose outputs have the samples on the first axis, "
                 f"but found the lengths {sorted(lengths)}; use method='sosp_h'"
             )
-        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+        gradients = differentiate(
             value,
             [output for _, output in outputs],
             direction,
             retain_graph=retain_graph,
-            allow_unused=True,
         )
         shape, device = (lengths.pop(), self._size), outputs[0][1].device
         result = torch.zeros(shape, dtype=torch.float64, device=device)
