@@ -285,7 +285,7 @@ def prune_structures(
         target: share of ``config.measure`` that is removed afterwards, in [0, 1).
         config: how structures are scored and chosen.
         example_inputs: inputs of the model, to trace it; see :func:`.trace_groups`.
-        groups: groups of the model from an earlier call, in place of tracing.
+        groups: groups of the model from an earlier call; the model is then not traced.
 
     Returns:
         The report, and the groups.
