@@ -518,9 +518,9 @@ class PruningCallback(MaskGuard, ABC):
             path.parent.mkdir(parents=True, exist_ok=True)
             reports = [report.to_dict() for report in self.reports]
             # Atomic: a run that is killed here leaves the old file or the new one.
-            beside = path.with_name(f"{path.name}.part")
-            beside.write_text(json.dumps(reports, indent=1))
-            beside.replace(path)
+            unfinished = path.with_name(f"{path.name}.part")
+            unfinished.write_text(json.dumps(reports, indent=1))
+            unfinished.replace(path)
 
     def _source(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LossSource:
         return TrainingStepLoss(trainer, pl_module, self.loss_method, self.dataloader)

@@ -100,7 +100,7 @@ def _steps_of_an_epoch(trainer: pl.Trainer) -> float:
 
 
 def _epochs_within(trainer: pl.Trainer, steps: int) -> int | None:
-    """Return the number of epochs that begin before that many optimizer steps."""
+    """Return the number of epochs that begin before a number of optimizer steps."""
     batches = trainer.num_training_batches
     reloads = getattr(trainer, "reload_dataloaders_every_n_epochs", 0)
     varies = reloads or has_callback(trainer, GradientAccumulationScheduler)

@@ -54,8 +54,8 @@ def preset(name: str) -> dict[str, Any]:
     arguments: dict[str, Any] = copy.deepcopy(_find(name)["init_args"])
     schedule = arguments["schedule"]
     arguments["schedule"] = _SCHEDULES[schedule["class_path"]](**schedule["init_args"])
-    for part, config in _CONFIGS.items():
-        arguments[part] = config(**arguments.get(part, {}))
+    for group, config in _CONFIGS.items():
+        arguments[group] = config(**arguments.get(group, {}))
     return arguments
 
 

@@ -133,7 +133,7 @@ class _SumOfOwnedLosses(torch.autograd.Function):
 
 
 class Idle:
-    """Stand-in for an optimizer or a scheduler in a session: reads as usual, never steps."""
+    """Stand-in for an optimizer or a scheduler: has its attributes, but never steps."""
 
     def __init__(self, replaced: Any) -> None:
         self._idle = replaced

@@ -1,4 +1,4 @@
-"""Losses of a LightningModule's ``training_step``, without disturbing the fit loop."""
+"""Compute losses with a module's ``training_step`` without disturbing the fit loop."""
 
 from __future__ import annotations
 

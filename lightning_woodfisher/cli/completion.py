@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _lightning_parsers() -> dict[str, Any]:
-    """Return the parsers of Lightning's subcommands, and the one above them as ""."""
+    """Return the parsers of Lightning's subcommands by name, and the root parser as ""."""
     parsers: dict[str, Any] = {}
 
     class Reader(PruningCLI):

@@ -28,7 +28,7 @@ _SAVED = "lightning.pytorch=="
 
 
 class PruningCLI(LightningCLI):
-    """LightningCLI with short error messages, which never overwrites a user's config."""
+    """LightningCLI with short error messages that never overwrites a user's config."""
 
     def __init__(self, **options: Any) -> None:
         options = {"save_config_callback": _SaveConfig, **options}

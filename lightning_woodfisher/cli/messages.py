@@ -167,7 +167,7 @@ def _errors_of_union(error: BaseException) -> list[BaseException]:
 
 
 def _suggest(line: str, owner: str) -> str:
-    """Return what a line of a message may have meant.
+    """Return the nearest valid name or the remedy for a line of a message.
 
     Args:
         line: a line of a message.

@@ -1,4 +1,4 @@
-"""Expand-pruning: find layers that are too narrow by how little pruning removes of them.
+"""Expand-pruning: find layers that are too narrow by how little of them pruning removes.
 
 A group that loses much less than the others is a bottleneck. Widen it in the dense network,
 train that from scratch, and prune it back to the old size (SOSP; Nonnenmacher et al. 2022).

@@ -287,7 +287,7 @@ def prune_structures(
         config: how structures are scored and chosen.
         example_inputs: inputs of the model on any device, to trace it; see
             :func:`.trace_groups`.
-        groups: groups of the model from an earlier call, in place of tracing.
+        groups: groups of the model from an earlier call; the model is then not traced.
 
     Returns:
         The report, and the groups.

@@ -7,7 +7,7 @@ samples for every N. Rows are kept in memory, or in a temporary file if they are
 
 from __future__ import annotations
 
-__all__ = ["RowStore", "StoredEvaluator", "kind_of_rows"]
+__all__ = ["RowStore", "StoredEvaluator", "gradient_settings"]
 
 import dataclasses
 import shutil
@@ -120,7 +120,7 @@ class StoredEvaluator(Evaluator):
             return None
         sizes = tuple(active.partition.shard_sizes())
         names = tuple(self._masks.parameters)
-        key = (seed, sizes, names, active.pattern, kind_of_rows(fisher))
+        key = (seed, sizes, names, active.pattern, gradient_settings(fisher))
         if store.key != key and not self._collect(active, seed, key, record.tick):
             return None
         record.notes.extend(store.notes)
@@ -156,8 +156,8 @@ class StoredEvaluator(Evaluator):
         return True
 
 
-def kind_of_rows(fisher: FisherConfig) -> FisherConfig:
-    """Replace the settings on which gradients do not depend by constants.
+def gradient_settings(fisher: FisherConfig) -> FisherConfig:
+    """Set the settings that do not change the gradients to constants.
 
     Args:
         fisher: all settings.

@@ -44,7 +44,7 @@ from lightning_woodfisher.sweeps.report import TARGET, SweepReport, SweepResult
 from lightning_woodfisher.sweeps.stored_rows import (
     RowStore,
     StoredEvaluator,
-    kind_of_rows,
+    gradient_settings,
 )
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
@@ -189,7 +189,7 @@ def run_sweep(
     row_memory: str | int | None = None,
     progress: Progress | None = None,
 ) -> SweepReport:
-    """Try settings. Call it on all ranks.
+    """Try settings on a network and restore it after each. Call on all ranks.
 
     Args:
         source: source of the losses.
@@ -319,7 +319,7 @@ def _sort_key(setting: Setting) -> tuple[str, ...]:
     # The blocks decide which rank owns a weight, and so which rank stores its gradients.
     return (
         repr((selection.include, selection.exclude)),
-        repr(kind_of_rows(fisher)),
+        repr(gradient_settings(fisher)),
         repr(config.step.seed),
         repr(fisher.block_size),
         repr(fisher.num_gradients),

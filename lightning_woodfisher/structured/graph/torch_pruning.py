@@ -27,8 +27,8 @@ _MIXES_CHANNELS = {
     "PARAMETER": "it is tied to a bare nn.Parameter",
     "MHA": "it passes an attention layer",
     "LSTM": "it passes an LSTM",
-    "SPLIT": "it passes a split into parts of fixed sizes",
-    "UNBIND": "it passes an unbind into parts",
+    "SPLIT": "it passes a split into pieces of fixed size",
+    "UNBIND": "it passes an unbind",
     "EXPAND": "it passes an expand",
     "OUTPUT": "it is an output of the network",
 }

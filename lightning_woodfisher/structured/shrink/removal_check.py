@@ -201,7 +201,7 @@ def _add_noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Restore the layers, tensors and sizes of a model on leaving."""
+    """Restore the layers, tensors and sizes of a model after the body."""
     saved = [
         (
             module,
