@@ -58,6 +58,7 @@ from lightning_woodfisher.fisher.inverse import (
 )
 from lightning_woodfisher.weights.partition import Partition, Unit, make_partition
 
+_AUTO: Engine = "auto"
 DAMPING = 1e-5
 # Standard deviation of the entries, before each row is scaled by its own factor.
 _GRADIENT_SCALE = 1e-3
@@ -143,7 +144,7 @@ def count_floor_operations(case: Case) -> float:
     return n * size * d + float(size) ** 2 * d
 
 
-def _settings(case: Case, engine: Engine = "auto") -> FisherConfig:
+def _settings(case: Case, engine: Engine = _AUTO) -> FisherConfig:
     return FisherConfig(case.num_gradients, 1, case.block_size, DAMPING, engine=engine)
 
 
@@ -186,7 +187,7 @@ def measure_case(
     *,
     repeats: int = 3,
     device: torch.device = CPU,
-    engines: Sequence[Engine] = ("auto",),
+    engines: Sequence[Engine] = (_AUTO,),
     with_update: bool = False,
     as_published: bool = False,
 ) -> list[InverseRow]:
@@ -196,7 +197,7 @@ def measure_case(
         case: the problem size.
         repeats: number of repetitions.
         device: device to measure on.
-        engines: engines of this package.
+        engines: engines of this package; the full Fisher has only one.
         with_update: whether to also measure the joint update.
         as_published: whether to also measure the recursion as batched products over all
             blocks, as in published code.
@@ -231,7 +232,7 @@ def measure_case(
             plans["published"] = Plan("products", max(unit.count for unit in units))
         for name, plan in plans.items():
             actions[name] = functools.partial(run_recursion, name, plan)
-    for engine in engines:
+    for engine in engines if case.block_size else (_AUTO,):
         name = choose_engine(_settings(case, engine))
         actions[name] = functools.partial(run_engine, name, engine)
     timings = measure_alternately(actions, repeats, device)

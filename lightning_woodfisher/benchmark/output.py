@@ -153,7 +153,7 @@ def format_results(machine: Machine, tables: Mapping[str, Sequence[Any]]) -> str
     """
     lines = [
         f"{machine.device}, {machine.threads} threads on {machine.cores_allowed} cores, "
-        f"torch {machine.torch}, peak memory: {machine.memory}"
+        f"torch {machine.torch}, memory: {machine.memory}"
     ]
     if machine.load is not None:
         lines.append(f"load before the start: {machine.load:.2f} running processes")
