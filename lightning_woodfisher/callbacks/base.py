@@ -363,6 +363,7 @@ class PruningCallback(MaskGuard, ABC):
             "version": STATE_VERSION,
             "masks": dict(masks),
             "done": [[unit, position] for unit, position in self._done],
+            "steps_left": len(self._ahead()),
             "reports": [report.to_dict() for report in self.reports],
         }
 
@@ -382,7 +383,11 @@ class PruningCallback(MaskGuard, ABC):
         if trainer.state.fn != "fit":
             return
         require_same_selection(trainer, checkpoint, self)
-        if self.state_key not in checkpoint.get("callbacks", {}):
+        states = checkpoint.get("callbacks", {})
+        if self.state_key in states:
+            # Lightning skips an empty state.
+            require_readable(states[self.state_key], "the checkpoint")
+        else:
             rank_zero_info(
                 f"The checkpoint has no masks of this callback ({self.state_key}): zeros "
                 "in its weights may change, unless ConstantSchedule or initial_sparsity "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.cli.arguments import SubcommandParser
 from lightning_woodfisher.cli.lightning_cli import load_weights, read_fit
+from lightning_woodfisher.cli.messages import warn_of_missing_steps
 from lightning_woodfisher.export.checkpoint import (
     Checkpoint,
     read_checkpoint,
@@ -78,6 +79,8 @@ def run_export(options: argparse.Namespace) -> int:
     checkpoint = read_checkpoint(options.checkpoint)
     if not options.from_zeros:
         checkpoint.require_masks_hold()
+    if checkpoint.steps_left:
+        warn_of_missing_steps(checkpoint.path, checkpoint.steps_left)
     weights = strip_prefix(checkpoint.weights, options.network)
     note = ""
     if options.format == "sparse":

@@ -1,13 +1,19 @@
-"""Error messages of the command line: a few lines, with the nearest valid name."""
+"""Errors and warnings of the command line: a few lines, with the nearest valid name."""
 
 from __future__ import annotations
 
-__all__ = ["condense_error", "explain_error", "explain_wandb"]
+__all__ = [
+    "condense_error",
+    "explain_error",
+    "explain_wandb",
+    "warn_of_missing_steps",
+]
 
 import inspect
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -208,3 +214,16 @@ def _known_names() -> Iterator[str]:
     for cls in _OUR_CLASSES:
         yield cls.__name__
         yield from _parameters(cls)
+
+
+def warn_of_missing_steps(path: Path, steps_left: int) -> None:
+    """Print a warning that a checkpoint is not at the target sparsity.
+
+    Args:
+        path: path of the checkpoint.
+        steps_left: planned pruning steps that were not done when it was saved.
+    """
+    sys.stderr.write(
+        f"warning: {path} was saved before {steps_left} planned pruning step(s), so it is not "
+        "at the target sparsity.\n"
+    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 __all__ = ["make_parser", "run_report"]
 
 import argparse
+import dataclasses
 import json
-import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_woodfisher.base.errors import ConfigurationError, first_line
 from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.cli.arguments import SubcommandParser
+from lightning_woodfisher.cli.messages import warn_of_missing_steps
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.reporting.contents import Reports, collect_contents
 from lightning_woodfisher.reporting.page import build_page
@@ -37,11 +38,13 @@ class _Record:
         path: path of the file.
         runs: reports of the steps, in order.
         masks: bool masks of the parameters, True where kept; only in checkpoints.
+        steps_left: planned steps that were not done when a checkpoint was saved.
     """
 
     path: Path
     runs: dict[str, Reports]
     masks: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    steps_left: int = 0
 
 
 def run_report(options: argparse.Namespace) -> int:
@@ -61,6 +64,8 @@ def run_report(options: argparse.Namespace) -> int:
         if len(record.runs) > 1:
             sys.stdout.write(f"\n{title}\n")
         sys.stdout.write(_describe(reports))
+    if record.steps_left:
+        warn_of_missing_steps(record.path, record.steps_left)
     if options.html is not None:
         page = Path(options.html)
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -92,10 +97,13 @@ def _read(path: Path) -> _Record:
         if file.is_file()
     ]
     files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
-    problems = []
+    problems: list[str] = []
     for file in files:
         try:
-            return _read_file(file)
+            record = _read_file(file)
+            if problems:
+                sys.stderr.write(f"warning: skipped newer files:{''.join(problems)}\n")
+            return record
         except ConfigurationError as error:
             problems.append(f"\n  {error}")
     found = "".join(problems[:5]) or " no checkpoint (*.ckpt) and no JSON file"
@@ -113,7 +121,7 @@ def _read_file(path: Path) -> _Record:
             f"{path} was saved before the first pruning step, so it has nothing to report; "
             "give a later one."
         )
-    return _Record(path, runs, record.masks)
+    return dataclasses.replace(record, runs=runs)
 
 
 def _read_json(path: Path) -> _Record:
@@ -131,7 +139,8 @@ def _read_checkpoint(path: Path) -> _Record:
     try:
         # With mmap only the masks of a large file are read.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    # Arbitrary bytes can raise any exception in the reader.
+    except Exception as error:
         raise ConfigurationError(
             f"{path} is not a checkpoint, or holds more than tensors and plain values, "
             f"which could run code when loaded ({first_line(error)}); give the JSON file "
@@ -155,6 +164,7 @@ def _read_checkpoint(path: Path) -> _Record:
         path,
         {key: _read_reports(state["reports"]) for key, state in ours.items()},
         {key: state["masks"] for key, state in ours.items()},
+        max(state.get("steps_left", 0) for state in ours.values()),
     )
 
 

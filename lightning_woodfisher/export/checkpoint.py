@@ -7,7 +7,7 @@ __all__ = ["Checkpoint", "read_checkpoint", "strip_prefix"]
 import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,14 @@ class Checkpoint:
         masks: bool tensors by parameter name, in the shapes of the weights, True where
             kept; empty if the file has none.
         content: everything in the file.
+        steps_left: planned pruning steps that were not done when the file was saved.
     """
 
     path: Path
     weights: dict[str, Tensor]
     masks: dict[str, Tensor]
     content: Mapping[str, Any]
+    steps_left: int = 0
 
     @property
     def state_dict(self) -> Mapping[str, Any]:
@@ -131,7 +133,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise ConfigurationError(
             f"{path} is not a checkpoint: it neither is nor contains a state_dict."
         )
-    return Checkpoint(path, weights, _combine_masks(path, content), content)
+    states = _pruning_states(path, content)
+    steps_left = max((state.get("steps_left", 0) for state in states), default=0)
+    return Checkpoint(path, weights, _combine_masks(states), content, steps_left)
 
 
 def strip_prefix(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -162,15 +166,25 @@ def strip_prefix(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Ten
     return part
 
 
-def _combine_masks(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Combine the masks of all pruning callbacks, recognized by the keys of their state."""
-    masks: dict[str, Tensor] = {}
+def _pruning_states(path: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the states of all pruning callbacks, recognized by their keys."""
     callbacks = content.get("callbacks")
-    for state in callbacks.values() if isinstance(callbacks, dict) else ():
-        if isinstance(state, dict) and state.keys() >= STATE_KEYS:
-            require_readable(state, str(path))
-            for name, kept in state["masks"].items():
-                masks[name] = masks[name] & kept if name in masks else kept
+    states = [
+        state
+        for state in (callbacks.values() if isinstance(callbacks, dict) else ())
+        if isinstance(state, dict) and state.keys() >= STATE_KEYS
+    ]
+    for state in states:
+        require_readable(state, str(path))
+    return states
+
+
+def _combine_masks(states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Combine the masks of all pruning callbacks."""
+    masks: dict[str, Tensor] = {}
+    for state in states:
+        for name, kept in state["masks"].items():
+            masks[name] = masks[name] & kept if name in masks else kept
     return masks
 
 

@@ -1,17 +1,20 @@
 """Version and keys of the state that a pruning callback stores in a checkpoint.
 
 The state is a dictionary: ``version``, ``masks`` (bool tensors by parameter name, True where
-kept), ``done`` (unit and position of each finished step) and ``reports`` (of the steps, as
-plain dictionaries). ``callbacks/base.py`` writes and loads it; the export and the command
-``report`` read it.
+kept), ``done`` (unit and position of each finished step), ``steps_left`` (number of planned
+steps that were not done yet) and ``reports`` (of the steps, as plain dictionaries).
+``callbacks/base.py`` writes and loads it; the export and the command ``report`` read it.
 """
 
 from __future__ import annotations
 
 __all__ = ["STATE_KEYS", "STATE_VERSION", "require_readable"]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError
 
@@ -21,18 +24,41 @@ STATE_VERSION = 1
 STATE_KEYS = frozenset({"version", "masks", "done"})
 
 
-def require_readable(state: Mapping[str, Any], checkpoint: str) -> None:
-    """Check that a state was not written by a later version of the package.
+def require_readable(state: Any, checkpoint: str) -> None:
+    """Check that the state of a pruning callback is complete and not of a later version.
 
     Args:
         state: state of a pruning callback.
-        checkpoint: which contains it, for the error.
+        checkpoint: name of the checkpoint that contains it, for the error.
 
     Raises:
-        ConfigurationError: if its version is later than :data:`STATE_VERSION`.
+        ConfigurationError: otherwise.
     """
+    fault = _find_fault(state)
+    if fault:
+        raise ConfigurationError(
+            f"the pruning state of {checkpoint} is damaged: {fault}. Use another checkpoint, "
+            "or only its weights."
+        )
     if state["version"] > STATE_VERSION:
         raise ConfigurationError(
             f"the pruning state of {checkpoint} has version {state['version']}; this "
             f"package reads up to {STATE_VERSION}. Update lightning-woodfisher."
         )
+
+
+def _find_fault(state: Any) -> str:
+    if not isinstance(state, Mapping) or not state.keys() >= STATE_KEYS:
+        return f"it is not a dictionary with {', '.join(sorted(STATE_KEYS))}"
+    version, masks, done = state["version"], state["masks"], state["done"]
+    if not isinstance(version, int):
+        return f"its version is {version!r}"
+    if not isinstance(masks, Mapping) or not all(
+        isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in masks.values()
+    ):
+        return "its masks are not bool tensors"
+    if not isinstance(done, Sequence) or not all(
+        isinstance(step, Sequence) and len(step) == 2 for step in done
+    ):
+        return "its finished steps are not pairs of unit and position"
+    return ""

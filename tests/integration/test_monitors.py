@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,12 @@ import torch
 from fits import Classifier, loader, pruning, trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from lightning_woodfisher import PolynomialSchedule, WoodFisherPruningCallback
+from lightning_woodfisher import (
+    ConfigurationError,
+    PolynomialSchedule,
+    WoodFisherPruningCallback,
+)
+from lightning_woodfisher.cli.main import main
 
 
 class DenseIsBest(Classifier):
@@ -149,3 +155,58 @@ def test_an_early_end_is_a_warning_with_its_cause(
     callback.hold_monitors = False
     with pytest.warns(UserWarning, match=f"not at the target 0.75: .*{cause}"):
         fit(callback, other, enable_checkpointing=False, **options)
+
+
+@pytest.mark.filterwarnings("ignore:training ended at")
+def test_commands_warn_of_a_missed_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for last, missing in ((1, 2), (4, 0)):
+        path = tmp_path / f"{last}.ckpt"
+        fitted = fit(ramp(), Stopper(last), enable_checkpointing=False)
+        fitted.save_checkpoint(path)
+        warning = f"{path} was saved before {missing} planned pruning step(s)"
+        out = f"--out={tmp_path / str(last)}.safetensors"
+        for command in (["report"], ["export", "--format=sparse", out]):
+            assert main([*command, str(path)]) == 0
+            assert (warning in capsys.readouterr().err) == bool(missing)
+
+
+def test_a_report_of_a_folder_skips_a_damaged_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(ramp()).save_checkpoint(tmp_path / "good.ckpt")
+    content = (tmp_path / "good.ckpt").read_bytes()
+    damaged = tmp_path / "newest.ckpt"
+    damaged.write_bytes(content[: len(content) // 2])
+    os.utime(damaged, (2e9, 2e9))
+    assert main(["report", str(tmp_path)]) == 0
+    told = capsys.readouterr()
+    assert "warning: skipped newer files" in told.err
+    assert "newest.ckpt" in told.err
+    assert told.out.startswith(str(tmp_path / "good.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("state", "fault"),
+    [
+        (None, "it is not a dictionary with done, masks, version"),
+        ({"version": 1}, "it is not a dictionary"),
+        ({"version": "1", "masks": {}, "done": []}, "its version is '1'"),
+        ({"version": 1, "masks": {"a": [1]}, "done": []}, "masks are not bool tensors"),
+        (
+            {"version": 1, "masks": {"a": torch.ones(2)}, "done": []},
+            "masks are not bool tensors",
+        ),
+        ({"version": 1, "masks": {}, "done": [3]}, "not pairs of unit and position"),
+    ],
+)
+def test_a_damaged_state_is_refused(tmp_path: Path, state: Any, fault: str) -> None:
+    callback = ramp()
+    path = tmp_path / "run.ckpt"
+    fit(callback, enable_checkpointing=False).save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["callbacks"][callback.state_key] = state
+    torch.save(checkpoint, path)
+    with pytest.raises(ConfigurationError, match=f"is damaged: .*{fault}"):
+        fit(ramp(), max_epochs=8, enable_checkpointing=False, ckpt_path=str(path))
