@@ -1,9 +1,9 @@
-"""Draw what is left of a small ResNet: channels.png and channels-size.png.
+"""Draw the channels of a pruned ResNet: docs/images/channels.png and channels-size.png.
 
 python docs/draw_channels.py
 
-It trains ResNet-20 on scikit-learn's digits and removes channels by HAP with implants; on
-two cores it takes about four minutes.
+Trains ResNet-20 on scikit-learn's digits and removes channels by HAP with implants, in about
+four minutes on two cores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def digits() -> TensorDataset:
 
 
 def main() -> None:
-    """Train, prune and draw."""
+    """Train, prune, and write the figures."""
     pl.seed_everything(0, verbose=False)
     callback = HAPPruningCallback(
         target=0.5,

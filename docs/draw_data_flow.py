@@ -1,4 +1,4 @@
-"""Draw the way of the data through one pruning step: docs/images/data-flow.svg.
+"""Draw the data flow of one pruning step: docs/images/data-flow.svg.
 
 python docs/draw_data_flow.py
 """
@@ -13,20 +13,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
-# Height from the top, then what each rank holds there.
+# What each rank holds, from top to bottom, and a note.
 STAGES = (
-    ("batches", "own mini-batches", "every R-th one of the same N"),
-    ("rows", "gradient rows [N/R, D]", "of all weights"),
-    ("shard", "rows [N, D/R]", "all gradients, own blocks"),
-    ("blocks", "inverse Fisher", "of the own blocks"),
-    ("saliency", "saliency [D/R]", "price of each weight"),
-    ("mask", "mask [D/R]", "who goes"),
-    ("update", "update [D/R]", "the others make up for it"),
-    ("write", "weights and masks [D]", "checked, written in place"),
+    ("own mini-batches", "every R-th one of the same N"),
+    ("gradient rows [N/R, D]", "of all weights"),
+    ("rows [N, D/R]", "all gradients, own blocks"),
+    ("inverse Fisher", "of the own blocks"),
+    ("saliency [D/R]", "cost of removing each weight"),
+    ("mask [D/R]", "weights to remove"),
+    ("update [D/R]", "kept weights compensate"),
+    ("weights and masks [D]", "verified, written in place"),
 )
+# Messages between the ranks, below the stage of this index.
 BETWEEN = {
     1: "exchange\n(all_to_all)",
-    4: "threshold\n(counts are added)",
+    4: "threshold\n(all_reduce of counts)",
     6: "gather\n(all_gather)",
 }
 RANKS = (("rank 0", 1.75, "tab:blue"), ("rank 1", 7.25, "tab:orange"))
@@ -36,14 +37,14 @@ STEP = 1.0
 
 def draw(path: Path) -> None:
     """Draw the figure."""
-    # The same file in every run: no date, and no random identifiers.
+    # Without date and random identifiers, so that every run writes the same file.
     plt.rcParams.update({"svg.hashsalt": "data-flow", "svg.fonttype": "path"})
     figure, axes = plt.subplots(figsize=(8, 7.2))
     axes.set(xlim=(0, 9), ylim=(-len(STAGES) * STEP + 0.25, 0.95))
     axes.axis("off")
     for name, center, _ in RANKS:
         axes.text(center, 0.62, name, ha="center", fontsize=12, weight="bold")
-    for index, (_, title, note) in enumerate(STAGES):
+    for index, (title, note) in enumerate(STAGES):
         height = -index * STEP
         for _, center, color in RANKS:
             corner = (center - BOX[0] / 2, height - BOX[1] / 2)

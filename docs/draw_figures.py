@@ -1,4 +1,4 @@
-"""Draw every figure of a report from a short run: docs/images/figure-*.png.
+"""Draw all figures of a report from a short run: docs/images/figure-*.png.
 
 python docs/draw_figures.py
 """
@@ -36,7 +36,7 @@ IMAGES = ROOT / "docs" / "images"
 def train(
     model: DigitsClassifier, data: Digits, callbacks: Sequence[pl.Callback]
 ) -> None:
-    """Fit for the epochs of `make demo`."""
+    """Train for as many epochs as `make demo`."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
             max_epochs=EPOCHS,
@@ -53,7 +53,7 @@ def train(
 
 
 def accuracy(model: nn.Module, data: Digits) -> dict[str, float]:
-    """Share of right answers on the held-out images."""
+    """Compute the accuracy on the held-out images."""
     images, labels = data.held_out.tensors
     with torch.no_grad():
         return {"accuracy": float((model(images).argmax(1) == labels).float().mean())}
@@ -107,7 +107,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="lightning")
     for name, figure in draw().items():
         path = IMAGES / f"figure-{name}.png"
-        # Without the version of matplotlib: the same file in every run.
+        # Without the version of matplotlib, so that every run writes the same file.
         figure.savefig(path, dpi=110, metadata={"Software": None})
         print(f"{path.relative_to(ROOT)}  {path.stat().st_size / 1000:.0f} kB")
 

@@ -1,4 +1,4 @@
-"""Loss, accuracy, and a table of one-shot methods, shared by the example scripts."""
+"""Compute loss, accuracy and a table of one-shot methods for several example scripts."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: TensorDataset) -> float:
-    """Compute the accuracy in per cent, in evaluation mode."""
+    """Compute the accuracy in percent, in evaluation mode."""
     model.eval()
     inputs, labels = data.tensors
     batches = zip(inputs.split(500), labels.split(500), strict=True)
-    right = sum((model(batch).argmax(1) == truth).sum() for batch, truth in batches)
-    return 100 * float(right) / len(labels)
+    correct = sum((model(batch).argmax(1) == truth).sum() for batch, truth in batches)
+    return 100 * float(correct) / len(labels)
 
 
 def format_accuracies(values: Sequence[float]) -> tuple[str, str]:
-    """Format the mean and the single accuracies as two cells of a table."""
+    """Format the mean of the accuracies and all of them as two cells of a table."""
     return f"{statistics.mean(values):.2f}", "  ".join(f"{v:.2f}" for v in values)
 
 
@@ -49,23 +49,25 @@ def parse_arguments(
         sparsities: default of ``--sparsities``.
 
     Returns:
-        The values, with those of ``--set`` as a dict ``changes``.
+        The values, with the settings of ``--set`` as a dict ``changes``.
     """
     parser.add_argument("--data", type=Path, required=True, help="folder of the images")
     parser.add_argument("--sparsities", type=float, nargs="+", default=sparsities)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="methods with this in their name"
+        "--only", default="", metavar="TEXT", help="methods whose name contains TEXT"
     )
     parser.add_argument(
-        "--verbose", action="store_true", help="print scales and seconds of the steps"
+        "--verbose",
+        action="store_true",
+        help="print the scales and seconds of each step",
     )
     parser.add_argument(
         "--set",
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help="other settings for these methods, such as damping=3e-4",
+        help="settings that override those of the methods, such as damping=3e-4",
     )
     arguments = parser.parse_args()
     arguments.changes = {

@@ -1,9 +1,9 @@
-"""Expand-pruning of ResNet-20 on CIFAR-10: widen bottlenecks, train, and prune again.
+"""Expand and prune ResNet-20 on CIFAR-10: widen bottlenecks, train, and prune again.
 
     python -m examples.cifar10.expand --data FOLDER
 
 Trains, prunes and fine-tunes a network; finds the layers that lost few channels; trains a
-network in which these are wider, and prunes it to the size of the first. Tests both.
+network with wider versions of them, and prunes it to the size of the first. Tests both.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def train_and_prune(
         data: the images.
         options: options of the command line.
         target: share of the parameters to remove.
-        size: number of parameters to keep, without a target.
+        size: number of parameters to keep, in place of a target.
         multipliers: factors of the widths of layers.
 
     Returns:
-        The report of pruning, and the accuracies before and after it in per cent.
+        The report of pruning, and the accuracies before and after it in percent.
     """
     pl.seed_everything(options.seed, verbose=False)
     module = CIFAR10Classifier(
@@ -62,13 +62,15 @@ def main() -> None:
     parser.add_argument("--data", default="data", help="folder of the images")
     parser.add_argument("--epochs", type=int, default=18)
     parser.add_argument("--fine-tuning-epochs", type=int, default=6)
-    parser.add_argument("--target", type=float, default=0.6, help="parameters removed")
+    parser.add_argument("--target", type=float, default=0.6, help="share removed")
     parser.add_argument("--variant", choices=["I", "H"], default="H", help="of SOSP")
     parser.add_argument("--samples", type=int, default=1000, help="for the scores")
-    parser.add_argument("--images", type=int, help="fewer images, for a quick look")
+    parser.add_argument(
+        "--images", type=int, help="number of training images, for a quick test"
+    )
     parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=0.2, help="the highest")
-    parser.add_argument("--factor", type=float, default=2.0, help="how much wider")
+    parser.add_argument("--learning-rate", type=float, default=0.2, help="maximum")
+    parser.add_argument("--factor", type=float, default=2.0, help="of the width")
     parser.add_argument("--quantile", type=float, default=0.25)
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
@@ -84,9 +86,7 @@ def main() -> None:
     )
     runs = {"ResNet-20": first}
     multipliers = {name.removeprefix("net."): value for name, value in found.items()}
-    print(
-        f"Bottlenecks: {', '.join(multipliers) or 'none, so there is nothing to do'}."
-    )
+    print(f"Bottlenecks: {', '.join(multipliers) or 'none, so no layer is widened'}.")
     if multipliers:
         size = first[0].parameters
         second = train_and_prune(data, options, size=size, multipliers=multipliers)

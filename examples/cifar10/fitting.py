@@ -1,4 +1,4 @@
-"""Command line, training and testing, for the scripts that compare methods."""
+"""Parse arguments, train and test for the scripts that compare methods."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", default="data", help="folder of the images")
     parser.add_argument("--weights", default="runs/cifar10/dense.pt")
-    parser.add_argument("--held-out", action="store_true", help="not the test images")
+    parser.add_argument(
+        "--held-out", action="store_true", help="test on held-out images"
+    )
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--images-per-epoch", type=int, help="fewer, for a quick look")
-    parser.add_argument("--learning-rate", type=float, default=0.03, help="the highest")
+    parser.add_argument("--images-per-epoch", type=int, help="for a quick test")
+    parser.add_argument("--learning-rate", type=float, default=0.03, help="maximum")
     parser.add_argument("--only", default="", metavar="TEXT", help="select methods")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--accelerator", default="auto")
@@ -57,7 +59,7 @@ def load_module(weights: str, learning_rate: float, seed: int) -> CIFAR10Classif
 
     Args:
         weights: file of the weights.
-        learning_rate: highest learning rate.
+        learning_rate: maximum learning rate.
         seed: seed of the generators.
 
     Returns:
@@ -85,10 +87,10 @@ def fit_and_test(
         epochs: number of epochs.
         callbacks: callbacks, such as one that prunes.
         accelerator: accelerator of the Trainer.
-        held_out: whether to test on the held-out images, to choose settings.
+        held_out: whether to test on the held-out images, for choosing settings.
 
     Returns:
-        Accuracy in per cent.
+        Accuracy in percent.
     """
     trainer = pl.Trainer(
         max_epochs=epochs,

@@ -1,10 +1,10 @@
-"""Gradual pruning of ResNet-20 on CIFAR-10: WoodFisher and magnitude at the same budget.
+"""Prune ResNet-20 on CIFAR-10 gradually: WoodFisher and magnitude at the same budget.
 
     python -m examples.cifar10.gradual --data FOLDER --weights runs/cifar10/dense.pt
 
 Both prune on the same cubic ramp, in six steps over the first half of the epochs, with the
 same learning rates and order of images. WoodFisher also reads 400 mini-batches of 8 images
-in each step: most gradients of a network that fits its images are near zero, and fewer
+in each step: most gradients of a network that fits its images are near zero, so that fewer
 images or a damping below 1e-4 gave worse masks than magnitude. Prints the accuracy on the
 test images; ``--held-out`` uses the 5,000 held-out images instead, to choose settings.
 """
@@ -58,12 +58,12 @@ def fit(
     Args:
         method: name in ``METHODS``.
         sparsity: sparsity after the last step.
-        seed: seed of everything random.
+        seed: seed of all random numbers.
         data: the images.
         options: options of the command line.
 
     Returns:
-        Accuracy in per cent.
+        Accuracy in percent.
     """
     module = load_module(options.weights, options.learning_rate, seed)
     batches = len(data.train) // data.batch_size

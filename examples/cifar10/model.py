@@ -1,4 +1,4 @@
-"""ResNet-20 for CIFAR-10 and its data, without any code for pruning.
+"""Define ResNet-20 for CIFAR-10 and its data, without any code for pruning.
 
 ``CIFAR10(folder)`` reads ``cifar10_train_jpeg.npz`` and ``cifar10_test_jpeg.npz`` if they
 are in the folder (concatenated JPEG bytes in ``jpeg``, their ends in ``offsets``, and
@@ -89,7 +89,7 @@ class CIFAR10Classifier(pl.LightningModule):
     """ResNet-20, trained with SGD, momentum 0.9 and one cycle of the learning rate.
 
     Args:
-        learning_rate: highest learning rate.
+        learning_rate: maximum learning rate.
         weight_decay: weight decay of all parameters.
         width: channels of the first stage.
         weights: file with a ``state_dict`` of the network to start from.

@@ -1,10 +1,11 @@
-"""One-shot pruning of ResNet-20 on CIFAR-10, without retraining.
+"""Prune ResNet-20 on CIFAR-10 in one shot, without fine-tuning.
 
     python -m examples.cifar10.one_shot --data FOLDER --weights runs/cifar10/dense.pt
 
 ``examples.cifar10.train`` writes the weights. Gradients are computed on training images
-without augmentation, with BatchNorm in evaluation mode; nothing else is adapted. Prints the
-accuracy on the test images. ``--only`` selects methods, ``--set`` changes settings.
+without augmentation, with BatchNorm in evaluation mode, and its statistics are not
+recalibrated. Prints the accuracy on the test images. ``--only`` selects methods, ``--set``
+changes settings.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ COMMON: dict[str, Any] = {
     "gradient_batch_size": 1,
     "damping": 1e-5,
     "model_mode": "eval",
-    # Published results for this network prune the convolutions only.
+    # Published results for this network prune only the convolutions.
     "exclude": [r"^\d+\.weight$"],
 }
 PAPER = {"block_size": 36_864, "update": "independent", "line_search": False}
 FULL = {"block_size": None, "update": "joint"}
-MANY = {"damping": 3e-4, "first_order_samples": 4_096, "criterion": "woodtaylor"}
+WOODTAYLOR = {"damping": 3e-4, "first_order_samples": 4_096, "criterion": "woodtaylor"}
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
     "diagonal Fisher": {"criterion": "diagonal_fisher", "line_search": False},
     "K-FAC": {"criterion": "kfac", "line_search": False},
-    "independent, a block a layer (the paper)": PAPER,
+    "independent, one block per layer (the paper)": PAPER,
     "joint, full Fisher": {**FULL, "line_search": False},
-    "joint, full Fisher, step search": FULL,
-    "joint, full Fisher, 8 parts": {**FULL, "recompute_steps": 8},
-    "WoodTaylor, full Fisher, 8 parts": {**FULL, **MANY, "recompute_steps": 8},
+    "joint, full Fisher, line search": FULL,
+    "joint, full Fisher, 8 stages": {**FULL, "recompute_steps": 8},
+    "WoodTaylor, full Fisher, 8 stages": {**FULL, **WOODTAYLOR, "recompute_steps": 8},
 }
 
 

@@ -1,13 +1,14 @@
-"""Structured pruning of ResNet-20 on CIFAR-10 by several methods, at the same budget.
+"""Compare methods of structured pruning on ResNet-20 and CIFAR-10, at the same budget.
 
     python -m examples.cifar10.structured --data FOLDER --weights runs/cifar10/dense.pt
 
-Each method removes a share of the FLOPs at once; training continues with the same images,
-order and learning rates for all. Prints the accuracy on the test images, the remaining
+Each method removes a share of the FLOPs in one step; fine-tuning uses the same images,
+order and learning rates for all methods. Prints the accuracy on the test images, the remaining
 parameters, and the time of a forward pass relative to the dense network. ``--one-shot``
-prints the accuracy without training, with the old and with recalibrated BatchNorm
-statistics, without implants. ``--rank-correlation`` prints the rank correlation between the
-scores of 64 random channels and the measured loss after their removal.
+prints the accuracy without fine-tuning, with the old and with recalibrated BatchNorm
+statistics, for all methods without implants. ``--rank-correlation`` prints the rank
+correlation between the scores of 64 random channels and the measured loss after their
+removal.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ IMAGE = torch.zeros(1, 3, 32, 32)
 
 
 def make_config(name: str, seed: int, batches: int = 0) -> StructureConfig:
-    """Make the settings of a method: its name without what the callback does."""
+    """Make the settings of a method from its name."""
     scores = name.removesuffix(" + implant").removesuffix(" per cost")
     return StructureConfig(
         seed=seed,

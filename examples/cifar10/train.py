@@ -16,11 +16,11 @@ from examples.cifar10.model import CIFAR10, CIFAR10Classifier
 
 
 def main() -> None:
-    """Train, test, save."""
+    """Train, test and save."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data", help="folder of the images")
     parser.add_argument("--epochs", type=int, default=18)
-    parser.add_argument("--learning-rate", type=float, default=0.2, help="the highest")
+    parser.add_argument("--learning-rate", type=float, default=0.2, help="maximum")
     parser.add_argument("--weights", help="initial weights, such as an earlier --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10/dense.pt"))

@@ -1,4 +1,4 @@
-"""A small network and scikit-learn's handwritten digits, without any code for pruning.
+"""Define a small network and scikit-learn's handwritten digits, without pruning code.
 
 The 1,797 images of 8×8 pixels are part of scikit-learn, so there is no download.
 """

@@ -1,10 +1,10 @@
-"""Effect of N, m, λ and the block size on one-shot pruning: a table of the documentation.
+"""Measure the effect of N, m, λ and the block size on one-shot pruning.
 
     python examples/digits/settings.py
 
-A perceptron (64-100-50-10, 11,900 weights) is trained on scikit-learn's digits, pruned in one
-step, and not trained again. Prints the accuracy on the 360 held-out images in per cent, mean
-over several trained networks.
+Trains a perceptron (64-100-50-10, 11,900 weights) on scikit-learn's digits, prunes it in one
+step without fine-tuning, and prints the accuracy on the 360 held-out images in percent, mean
+over several trained networks. The documentation shows the tables.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main() -> None:
         criterion: str = "woodfisher",
         step: Mapping[str, Any] = MappingProxyType({}),
     ) -> float:
-        # Without line search, to compare the quadratic model alone.
+        # Without line search, to compare only the quadratic model.
         plain = StepConfig(measure_loss=False, line_search=False, **step)
         found = []
         for seed, state in enumerate(states):
@@ -105,9 +105,9 @@ def main() -> None:
         values = [measure(fisher, s, **options) for s in arguments.sparsities]
         return " / ".join(f"{value:.1f}" for value in values)
 
-    usual = FisherConfig(256, 4, 256)
-    print(f"dense: {measure(usual, 0.0):.1f} %")
-    rows = [(name, cells(usual, **options)) for name, options in METHODS.items()]
+    default = FisherConfig(256, 4, 256)
+    print(f"dense: {measure(default, 0.0):.1f} %")
+    rows = [(name, cells(default, **options)) for name, options in METHODS.items()]
     share = " / ".join(f"{sparsity:.0%}" for sparsity in arguments.sparsities)
     print(format_table((f"N × m = 256 × 4, λ = 1e-4, B = 256: {share}", ""), rows))
     table = []

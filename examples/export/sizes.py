@@ -1,8 +1,8 @@
-"""File size of a pruned ResNet-50, and the time to write and read it.
+"""Measure the file size of a pruned ResNet-50, and the time to write and read it.
 
-Weights of convolutions and of the classifier are random, with a random share of zeros;
-BatchNorm and biases are dense. Nothing is trained, as sizes depend on the number of zeros
-only.
+Weights of convolutions and of the classifier are random, with zeros at random positions;
+BatchNorm and biases are dense. Nothing is trained, because sizes depend only on the number
+of zeros.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 def make_state(sparsity: float) -> dict[str, Tensor]:
-    """Return weights of a ResNet-50 with a random share of zeros."""
+    """Return random weights of a ResNet-50 with this share of zeros."""
     with torch.device("meta"):
         shapes = resnet50(weights=None).state_dict()
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def time_call(call: Callable[[], Result], repeats: int) -> tuple[Result, float]:
 
 
 def are_identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Return whether two state dicts have the same names, dtypes, shapes and bits."""
+    """Check that two state dicts have the same names, dtypes, shapes and bits."""
     return list(one) == list(other) and all(
         a.dtype == b.dtype
         and a.shape == b.shape

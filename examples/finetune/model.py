@@ -1,4 +1,4 @@
-"""The digits network with the weights of a pruned checkpoint."""
+"""Load the digits network with the weights of a pruned checkpoint."""
 
 from __future__ import annotations
 

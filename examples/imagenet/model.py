@@ -1,7 +1,7 @@
-"""ResNet-50 and MobileNetV1 on ImageNet, as the WoodFisher paper prunes them.
+"""Define ResNet-50 and MobileNetV1 on ImageNet, as in the WoodFisher paper.
 
-There is no code for pruning in this file. ``ImageNet(fake=True)`` draws random images, to run
-a whole step without the data.
+This file contains no code for pruning. ``ImageNet(fake=True)`` draws random images, to run a
+whole step without the data.
 """
 
 from __future__ import annotations

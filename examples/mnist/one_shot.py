@@ -1,4 +1,4 @@
-"""One-shot pruning of the WoodFisher paper's MLPNet on MNIST, without retraining.
+"""Prune the WoodFisher paper's MLPNet on MNIST in one shot, without fine-tuning.
 
     python -m examples.mnist.one_shot --data FOLDER
 
@@ -8,11 +8,11 @@ FOLDER holds ``mnist.npz`` (``x_train`` and ``x_test`` as uint8 ``[n, 28, 28]``,
 
 Prints the accuracy on the test images for magnitude, WoodFisher as published
 (independent updates in blocks of 784), the joint update with the full Fisher, the joint
-update recomputed in parts, and WoodTaylor in parts with a step search. N = 1000 gradients
-of one sample; λ = 1e-5, for WoodTaylor 1e-3 (3e-4 with 48 parts). ``--only`` selects
-methods, ``--set`` changes settings:
+update in several stages, and WoodTaylor in several stages with a line search. N = 1000
+gradients of one sample; λ = 1e-5, for WoodTaylor 1e-3 (3e-4 with 48 stages). ``--only``
+selects methods, ``--set`` changes settings:
 
-    python -m examples.mnist.one_shot --data FOLDER --only "16 parts" --set damping=3e-4
+    python -m examples.mnist.one_shot --data FOLDER --only "16 stages" --set damping=3e-4
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from torch.utils.data import TensorDataset
 from examples.comparison import compare, parse_arguments
 
 COMMON = {"num_gradients": 1000, "gradient_batch_size": 1, "damping": 1e-5}
+FULL: dict[str, Any] = {"update": "joint", "block_size": None}
+FULL_ALONE = {**FULL, "line_search": False}
+WOODTAYLOR = {**FULL, "criterion": "woodtaylor", "first_order_samples": 17_408}
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude", "block_size": 784},
     "independent, blocks of 784": {
@@ -36,36 +39,22 @@ METHODS: dict[str, dict[str, Any]] = {
         "update": "independent",
         "block_size": 784,
     },
-    "joint, full Fisher": {"line_search": False, "update": "joint", "block_size": None},
-    "joint, full Fisher, 8 parts": {
-        "line_search": False,
-        "update": "joint",
-        "block_size": None,
-        "recompute_steps": 8,
-    },
-    "joint, full Fisher, 16 parts": {
-        "line_search": False,
-        "update": "joint",
-        "block_size": None,
-        "recompute_steps": 16,
-    },
-}
-METHODS["joint, full Fisher, step search"] = {"update": "joint", "block_size": None}
-WOODTAYLOR: dict[str, Any] = {
-    "criterion": "woodtaylor",
-    "update": "joint",
-    "block_size": None,
-    "damping": 1e-3,
-    "first_order_samples": 17_408,
-    "line_search": True,
-}
-# Smaller parts need less damping.
-for _parts, _damping in ((16, 1e-3), (48, 3e-4)):
-    METHODS[f"WoodTaylor, step search, {_parts} parts"] = {
+    "joint, full Fisher": FULL_ALONE,
+    "joint, full Fisher, 8 stages": {**FULL_ALONE, "recompute_steps": 8},
+    "joint, full Fisher, 16 stages": {**FULL_ALONE, "recompute_steps": 16},
+    "joint, full Fisher, line search": FULL,
+    # Shorter stages need less damping.
+    "WoodTaylor, line search, 16 stages": {
         **WOODTAYLOR,
-        "recompute_steps": _parts,
-        "damping": _damping,
-    }
+        "recompute_steps": 16,
+        "damping": 1e-3,
+    },
+    "WoodTaylor, line search, 48 stages": {
+        **WOODTAYLOR,
+        "recompute_steps": 48,
+        "damping": 3e-4,
+    },
+}
 
 
 def load(folder: Path) -> tuple[TensorDataset, TensorDataset, dict[str, Tensor]]:
@@ -85,7 +74,7 @@ def load(folder: Path) -> tuple[TensorDataset, TensorDataset, dict[str, Tensor]]
 
 
 def mlpnet(state: dict[str, Tensor]) -> nn.Sequential:
-    """Build 784-40-20-10 with ReLU and without biases."""
+    """Build the perceptron 784-40-20-10, without biases."""
     model = nn.Sequential(
         nn.Linear(784, 40, bias=False),
         nn.ReLU(),

@@ -67,7 +67,7 @@ def accuracy(model: nn.Module, data: TensorDataset) -> float:
 
 
 def main() -> None:
-    """Train, prune, and continue training."""
+    """Train, prune and fine-tune."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--gradients", type=int, default=512)
@@ -90,11 +90,11 @@ def main() -> None:
     )
     print(f"pruned      {accuracy(model, held_out):.1%}")
 
-    # Without the callback, the training loop has to keep the zeros.
+    # Without the callback, the training loop must keep the zeros itself.
     layers = [layer.name for layer in report.layers]
     masks = {name: model.get_parameter(name) != 0 for name in layers}
     train(model, data, options.epochs // 3, masks)
-    print(f"trained on  {accuracy(model, held_out):.1%}\n")
+    print(f"fine-tuned  {accuracy(model, held_out):.1%}\n")
     print(report.to_table())
 
 

@@ -1,8 +1,9 @@
-"""Prune with Lightning Fabric: the same digits, on one device or several.
+"""Prune with Lightning Fabric: the same digits, on one or several devices.
 
     python -m examples.plain_pytorch.fabric --devices 2
 
-Under DDP every process calls ``prune``. They share the work and get bit-identical weights.
+Under DDP every process calls ``prune``. The processes share the work and get bit-identical
+weights.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def main() -> None:
             optimizer.step()
     fabric.print(f"dense   {accuracy(bare, held_out):.1%}")
 
-    # Pass the network, not Fabric's wrapper, and the dataset, not the sharded loader.
+    # Pass the network without Fabric's wrapper, and the dataset in place of the loader.
     report = prune(
         bare,
         data,

@@ -1,4 +1,4 @@
-"""Lightning's demo Transformer, trained to sort rows of symbols.
+"""Train Lightning's demo Transformer to sort rows of symbols.
 
 The rows are random, so there is no download. Sorting needs no positions; the positional
 encoding of the demo adds the same vector everywhere.
@@ -36,31 +36,31 @@ class Sorter(pl.LightningModule):
             vocab_size=symbols, ninp=width, nhid=2 * width, dropout=0.0
         )
 
-    def forward(self, rows: Tensor, written: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, shifted: Tensor) -> Tensor:
         """Predict the next symbol at each position.
 
         Args:
             rows: int64 ``[n, t]``, the symbols to sort.
-            written: int64 ``[n, t]``, the output shifted to the right by one.
+            shifted: int64 ``[n, t]``, the output shifted to the right by one.
 
         Returns:
             Log-probabilities ``[n · t, symbols]``.
         """
-        predicted: Tensor = self.net(rows, written)
+        predicted: Tensor = self.net(rows, shifted)
         return predicted
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         rows, sorted_rows = batch
-        written = F.pad(sorted_rows[:, :-1], (1, 0), value=START)
-        loss = F.nll_loss(self(rows, written), sorted_rows.reshape(-1))
+        shifted = F.pad(sorted_rows[:, :-1], (1, 0), value=START)
+        loss = F.nll_loss(self(rows, shifted), sorted_rows.reshape(-1))
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         rows, sorted_rows = batch
-        written = F.pad(sorted_rows[:, :-1], (1, 0), value=START)
-        right = self(rows, written).argmax(1) == sorted_rows.reshape(-1)
-        self.log("val_accuracy", right.float().mean(), prog_bar=True)
+        shifted = F.pad(sorted_rows[:, :-1], (1, 0), value=START)
+        correct = self(rows, shifted).argmax(1) == sorted_rows.reshape(-1)
+        self.log("val_accuracy", correct.float().mean(), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate)

@@ -344,6 +344,4 @@ def _full_reference(rows: Tensor, checked: Tensor) -> Tensor:
 
 def _spread(count: int, wanted: int) -> list[int]:
     """Return up to ``wanted`` evenly spaced numbers from 0 to ``count - 1``."""
-    if count <= wanted:
-        return list(range(count))
-    return [i * (count - 1) // (wanted - 1) for i in range(wanted)]
+    return sorted({i * (count - 1) // (wanted - 1) for i in range(wanted)})

@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 
 CPU = torch.device("cpu")
 _STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def _read_peak(device: torch.device) -> int:
 def _reset_resident_peak() -> bool:
     """Reset VmHWM on Linux; return False if that is not possible."""
     try:
-        _CLEAR_REFS.write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
     return True

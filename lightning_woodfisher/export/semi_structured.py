@@ -21,9 +21,6 @@ from torch import Tensor, nn
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.weights.layers import matches_pattern
 
-# Sparse tensor cores exist since the Ampere architecture.
-_CAPABILITY = (8, 0)
-_DTYPES = (torch.float16, torch.bfloat16)
 _WARMUP = 10
 
 
@@ -188,12 +185,12 @@ def _check_device(name: str, weight: Tensor) -> None:
             'capability 8.0 or later; move the model there with model.to("cuda").'
         )
     capability = torch.cuda.get_device_capability(weight.device)
-    if capability < _CAPABILITY:
+    if capability < (8, 0):
         raise ConfigurationError(
             f"{torch.cuda.get_device_name(weight.device)} has compute capability "
             f"{'.'.join(map(str, capability))}; 2:4 products need 8.0 (A100) or later."
         )
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in {torch.float16, torch.bfloat16}:
         raise ConfigurationError(
             f"{name} is {weight.dtype}: convert the model to float16 or bfloat16 first, "
             "with model.half()."

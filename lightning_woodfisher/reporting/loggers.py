@@ -49,14 +49,13 @@ def log_settings(
         return
     values = {name.lstrip("_"): value for name, value in sorted(vars(schedule).items())}
     described = {"class": type(schedule).__name__, **values}
-    content = _to_plain({**settings, "schedule": described})
+    text = json.dumps({**settings, "schedule": described}, indent=1, default=repr)
     for logger in trainer.loggers:
         if isinstance(logger, either_name(WandbLogger)):
             # A resumed run may change its settings.
-            config = {f"{prefix}pruning": content}
+            config = {f"{prefix}pruning": json.loads(text)}
             logger.experiment.config.update(config, allow_val_change=True)
         elif isinstance(logger, either_name(TensorBoardLogger)):
-            text = json.dumps(content, indent=1)
             _add_text(logger, f"{prefix}settings", text, trainer.global_step)
 
 
@@ -168,14 +167,3 @@ def _add_text(logger: TensorBoardLogger, name: str, text: str, step: int) -> Non
     # Markdown shows indented text unchanged, in a fixed-width font.
     shown = "\n".join(f"    {line}" for line in text.splitlines())
     logger.experiment.add_text(f"pruning/{name}", shown, step)
-
-
-def _to_plain(value: Any) -> Any:
-    """Convert nested settings to types of JSON, and other objects to their repr."""
-    if isinstance(value, Mapping):
-        return {str(key): _to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_to_plain(item) for item in value]
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return repr(value)

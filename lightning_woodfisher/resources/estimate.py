@@ -10,7 +10,6 @@ __all__ = ["ResourceEstimate", "estimate", "estimate_workload"]
 
 import bisect
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -341,44 +340,36 @@ def estimate_workload(
 def _find_remedies(workload: Workload, memory: int) -> dict[str, Any]:
     """Find the largest B and N and the smallest number of ranks that fit."""
 
-    def fits(changed: Workload) -> bool:
+    def fits(world_size: int = workload.world_size, **changes: Any) -> bool:
+        # max_nonfinite costs nothing, but must be less than N.
+        fisher = dataclasses.replace(workload.fisher, max_nonfinite=0, **changes)
+        config = dataclasses.replace(workload.config, fisher=fisher)
+        changed = dataclasses.replace(workload, config=config, world_size=world_size)
         return all(
             phase.total <= memory
             for rank in range(changed.exchange_ranks)
             for phase in count_memory(changed, rank).values()
         )
 
-    def fits_with(name: str, value: int) -> bool:
-        # max_nonfinite costs nothing, but must be less than N.
-        changes: dict[str, Any] = {name: value, "max_nonfinite": 0}
-        fisher = dataclasses.replace(workload.fisher, **changes)
-        config = dataclasses.replace(workload.config, fisher=fisher)
-        return fits(dataclasses.replace(workload, config=config))
-
     # More ranks than units do not help, because a unit has one owner.
     fewest = workload.world_size
     most = min(_MOST_RANKS, max(fewest, len(workload.partition.units)))
     found = {
-        "world_size_needed": _find_first(
-            range(fewest, most + 1),
-            lambda n: fits(dataclasses.replace(workload, world_size=n)),
-        )
+        "world_size_needed": _find_first("world_size", range(fewest, most + 1), fits)
     }
     if workload.has_blocks:
         count = workload.fisher.num_gradients
         # A block lies in one tensor; without a block size the largest tensor is the limit.
         size = workload.fisher.block_size or max(workload.active, default=1)
         for name, largest in (("num_gradients", count), ("block_size", max(1, size))):
-            found[f"largest_{name}"] = _find_first(
-                range(largest, 0, -1), functools.partial(fits_with, name)
-            )
+            found[f"largest_{name}"] = _find_first(name, range(largest, 0, -1), fits)
     return found
 
 
-def _find_first(candidates: range, fits: Callable[[int], bool]) -> int | None:
-    """Find the first candidate that fits by bisection, None if there is none."""
-    index = bisect.bisect_left(candidates, True, key=fits)
-    return candidates[index] if index < len(candidates) else None
+def _find_first(name: str, values: range, fits: Callable[..., bool]) -> int | None:
+    """Find the first value of a setting that fits by bisection, None if there is none."""
+    index = bisect.bisect_left(values, True, key=lambda value: fits(**{name: value}))
+    return values[index] if index < len(values) else None
 
 
 def _count_blocks(workload: Workload) -> int:

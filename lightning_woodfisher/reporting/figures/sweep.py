@@ -4,8 +4,7 @@ from __future__ import annotations
 
 __all__ = ["draw_sweep"]
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_woodfisher.reporting.figures.canvas import (
     MAX_LEGEND_ENTRIES,
@@ -37,7 +36,9 @@ def draw_sweep(report: SweepReport, metric: str | None = None) -> Figure:
     figure, axes = new_axes()
     lines: dict[str, list[SweepResult]] = {}
     for result in done:
-        lines.setdefault(_label(result.setting, varying, across), []).append(result)
+        others = [n for n in varying if n != across and n in result.setting]
+        label = ", ".join(f"{name}={result.setting[name]}" for name in others)
+        lines.setdefault(label, []).append(result)
     values = [result.setting.get(across) for result in done]
     numeric = all(isinstance(value, int | float) for value in values)
     for label, results in lines.items():
@@ -54,9 +55,3 @@ def draw_sweep(report: SweepReport, metric: str | None = None) -> Figure:
         figure.set_figwidth(7.0 + _INCHES_PER_LETTER * longest)
         figure.legend(loc="outside right upper", fontsize="small")
     return figure
-
-
-def _label(setting: Mapping[str, Any], varying: list[str], across: str) -> str:
-    """Name the settings that vary, except the one on the x axis."""
-    names = [name for name in varying if name != across and name in setting]
-    return ", ".join(f"{name}={setting[name]}" for name in names)

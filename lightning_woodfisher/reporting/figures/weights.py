@@ -295,8 +295,7 @@ def draw_masks(masks: Mapping[str, Tensor]) -> Figure:
         zeros = 1 - mask.float().mean().item()
         title = f"{shorten_name(name)}\n{shape}, {zeros:.1%} zeros"
         axes.set_title(title, fontsize="small")
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
     for axes in panels[len(masks) :]:
         axes.set_axis_off()
     figure.supxlabel("inputs", fontsize="small")
