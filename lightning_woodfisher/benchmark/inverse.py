@@ -47,6 +47,7 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import (
     Engine,
     FisherConfig,
+    Precision,
     choose_engine,
     rows_in_chunk,
 )
@@ -144,25 +145,38 @@ def count_floor_operations(case: Case) -> float:
     return n * size * d + float(size) ** 2 * d
 
 
-def _settings(case: Case, engine: Engine = "auto") -> FisherConfig:
-    return FisherConfig(case.num_gradients, 1, case.block_size, DAMPING, engine=engine)
+def _settings(
+    case: Case, engine: Engine = "auto", precision: Precision = "auto"
+) -> FisherConfig:
+    return FisherConfig(
+        case.num_gradients,
+        1,
+        case.block_size,
+        DAMPING,
+        engine=engine,
+        precision=precision,
+    )
 
 
 def measure_gemm_rate(
-    device: torch.device, size: int | None = None, repeats: int = 5
+    device: torch.device,
+    size: int | None = None,
+    repeats: int = 5,
+    dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Measure the float32 GEMM rate on square matrices; the best of several products.
+    """Measure the GEMM rate on square matrices; the best of several products.
 
     Args:
         device: device of the matrices.
         size: rows and columns; None for 2048 on a CPU and 8192 on a GPU.
         repeats: number of products, after one that is not counted.
+        dtype: of the matrices.
 
     Returns:
         Multiplications and additions per second.
     """
     size = size or (8192 if device.type == "cuda" else 2048)
-    left, right = torch.randn(2, size, size, device=device)
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
     result = left @ right
     multiply = functools.partial(torch.mm, left, right, out=result)
     return 2.0 * size**3 / min(time_action(multiply, device) for _ in range(repeats))
@@ -192,6 +206,7 @@ def measure_case(
     engines: Sequence[Engine] = ("auto",),
     with_update: bool = False,
     as_published: bool = False,
+    precision: Precision = "auto",
 ) -> list[InverseRow]:
     """Measure one case; all engines get the same rows and take turns.
 
@@ -203,6 +218,7 @@ def measure_case(
         with_update: whether to measure the joint update, too.
         as_published: whether to measure the recursion as batched products over all blocks,
             as in published code, too.
+        precision: dtype of the products of the engines.
 
     Returns:
         A row for the recursion, where it is possible, and one for each engine, without
@@ -220,7 +236,7 @@ def measure_case(
         diagonals[name] = read_diagonal(inverses)
 
     def run_engine(name: str, engine: Engine) -> None:
-        inverse = _invert(rows, partition, case, engine)
+        inverse = _invert(rows, partition, _settings(case, engine, precision))
         diagonals[name] = inverse.diagonal()
         if with_update:
             updates.setdefault(name, []).append(_time_update(inverse, device))
@@ -265,13 +281,10 @@ def measure_case(
     ]
 
 
-def _invert(
-    rows: Tensor, partition: Partition, case: Case, engine: Engine
-) -> InverseFisher:
+def _invert(rows: Tensor, partition: Partition, fisher: FisherConfig) -> InverseFisher:
     """Compute the inverse with an engine, as a pruning step does."""
-    fisher = _settings(case, engine)
     inverse = make_inverse_fisher(partition, fisher, Communicator(rows.device))
-    for chunk in torch.split(rows, rows_in_chunk(fisher, case.weights)):
+    for chunk in torch.split(rows, rows_in_chunk(fisher, rows.shape[1])):
         inverse.observe(chunk)
     inverse.factorize()
     return inverse
