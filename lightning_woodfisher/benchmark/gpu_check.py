@@ -24,18 +24,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import one_shot
 from lightning_woodfisher.benchmark import (
     collection,
     command,
+    fits,
     inverse,
     masks,
     networks,
@@ -46,16 +45,10 @@ from lightning_woodfisher.benchmark import (
 )
 from lightning_woodfisher.benchmark.cases import custom_case, preset_cases, slice_case
 from lightning_woodfisher.benchmark.networks import cross_entropy, random_images
-from lightning_woodfisher.callbacks.structured import (
-    HAPPruningCallback,
-    SOSPPruningCallback,
-)
-from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
 from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.export import semi_structured
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.pruning.config import SelectionConfig, StepConfig
-from lightning_woodfisher.pruning.schedule import OneShotSchedule
 from lightning_woodfisher.resources.estimate import estimate
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.pruner import prune_structures
@@ -73,7 +66,6 @@ _LARGEST_INVERSE_ERROR = 1e-5
 _ROUNDED, _COARSE = (0.999, 1e-3), (0.98, 3e-2)
 _INTERFACES = ["allow_tf32", "fp32_precision"]
 _SMALL_FISHER = FisherConfig(num_gradients=32, gradient_batch_size=2, block_size=24)
-_SMALL_STRUCTURES = StructureConfig(num_samples=16, batch_size=8, probes=4)
 
 
 @dataclass(frozen=True)
@@ -158,8 +150,8 @@ class _Check:
 
     def load(self, name: str = "resnet20") -> tuple[nn.Module, TensorDataset]:
         if name == "resnet20":
-            model = networks.make_resnet20(self.device, 2 if self.quick else 16)
-            return model, random_images(16 if self.quick else 256, self.pixels)
+            small = networks.make_resnet20(self.device, 2 if self.quick else 16)
+            return small, random_images(16 if self.quick else 256, self.pixels)
         model = structures.load_torchvision_network(name).to(self.device)
         return model, random_images(64 if self.large else 16, 224)
 
@@ -212,6 +204,8 @@ def run_gpu_check(options: argparse.Namespace) -> int:
     # Deterministic products need it, from before the first product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     check = _Check(device, options.quick, Path(options.json))
+    # Garbage is collected before each measurement; skip what was there before them.
+    gc.freeze()
     try:
         for name in options.parts:
             check.tables[name] = []
@@ -219,6 +213,7 @@ def run_gpu_check(options: argparse.Namespace) -> int:
             with contextlib.suppress(_SkipError), check.case("whole part"):
                 _PARTS[name](check)
     finally:
+        gc.unfreeze()
         lines = [f"{check.machine.device}, torch {check.machine.torch}"]
         for name, rows in check.tables.items():
             lines += ["", f"[{name}]", *map(str, rows)]
@@ -294,90 +289,20 @@ def _correctness(check: _Check) -> None:
             figures.update(_compare(expected, found, coarse=allowed))
         with check.case(f"inverse, {interface} {allowed}") as figures:
             _set_tf32(allowed, interface)
-            cases_ = [custom_case(32, block, 640) for block in (16, 64, None)]
-            rows = [
-                row
-                for case in cases_
-                for row in inverse.measure_case(case, repeats=1, device=check.device)
-            ]
+            rows = []
+            for block in (16, 64, None):
+                case = custom_case(32, block, 640)
+                rows += inverse.measure_case(case, repeats=1, device=check.device)
             errors = [row.error for row in rows if row.engine != "recursion"]
             passed = max(errors) <= _LARGEST_INVERSE_ERROR
             figures.update(**_columns(rows, "error"), passed=passed)
 
 
-class _Module(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = networks.make_resnet20(timing.CPU, 4).train()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return cross_entropy(self.net, batch)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("loss", cross_entropy(self.net, batch))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-2, momentum=0.9)
-
-
 def _trainer(check: _Check) -> None:
     """Fit to the end in many ways."""
-    more = ["64-true", "bf16-true", "16-mixed", "16-true"] * check.cuda
-    precisions = ["32-true", "bf16-mixed", *more]
-    cases: dict[str, Figures] = {p: {"precision": p} for p in precisions}
-    cases |= {"second fit": {"runs": 2}, "resume": {"runs": 2, "resume": True}}
-    swa = pl.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)
-    cases["SWA"] = {"beside": [swa]}
-    if hasattr(pl.callbacks, "EMAWeightAveraging"):
-        cases["EMA"] = {"beside": [pl.callbacks.EMAWeightAveraging()]}
-    for kind in (SOSPPruningCallback, HAPPruningCallback):
-        make = functools.partial(kind, 0.3, config=_SMALL_STRUCTURES)
-        cases[kind.__name__] = {"make": make}
-    for name, options in cases.items():
+    for name, options in fits.list_fits(check.device).items():
         with check.case(name) as figures:
-            figures.update(_fit(check, **options))
-
-
-def _fit(
-    check: _Check,
-    make: Callable[..., Any] | None = None,
-    beside: Sequence[pl.Callback] = (),
-    runs: int = 1,
-    resume: bool = False,
-    precision: Any = "32-true",
-) -> Figures:
-    """Fit and validate; then read masks and weights."""
-    loader = DataLoader(random_images(64, 8), batch_size=8)
-    woodfisher = functools.partial(WoodFisherPruningCallback, fisher=_SMALL_FISHER)
-    with TemporaryDirectory() as folder:
-        path = str(Path(folder, "last.ckpt"))
-        for run in range(runs):
-            if resume or not run:
-                schedule = OneShotSchedule(epoch=1)
-                module, callback = _Module(), (make or woodfisher)(schedule=schedule)
-            trainer = pl.Trainer(
-                accelerator="gpu" if check.cuda else "cpu",
-                devices=[check.device.index or 0] if check.cuda else 1,
-                precision=precision,
-                max_epochs=2 + run,
-                callbacks=[callback, *beside],
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            before = path if resume and run else None
-            trainer.fit(module, loader, loader, ckpt_path=before)
-            trainer.save_checkpoint(path)
-    trainer.validate(module, loader, verbose=False)
-    callback.masks.verify()
-    weights = [module.cpu().get_parameter(name) for name in callback.masks.parameters]
-    every = torch.cat([weight.detach().reshape(-1) for weight in weights])
-    sparsity = float((every == 0).double().mean())
-    passed = bool(every.isfinite().all()) and sparsity > 0.1
-    passed = passed and sparsity >= callback.masks.sparsity()
-    loss = float(trainer.callback_metrics["loss"])
-    return {"loss": loss, "sparsity": sparsity, "passed": passed}
+            figures.update(fits.run_fit(check.device, **options))
 
 
 def _collection(check: _Check) -> None:
@@ -440,8 +365,9 @@ def _engines(check: _Check) -> None:
     for case in small if check.quick else cases:
         with check.case(f"{case.name}, N={case.num_gradients}") as figures:
             case = slice_case(case, command.choose_max_weights(check.device, case))
-            options = {"repeats": 1, "device": check.device}
-            measure = functools.partial(inverse.measure_case, case, **options)
+            measure = functools.partial(
+                inverse.measure_case, case, repeats=1, device=check.device
+            )
             measure()
             rate = measure_rate()
             rows = [inverse.add_floor(row, rate) for row in measure()]
@@ -481,9 +407,11 @@ def _whole_step(check: _Check) -> None:
     step, _, data = _make_step(check)
     model = check.load()[0]
     weights = list(prunable_parameters(model).values())
-    passes = functools.partial(collection.run_batches, model, data, 128, weights)
     with check.case("step") as figures:
-        actions = {"passes": passes, "step": step}
+        actions: dict[str, Callable[[], object]] = {
+            "passes": lambda: collection.run_batches(model, data, 128, weights),
+            "step": step,
+        }
         spent = timing.measure_alternately(actions, 3, check.device, warm_up=1)
         figures.update({name: each.seconds for name, each in spent.items()})
         figures["ratio"] = spent["step"].seconds / spent["passes"].seconds
@@ -554,7 +482,7 @@ def _structures(check: _Check) -> None:
 
     def choose(device: torch.device, method: Any) -> set[Any]:
         model, inputs = networks.make_resnet20(device, 4), data[:1][0].to(device)
-        config = replace(_SMALL_STRUCTURES, method=method, labels="true")
+        config = StructureConfig(method, num_samples=16, labels="true", probes=4)
         options = {"target": 0.3, "config": config, "example_inputs": inputs}
         report, _ = prune_structures(model, data, cross_entropy, **options)
         return {(name, i) for name, removed in report.removed.items() for i in removed}
