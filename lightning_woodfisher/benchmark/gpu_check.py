@@ -117,12 +117,12 @@ class _Check:
     def case(self, name: str) -> Iterator[Figures]:
         """Record what a case measures; ``passed`` is its verdict."""
         start, figures, error = time.perf_counter(), Figures(), None
-        if start - self._start > _SECONDS:
-            raise _SkipError("no time left")
         rows = next(reversed(self.tables.values()))
-        index = len(rows)
-        rows.append(CheckRow(name))
+        index, late = len(rows), start - self._start > _SECONDS
+        rows.append(CheckRow(name, "skipped: no time left" if late else "running"))
         self._write()
+        if late:
+            raise _SkipError("no time left")
         _set_tf32(False)
         try:
             with warnings.catch_warnings():
@@ -224,14 +224,23 @@ def run_gpu_check(options: argparse.Namespace) -> int:
 
 def _set_tf32(allowed: bool, interface: str = "allow_tf32") -> None:
     backends: Any = torch.backends
+    newer = interface == "fp32_precision"
     # This also resets what the newer interface has set.
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    backends.cudnn.allow_tf32 = allowed
-    if interface == "fp32_precision":
-        if not hasattr(backends, interface):
-            raise _SkipError("needs torch 2.9")
+    older = allowed and not newer
+    torch.set_float32_matmul_precision("high" if older else "highest")
+    backends.cudnn.allow_tf32 = older
+    if newer and not hasattr(backends, interface):
+        raise _SkipError("needs torch 2.9")
+    if newer:
         for operation in (backends.cuda.matmul, backends.cudnn.conv):
             operation.fp32_precision = "tf32" if allowed else "ieee"
+
+
+def _read_tf32(interface: str) -> list[Any]:
+    backends: Any = torch.backends
+    newer = interface == "fp32_precision"
+    owners = backends.cuda.matmul, backends.cudnn.conv if newer else backends.cudnn
+    return [getattr(owner, interface) for owner in owners]
 
 
 def _prune(model: nn.Module, data: TensorDataset, **settings: Any) -> Any:
@@ -285,8 +294,11 @@ def _correctness(check: _Check) -> None:
     for interface, allowed in itertools.product(_INTERFACES, (False, True)):
         with check.case(f"step, {interface} {allowed}") as figures:
             _set_tf32(allowed, interface)
+            before = _read_tf32(interface)
             found = _prune_small(check.device)
             figures.update(_compare(expected, found, coarse=allowed))
+            figures["restored"] = _read_tf32(interface) == before
+            figures["passed"] &= figures["restored"]
         with check.case(f"inverse, {interface} {allowed}") as figures:
             _set_tf32(allowed, interface)
             rows = []
@@ -425,7 +437,7 @@ def _whole_step(check: _Check) -> None:
                 step()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        found = [each for each in seen if "synchronizing" in str(each.message)]
+        found = [each for each in seen if "called a synchronizing" in str(each.message)]
         places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found)
         figures.update(count=len(found), most=places.most_common(8))
 
