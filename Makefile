@@ -16,7 +16,7 @@ TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-ddp examples test test-all test-fast test-oldest test-slurm coverage soak \
-	mutants bench check format docs clean
+	mutants bench gpu-check check format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -93,6 +93,9 @@ mutants: $(VENV)/.dev  ## break lines of the core one by one; the tests must not
 bench: export OMP_PROC_BIND ?= true
 bench: $(VENV)/.demo  ## measure the engines against the recursion of the literature
 	$(BIN)/lightning-woodfisher benchmark $(BENCH_ARGS)
+
+gpu-check: $(VENV)/.dev  ## check that pruning works on this GPU, and measure it (8 minutes)
+	$(BIN)/lightning-woodfisher gpu-check --device cuda $(GPU_CHECK_ARGS)
 
 check: $(VENV)/.dev  ## format, lint, import layers, types
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "CollectionRow",
+    "collect_as_in_step",
     "collect_by_loop",
     "measure_collection",
     "run_batches",
@@ -69,7 +70,7 @@ def measure_collection(
         "batched": lambda: run_batches(model, data, _BATCH, parameters),
         "loop": lambda: collect_by_loop(model, data),
         "vmap": lambda: _collect_by_vmap(model, data),
-        "collect_gradients": lambda: _collect(model, data),
+        "collect_gradients": lambda: collect_as_in_step(model, data),
     }
     timings = measure_alternately(methods, repeats, parameters[0].device, warm_up=1)
     reference = timings["batched"].seconds
@@ -134,8 +135,21 @@ def _collect_by_vmap(model: nn.Module, data: TensorDataset) -> None:
         per_sample(weights, images, labels)
 
 
-def _collect(model: nn.Module, data: TensorDataset) -> None:
-    """Collect gradients as a pruning step does."""
+def collect_as_in_step(
+    model: nn.Module, data: TensorDataset, rows: Tensor | None = None
+) -> str:
+    """Collect the gradients of all samples as a pruning step does.
+
+    Args:
+        model: the network.
+        data: inputs and labels.
+        rows: ``[N, D]``, receives the gradients of the prunable weights; None discards them.
+
+    Returns:
+        How they were computed: ``"per-sample"``, or ``"loop: <reason>"``.
+    """
+    notes: list[str] = []
+    done = 0
     parameters = prunable_parameters(model)
     device = next(iter(parameters.values())).device
     active = {n: torch.arange(p.numel(), device=device) for n, p in parameters.items()}
@@ -146,5 +160,9 @@ def _collect(model: nn.Module, data: TensorDataset) -> None:
             source, parameters, active, samples, seed, Communicator(device)
         )
         sizes = [sum(len(positions) for positions in active.values())]
-        for _ in collect_gradients(task, source.batches(samples, 1, seed), sizes):
-            pass
+        batches = source.batches(samples, 1, seed)
+        for chunk in collect_gradients(task, batches, sizes, note=notes.append):
+            if rows is not None:
+                rows[done : done + len(chunk)] = chunk
+            done += len(chunk)
+    return notes[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["make_parser", "run_benchmark"]
+__all__ = ["choose_max_weights", "make_parser", "run_benchmark"]
 
 import argparse
 import os
@@ -38,6 +38,7 @@ from lightning_woodfisher.benchmark.structures import (
     load_torchvision_network,
     measure_structures,
 )
+from lightning_woodfisher.benchmark.timing import require_device
 
 _SLICE_ON_CPU = 300_000
 # Share of a GPU's free memory that rows, inverses and their copies may take.
@@ -56,8 +57,8 @@ def run_benchmark(options: argparse.Namespace) -> int:
     others = ("case", "collection", "step", "masks", "scaling", "structures")
     if not any(getattr(options, name) for name in others):
         options.preset = options.preset or "headline"
-    device = torch.device(options.device)
-    _check(options, device)
+    device = require_device(options.device)
+    _check(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -75,15 +76,10 @@ def run_benchmark(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace, device: torch.device) -> None:
+def _check(options: argparse.Namespace) -> None:
     """Check options that would otherwise fail after minutes of measurement."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(
-            f"--device {options.device}: torch finds no CUDA device; use --device cpu."
-        )
-    for option, path in (("--json", options.json), ("--png", options.png)):
-        if path and not Path(path).absolute().parent.is_dir():
-            raise ConfigurationError(f"{option} {path}: there is no such folder.")
+    output.require_folder("--json", options.json)
+    output.require_folder("--png", options.png)
     if options.png:
         import_optional("matplotlib.figure", "--png")
     if options.png and not (options.preset or options.case):
@@ -179,7 +175,7 @@ def _measure_inverse(
     cases = list(options.case)
     if options.preset:
         cases += [
-            slice_case(case, options.max_weights or _choose_max_weights(device, case))
+            slice_case(case, options.max_weights or choose_max_weights(device, case))
             for case in preset_cases(options.preset)
         ]
     if not cases:
@@ -200,8 +196,16 @@ def _measure_inverse(
     return [inverse.add_floor(row, max(rates)) for row in rows], max(rates)
 
 
-def _choose_max_weights(device: torch.device, case: Case) -> int:
-    """Choose the size of a slice of a network."""
+def choose_max_weights(device: torch.device, case: Case) -> int:
+    """Choose the size of a slice of a network.
+
+    Args:
+        device: device to measure on.
+        case: the problem size of the whole network.
+
+    Returns:
+        Number of weights; on a GPU what fits into its free memory.
+    """
     if device.type != "cuda":
         return _SLICE_ON_CPU
     free, _ = torch.cuda.mem_get_info(device)

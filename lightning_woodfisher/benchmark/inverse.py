@@ -47,6 +47,7 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import (
     Engine,
     FisherConfig,
+    Precision,
     choose_engine,
     rows_in_chunk,
 )
@@ -144,22 +145,36 @@ def count_floor_operations(case: Case) -> float:
     return n * size * d + float(size) ** 2 * d
 
 
-def _settings(case: Case, engine: Engine = _AUTO) -> FisherConfig:
-    return FisherConfig(case.num_gradients, 1, case.block_size, DAMPING, engine=engine)
+def _settings(
+    case: Case, engine: Engine = _AUTO, precision: Precision = "auto"
+) -> FisherConfig:
+    return FisherConfig(
+        case.num_gradients,
+        1,
+        case.block_size,
+        DAMPING,
+        engine=engine,
+        precision=precision,
+    )
 
 
-def measure_gemm_rate(device: torch.device, size: int | None = None) -> float:
-    """Measure the float32 GEMM rate on square matrices.
+def measure_gemm_rate(
+    device: torch.device,
+    size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Measure the GEMM rate on square matrices.
 
     Args:
         device: device of the matrices.
         size: number of rows and columns; None for 2048 on a CPU and 8192 on a GPU.
+        dtype: dtype of the matrices.
 
     Returns:
         Multiplications and additions per second, the best of several products.
     """
     size = size or (8192 if device.type == "cuda" else 2048)
-    left, right = torch.randn(2, size, size, device=device)
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
     result = left @ right
     multiply = functools.partial(torch.mm, left, right, out=result)
     seconds = min(time_action(multiply, device) for _ in range(_GEMM_REPEATS))
@@ -190,6 +205,7 @@ def measure_case(
     engines: Sequence[Engine] = (_AUTO,),
     with_update: bool = False,
     as_published: bool = False,
+    precision: Precision = "auto",
 ) -> list[InverseRow]:
     """Measure one case. All engines get the same rows and run alternately.
 
@@ -201,6 +217,7 @@ def measure_case(
         with_update: whether to also measure the joint update.
         as_published: whether to also measure the recursion as batched products over all
             blocks, as in published code.
+        precision: dtype of the products of the engines.
 
     Returns:
         A row for the recursion, unless the case is the full Fisher, and one for each
@@ -218,7 +235,7 @@ def measure_case(
         diagonals[name] = read_diagonal(inverses)
 
     def run_engine(name: str, engine: Engine) -> None:
-        inverse = _invert(rows, partition, case, engine)
+        inverse = _invert(rows, partition, _settings(case, engine, precision))
         diagonals[name] = inverse.diagonal()
         if with_update:
             updates.setdefault(name, []).append(_time_update(inverse, device))
@@ -262,13 +279,10 @@ def measure_case(
     ]
 
 
-def _invert(
-    rows: Tensor, partition: Partition, case: Case, engine: Engine
-) -> InverseFisher:
+def _invert(rows: Tensor, partition: Partition, fisher: FisherConfig) -> InverseFisher:
     """Compute the inverse with an engine, as a pruning step does."""
-    fisher = _settings(case, engine)
     inverse = make_inverse_fisher(partition, fisher, Communicator(rows.device))
-    for chunk in torch.split(rows, rows_in_chunk(fisher, case.weights)):
+    for chunk in torch.split(rows, rows_in_chunk(fisher, rows.shape[1])):
         inverse.observe(chunk)
     inverse.factorize()
     return inverse

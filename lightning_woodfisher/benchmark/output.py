@@ -5,8 +5,11 @@ from __future__ import annotations
 __all__ = [
     "Machine",
     "describe_machine",
+    "flatten",
     "format_results",
     "format_rows",
+    "format_value",
+    "require_folder",
     "to_json",
     "write_figure",
 ]
@@ -23,6 +26,7 @@ from typing import Any
 
 import torch
 
+from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.base.text_table import format_table
 from lightning_woodfisher.benchmark.cases import Case
 from lightning_woodfisher.benchmark.inverse import InverseRow
@@ -176,7 +180,7 @@ def format_rows(rows: Sequence[Any]) -> str:
         A table without columns that are None in every row, and notes on the plan of a
         recursion and on the time of a slice scaled to the whole network.
     """
-    flat = [_flatten(row) for row in rows]
+    flat = [flatten(row) for row in rows]
     names = [
         name
         for name in flat[0]
@@ -186,7 +190,7 @@ def format_rows(rows: Sequence[Any]) -> str:
         _HEADERS.get(name, name.replace("_seconds", " s").replace("_", " "))
         for name in names
     ]
-    cells = [[_format(name, row[name]) for name in names] for row in flat]
+    cells = [[format_value(name, row[name]) for name in names] for row in flat]
     lines = [format_table(head, cells)]
     for row in rows:
         if not isinstance(row, InverseRow):
@@ -204,8 +208,15 @@ def format_rows(rows: Sequence[Any]) -> str:
     return "\n".join(lines)
 
 
-def _flatten(row: Any) -> dict[str, Any]:
-    """Convert a row to a dict with the columns of its case and of its timing."""
+def flatten(row: Any) -> dict[str, Any]:
+    """Convert a row to a dict with the columns of its case and of its timing.
+
+    Args:
+        row: instance of one of the row classes.
+
+    Returns:
+        Values by name of the column.
+    """
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(row):
         value = getattr(row, field.name)
@@ -219,7 +230,16 @@ def _flatten(row: Any) -> dict[str, Any]:
     return flat
 
 
-def _format(name: str, value: Any) -> str:
+def format_value(name: str, value: Any) -> str:
+    """Format one cell of a table.
+
+    Args:
+        name: name of the column, which tells the unit.
+        value: of the cell.
+
+    Returns:
+        The text.
+    """
     if value is None:
         return "D" if name == "block_size" else "–"
     if name in _SHARES:
@@ -244,9 +264,23 @@ def to_json(machine: Machine, tables: Mapping[str, Sequence[Any]]) -> str:
     Returns:
         JSON with the keys ``machine`` and ``tables``.
     """
-    plain = {name: [_flatten(row) for row in rows] for name, rows in tables.items()}
+    plain = {name: [flatten(row) for row in rows] for name, rows in tables.items()}
     content = {"machine": dataclasses.asdict(machine), "tables": plain}
     return json.dumps(content, indent=2)
+
+
+def require_folder(option: str, path: str | None) -> None:
+    """Check that a file can be written before anything is measured.
+
+    Args:
+        option: name of the option.
+        path: its value; None if it was not given.
+
+    Raises:
+        ConfigurationError: if the folder of the file does not exist.
+    """
+    if path and not Path(path).absolute().parent.is_dir():
+        raise ConfigurationError(f"{option} {path}: there is no such folder.")
 
 
 def write_figure(rows: Sequence[InverseRow], machine: Machine, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ScalingRow", "measure_scaling"]
+__all__ = ["ScalingRow", "measure_scaling", "run_on_ranks"]
 
 import copy
 import os
@@ -10,9 +10,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -111,13 +112,9 @@ def measure_scaling(
     fisher = FisherConfig(len(data), 1, block_size, damping=1e-5)
     rows: list[ScalingRow] = []
     for world_size in tqdm(range(1, max_world_size + 1), leave=False, disable=None):
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
-                _run_rank,
-                (world_size, folder, model, data, fisher, repeats),
-                nprocs=world_size,
-            )
-            spent, silent, state = torch.load(Path(folder, "result"), weights_only=True)
+        spent, silent, state = run_on_ranks(
+            world_size, _measure_rank, model, data, fisher, repeats
+        )
         seconds, no_exchange_seconds = (
             statistics.median(spent),
             statistics.median(silent),
@@ -137,14 +134,34 @@ def measure_scaling(
     return rows
 
 
+def run_on_ranks(
+    world_size: int, work: Callable[..., Any], *arguments: Any, backend: str = "gloo"
+) -> Any:
+    """Run a function on several new processes of one thread each.
+
+    Args:
+        world_size: number of processes.
+        work: function of a module, called on each process within a process group.
+        arguments: its arguments.
+        backend: of the process group.
+
+    Returns:
+        Its result on rank 0: numbers, tensors, and containers of them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
+            _run_rank, (world_size, folder, backend, work, arguments), nprocs=world_size
+        )
+        return torch.load(Path(folder, "result"), weights_only=True)
+
+
 def _run_rank(
     rank: int,
     world_size: int,
     folder: str,
-    model: nn.Module,
-    data: TensorDataset,
-    fisher: FisherConfig,
-    repeats: int,
+    backend: str,
+    work: Callable[..., Any],
+    arguments: Sequence[Any],
 ) -> None:
     """Run one process; rank 0 writes the result to a file."""
     torch.set_num_threads(1)
@@ -152,9 +169,9 @@ def _run_rank(
         # All ranks are on this machine, whose name may not resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(str(Path(folder, "store")), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
-        result = _measure_rank(model, data, fisher, repeats)
+        result = work(*arguments)
         if rank == 0:
             torch.save(result, Path(folder, "result"))
     finally:

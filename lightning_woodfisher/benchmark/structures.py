@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["StructureRow", "load_torchvision_network", "measure_structures"]
+__all__ = ["METHODS", "StructureRow", "load_torchvision_network", "measure_structures"]
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ from lightning_woodfisher.structured.scores.methods import (
 )
 
 _REFERENCE = "gradient pass"
-_METHODS: dict[str, StructureConfig] = {
+METHODS: Mapping[str, StructureConfig] = {
     "SOSP-H": StructureConfig(method="sosp_h"),
     "SOSP-H of norms": StructureConfig(method="sosp_h", structure="bn"),
     "SOSP-I, labels of the data": StructureConfig(method="sosp_i", labels="true"),
@@ -85,15 +85,21 @@ def load_torchvision_network(name: str = "resnet50") -> nn.Module:
 
 
 def measure_structures(
-    model: nn.Module, data: TensorDataset, *, batch_size: int = 8, repeats: int = 3
+    model: nn.Module,
+    data: TensorDataset,
+    *,
+    batch_size: int = 8,
+    repeats: int = 3,
+    methods: Mapping[str, StructureConfig] = METHODS,
 ) -> list[StructureRow]:
-    """Measure SOSP against a gradient pass.
+    """Measure the scores of structures against a gradient pass.
 
     Args:
         model: the network, in evaluation mode.
         data: N' images and labels.
         batch_size: number of images in a batch, for all methods.
         repeats: number of repetitions, after one that is not counted.
+        methods: how structures are scored, by name.
 
     Returns:
         The gradient pass, then the methods.
@@ -114,7 +120,7 @@ def measure_structures(
     actions: dict[str, Callable[[], object]] = {
         _REFERENCE: lambda: run_batches(model, data, batch_size, parameters)
     }
-    for name, config in _METHODS.items():
+    for name, config in methods.items():
         actions[name] = functools.partial(score, name, config)
     timings = measure_alternately(actions, repeats, device, warm_up=1)
     rows = []

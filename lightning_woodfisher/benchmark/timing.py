@@ -7,6 +7,7 @@ __all__ = [
     "Timing",
     "describe_memory_measure",
     "measure_alternately",
+    "require_device",
     "time_action",
     "wait_for",
 ]
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
+
+from lightning_woodfisher.base.errors import ConfigurationError
 
 CPU = torch.device("cpu")
 _STATUS = Path("/proc/self/status")
@@ -116,6 +119,26 @@ def time_action(action: Callable[[], object], device: torch.device) -> float:
     action()
     wait_for(device)
     return time.perf_counter() - start
+
+
+def require_device(name: str) -> torch.device:
+    """Check that a device can be measured.
+
+    Args:
+        name: value of ``--device``.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigurationError: for a CUDA device that is not there.
+    """
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"--device {name}: torch finds no CUDA device; use --device cpu."
+        )
+    return device
 
 
 def describe_memory_measure(device: torch.device) -> str:

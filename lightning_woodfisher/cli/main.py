@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from lightning_woodfisher.benchmark import command as benchmark
+from lightning_woodfisher.benchmark import gpu_check
 from lightning_woodfisher.callbacks.presets import PRESETS, to_yaml
 from lightning_woodfisher.cli import completion, estimate, export, report, sweep
 from lightning_woodfisher.cli.arguments import SubcommandParser
@@ -133,6 +134,11 @@ _SUBCOMMANDS = {
     ),
     "benchmark": Subcommand(
         "timings on this machine", benchmark.make_parser, benchmark.run_benchmark
+    ),
+    "gpu-check": Subcommand(
+        "whether pruning works on this GPU",
+        gpu_check.make_parser,
+        gpu_check.run_gpu_check,
     ),
     "completion": Subcommand(
         "a completion script for bash or zsh",

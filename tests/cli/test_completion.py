@@ -20,7 +20,8 @@ pytestmark = pytest.mark.spawns
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 OTHERS = (
-    *("estimate", "sweep", "report", "export", "preset", "benchmark", "completion"),
+    *("estimate", "sweep", "report", "export", "preset", "benchmark"),
+    *("gpu-check", "completion"),
 )
 
 # What the shell itself does between a key and the function: it cuts the line into words.
@@ -116,7 +117,7 @@ def test_subcommands_are_those_of_the_help(scripts: Path) -> None:
     lightning = re.search(r"\{([\w,]+)\}", text)
     assert lightning is not None
     others = text[text.index("Other commands") :].partition(":")[2]
-    told = {*lightning[1].split(","), *re.findall(r"(\w+) \(", others)}
+    told = {*lightning[1].split(","), *re.findall(r"([\w-]+) \(", others)}
     assert set(ask(scripts / "bash", [""])) == told == {*LIGHTNING, *OTHERS}
     assert ask(scripts / "bash", ["be"]) == ["benchmark"]
     assert ask(scripts / "bash", ["-c", "run.yaml", "val"]) == ["validate"]

@@ -224,6 +224,7 @@ HELP = {
     "export": ["export best.ckpt --format sparse", "--out FILE"],
     "preset": ["resnet50_90", "second --config of fit"],
     "benchmark": ["Measure", "--scaling R", "default: 3"],
+    "gpu-check": ["10 SOSP and HAP", "status is 1", "as 1,4", "gpu-check.json"],
     "completion": ["completion bash > ~/", "completion zsh > ~/"],
 }
 
