@@ -136,6 +136,8 @@ class _Check:
             place = traceback.extract_tb(raised.__traceback__)[-1]
             where = f"{Path(place.filename).name}:{place.lineno}"
             text = " ".join(str(raised).split())
+            # The error of a process ends with what was raised there.
+            text = text if len(text) < 500 else f"{text[:250]} … {text[-250:]}"
             verdict, error = "failed", f"{type(raised).__name__}: {text} ({where})"
         gc.collect()
         torch.cuda.empty_cache()

@@ -204,8 +204,9 @@ SKIPPED = {7: {"synchronizations"}, 8: {"2:4"}, 9: {"1 over nccl"}}
 @pytest.mark.parametrize(
     "part",
     [
-        pytest.param(n, marks=() if n in {3, 4, 7} else pytest.mark.slow)
-        for n in range(1, 11)
+        *(pytest.param(n) for n in (3, 4, 7)),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 5, 6, 8, 10)),
+        pytest.param(9, marks=[pytest.mark.slow, pytest.mark.spawns]),
     ],
 )
 def test_each_part_runs_on_the_cpu(part: int) -> None:
