@@ -6,14 +6,18 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from allocations import AllocationMeter, measure_step_bytes
+from fits import Classifier
+from lightning.pytorch.utilities.compile import from_compiled
 from step_bytes import make_step
 from step_options import in_step
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import (
