@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from devices import DEVICE
 from fits import (
     WEIGHTS,
     Classifier,
@@ -35,6 +36,7 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
     TQDMProgressBar,
 )
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from rank_pool import RankPool
 from step_options import in_step
 from torch import Tensor, nn
@@ -52,6 +54,7 @@ from lightning_woodfisher import (
     prune,
 )
 from lightning_woodfisher.pruning.pruner import Pruner
+from lightning_woodfisher.weights.masks import Masks
 
 
 def zeros(module: nn.Module) -> int:
@@ -428,6 +431,69 @@ def test_weights_that_are_revived_behind_our_back_are_an_error() -> None:
         PruningError, match=r"not zero, by parameter: \{'net.7.weight': "
     ):
         trainer(pruning(), Reviver()).fit(Classifier(), loader())
+
+
+class Recorded(SingleDeviceStrategy):
+    """Moves the module to the CPU at the end, as on any device, and records when."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__(DEVICE)
+        self.events = events
+
+    def teardown(self) -> None:
+        self.events.append("teardown")
+        super().teardown()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_masks_are_checked_while_weights_are_on_their_device(
+    monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    """Every fit on a GPU ended with an error: masks and weights were on two devices."""
+    events: list[str] = []
+    pruner = pruning(log_masks=True)
+    fitted = trainer(pruner, strategy=Recorded(events), accelerator="auto")
+
+    class Record(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+            # From now on, as if the ranks had parts of the weights.
+            monkeypatch.setattr(Masks, "verify", lambda masks: events.append("verify"))
+            monkeypatch.setattr(
+                Masks, "state_dict", lambda masks: events.append("whole masks")
+            )
+            pruner.masks.sharded = sharded
+
+    fitted.callbacks.append(Record())
+    fitted.fit(Classifier(), loader())
+    assert events[:3] == ["verify", "whole masks", "teardown"]
+    # Without collectives, callbacks that come later are seen, too.
+    assert events[3:] == [] if sharded else ["verify"]
+
+
+def test_masks_after_fit() -> None:
+    """Training has ended on another device than that of the masks."""
+    pruner, module = pruning(), Classifier()
+    fitted = trainer(pruner)
+    fitted.fit(module, loader())
+    for name, weight in pruner.masks.parameters.items():
+        assert pruner.masks.kept(name).device == weight.device
+    masks, before = pruner.masks, pruner.masks.zeros()
+    module.net[7].weight.data[0] = 0.0
+    masks.prune_zeros()
+    assert masks.zeros()["net.7.weight"] > before["net.7.weight"]
+    module.net[7].weight.data += 1.0
+    with pytest.raises(PruningError, match=r"net\.7\.weight"):
+        masks.verify()
+    masks.apply()
+    masks.verify()
+    fitted.validate(module, loader(), verbose=False)
+    module.to(DEVICE)
+    masks.apply()
+    masks.verify()
+    assert masks.kept("net.7.weight").device.type == DEVICE.type
+    fitted.fit_loop.max_epochs = 4
+    fitted.fit(module, loader())
+    assert pruner.masks.zeros() == masks.zeros()
 
 
 def test_two_callbacks_on_different_weights() -> None:

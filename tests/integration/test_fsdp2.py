@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,8 +29,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from rank_pool import RankPool
 from step_options import in_step
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import cross_entropy
 
@@ -453,6 +454,14 @@ def refused() -> dict[str, str]:
     attempt("part", shard(linear(), plane["replicate"]))
     for criterion in ("kfac", "hessian_diagonal"):
         attempt(criterion, shard(linear(), mesh), criterion=criterion)
+    offload = CPUOffloadPolicy(pin_memory=False)
+    net = fully_shard(linear(), mesh=mesh, offload_policy=offload)
+    attempt("offloaded on CPUs", net)
+    # As on GPUs: shards on the CPU, and a mesh of GPUs.
+    mesh = DeviceMesh("cuda", [0, 1], _init_backend=False)
+    for parameter in net.parameters():
+        parameter._spec = dataclasses.replace(parameter._spec, mesh=mesh)
+    attempt("offloaded", net)
     return messages
 
 
@@ -462,6 +471,10 @@ def test_other_layouts_are_refused_by_name(ranks: RankPool) -> None:
         assert "'1.weight' has placements (Shard(dim=1),)" in found["columns"]
         assert "mesh of 2 dimension(s)" in found["plane"]
         assert "'1.weight' is sharded over the ranks" in found["part"]
+        assert found["offloaded on CPUs"] == ""
+        assert (
+            "kept on cpu and computed on cuda (CPUOffloadPolicy)" in found["offloaded"]
+        )
         for criterion in ("kfac", "hessian_diagonal"):
             assert f"'{criterion}' needs whole parameters" in found[criterion]
 

@@ -15,6 +15,7 @@ from hand_groups import network_size
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.structured.graph import tracing
 from lightning_woodfisher.structured.graph.coupling import Coupling, find_groups
 from lightning_woodfisher.structured.graph.groups import (
     Group,
@@ -29,6 +30,23 @@ from lightning_woodfisher.structured.shrink.removal_check import check_removal
 from lightning_woodfisher.weights.masks import Masks
 
 pytest.importorskip("torch_pruning")
+
+
+def test_inputs_are_moved_to_the_device_of_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moved: list[Any] = []
+
+    def trace(model: nn.Module, inputs: Any) -> Any:
+        moved.append(inputs)
+        raise KeyError
+
+    monkeypatch.setattr(tracing, "trace_coupling", trace)
+    model = nn.Conv2d(3, 2, 1).to("meta")
+    with pytest.raises(KeyError):
+        trace_groups(model, {"x": torch.zeros(1, 3, 4, 4), "flag": True})
+    assert moved[0]["x"].is_meta
+    assert moved[0]["flag"] is True
 
 
 def producers(traced: TraceResult) -> dict[str, tuple[int, set[str]]]:

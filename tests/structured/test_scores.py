@@ -350,6 +350,36 @@ def test_traces_depend_on_the_seed_only() -> None:
     assert first.notes["share_negative"] == pytest.approx(float(negative))
 
 
+def count_calls(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, int]:
+    """Count copies to the CPU and draws of random numbers while HAP scores."""
+    calls = {"cpu": 0, "randint": 0}
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += name == "cpu" or "generator" in kwargs
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "cpu", counted("cpu", Tensor.cpu))
+        patch.setattr(torch, "randint", counted("randint", torch.randint))
+        score(make_residual(), residual_groups(), method="hap", **changes)
+    return calls
+
+
+def test_signs_are_drawn_once_and_nothing_is_copied_for_a_probe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = count_calls(monkeypatch, probes=2, batch_size=12)
+    more_batches = count_calls(monkeypatch, probes=2, batch_size=4)
+    more_probes = count_calls(monkeypatch, probes=20, batch_size=12)
+    assert more_batches["randint"] == few["randint"]
+    assert more_probes["randint"] == 10 * few["randint"]
+    assert more_probes["cpu"] == few["cpu"]
+    assert more_batches["cpu"] == few["cpu"] + 2  # The rows of each batch.
+
+
 def test_probes_end_once_the_ranking_has_settled() -> None:
     # A quadratic with one eigenvalue for each filter: every probe gives the exact trace.
     model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Linear(5, 5, bias=False))

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torchmetrics
+from devices import ACCELERATOR
 from lightning.pytorch.loggers.logger import Logger
 from step_options import in_step
 from torch import Tensor, nn
@@ -259,7 +260,7 @@ def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """Return a Trainer without output; options replace its defaults."""
     return pl.Trainer(
         **{
-            "accelerator": "cpu",
+            "accelerator": ACCELERATOR,
             "devices": 1,
             "max_epochs": 2,
             "callbacks": list(callbacks),

@@ -8,6 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.optim import Optimizer
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
@@ -239,3 +243,21 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     masks.verify()
     assert model[0].weight.dtype == dtype
     assert is_positive_zero(model[0].weight[0, :1])
+
+
+def test_masks_follow_their_weights_to_another_device() -> None:
+    """Lightning moves the module to the CPU after training, before on_fit_end."""
+    # Fake tensors have a device and no values, and refuse operations on two devices. They
+    # need no GPU.
+    with FakeTensorMode():
+        weight = nn.Parameter(torch.ones(3, 4))
+        weight.grad = torch.ones(3, 4)
+        masks = Masks({"weight": weight})
+        # Marked during training; prune() would need values.
+        masks._pruned["weight"] = torch.zeros(3, 4, dtype=torch.bool, device="cuda")
+        assert masks.kept("weight").device.type == "cpu"
+        masks.apply()
+        masks.apply_to_gradients()
+        masks.apply_to({"weight": torch.ones(3, 4, device="cuda")})
+        with pytest.raises(DynamicOutputShapeException):
+            masks.verify()
