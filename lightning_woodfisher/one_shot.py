@@ -28,7 +28,10 @@ from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.selector import prune_zeros
 from lightning_woodfisher.resources.budget import fit_into_memory, require_one_device
-from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.layers import (
+    find_inputs_first,
+    prunable_parameters,
+)
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import require_pattern_fits
 
@@ -48,7 +51,8 @@ def prune(
 ) -> PruningReport:
     """Prune a plain PyTorch model in place, without a Trainer.
 
-    Weights that are exactly zero count as pruned and stay zero. With an initialized
+    Weights that are exactly zero count as pruned and stay zero, except in a tensor that has
+    nothing but zeros: it is left as it is, with a warning. With an initialized
     ``torch.distributed``, call it on every rank with the same model and data: work and
     memory are shared. Parameters may be sharded by ``fully_shard`` (FSDP2).
 
@@ -83,11 +87,14 @@ def prune(
         require_target_fits(config.selection, target_sparsity)
     reshard(model)
     parameters = prunable_parameters(
-        model, config.selection.include, config.selection.exclude
+        model,
+        config.selection.include,
+        config.selection.exclude,
+        config.selection.only,
     )
     require_one_device(parameters)
     require_pattern_fits(model, parameters, config.selection.pattern)
-    masks = Masks(parameters)
+    masks = Masks(parameters, find_inputs_first(model, list(parameters)))
     prune_zeros(masks, config.selection)
     comm = Communicator(next(iter(parameters.values())).device)
     config, _ = fit_into_memory(masks, config, comm)

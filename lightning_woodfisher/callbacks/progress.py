@@ -29,9 +29,11 @@ def log_report(trainer: pl.Trainer, report: PruningReport) -> None:
         report: report of the step.
     """
     increase = _pair(report.predicted_increase, report.measured_increase)
+    whole = report.model_sparsity
+    model = "" if whole is None else f" ({whole:.2%} of the whole model)"
     announce(
         trainer,
-        f"Pruned to {report.sparsity:.2%} by {report.criterion} in "
+        f"Pruned to {report.sparsity:.2%}{model} by {report.criterion} in "
         f"{sum(report.seconds.values()):.1f} s; loss rise {increase}",
     )
     if report.raised_damping:

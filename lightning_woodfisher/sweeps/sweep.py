@@ -32,8 +32,13 @@ from lightning_woodfisher.pruning.config import (
     check_sparsity,
 )
 from lightning_woodfisher.pruning.pruner import Pruner
+from lightning_woodfisher.pruning.quotas import require_layers_fit
 from lightning_woodfisher.pruning.report import PruningReport
-from lightning_woodfisher.pruning.selector import is_too_sparse
+from lightning_woodfisher.pruning.selector import (
+    is_too_sparse,
+    layers_of,
+    prune_zeros,
+)
 from lightning_woodfisher.resources.budget import (
     fit_into_memory,
     free_bytes,
@@ -45,8 +50,12 @@ from lightning_woodfisher.sweeps.stored_rows import (
     StoredSampling,
     kind_of_rows,
 )
-from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.layers import (
+    find_inputs_first,
+    prunable_parameters,
+)
 from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.weights.patterns import require_pattern_fits
 
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
 
@@ -260,6 +269,7 @@ def _prepare(setting: Setting, source: LossSource, comm: Communicator) -> Settin
             f"target_sparsity={target} is below the {masks.sparsity():.4f} that the "
             "network already has; pruning can only add zeros."
         )
+    require_layers_fit(config.selection, layers_of(masks), target)
     if config.reads_data:
         fisher = config.fisher
         source.batches(
@@ -270,10 +280,13 @@ def _prepare(setting: Setting, source: LossSource, comm: Communicator) -> Settin
 
 
 def _make_masks(model: nn.Module, selection: SelectionConfig) -> Masks:
-    parameters = prunable_parameters(model, selection.include, selection.exclude)
+    parameters = prunable_parameters(
+        model, selection.include, selection.exclude, selection.only
+    )
     require_one_device(parameters)
-    masks = Masks(parameters)
-    masks.prune_zeros()
+    require_pattern_fits(model, parameters, selection.pattern)
+    masks = Masks(parameters, find_inputs_first(model, list(parameters)))
+    prune_zeros(masks, selection)
     return masks
 
 
@@ -328,7 +341,7 @@ def _order(config: PruningConfig) -> tuple[str, ...]:
     fisher, selection = config.fisher, config.selection
     # The blocks decide which rank owns a weight, and so which rank stores its gradients.
     return (
-        repr((selection.include, selection.exclude)),
+        repr((selection.include, selection.exclude, selection.only)),
         repr(kind_of_rows(fisher)),
         repr(config.step.seed),
         repr(fisher.block_size),
