@@ -51,8 +51,7 @@ def prune(
 ) -> PruningReport:
     """Prune a plain PyTorch model in place, without a Trainer.
 
-    Weights that are exactly zero count as pruned and stay zero, except in a tensor that has
-    nothing but zeros: it is left as it is, with a warning. With an initialized
+    Weights that are exactly zero count as pruned and stay zero. With an initialized
     ``torch.distributed``, call it on every rank with the same model and data: work and
     memory are shared. Parameters may be sharded by ``fully_shard`` (FSDP2).
 

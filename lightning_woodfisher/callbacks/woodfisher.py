@@ -50,6 +50,7 @@ from lightning_woodfisher.pruning.schedule import (
     PruningSchedule,
 )
 from lightning_woodfisher.pruning.selector import (
+    find_untrained,
     is_too_sparse,
     layers_of,
     prune_zeros,
@@ -239,7 +240,8 @@ class WoodFisherPruningCallback(PruningCallback):
         if not self._done and (
             starts_sparse or isinstance(self.schedule, ConstantSchedule)
         ):
-            empty = prune_zeros(masks, self.config.selection)
+            empty = find_untrained(masks, share=1.0)
+            prune_zeros(masks, self.config.selection, empty)
             if empty:
                 rank_zero_warn(
                     f"{', '.join(empty)}: nothing but zeros, which do not count as pruned, "

@@ -124,17 +124,19 @@ def _separate_operations() -> Iterator[None]:
     torch's FLOP counter does not know the fused kernels of encoder layers, of attention on
     CPUs, of oneDNN and of cuDNN.
     """
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    enabled = [library.enabled for library in libraries]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with (
-            sdpa_kernel(SDPBackend.MATH),
-            torch.backends.mkldnn.flags(enabled=False),
-            torch.backends.cudnn.flags(enabled=False),
-        ):
+        for library in libraries:
+            library.enabled = False
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        for library, was in zip(libraries, enabled, strict=True):
+            library.enabled = was
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]

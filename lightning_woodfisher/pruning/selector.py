@@ -16,6 +16,7 @@ __all__ = [
 ]
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +45,6 @@ from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import parse_pattern
 
-# Share of exact zeros among the active weights of a tensor that has not been trained yet.
-_ZEROS_OF_UNTRAINED = 0.99
 # How near a share of the FLOPs is as good as met.
 _FLOPS_TOLERANCE = 0.005
 
@@ -286,43 +285,39 @@ def layers_of(masks: Masks) -> Layers:
     )
 
 
-def prune_zeros(masks: Masks, selection: SelectionConfig) -> list[str]:
+def prune_zeros(
+    masks: Masks, selection: SelectionConfig, left_dense: Container[str] = ()
+) -> None:
     """Mark weights that are exactly zero as pruned. Call on all ranks.
 
-    With a pattern, only groups with all the zeros that the pattern asks for count. A tensor
-    with nothing but zeros was initialized with zeros: its weights do not count as pruned,
-    because they would never be trained.
+    With a pattern, only groups with all the zeros that the pattern asks for count.
 
     Args:
         masks: masks of a network that may be sparse; changed.
         selection: the settings.
-
-    Returns:
-        Names of the tensors with nothing but zeros.
+        left_dense: names of tensors whose zeros do not count.
     """
     pattern = parse_pattern(selection.pattern)
-    zeros = masks.active_zeros()
-    empty = [name for name, p in masks.parameters.items() if zeros[name] == p.numel()]
     pruned = {}
     for name in masks.parameters:
-        if name in empty:
+        if name in left_dense:
             continue
         zero = masks.outputs_first(name, masks.local(name) == 0)
         if pattern.is_grouped:
             zero = pattern.complete_groups(zero)
         pruned[name] = masks.outputs_first(name, zero).contiguous()
     masks.prune(pruned)
-    return empty
 
 
-def find_untrained(masks: Masks) -> list[str]:
-    """Find the tensors whose active weights are nearly all exactly zero. Call on all ranks.
+def find_untrained(masks: Masks, share: float = 0.99) -> list[str]:
+    """Find the tensors whose active weights are all exactly zero. Call on all ranks.
 
     The saliency of a zero is zero. Pruned by it, a tensor that was initialized with zeros
     would lose all of its weights.
 
     Args:
         masks: which weights are selected and pruned.
+        share: smallest share of zeros.
 
     Returns:
         Names of the tensors.
@@ -331,7 +326,7 @@ def find_untrained(masks: Masks) -> list[str]:
     return [
         name
         for name, parameter in masks.parameters.items()
-        if zeros[name] > _ZEROS_OF_UNTRAINED * (parameter.numel() - gone[name])
+        if zeros[name] and zeros[name] >= share * (parameter.numel() - gone[name])
     ]
 
 

@@ -343,9 +343,10 @@ def _require_match(
 def _require_plain(parameter: nn.Parameter, owners: _Owners) -> None:
     name = owners[0][0]
     if parameter.is_complex():
+        exclude = [f"^{re.escape(name)}$"]
         raise ConfigurationError(
             f"{name} is complex ({parameter.dtype}), and pruning handles real weights "
-            f"only; leave it dense with selection.exclude=['^{re.escape(name)}$']."
+            f"only; leave it dense with selection.exclude={exclude}."
         )
     if any(_is_source(each.rpartition(".")[2], module) for each, module in owners):
         raise ConfigurationError(

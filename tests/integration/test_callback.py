@@ -431,7 +431,7 @@ def test_weights_that_are_revived_behind_our_back_are_an_error() -> None:
 
 def test_two_callbacks_on_different_weights() -> None:
     pruners = [
-        pruning(target_sparsity=s, selection=SelectionConfig(include=[include]))
+        pruning(target_sparsity=s, selection=SelectionConfig(only=[include]))
         for s, include in ((0.5, "Conv2d"), (0.9, "Linear"))
     ]
     module = Classifier()

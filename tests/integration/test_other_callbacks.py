@@ -407,7 +407,7 @@ def test_adapters_are_pruned_and_their_frozen_base_is_not() -> None:
     require_pruned(pruner, module)
     assert list(pruner.masks.parameters) == ["net.1.down.weight", "net.1.up.weight"]
     assert torch.equal(module.net[1].base.weight, base)
-    asked = pruning(selection=SelectionConfig(include=[r"base\.weight"]))
+    asked = pruning(selection=SelectionConfig(only=[r"base\.weight"]))
     with pytest.raises(ConfigurationError, match="matches no trainable weight"):
         trainer(asked).fit(Classifier(build=build), loader())
 
@@ -503,12 +503,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
     ),
     "LSTM": (
         lambda: Sequences(nn.LSTM(8, 6, batch_first=True), 6),
-        ["LSTM", "Linear"],
+        [],
         ["layer.weight_ih_l0", "layer.weight_hh_l0", "head.weight"],
     ),
     "MultiheadAttention": (
         lambda: Sequences(nn.MultiheadAttention(8, 2, batch_first=True), 8),
-        ["MultiheadAttention", "Linear"],
+        [],
         ["layer.in_proj_weight", "layer.out_proj.weight", "head.weight"],
     ),
     "Embedding by default": (Words, [], ["head.weight"]),
@@ -531,7 +531,7 @@ def test_a_kind_of_layer(name: str) -> None:
     seed_all(1)
     pruner = pruning(
         schedule=PolynomialSchedule(0, 1),
-        selection=SelectionConfig(scope="layer", include=include),
+        selection=SelectionConfig(scope="layer", only=include),
     )
     sparse = name == "sparse Embedding"
     module = Classifier(descent if sparse else adamw, build)
@@ -553,7 +553,7 @@ def test_a_kind_of_layer(name: str) -> None:
 @pytest.mark.parametrize("wrap", [weight_norm, spectral_norm])
 def test_what_a_parametrization_computes_from_is_refused(wrap: Any) -> None:
     module = Counting(build=lambda: normalised(wrap))
-    chosen = SelectionConfig(include=[r"original"])
+    chosen = SelectionConfig(only=[r"original"])
     with pytest.raises(ConfigurationError, match="remove_parametrizations"):
         trainer(pruning(selection=chosen)).fit(module, loader())
     assert module.steps == 0

@@ -346,7 +346,7 @@ def test_reasons_stay_when_channels_unite() -> None:
     assert rest.members[0].structure_of.tolist() == [0, -1, 1]
 
 
-def test_include_and_exclude() -> None:
+def test_only_and_exclude() -> None:
     model = build("resnet")
 
     def names(**patterns: list[str]) -> list[str]:
@@ -355,15 +355,15 @@ def test_include_and_exclude() -> None:
             for g in trace_groups(model, images(), check=False, **patterns).groups
         ]
 
-    assert names(include=["first"]) == ["2.first.0", "3.first.0", "4.first.0"]
+    assert names(only=["first"]) == ["2.first.0", "3.first.0", "4.first.0"]
     # A layer that is tied to the one that matches goes along.
-    assert names(include=[r"4\.second"]) == ["3.second.0"]
+    assert names(only=[r"4\.second"]) == ["3.second.0"]
     assert names(exclude=["shortcut", r"^0\."]) == [
         "2.first.0",
         "3.first.0",
         "4.first.0",
     ]
-    assert names(include=["Conv2d"], exclude=["^3", "^4"]) == [
+    assert names(only=["Conv2d"], exclude=["^3", "^4"]) == [
         "0.0",
         "2.first.0",
     ]
@@ -372,11 +372,11 @@ def test_include_and_exclude() -> None:
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        ({"include": ["frist"]}, "matches no Conv or Linear layer"),
+        ({"only": ["frist"]}, "matches no Conv or Linear layer"),
         ({"exclude": ["nothing"]}, "matches no Conv or Linear layer"),
-        ({"include": ["("]}, "not a regular expression"),
-        ({"include": [r"^7$"]}, "output of the network"),
-        ({"include": [r"4\.second"], "exclude": ["shortcut"]}, "pruned together"),
+        ({"only": ["("]}, "not a regular expression"),
+        ({"only": [r"^7$"]}, "output of the network"),
+        ({"only": [r"4\.second"], "exclude": ["shortcut"]}, "pruned together"),
         ({"exclude": ["Conv2d"]}, "no group of channels"),
     ],
 )

@@ -37,7 +37,7 @@ def trace_groups(
     model: nn.Module,
     example_inputs: Any,
     *,
-    include: Sequence[str] = (),
+    only: Sequence[str] = (),
     exclude: Sequence[str] = (),
     check: bool = True,
     seed: int = 0,
@@ -47,7 +47,7 @@ def trace_groups(
     A pattern is a class path of a layer (``Conv2d``, ``torch.nn.Linear``) or else a
     regular expression that is searched in the layer's name. A group is chosen if a pattern
     matches one of its producing layers; all layers of the group are pruned together. A
-    layer that matches ``include`` and ``exclude`` is excluded.
+    layer that matches ``only`` and ``exclude`` is excluded.
 
     A group is left out, with the reason, where removing a channel differs from setting it
     to zero: outputs of the network, LayerNorm and GroupNorm, attention, an activation with
@@ -58,7 +58,7 @@ def trace_groups(
         model: the network; unchanged afterwards.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, on
             the model's device. A batch of one sample is enough.
-        include: patterns of layers to prune; empty for all.
+        only: patterns of layers to prune; empty for all.
         exclude: patterns of layers to leave dense.
         check: whether to also compare masked and removed channels numerically, which
             takes a few forward passes.
@@ -70,7 +70,7 @@ def trace_groups(
     Raises:
         ConfigurationError: if torch-pruning is missing, the model cannot be traced, a
             pattern is not a regular expression or matches nothing that can be pruned,
-            include and exclude disagree about coupled layers, or no group is left.
+            only and exclude disagree about coupled layers, or no group is left.
     """
     coupling, suspects = trace_coupling(model, example_inputs)
     groups = find_groups(coupling)
@@ -90,11 +90,11 @@ def trace_groups(
                         f" (it passes {suspects[layer]}, which is not zero at zero)"
                     )
         groups = tuple(group for group in groups if group.name not in failed)
-    chosen = _choose(model, groups, left_out, include, exclude)
+    chosen = _choose(model, groups, left_out, only, exclude)
     if not chosen:
         raise ConfigurationError(
             f"{type(model).__name__} has no group of channels that can be pruned: "
-            f"include={list(include)}, exclude={list(exclude)}. {_join(left_out)}"
+            f"only={list(only)}, exclude={list(exclude)}. {_join(left_out)}"
         )
     return TraceResult(chosen, left_out)
 
@@ -125,28 +125,28 @@ def _choose(
     model: nn.Module,
     groups: Sequence[Group],
     left_out: Mapping[str, str],
-    include: Sequence[str],
+    only: Sequence[str],
     exclude: Sequence[str],
 ) -> tuple[Group, ...]:
     """Choose groups by patterns on their layers."""
-    included = {pattern: _matching_layers(pattern, model) for pattern in include}
+    included = {pattern: _matching_layers(pattern, model) for pattern in only}
     excluded = {pattern: _matching_layers(pattern, model) for pattern in exclude}
     prunable = {layer for group in groups for layer in group.layers}
     for pattern, layers in included.items():
         if not layers & prunable:
             reasons = {name: left_out[name] for name in layers if name in left_out}
             raise ConfigurationError(
-                f"include={pattern!r} matches no layer that can be pruned: "
+                f"only={pattern!r} matches no layer that can be pruned: "
                 f"{_join(reasons)}."
             )
     unwanted = set().union(*excluded.values())
-    wanted = set().union(*included.values()) if include else prunable
+    wanted = set().union(*included.values()) if only else prunable
     chosen = []
     for group in groups:
         layers = {*group.layers}
-        if include and layers & wanted - unwanted and layers & unwanted:
+        if only and layers & wanted - unwanted and layers & unwanted:
             raise ConfigurationError(
-                f"include={list(include)} matches {sorted(layers & wanted - unwanted)} and "
+                f"only={list(only)} matches {sorted(layers & wanted - unwanted)} and "
                 f"exclude={list(exclude)} matches {sorted(layers & unwanted)}, but these "
                 "layers share channels and can only be pruned together."
             )
