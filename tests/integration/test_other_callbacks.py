@@ -49,6 +49,7 @@ from torch.utils.data import DataLoader
 
 from lightning_woodfisher import (
     ConfigurationError,
+    ConstantSchedule,
     FisherConfig,
     OneShotSchedule,
     PolynomialSchedule,
@@ -410,6 +411,28 @@ def test_adapters_are_pruned_and_their_frozen_base_is_not() -> None:
     asked = pruning(selection=SelectionConfig(only=[r"base\.weight"]))
     with pytest.raises(ConfigurationError, match="matches no trainable weight"):
         trainer(asked).fit(Classifier(build=build), loader())
+
+
+@pytest.mark.parametrize("schedule", [PolynomialSchedule(0, 1), ConstantSchedule()])
+def test_an_adapter_that_starts_at_zero_lives(schedule: Any) -> None:
+    def build() -> nn.Module:
+        adapted = Adapted(nn.Linear(64, CLASSES))
+        nn.init.zeros_(adapted.up.weight)
+        return nn.Sequential(nn.Flatten(), adapted)
+
+    seed_all(1)
+    pruner, module = pruning(schedule=schedule), Classifier(build=build)
+    constant = isinstance(schedule, ConstantSchedule)
+    told = "nothing but zeros" if constant else r"not pruned in this step.*net\.1\.up"
+    with pytest.warns(UserWarning, match=told):
+        trainer(pruner).fit(module, loader())
+    up = module.net[1].up.weight
+    assert bool((up != 0).any(dim=1).all())
+    if constant:
+        assert pruner.masks.sparsity() == 0
+    else:
+        assert pruner.reports[0].layers[1].zeros_after == 0
+        require_pruned(pruner, module)
 
 
 # ---------------------------------------------------------------- layers
