@@ -237,7 +237,7 @@ def describe_selection(
             left.setdefault(why, []).append((parameter.numel(), name))
         else:
             weights += parameter.numel()
-            kinds[type(owner).__name__] += 1
+            kinds[_class_name(owner)] += 1
     sizes = {why: sum(size for size, _ in found) for why, found in left.items()}
     total = weights + sum(sizes.values())
     layers = ", ".join(f"{kind} ({count})" for kind, count in kinds.most_common())
@@ -279,6 +279,16 @@ def count_zeros(model: nn.Module, comm: Communicator) -> tuple[int, int]:
     if any(map(is_sharded, tensors)):
         parts = comm.sum_integers(parts[None])[0]
     return int(whole + parts), sum(tensor.numel() for tensor in tensors)
+
+
+def _class_name(module: nn.Module) -> str:
+    """Return the name under which users know the class of a layer."""
+    names = [
+        cls.__name__
+        for cls in type(module).__mro__
+        if getattr(nn, cls.__name__, None) is cls and cls is not nn.Module
+    ]
+    return names[0] if names else type(module).__name__
 
 
 def _survey(

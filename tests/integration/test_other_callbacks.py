@@ -421,13 +421,15 @@ def test_an_adapter_that_starts_at_zero_lives(schedule: Any) -> None:
         return nn.Sequential(nn.Flatten(), adapted)
 
     seed_all(1)
-    pruner, module = pruning(schedule=schedule), Classifier(build=build)
+    by_layer = SelectionConfig(scope="layer")
+    pruner = pruning(schedule=schedule, selection=by_layer)
+    module = Classifier(build=build)
     constant = isinstance(schedule, ConstantSchedule)
     told = "nothing but zeros" if constant else r"not pruned in this step.*net\.1\.up"
     with pytest.warns(UserWarning, match=told):
         trainer(pruner).fit(module, loader())
     up = module.net[1].up.weight
-    assert bool((up != 0).any(dim=1).all())
+    assert int((up != 0).sum()) >= up.numel() // 4
     if constant:
         assert pruner.masks.sparsity() == 0
     else:

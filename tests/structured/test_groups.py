@@ -418,6 +418,24 @@ def test_layers_with_computed_weights_stay() -> None:
     assert size.parameters(removed) == size.dense_parameters - 2 * (72 + 1 + 4)
 
 
+def test_layers_with_complex_weights_stay() -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 6, dtype=torch.cfloat)
+            self.second = nn.Linear(6, 5)
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            spectrum = self.first(torch.fft.fft(x))
+            return self.head(torch.relu(self.second(spectrum.abs())))
+
+    torch.manual_seed(0)
+    traced = trace_groups(Spectrum(), torch.randn(2, 8))
+    assert producers(traced) == {"second": (5, {"second"})}
+    assert traced.left_out["first"] == "its weights are complex"
+
+
 def test_what_training_mode_alone_uses_is_reported() -> None:
     class Auxiliary(nn.Module):
         def __init__(self) -> None:

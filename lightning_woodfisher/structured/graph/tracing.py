@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["TraceResult", "trace_groups"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,10 @@ def trace_groups(
                         f" (it passes {suspects[layer]}, which is not zero at zero)"
                     )
         groups = tuple(group for group in groups if group.name not in failed)
+    for group in groups:
+        if any(p.is_complex() for n in group.layers for p in _own_parameters(model, n)):
+            left_out |= dict.fromkeys(group.layers, "its weights are complex")
+    groups = tuple(g for g in groups if left_out.keys().isdisjoint(g.layers))
     chosen = _choose(model, groups, left_out, only, exclude)
     if not chosen:
         raise ConfigurationError(
@@ -105,6 +109,10 @@ def _conv_and_linear(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, (_ConvNd, nn.Linear))
     }
+
+
+def _own_parameters(model: nn.Module, layer: str) -> Iterator[nn.Parameter]:
+    return model.get_submodule(layer).parameters(recurse=False)
 
 
 def _reason(layer: str, coupling: Coupling) -> str:
