@@ -31,7 +31,10 @@ from lightning_woodfisher.resources.budget import (
     fit_into_memory,
     require_supported_device,
 )
-from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.layers import (
+    find_inputs_first,
+    prunable_parameters,
+)
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import require_pattern_fits
 
@@ -87,11 +90,14 @@ def prune(
         require_target_fits(config.selection, target_sparsity)
     reshard(model)
     parameters = prunable_parameters(
-        model, config.selection.include, config.selection.exclude
+        model,
+        config.selection.include,
+        config.selection.exclude,
+        config.selection.only,
     )
     require_supported_device(model, parameters)
     require_pattern_fits(model, parameters, config.selection.pattern)
-    masks = Masks(parameters)
+    masks = Masks(parameters, find_inputs_first(model, list(parameters)))
     prune_zeros(masks, config.selection)
     comm = Communicator(next(iter(parameters.values())).device)
     config, _ = fit_into_memory(masks, config, comm)

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 def format_table(
     head: Sequence[str],
     rows: Sequence[Sequence[str]],
-    total: Sequence[str] | None = None,
+    *totals: Sequence[str],
 ) -> str:
     """Format a text table, first column left-aligned, the others right-aligned.
 
     Args:
         head: column titles.
         rows: cells of each row.
-        total: cells of a last row below a rule.
+        totals: cells of last rows, below a rule.
 
     Returns:
         Lines of equal width.
     """
-    every = [head, *rows, *([total] if total else [])]
+    every = [head, *rows, *totals]
     widths = [max(map(len, column)) for column in zip(*every, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -32,4 +32,4 @@ def format_table(
 
     rule = "─" * len(line(head))
     lines = [line(head), rule, *map(line, rows)]
-    return "\n".join([*lines, rule, line(total)] if total else lines)
+    return "\n".join([*lines, *([rule] if totals else []), *map(line, totals)])

@@ -52,6 +52,7 @@ from lightning_woodfisher.weights.checkpoint_state import (
     STATE_VERSION,
     require_readable,
 )
+from lightning_woodfisher.weights.layers import find_inputs_first
 from lightning_woodfisher.weights.masks import Masks
 
 
@@ -405,7 +406,7 @@ class PruningCallback(MaskGuard, ABC):
         self._restored_masks = state_dict["masks"]
         if self.masks is not None:
             # Outside fit nothing else loads them.
-            masks = Masks(self.masks.parameters)
+            masks = Masks(self.masks.parameters, self.masks.inputs_first)
             masks.load_state_dict(state_dict["masks"])
             self.masks = masks
         if self._handles:
@@ -423,7 +424,7 @@ class PruningCallback(MaskGuard, ABC):
         parameters = self._select(trainer, module)
         if self._restored_masks is None and self.masks is not None:
             self._restored_masks = self.masks.state_dict()
-        self.masks = Masks(parameters)
+        self.masks = Masks(parameters, find_inputs_first(module, list(parameters)))
         self._require_sole_owner(trainer)
 
     def _prune_if_due(
@@ -555,7 +556,7 @@ class PruningCallback(MaskGuard, ABC):
             if shared:
                 raise ConfigurationError(
                     f"two pruning callbacks select the same weights: "
-                    f"{', '.join(shared[:8])}; separate them with include and exclude."
+                    f"{', '.join(shared[:8])}; separate them with only and exclude."
                 )
 
     def _load_restored_masks(self) -> None:

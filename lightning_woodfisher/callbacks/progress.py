@@ -32,8 +32,10 @@ def describe_step(report: PruningReport) -> str:
         "measured": report.measured_increase,
     }
     known = [f"{name} {rise:.3g}" for name, rise in rises.items() if rise is not None]
+    whole = report.model_sparsity
+    model = "" if whole is None else f" ({whole:.2%} of the whole model)"
     text = (
-        f"Pruned to {report.sparsity:.2%} by {report.criterion} in "
+        f"Pruned to {report.sparsity:.2%}{model} by {report.criterion} in "
         f"{sum(report.seconds.values()):.1f} s; loss rise "
         f"{', '.join(known) or 'not measured'}"
     )

@@ -139,7 +139,7 @@ class StructuredPruningCallback(PruningCallback):
     def state_key(self) -> str:
         """Key of the state in a checkpoint; two callbacks differ by what they select."""
         return self._generate_state_key(
-            include=list(self.config.include),
+            only=list(self.config.only),
             exclude=list(self.config.exclude),
             network=self.network,
         )
@@ -243,7 +243,7 @@ class StructuredPruningCallback(PruningCallback):
         self._groups = trace_groups(
             network,
             self._inputs,
-            include=config.include,
+            only=config.only,
             exclude=config.exclude,
             seed=config.seed,
         ).groups

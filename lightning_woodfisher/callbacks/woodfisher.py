@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_woodfisher.base.errors import (
@@ -45,6 +46,7 @@ from lightning_woodfisher.pruning.config import (
     require_target_fits,
 )
 from lightning_woodfisher.pruning.pruner import Pruner
+from lightning_woodfisher.pruning.quotas import require_layers_fit
 from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.pruning.schedule import (
     ConstantSchedule,
@@ -53,7 +55,9 @@ from lightning_woodfisher.pruning.schedule import (
     PruningSchedule,
 )
 from lightning_woodfisher.pruning.selector import (
+    find_untrained,
     is_too_sparse,
+    layers_of,
     prune_zeros,
     weights_to_remove,
 )
@@ -62,7 +66,10 @@ from lightning_woodfisher.resources.budget import (
     fit_into_memory,
     require_supported_device,
 )
-from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.layers import (
+    describe_selection,
+    prunable_parameters,
+)
 from lightning_woodfisher.weights.patterns import require_pattern_fits
 
 
@@ -165,7 +172,9 @@ class WoodFisherPruningCallback(PruningCallback):
         """Key of the state in a checkpoint; two callbacks differ by what they select."""
         selection = self.config.selection
         return self._generate_state_key(
-            include=selection.include, exclude=selection.exclude
+            include=selection.include,
+            exclude=selection.exclude,
+            only=selection.only,
         )
 
     # ------------------------------------------------------------------ training starts
@@ -181,6 +190,7 @@ class WoodFisherPruningCallback(PruningCallback):
             module,
             selection.include,
             selection.exclude,
+            selection.only,
             # A callback for fine-tuning may train weights later that are frozen now.
             frozen=has_callback(trainer, BaseFinetuning),
         )
@@ -201,7 +211,15 @@ class WoodFisherPruningCallback(PruningCallback):
             )
             kind = self.config.criterion
             plan = describe_plan(self._plan, self._done, masks, kind)
-            announce(trainer, f"{plan}\n{cost.summary()}")
+            selection = self.config.selection
+            selected = describe_selection(
+                module,
+                selection.include,
+                selection.exclude,
+                selection.only,
+                frozen=has_callback(trainer, BaseFinetuning),
+            )
+            announce(trainer, f"{plan}\n{selected}\n{cost.summary()}")
         settings = {
             "target_sparsity": self.target_sparsity,
             **dataclasses.asdict(self.config),
@@ -232,7 +250,14 @@ class WoodFisherPruningCallback(PruningCallback):
         if not self._done and (
             starts_sparse or isinstance(self.schedule, ConstantSchedule)
         ):
-            prune_zeros(masks, self.config.selection)
+            empty = find_untrained(masks, share=1.0)
+            prune_zeros(masks, self.config.selection, empty)
+            if empty:
+                rank_zero_warn(
+                    f"{', '.join(empty)}: nothing but zeros, which do not count as pruned, "
+                    "because pruned weights are never trained. Leave them out with "
+                    "selection.exclude, or freeze them if they have to stay zero."
+                )
         ahead = [step for step in plan if (step.unit, step.position) not in self._done]
         if self.config.flops_target is not None:
             return plan
@@ -242,6 +267,10 @@ class WoodFisherPruningCallback(PruningCallback):
             raise ConfigurationError(
                 f"the schedule ends at sparsity {ahead[-1].sparsity}, but the selected "
                 f"weights have {masks.sparsity():.4f} already; raise target_sparsity."
+            )
+        if ahead and not self._done:
+            require_layers_fit(
+                self.config.selection, layers_of(masks), self.target_sparsity
             )
         if plan and not ahead and any(self._missing(self.target_sparsity)):
             raise ConfigurationError(

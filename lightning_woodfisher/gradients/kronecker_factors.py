@@ -32,6 +32,7 @@ from lightning_woodfisher.data.losses import (
 )
 from lightning_woodfisher.gradients.per_sample import (
     LayerCall,
+    has_inputs_first,
     is_plain,
     record_calls,
     unfold,
@@ -46,6 +47,8 @@ _PATCH_BYTES = 2**26
 @dataclass(frozen=True)
 class KroneckerFactors:
     """Kronecker factors of one layer.
+
+    For a weight ``[I, O]`` (``Conv1D``) the factors change places.
 
     Attributes:
         inputs: A, float64 ``[I, I]``.
@@ -93,9 +96,9 @@ def require_factors(model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
             elif not parameter.requires_grad:
                 kind = "is frozen"
             raise ConfigurationError(
-                f"criterion='kfac' handles weights of nn.Linear and of convolutions without "
-                f"groups that are trained, but {names[id(parameter)]} {kind}; leave it out "
-                "with selection.exclude, or use another criterion."
+                "criterion='kfac' handles weights of linear layers and of convolutions "
+                f"without groups that are trained, but {names[id(parameter)]} {kind}; "
+                "leave it out with selection.exclude, or use another criterion."
             )
 
 
@@ -192,6 +195,10 @@ def _add_calls(
         name = call.names["weight"]
         outputs, inputs = factor_sides(parameters[name].shape)
         a, g, counts = torch.split(parts[name], [inputs**2, outputs**2, 2])
+        at_samples, at_positions = 0, 1
+        if has_inputs_first(call.layer):
+            a, g, inputs, outputs = g, a, outputs, inputs
+            at_samples, at_positions = 1, 0
         # Undo the mean over samples: the factors are those of single samples.
         number = samples or len(call.inputs)
         positions = 0
@@ -204,8 +211,8 @@ def _add_calls(
             rows = gradient.reshape(-1, outputs).to(row.dtype) * (number / scale)
             g.view(outputs, outputs).addmm_(rows.mT, rows)
         # A layer that is called twice has the same samples, but more positions.
-        counts[0] = number
-        counts[1] += positions
+        counts[at_samples] = number
+        counts[at_positions] += positions
 
 
 def _patches(call: LayerCall, inputs: int, dtype: torch.dtype) -> Iterable[Tensor]:

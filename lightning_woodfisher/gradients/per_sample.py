@@ -14,6 +14,7 @@ from __future__ import annotations
 __all__ = [
     "LayerCall",
     "find_obstacle",
+    "has_inputs_first",
     "is_plain",
     "per_sample_rows",
     "record_calls",
@@ -34,6 +35,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.weights.layers import find_kind
 
 _LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_WEIGHT: dict[int, Callable[..., Tensor]] = {
@@ -73,7 +75,7 @@ def find_obstacle(
 
     Returns:
         A reason, or None if every parameter belongs to a plain linear or convolution
-        layer.
+        layer (:func:`is_plain`).
     """
     wanted = {id(parameter): name for name, parameter in parameters.items()}
     for module in model.modules():
@@ -163,14 +165,22 @@ def per_sample_rows(
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return whether a layer is a linear or convolution layer of ``torch.nn``.
+    """Return whether the gradient of a layer's weight is known from inputs and outputs.
 
     Args:
         module: any layer.
 
     Returns:
-        True if it is, and its forward pass is that of torch.
+        True for a linear or convolution layer with the forward pass of ``torch.nn``, and
+        for ``Conv1D`` with that of transformers.
     """
+    forward = getattr(type(module), "forward", None)
+    if getattr(forward, "__qualname__", "") == "Conv1D.forward":
+        return (
+            getattr(forward, "__module__", "") == "transformers.pytorch_utils"
+            and find_kind(module) is not None
+            and "forward" not in vars(module)
+        )
     for cls in _LAYERS:
         if isinstance(module, cls):
             # MultiheadAttention uses the weight of its output layer without calling it.
@@ -208,7 +218,7 @@ def record_calls(
     ) -> None:
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
-        inputs = args[0] if args else kwargs["input"]
+        inputs = args[0] if args else next(iter(kwargs.values()))
         dimensions = layer.weight.dim() if isinstance(layer, _ConvNd) else 2
         if inputs.dim() < dimensions:
             raise PruningError(f"a {type(layer).__name__} got a sample without a batch")
@@ -248,7 +258,22 @@ def _products(call: LayerCall, key: str, gradient: Tensor, count: int) -> Tensor
     if key == "bias":
         return gradient.sum(dim=1)
     inputs = call.inputs.to(gradient.dtype).reshape(count, -1, call.inputs.shape[-1])
+    if has_inputs_first(layer):
+        return torch.bmm(inputs.mT, gradient).view(count, -1)
     return torch.bmm(gradient.mT, inputs).view(count, -1)
+
+
+def has_inputs_first(layer: nn.Module) -> bool:
+    """Return whether the weight of a layer is ``[I, O]`` and not ``[O, I]``.
+
+    Args:
+        layer: a layer for which :func:`is_plain` returns True.
+
+    Returns:
+        True for ``Conv1D``.
+    """
+    kind = find_kind(layer)
+    return kind is not None and kind.inputs == 0
 
 
 def unfold(layer: _ConvNd, inputs: Tensor) -> Tensor:

@@ -44,9 +44,11 @@ class SelectionConfig:
     Args:
         scope: ``"global"``: one threshold over all layers (the paper's joint
             sparsification); ``"layer"``: every layer reaches the sparsity by itself.
-        include: patterns of what to prune (:func:`~.layers.prunable_parameters`); empty
-            for Linear and convolution weights.
+        include: patterns of what to prune in addition to the default, which is the
+            weights of linear, convolution, attention and recurrent layers
+            (:func:`~.layers.prunable_parameters`).
         exclude: patterns of what to leave dense.
+        only: patterns of what to prune in place of the default.
         pattern: weights that are pruned together: ``"unstructured"`` single weights;
             N:M such as ``"2:4"``, of which N of M consecutive inputs are kept; blocks such
             as ``"block4"`` of consecutive inputs; ``"rows"``, all weights of an output.
@@ -63,6 +65,7 @@ class SelectionConfig:
     scope: Scope = "global"
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
+    only: list[str] = field(default_factory=list)
     pattern: str = "unstructured"
     layer_targets: dict[str, float] = field(default_factory=dict)
     max_layer_sparsity: float | None = None
@@ -70,8 +73,14 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         require_choice("selection.scope", self.scope, get_args(Scope))
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "only"):
             require_patterns(f"selection.{name}", getattr(self, name))
+        if self.only and self.include:
+            raise ConfigurationError(
+                f"selection.only={self.only} replaces the default selection and "
+                f"selection.include={self.include} adds to it; put all patterns into one "
+                "of them."
+            )
         self._check_layer_targets()
         if self.max_layer_sparsity is not None:
             require_number(

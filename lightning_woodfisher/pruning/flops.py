@@ -9,12 +9,14 @@ from __future__ import annotations
 
 __all__ = ["LayerFlops", "count_flops"]
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -93,7 +95,10 @@ def count_flops(
         )
     with seeded(derive_seed(seed, "flops")):
         batch = batches.fetch(0)
-        with _Counter({name: masks.local(name) for name in masks.parameters}) as mode:
+        with (
+            _separate_operations(),
+            _Counter({name: masks.local(name) for name in masks.parameters}) as mode,
+        ):
             run_loss(source, batch, 0)
     numbers = comm.gather_numbers([mode.total, *mode.flops.values()])[0]
     unused = [
@@ -112,6 +117,28 @@ def count_flops(
     )
 
 
+@contextlib.contextmanager
+def _separate_operations() -> Iterator[None]:
+    """Run attention and recurrent layers as products that are counted, not as one kernel.
+
+    torch's FLOP counter does not know the fused kernels of encoder layers, of attention on
+    CPUs, of oneDNN and of cuDNN.
+    """
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    enabled = [library.enabled for library in libraries]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for library in libraries:
+            library.enabled = False
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for library, was in zip(libraries, enabled, strict=True):
+            library.enabled = was
+
+
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Assign the FLOPs of each operation to the selected parameter among its arguments.
 
@@ -123,8 +150,10 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
         self.flops = dict.fromkeys(weights, 0)
-        self._owners = {_address(tensor): name for name, tensor in weights.items()}
-        self._sizes = {name: tensor.numel() for name, tensor in weights.items()}
+        # Ranges of bytes by the address of their memory, which several weights may share.
+        self._ranges: dict[int, list[tuple[int, int, str]]] = {}
+        for name, tensor in weights.items():
+            self._own(tensor, name)
         # Keeps the memory of a copy from being reused while its address means a weight.
         self._copies: list[Tensor] = []
 
@@ -135,25 +164,42 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func(*args, **(kwargs or {}))
         flops = counter.get_total_flops()
         leaves = tree_leaves((args, kwargs or {}))
-        used = [
-            self._owners[address]
-            for address in map(_address, leaves)
-            if address in self._owners
-        ]
+        owners = [self._owner(leaf) for leaf in leaves]
+        used = [owner for owner in owners if owner is not None]
         self.total += flops
         if used and flops:
             self.flops[used[0]] += flops
         elif used and isinstance(result, Tensor):
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            # Autocast multiplies by a copy of the weight in another dtype.
-            if len(tensors) == 1 and result.numel() == self._sizes[used[0]]:
+            # Autocast multiplies by a copy of the weight, or of a part, in another dtype.
+            copied = len(tensors) == 1 and result.numel() == tensors[0].numel()
+            if copied and self._owner(result) is None:
                 self._copies.append(result)
-                self._owners.setdefault(_address(result), used[0])
+                self._own(result, used[0])
         return result
 
+    def _own(self, tensor: Tensor, name: str) -> None:
+        address, start = _address(tensor)
+        self._ranges.setdefault(address, []).append(
+            (start, start + tensor.nbytes, name)
+        )
 
-def _address(value: Any) -> int:
-    """Return the address of the memory of a tensor; -1 for anything else."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return -1
-    return value.untyped_storage().data_ptr() or -1
+    def _owner(self, value: Any) -> str | None:
+        """Return the weight whose memory a tensor shares; None if there is none."""
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            return None
+        address, at = _address(value)
+        return next(
+            (
+                name
+                for start, stop, name in self._ranges.get(address, ())
+                if start <= at < stop
+            ),
+            None,
+        )
+
+
+def _address(tensor: Tensor) -> tuple[int, int]:
+    """Return the address of a tensor's memory and the byte at which the tensor starts."""
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return tensor.untyped_storage().data_ptr(), start

@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = ["Pruner"]
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -34,9 +35,15 @@ from lightning_woodfisher.pruning.quotas import (
     Quotas,
     flops_share_of_step,
     make_quotas,
+    require_layers_fit,
 )
 from lightning_woodfisher.pruning.report import PruningReport
-from lightning_woodfisher.pruning.selector import Selector, is_too_sparse, layers_of
+from lightning_woodfisher.pruning.selector import (
+    Selector,
+    find_untrained,
+    is_too_sparse,
+    layers_of,
+)
 from lightning_woodfisher.pruning.stage_results import StageResult, summarize
 from lightning_woodfisher.pruning.stages import Stages
 from lightning_woodfisher.pruning.step_length import StepLength
@@ -145,6 +152,7 @@ class Pruner:
                 results,
                 self.config,
                 self.masks,
+                source.model,
                 zeros_before,
                 self.comm,
                 target_sparsity=target_sparsity,
@@ -196,9 +204,25 @@ class Pruner:
                 f"target sparsity {target_sparsity} is below the {masks.sparsity():.4f} "
                 "that the selected weights have already; pruning can only add zeros."
             )
-        spacing = self.config.step.recompute_spacing
+        elif final_sparsity is None:
+            # Earlier steps of a schedule may have a target below the zeros of a layer.
+            require_layers_fit(selection, layers_of(masks), target_sparsity)
+        untrained = find_untrained(masks)
+        if untrained and self.comm.rank == 0:
+            warnings.warn(
+                f"not pruned in this step, because (nearly) all of the weights are exactly "
+                f"zero and have no saliency: {', '.join(untrained)}. The other weights "
+                "alone reach the sparsity. Prune after these have been trained, or leave "
+                "them out with selection.exclude.",
+                stacklevel=2,
+            )
         return make_quotas(
-            selection, layers_of(masks), target_sparsity, final_sparsity, spacing
+            selection,
+            layers_of(masks),
+            target_sparsity,
+            final_sparsity,
+            self.config.step.recompute_spacing,
+            untrained,
         )
 
     def _selector(

@@ -13,10 +13,11 @@ __all__ = [
     "flops_share_of_step",
     "make_quotas",
     "removal_count",
+    "require_layers_fit",
 ]
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
@@ -33,7 +34,7 @@ class Layers:
 
     Attributes:
         names: name of each parameter.
-        shapes: shape of each parameter.
+        shapes: shape of each parameter, outputs first.
         weights: number of weights of each parameter.
         zeros: number of pruned weights of each parameter.
     """
@@ -92,6 +93,7 @@ def make_quotas(
     target_sparsity: float,
     final_sparsity: float | None = None,
     spacing: Spacing = "geometric",
+    left_dense: Collection[str] = (),
 ) -> Quotas:
     """Distribute the weights that a step must remove over groups of layers.
 
@@ -102,6 +104,8 @@ def make_quotas(
         final_sparsity: share of zeros after the last step, by which layer targets are
             scaled; None when this step is the last.
         spacing: how sparsity grows over the stages of the step.
+        left_dense: names of layers that lose nothing in this step. The others reach the
+            sparsity without them.
 
     Returns:
         The quotas. Contradictory targets and limits raise :class:`ConfigurationError`.
@@ -110,18 +114,22 @@ def make_quotas(
     if final_sparsity:
         progress = min(1.0, target_sparsity / final_sparsity)
         own = {layer: target * progress for layer, target in own.items()}
-    caps = _caps(selection, layers)
+    held = {i for i, name in enumerate(layers.names) if name in left_dense}
+    own = {layer: target for layer, target in own.items() if layer not in held}
+    caps = _caps(selection, layers, held)
     if selection.scope == "layer":
         group_of_layer = list(range(len(layers.names)))
         targets = [own.get(layer, target_sparsity) for layer in group_of_layer]
     else:
         numbers = {layer: 1 + i for i, layer in enumerate(own)}
         group_of_layer = [numbers.get(i, 0) for i in range(len(layers.names))]
-        targets = [_rest(layers, own, target_sparsity), *own.values()]
+        targets = [_rest(layers, own, target_sparsity, held), *own.values()]
     weights, zeros = [0] * len(targets), [0] * len(targets)
     grains = [1] * len(targets)
     pattern = parse_pattern(selection.pattern)
     for layer, group in enumerate(group_of_layer):
+        if layer in held:
+            continue
         weights[group] += layers.weights[layer]
         zeros[group] += layers.zeros[layer]
         leaving = pattern.removed_per_group(layers.shapes[layer])
@@ -163,6 +171,35 @@ def removal_count(
         return total
     ratio = min(1.0, (1.0 - target_sparsity) * weights / kept)
     return min(total, round(kept * removed_fraction(ratio, fraction, spacing)))
+
+
+def require_layers_fit(
+    selection: SelectionConfig, layers: Layers, target_sparsity: float
+) -> None:
+    """Check that no layer with a target of its own has more zeros than that.
+
+    Args:
+        selection: scope and layer targets.
+        layers: the selected parameters.
+        target_sparsity: sparsity at the end.
+
+    Raises:
+        ConfigurationError: naming the layers, because pruning only adds zeros.
+    """
+    targets = _own_targets(selection, layers.names)
+    if selection.scope == "layer":
+        targets = dict.fromkeys(range(len(layers.names)), target_sparsity) | targets
+    above = [
+        f"{layers.names[i]} ({layers.zeros[i] / layers.weights[i]:.4f}, target {target:g})"
+        for i, target in targets.items()
+        if layers.zeros[i] > round(target * layers.weights[i])
+    ]
+    if above:
+        raise ConfigurationError(
+            "layers have more zeros than their own target, and pruning can only add zeros: "
+            f"{', '.join(above[:8])}. Raise the target, leave the layers out with "
+            "selection.exclude, or use scope='global' without layer_targets."
+        )
 
 
 def flops_share_of_step(
@@ -211,9 +248,12 @@ def _own_targets(selection: SelectionConfig, names: Sequence[str]) -> dict[int, 
     return {layer: target for layer, (target, _) in sorted(found.items())}
 
 
-def _rest(layers: Layers, own: dict[int, float], target_sparsity: float) -> float:
+def _rest(
+    layers: Layers, own: dict[int, float], target_sparsity: float, held: Collection[int]
+) -> float:
     """Return the sparsity that the layers without a target need to reach the total."""
-    total, free = sum(layers.weights), sum(layers.weights)
+    total = sum(n for i, n in enumerate(layers.weights) if i not in held)
+    free = total
     missing = round(target_sparsity * total)
     for layer, target in own.items():
         free -= layers.weights[layer]
@@ -231,14 +271,18 @@ def _rest(layers: Layers, own: dict[int, float], target_sparsity: float) -> floa
     return missing / free if free else 0.0
 
 
-def _caps(selection: SelectionConfig, layers: Layers) -> tuple[int, ...] | None:
+def _caps(
+    selection: SelectionConfig, layers: Layers, held: Collection[int]
+) -> tuple[int, ...] | None:
     most = selection.max_layer_sparsity
-    if most is None:
+    if most is None and not held:
         return None
     # 0.29 · 100 is 28.999999999999996 in floating point.
-    limits = [int(most * count + _SAME) for count in layers.weights]
+    share = 1.0 if most is None else most
+    limits = [int(share * count + _SAME) for count in layers.weights]
     return tuple(
-        max(0, limit - gone) for limit, gone in zip(limits, layers.zeros, strict=True)
+        0 if layer in held else max(0, limit - gone)
+        for layer, (limit, gone) in enumerate(zip(limits, layers.zeros, strict=True))
     )
 
 

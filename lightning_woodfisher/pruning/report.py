@@ -112,6 +112,9 @@ class PruningReport:
             by more than ``trust_ratio`` times the prediction.
         batchnorm_layers: number of layers whose running statistics were re-estimated.
         nonfinite_gradients: number of gradients that were NaN or infinite and left out.
+        model_parameters: number of parameters of the whole model, biases, norms and frozen
+            ones included; None in reports of older versions.
+        model_zeros: number of them that are exactly zero after the step.
     """
 
     criterion: str
@@ -143,6 +146,8 @@ class PruningReport:
     stage_halvings: int = 0
     batchnorm_layers: int = 0
     nonfinite_gradients: int = 0
+    model_parameters: int | None = None
+    model_zeros: int | None = None
 
     @property
     def weights(self) -> int:
@@ -158,6 +163,13 @@ class PruningReport:
     def sparsity(self) -> float:
         """Share of the selected weights that is pruned after the step."""
         return self.zeros / self.weights
+
+    @property
+    def model_sparsity(self) -> float | None:
+        """Share of all parameters of the model that is zero after the step."""
+        if self.model_parameters is None or self.model_zeros is None:
+            return None
+        return self.model_zeros / self.model_parameters
 
     @property
     def flops_share(self) -> float | None:
@@ -228,6 +240,7 @@ class PruningReport:
         """
         values: dict[str, float | None] = {
             "sparsity": self.sparsity,
+            "model_sparsity": self.model_sparsity,
             "target_sparsity": self.target_sparsity,
             "threshold": self.threshold,
             "damping": self.damping,
@@ -253,7 +266,7 @@ class PruningReport:
         """Format the layers as a text table.
 
         Returns:
-            Lines of equal width, the totals last.
+            Lines of equal width; last the selected weights and the whole model.
         """
         head = ("layer", "shape", "weights", "zeros", "sparsity", "predicted rise")
         rows = [
@@ -267,15 +280,28 @@ class PruningReport:
             )
             for layer in self.layers
         ]
-        total = (
-            "total",
-            "",
-            f"{self.weights:,}",
-            f"{self.zeros:,}",
-            f"{self.sparsity:.2%}",
-            _number(self.predicted_increase),
-        )
-        return format_table(head, rows, total)
+        totals = [
+            (
+                "selected",
+                "",
+                f"{self.weights:,}",
+                f"{self.zeros:,}",
+                f"{self.sparsity:.2%}",
+                _number(self.predicted_increase),
+            )
+        ]
+        if self.model_sparsity is not None:
+            totals.append(
+                (
+                    "whole model",
+                    "",
+                    f"{self.model_parameters:,}",
+                    f"{self.model_zeros:,}",
+                    f"{self.model_sparsity:.2%}",
+                    "",
+                )
+            )
+        return format_table(head, rows, *totals)
 
 
 def format_steps(reports: Sequence[PruningReport]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "Candidates",
     "Selector",
+    "find_untrained",
     "is_too_sparse",
     "layers_of",
     "prune_zeros",
@@ -15,6 +16,7 @@ __all__ = [
 ]
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +118,8 @@ class Selector:
         if self.pattern.is_grouped:
             costs, leaving = criterion.score_groups(weights, active.runs, self.pattern)
             layers = active.group_layers()
-            each = [self.pattern.removed_per_group(s) for s in self._shapes()]
+            shapes = layers_of(self._masks).shapes
+            each = [self.pattern.removed_per_group(shape) for shape in shapes]
             sizes = self._by_layer(each, layers)
             scores = costs / sizes
         else:
@@ -253,9 +256,6 @@ class Selector:
     def _by_layer(self, values: list[int] | tuple[int, ...], layers: Tensor) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=layers.device)[layers]
 
-    def _shapes(self) -> list[torch.Size]:
-        return [p.shape for p in self._masks.parameters.values()]
-
 
 def layers_of(masks: Masks) -> Layers:
     """Describe the selected parameters.
@@ -266,16 +266,18 @@ def layers_of(masks: Masks) -> Layers:
     Returns:
         Names, shapes, weights and zeros.
     """
-    parameters = masks.parameters.values()
+    parameters = masks.parameters
     return Layers(
-        tuple(masks.parameters),
-        tuple(tuple(p.shape) for p in parameters),
-        tuple(p.numel() for p in parameters),
+        tuple(parameters),
+        tuple(tuple(masks.outputs_first(n, p).shape) for n, p in parameters.items()),
+        tuple(p.numel() for p in parameters.values()),
         tuple(masks.zeros().values()),
     )
 
 
-def prune_zeros(masks: Masks, selection: SelectionConfig) -> None:
+def prune_zeros(
+    masks: Masks, selection: SelectionConfig, left_dense: Container[str] = ()
+) -> None:
     """Mark weights that are exactly zero as pruned. Call on all ranks.
 
     With a pattern, only groups with all the zeros that the pattern asks for count.
@@ -283,17 +285,39 @@ def prune_zeros(masks: Masks, selection: SelectionConfig) -> None:
     Args:
         masks: masks of a network that may be sparse; changed.
         selection: the settings.
+        left_dense: names of tensors whose zeros do not count.
     """
     pattern = parse_pattern(selection.pattern)
-    if not pattern.is_grouped:
-        masks.prune_zeros()
-        return
-    masks.prune(
-        {
-            name: pattern.complete_groups(masks.local(name) == 0)
-            for name in masks.parameters
-        }
-    )
+    pruned = {}
+    for name in masks.parameters:
+        if name in left_dense:
+            continue
+        zero = masks.outputs_first(name, masks.local(name) == 0)
+        if pattern.is_grouped:
+            zero = pattern.complete_groups(zero)
+        pruned[name] = masks.outputs_first(name, zero).contiguous()
+    masks.prune(pruned)
+
+
+def find_untrained(masks: Masks, share: float = 0.99) -> list[str]:
+    """Find the tensors whose active weights are all exactly zero. Call on all ranks.
+
+    The saliency of a zero is zero. Pruned by it, a tensor that was initialized with zeros
+    would lose all of its weights.
+
+    Args:
+        masks: which weights are selected and pruned.
+        share: smallest share of zeros.
+
+    Returns:
+        Names of the tensors.
+    """
+    zeros, gone = masks.active_zeros(), masks.zeros()
+    return [
+        name
+        for name, parameter in masks.parameters.items()
+        if zeros[name] and zeros[name] >= share * (parameter.numel() - gone[name])
+    ]
 
 
 def weights_to_remove(

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.report import (
@@ -15,6 +17,7 @@ from lightning_woodfisher.pruning.report import (
     LocalModelPoint,
     PruningReport,
 )
+from lightning_woodfisher.weights.layers import count_zeros
 from lightning_woodfisher.weights.masks import Masks
 
 
@@ -52,6 +55,7 @@ def summarize(
     results: Sequence[StageResult],
     config: PruningConfig,
     masks: Masks,
+    model: nn.Module,
     zeros_before: Mapping[str, int],
     communicator: Communicator,
     *,
@@ -64,6 +68,7 @@ def summarize(
         results: one for each stage, in order.
         config: settings of the step.
         masks: masks after the step.
+        model: the network after the step.
         zeros_before: pruned weights of each parameter before the step.
         communicator: the ranks.
         sent: bytes that this rank has sent.
@@ -87,6 +92,7 @@ def summarize(
         )
         for i, (name, parameter) in enumerate(masks.parameters.items())
     )
+    model_zeros, model_parameters = count_zeros(model, communicator)
     notes = dict.fromkeys(r.collection for r in results if r.collection)
     return PruningReport(
         criterion=config.criterion,
@@ -108,6 +114,8 @@ def summarize(
         first_order_scales=tuple(r.scales[1] for r in results if len(r.scales) > 1),
         updates=tuple(r.update for r in results),
         local_model=tuple(r.local_model for r in results if r.local_model),
+        model_parameters=model_parameters,
+        model_zeros=model_zeros,
         **fields,
     )
 

@@ -52,7 +52,7 @@ def require_supported_device(
         found = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise ConfigurationError(
             f"the selected weights are on several devices ({found}); move the model to "
-            "one device, or restrict the selection with selection.include or exclude."
+            "one device, or restrict the selection with selection.only or exclude."
         )
     for device in devices:
         if device.type == "mps":
@@ -110,7 +110,7 @@ def fit_into_memory(
     zeros, parameters = masks.zeros(), masks.parameters
     workload = Workload(
         config,
-        [parameter.shape for parameter in parameters.values()],
+        [masks.outputs_first(name, p).shape for name, p in parameters.items()],
         [parameter.numel() - zeros[name] for name, parameter in parameters.items()],
         comm.world_size,
         max(parameter.element_size() for parameter in parameters.values()),

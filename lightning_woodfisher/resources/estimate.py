@@ -34,7 +34,11 @@ from lightning_woodfisher.resources.costs import (
     count_traffic,
 )
 from lightning_woodfisher.resources.workload import Workload
-from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.layers import (
+    find_inputs_first,
+    prunable_parameters,
+)
+from lightning_woodfisher.weights.masks import Masks
 
 # Most ranks that are proposed.
 _MOST_RANKS = 2**16
@@ -268,8 +272,13 @@ def estimate(
     weight_bytes = 4
     if isinstance(model_or_shapes, nn.Module):
         chosen = config.selection
-        found = prunable_parameters(model_or_shapes, chosen.include, chosen.exclude)
-        shapes = [tuple(parameter.shape) for parameter in found.values()]
+        found = prunable_parameters(
+            model_or_shapes, chosen.include, chosen.exclude, chosen.only
+        )
+        masks = Masks(found, find_inputs_first(model_or_shapes, list(found)))
+        shapes = [
+            tuple(masks.outputs_first(name, p).shape) for name, p in found.items()
+        ]
         weight_bytes = max(parameter.element_size() for parameter in found.values())
     else:
         shapes = [tuple(shape) for shape in model_or_shapes.values()]

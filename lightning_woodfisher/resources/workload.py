@@ -31,7 +31,7 @@ class Workload:
 
     Attributes:
         config: settings of the step.
-        shapes: shape of each selected tensor.
+        shapes: shape of each selected tensor, outputs first.
         active: number of weights of each tensor that are not pruned yet.
         world_size: number of ranks, R.
         weight_bytes: bytes of one weight in the model.

@@ -59,7 +59,7 @@ class StructureConfig:
             FLOPs), ``"parameters"`` or ``"structures"`` (channels).
         per_cost: divide the score of a structure by what it costs in the dense network, in
             units of ``measure``. The target is then reached at a smaller sum of scores.
-        include: class paths of layers, or regular expressions on their names, that may be
+        only: class paths of layers, or regular expressions on their names, that may be
             pruned; empty for all layers. Used when the network is traced.
         exclude: class paths or regular expressions of layers that are not pruned.
         min_kept: smallest number of structures that every group keeps.
@@ -81,7 +81,7 @@ class StructureConfig:
     probes: int = 300
     measure: Measure = "macs"
     per_cost: bool = False
-    include: list[str] = field(default_factory=list)
+    only: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     min_kept: int = 2
     min_kept_share: float = 0.05

@@ -305,7 +305,7 @@ def prune_structures(
                 "groups from an earlier call."
             )
         groups = trace_groups(
-            model, example_inputs, include=config.include, exclude=config.exclude
+            model, example_inputs, only=config.only, exclude=config.exclude
         ).groups
     masks = Masks(masked_parameters(model, groups))
     comm = Communicator(next(iter(masks.parameters.values())).device)

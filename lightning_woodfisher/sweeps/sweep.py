@@ -33,8 +33,13 @@ from lightning_woodfisher.pruning.config import (
     check_sparsity,
 )
 from lightning_woodfisher.pruning.pruner import Pruner
+from lightning_woodfisher.pruning.quotas import require_layers_fit
 from lightning_woodfisher.pruning.report import PruningReport
-from lightning_woodfisher.pruning.selector import is_too_sparse
+from lightning_woodfisher.pruning.selector import (
+    is_too_sparse,
+    layers_of,
+    prune_zeros,
+)
 from lightning_woodfisher.resources.budget import (
     fit_into_memory,
     free_bytes,
@@ -46,8 +51,12 @@ from lightning_woodfisher.sweeps.stored_rows import (
     StoredEvaluator,
     gradient_settings,
 )
-from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.layers import (
+    find_inputs_first,
+    prunable_parameters,
+)
 from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.weights.patterns import require_pattern_fits
 
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
 
@@ -257,6 +266,7 @@ def _prepare(setting: Setting, source: LossSource, comm: Communicator) -> Settin
             f"target_sparsity={target} is below the {masks.sparsity():.4f} that the "
             "network already has; pruning can only add zeros."
         )
+    require_layers_fit(config.selection, layers_of(masks), target)
     if config.reads_data:
         fisher = config.fisher
         source.batches(
@@ -267,10 +277,13 @@ def _prepare(setting: Setting, source: LossSource, comm: Communicator) -> Settin
 
 
 def _make_masks(model: nn.Module, selection: SelectionConfig) -> Masks:
-    parameters = prunable_parameters(model, selection.include, selection.exclude)
+    parameters = prunable_parameters(
+        model, selection.include, selection.exclude, selection.only
+    )
     require_supported_device(model, parameters)
-    masks = Masks(parameters)
-    masks.prune_zeros()
+    require_pattern_fits(model, parameters, selection.pattern)
+    masks = Masks(parameters, find_inputs_first(model, list(parameters)))
+    prune_zeros(masks, selection)
     return masks
 
 
@@ -318,7 +331,7 @@ def _sort_key(setting: Setting) -> tuple[str, ...]:
     fisher, selection = config.fisher, config.selection
     # The blocks decide which rank owns a weight, and so which rank stores its gradients.
     return (
-        repr((selection.include, selection.exclude)),
+        repr((selection.include, selection.exclude, selection.only)),
         repr(gradient_settings(fisher)),
         repr(config.step.seed),
         repr(fisher.block_size),

@@ -64,8 +64,10 @@ class ActiveWeights:
         self._in_groups = dict.fromkeys(masks.parameters, 0)
         self._group_sizes: list[int] | None = None
         if pattern.is_grouped:
-            shapes = [parameter.shape for parameter in masks.parameters.values()]
-            self._group_sizes = [pattern.group_size(shape) for shape in shapes]
+            self._group_sizes = [
+                pattern.group_size(masks.outputs_first(name, parameter).shape)
+                for name, parameter in masks.parameters.items()
+            ]
             self.positions = {name: self._by_group(name) for name in masks.parameters}
         else:
             self.positions = {
@@ -301,7 +303,10 @@ class ActiveWeights:
         """Return the positions of the active weights of a tensor in order of its groups."""
         pattern, kept = self.pattern, self._masks.kept(name)
         places = torch.arange(kept.numel(), device=kept.device).view(kept.shape)
-        groups, active = pattern.grouped(places), pattern.grouped(kept)
+        groups, active = (
+            pattern.grouped(self._masks.outputs_first(name, tensor))
+            for tensor in (places, kept)
+        )
         number, size = active.sum(dim=1), groups.shape[1]
         dense = number == size
         if bool((~dense & (number != pattern.kept)).any()):

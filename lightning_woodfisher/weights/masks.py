@@ -18,7 +18,7 @@ __all__ = ["Masks"]
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +43,21 @@ class Masks:
 
     Args:
         parameters: those that may be pruned, by name; held by reference.
+        inputs_first: names of those that have their inputs in the first dimension:
+            :func:`~.layers.find_inputs_first`.
 
     Attributes:
+        inputs_first: as given.
         sharded: whether each rank holds only a shard of every parameter.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        inputs_first: Container[str] = frozenset(),
+    ) -> None:
         self.parameters = dict(parameters)
+        self.inputs_first = inputs_first
         self.sharded = any(is_sharded(p) for p in self.parameters.values())
         # True where the weight is pruned, as masked_fill_ needs it. Parameters without
         # pruned weights have no entry, so that a dense network needs no memory for masks.
@@ -75,6 +83,18 @@ class Masks:
             unless it is sharded.
         """
         return to_local(self.parameters[name])
+
+    def outputs_first(self, name: str, tensor: Tensor) -> Tensor:
+        """View a tensor with its outputs in the first and inputs in the second dimension.
+
+        Args:
+            name: the parameter.
+            tensor: of the shape of the parameter, or the result of this method.
+
+        Returns:
+            View of the tensor; applied twice, the tensor itself.
+        """
+        return tensor.transpose(0, 1) if name in self.inputs_first else tensor
 
     def kept(self, name: str) -> Tensor:
         """Return the mask of a parameter on this rank.
@@ -202,6 +222,16 @@ class Masks:
         """Mark the weights that are exactly zero as pruned. Call on all ranks."""
         self.prune({name: self.local(name) == 0 for name in self.parameters})
 
+    def active_zeros(self) -> dict[str, int]:
+        """Count the weights that are exactly zero and not pruned. Call on all ranks.
+
+        Returns:
+            Their number on all ranks, for every parameter by name.
+        """
+        return self._count(
+            {n: (self.local(n) == 0) & self.kept(n) for n in self.parameters}
+        )
+
     def require_equal_on_ranks(self, communicator: Communicator, when: str) -> None:
         """Check that all ranks hold the same weights and masks. Call on all ranks.
 
@@ -275,7 +305,7 @@ class Masks:
             if name not in self.parameters:
                 raise ConfigurationError(
                     f"the checkpoint has a mask for {name!r}, which is not among the "
-                    "selected parameters; use the include and exclude of that run."
+                    "selected parameters; use the selection of that run."
                 )
             shape = self.parameters[name].shape
             if kept.shape != shape:

@@ -2,8 +2,9 @@
 
 Groups of N:M and of blocks run along the inputs of a layer: consecutive columns of a Linear
 weight ``[out, in]``, and consecutive input channels at one position of the kernel of a
-convolution ``[out, in, h, w]``. Sparse matrix products read a convolution in this order
-(channels last), and hardware accelerates 2:4 in this order.
+convolution ``[out, in, h, w]``. Weights that have their inputs first (transposed convolutions,
+``Conv1D``) are viewed with their outputs first. Sparse matrix products read a convolution in
+this order (channels last), and hardware accelerates 2:4 in this order.
 
 The cost of a group is its joint saliency ½ w_Sᵀ([F⁻¹]_SS)⁻¹w_S: the increase of the quadratic
 model if S is removed and all other weights of the block are re-optimized.
@@ -32,9 +33,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.distributed.dtensor import is_sharded
+from lightning_woodfisher.weights.layers import find_inputs_first
 
 _LARGEST_GROUP = 8
 _LARGEST_BLOCK = 64
@@ -73,7 +75,7 @@ class Pattern:
         """Count the weights of a group.
 
         Args:
-            shape: shape of the tensor.
+            shape: shape of the tensor, outputs first.
 
         Returns:
             Their number.
@@ -84,7 +86,7 @@ class Pattern:
         """Count the weights that are removed from a group.
 
         Args:
-            shape: shape of the tensor.
+            shape: shape of the tensor, outputs first.
 
         Returns:
             Their number.
@@ -95,7 +97,8 @@ class Pattern:
         """View a tensor group by group.
 
         Args:
-            tensor: tensor of the shape of a weight, or of consecutive rows of it.
+            tensor: tensor of the shape of a weight, outputs first, or of consecutive rows
+                of it.
 
         Returns:
             ``[groups, group_size]``.
@@ -107,7 +110,7 @@ class Pattern:
         """Mark the zeros of groups that have enough of them.
 
         Args:
-            zero: bool, of the shape of a weight.
+            zero: bool, of the shape of a weight with its outputs first.
 
         Returns:
             bool, of the same shape: in each group with enough zeros the first ones, up to
@@ -203,12 +206,16 @@ def require_pattern_fits(
     if not pattern.is_grouped:
         return
     bad: dict[str, str] = {}
+    inputs_first = find_inputs_first(model, list(parameters))
     for name, parameter in parameters.items():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, _ConvTransposeNd):
-            bad[name] = "a transposed convolution has its inputs first"
-        elif pattern.kind != "rows" and parameter.shape[1] % pattern.size:
-            bad[name] = f"{parameter.shape[1]} inputs"
+        inputs = parameter.shape[0 if name in inputs_first else 1]
+        if name in inputs_first and getattr(owner, "groups", 1) > 1:
+            bad[name] = "a transposed convolution with groups"
+        elif name in inputs_first and is_sharded(parameter):
+            bad[name] = "its inputs are sharded over the ranks"
+        elif pattern.kind != "rows" and inputs % pattern.size:
+            bad[name] = f"{inputs} inputs"
     if bad:
         needs = "" if pattern.kind == "rows" else f" needs a multiple of {pattern.size}"
         listed = ", ".join(f"{name} ({why})" for name, why in bad.items())

@@ -64,8 +64,8 @@ def test_what_is_given_wins() -> None:
 
 
 def test_changing_one_does_not_change_the_next() -> None:
-    preset("bert_90")["selection"].include.append("other")
-    assert len(preset("bert_90")["selection"].include) == 1
+    preset("bert_90")["selection"].only.append("other")
+    assert len(preset("bert_90")["selection"].only) == 1
 
 
 def tree(names: list[str]) -> nn.Module:
@@ -86,7 +86,9 @@ def test_they_select_by_the_names_of_their_networks() -> None:
     bert = ["bert.encoder.layer.11.attention.self.query", "bert.pooler.dense"]
     inside = [*bert, "bert.encoder.layer.0.output.dense", "qa_outputs"]
     selection = preset("bert_90")["selection"]
-    chosen = prunable_parameters(tree(inside), selection.include, selection.exclude)
+    chosen = prunable_parameters(
+        tree(inside), exclude=selection.exclude, only=selection.only
+    )
     assert list(chosen) == [f"{bert[0]}.weight", f"{inside[2]}.weight"]
     blocks = [
         "conv1",
@@ -96,7 +98,9 @@ def test_they_select_by_the_names_of_their_networks() -> None:
         "fc",
     ]
     selection = preset("resnet20_oneshot")["selection"]
-    chosen = prunable_parameters(tree(blocks), selection.include, selection.exclude)
+    chosen = prunable_parameters(
+        tree(blocks), exclude=selection.exclude, only=selection.only
+    )
     assert list(chosen) == ["layer1.0.conv1.weight", "layer3.2.conv2.weight"]
 
 

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from conv1d import Conv1D
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -466,6 +467,37 @@ def test_factors_of_tokens_and_of_layers_called_twice() -> None:
     model = Tokens().double()
     found = factors(model, tokens(), cross_entropy, FisherConfig(12, 1))
     require_same(found, looped_factors(model, tokens(), cross_entropy))
+
+
+@pytest.mark.parametrize("update", ["joint", "independent", "none"])
+def test_kronecker_factors_of_weights_with_their_inputs_first(update: Any) -> None:
+    torch.manual_seed(0)
+    flipped = Tokens().double()
+    flipped.mix, flipped.out = Conv1D(6, 6).double(), Conv1D(4, 6).double()
+    plain = Tokens().double()
+    with torch.no_grad():
+        plain.out = nn.Linear(6, 4).double()
+        for name in ("mix", "out"):
+            layer, other = getattr(plain, name), getattr(flipped, name)
+            layer.weight.copy_(other.weight.T)
+            layer.bias.copy_(other.bias)
+    reports = [
+        prune(
+            model,
+            tokens(),
+            cross_entropy,
+            target_sparsity=0.5,
+            fisher=FisherConfig(12, 1),
+            step=StepConfig(update=update),
+            criterion="kfac",
+        )
+        for model in (flipped, plain)
+    ]
+    for name in ("mix", "out"):
+        found, expected = getattr(flipped, name).weight, getattr(plain, name).weight
+        torch.testing.assert_close(found.T, expected, rtol=1e-8, atol=1e-10)
+    predicted = [report.predicted_increase for report in reports]
+    assert predicted[0] == pytest.approx(predicted[1], rel=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conv1d import Conv1D
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -152,6 +153,25 @@ def test_linear_layers(samples: int, middle: tuple[int, ...]) -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
     inputs = torch.randn(4 * samples, *middle, 6, dtype=torch.float64)
     assert_same(model, inputs, 4)
+
+
+@pytest.mark.parametrize("middle", [(), (3,), (2, 3)])
+def test_layers_with_their_inputs_first(middle: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(5, 6), nn.Tanh(), nn.Linear(5, 4), Conv1D(3, 4))
+    inputs = torch.randn(8, *middle, 6, dtype=torch.float64)
+    assert_same(model.double(), inputs, 4)
+
+
+def test_a_conv1d_of_another_package_is_looped(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Conv1D(5, 6)
+    parameters = weights_of(layer)
+    assert find_obstacle(layer, parameters) is None
+    monkeypatch.setattr(Conv1D.forward, "__module__", "elsewhere")
+    assert find_obstacle(layer, parameters) == "weight belongs to a Conv1D"
+    monkeypatch.undo()
+    layer.forward = lambda x: x  # type: ignore[method-assign]
+    assert find_obstacle(layer, parameters) == "weight belongs to a Conv1D"
 
 
 @pytest.mark.parametrize("samples", [1, 3, 16])

@@ -113,6 +113,13 @@ BAD: list[tuple[str, Callable[[], dict[str, Any]], Any, str]] = [
     ("update", lambda: {"update": "jiont"}, Counting, "'jiont'.*mean 'joint'"),
     ("parts", lambda: {"recompute_steps": 0}, Counting, "recompute_steps=0"),
     ("include", lambda: selection(include=["nte.5"]), Counting, "'nte.5' matches no"),
+    ("only", lambda: selection(only=["nte.5"]), Counting, "'nte.5' matches no"),
+    (
+        "include and only",
+        lambda: selection(only=["net.0"], include=["net.5"]),
+        Counting,
+        "only=.* replaces the default .* put all patterns into one",
+    ),
     ("exclude", lambda: selection(exclude=["LSTM"]), Counting, "'LSTM' matches no"),
     ("pattern", lambda: selection(include=["net.("]), Counting, "regular expression"),
     ("all excluded", lambda: selection(exclude=["net"]), Counting, "Nothing to prune"),
@@ -191,7 +198,7 @@ def test_an_endless_training_needs_an_end_of_the_ramp() -> None:
 
 def test_two_callbacks_on_the_same_weights_are_refused() -> None:
     pruners = [
-        pruning(selection=SelectionConfig(include=include))
+        pruning(selection=SelectionConfig(only=include))
         for include in (["Conv2d", "net.5"], ["Linear"])
     ]
     module = Counting()

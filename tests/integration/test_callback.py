@@ -137,9 +137,16 @@ def test_the_plan_is_printed_before_training(caplog: pytest.LogCaptureFixture) -
             shown.append(caplog.text)
 
     pruner = pruning(schedule=PolynomialSchedule(0, 1, degree=1.0), target_sparsity=0.5)
-    trainer(First(), pruner).fit(Classifier(), loader())
+    module = Classifier()
+    trainer(First(), pruner).fit(module, loader())
     lines = [line.split() for line in shown[0].splitlines()]
     assert "Pruning 1,371 weights of 3 tensors by woodfisher" in shown[0]
+    parameters = sum(p.numel() for p in module.parameters())
+    assert f"1,371 of {parameters:,} parameters" in shown[0]
+    assert "Linear (2), Conv2d (1)" in shown[0]
+    assert "(biases, norms and other vectors): net." in shown[0]
+    whole = pruner.reports[0].model_sparsity
+    assert f"Pruned to 25.02% ({whole:.2%} of the whole model)" in shown[0]
     assert ["epoch", "0", "25.00%", "1,028"] in lines
     assert ["epoch", "1", "50.00%", "685"] in lines
 
@@ -498,7 +505,7 @@ def test_masks_after_fit() -> None:
 
 def test_two_callbacks_on_different_weights() -> None:
     pruners = [
-        pruning(target_sparsity=s, selection=SelectionConfig(include=[include]))
+        pruning(target_sparsity=s, selection=SelectionConfig(only=[include]))
         for s, include in ((0.5, "Conv2d"), (0.9, "Linear"))
     ]
     module = Classifier()
@@ -670,7 +677,7 @@ class Uneven(Classifier):
             self.net[5].weight.view(-1)[:1270] = 0.0
 
 
-@pytest.mark.parametrize("target", [0.5, 0.95])
+@pytest.mark.parametrize("target", [0.5, 0.95, 0.985])
 def test_a_sparse_layer_does_not_keep_the_schedule_from_the_others(
     target: float,
 ) -> None:
@@ -681,9 +688,18 @@ def test_a_sparse_layer_does_not_keep_the_schedule_from_the_others(
         selection=SelectionConfig(scope="layer"),
     )
     module = Uneven()
+    if target < 1270 / 1296:
+        with pytest.raises(
+            ConfigurationError, match=r"net\.5\.weight \(0\.9799, target"
+        ):
+            trainer(pruner).fit(module, loader())
+        return
+    # The first step wants less than the layer has.
     trainer(pruner).fit(module, loader())
     zeros = [int((module.net[i].weight == 0).sum()) for i in (0, 5, 7)]
-    assert zeros == [round(target * 27), 1270, round(target * 48)]
+    assert zeros == [round(target * count) for count in (27, 1296, 48)]
+    first = [layer.zeros_after for layer in pruner.reports[0].layers]
+    assert first[1] == 1270
     assert len(pruner.reports) == 2
 
 

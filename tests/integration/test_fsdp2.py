@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from conv1d import Conv1D
 from fits import (
     Classifier,
     Reseed,
@@ -55,7 +56,7 @@ from lightning_woodfisher.gradients.sharded import collect_sharded_gradients
 from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.pruner import Pruner
-from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.layers import count_zeros, prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
 
 pytestmark = [
@@ -283,6 +284,10 @@ def test_a_sharded_step_is_that_of_one_process(ranks: RankPool) -> None:
 # ---------------------------------------------------------------- uneven shards
 
 
+def biases(net: nn.Module) -> list[Any]:
+    return [p for name, p in net.named_parameters() if name.endswith("bias")]
+
+
 def uneven(world_size: int) -> tuple[list[int], dict[str, Tensor], list[list[int]]]:
     """Job: masks of shards of which some are short or empty, there and back."""
     seed_all(6)
@@ -299,6 +304,10 @@ def uneven(world_size: int) -> tuple[list[int], dict[str, Tensor], list[list[int
         part = take_local(wanted[name], parameter)
         assert part.shape == parameter.to_local().shape
         assert torch.equal(masks.local(name) == 0, part)
+    # All parameters of the model, biases included, over all ranks.
+    zeros, number = count_zeros(net, Communicator(torch.device("cpu")))
+    assert zeros == 9 + sum(int((p.full_tensor() == 0).sum()) for p in biases(net))
+    assert number == 20 + 5 + 5 + 1
     again = Masks(parameters)
     again.prune_zeros()
     assert again.zeros() == masks.zeros()
@@ -462,6 +471,8 @@ def refused() -> dict[str, str]:
     for parameter in net.parameters():
         parameter._spec = dataclasses.replace(parameter._spec, mesh=mesh)
     attempt("offloaded", net)
+    first = nn.Sequential(nn.Flatten(), Conv1D(4, 36))
+    attempt("inputs", shard(first, mesh), selection=SelectionConfig(pattern="2:4"))
     return messages
 
 
@@ -475,6 +486,7 @@ def test_other_layouts_are_refused_by_name(ranks: RankPool) -> None:
         assert (
             "kept on cpu and computed on cuda (CPUOffloadPolicy)" in found["offloaded"]
         )
+        assert "1.weight (its inputs are sharded over the ranks)" in found["inputs"]
         for criterion in ("kfac", "hessian_diagonal"):
             assert f"'{criterion}' needs whole parameters" in found[criterion]
 

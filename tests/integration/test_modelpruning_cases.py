@@ -133,7 +133,7 @@ def test_layers_are_named_in_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
             "init_args": {"epoch": 0},
         },
         "fisher": {"num_gradients": 4, "gradient_batch_size": 2},
-        "selection": {"include": [r"net\.5"], "scope": "layer"},
+        "selection": {"only": [r"net\.5"], "scope": "layer"},
     }
     path = "lightning_woodfisher.WoodFisherPruningCallback"
     callbacks = [{"class_path": path, "init_args": settings}]

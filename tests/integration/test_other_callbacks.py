@@ -49,6 +49,7 @@ from torch.utils.data import DataLoader
 
 from lightning_woodfisher import (
     ConfigurationError,
+    ConstantSchedule,
     FisherConfig,
     OneShotSchedule,
     PolynomialSchedule,
@@ -407,9 +408,33 @@ def test_adapters_are_pruned_and_their_frozen_base_is_not() -> None:
     require_pruned(pruner, module)
     assert list(pruner.masks.parameters) == ["net.1.down.weight", "net.1.up.weight"]
     assert torch.equal(module.net[1].base.weight, base)
-    asked = pruning(selection=SelectionConfig(include=[r"base\.weight"]))
+    asked = pruning(selection=SelectionConfig(only=[r"base\.weight"]))
     with pytest.raises(ConfigurationError, match="matches no trainable weight"):
         trainer(asked).fit(Classifier(build=build), loader())
+
+
+@pytest.mark.parametrize("schedule", [PolynomialSchedule(0, 1), ConstantSchedule()])
+def test_an_adapter_that_starts_at_zero_lives(schedule: Any) -> None:
+    def build() -> nn.Module:
+        adapted = Adapted(nn.Linear(64, CLASSES))
+        nn.init.zeros_(adapted.up.weight)
+        return nn.Sequential(nn.Flatten(), adapted)
+
+    seed_all(1)
+    by_layer = SelectionConfig(scope="layer")
+    pruner = pruning(schedule=schedule, selection=by_layer)
+    module = Classifier(build=build)
+    constant = isinstance(schedule, ConstantSchedule)
+    told = "nothing but zeros" if constant else r"not pruned in this step.*net\.1\.up"
+    with pytest.warns(UserWarning, match=told):
+        trainer(pruner).fit(module, loader())
+    up = module.net[1].up.weight
+    assert int((up != 0).sum()) >= up.numel() // 4
+    if constant:
+        assert pruner.masks.sparsity() == 0
+    else:
+        assert pruner.reports[0].layers[1].zeros_after == 0
+        require_pruned(pruner, module)
 
 
 # ---------------------------------------------------------------- layers
@@ -503,12 +528,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str], list[str]]] = {
     ),
     "LSTM": (
         lambda: Sequences(nn.LSTM(8, 6, batch_first=True), 6),
-        ["LSTM", "Linear"],
+        [],
         ["layer.weight_ih_l0", "layer.weight_hh_l0", "head.weight"],
     ),
     "MultiheadAttention": (
         lambda: Sequences(nn.MultiheadAttention(8, 2, batch_first=True), 8),
-        ["MultiheadAttention", "Linear"],
+        [],
         ["layer.in_proj_weight", "layer.out_proj.weight", "head.weight"],
     ),
     "Embedding by default": (Words, [], ["head.weight"]),
@@ -531,7 +556,7 @@ def test_a_kind_of_layer(name: str) -> None:
     seed_all(1)
     pruner = pruning(
         schedule=PolynomialSchedule(0, 1),
-        selection=SelectionConfig(scope="layer", include=include),
+        selection=SelectionConfig(scope="layer", only=include),
     )
     sparse = name == "sparse Embedding"
     module = Classifier(descent if sparse else adamw, build)
@@ -553,7 +578,7 @@ def test_a_kind_of_layer(name: str) -> None:
 @pytest.mark.parametrize("wrap", [weight_norm, spectral_norm])
 def test_what_a_parametrization_computes_from_is_refused(wrap: Any) -> None:
     module = Counting(build=lambda: normalised(wrap))
-    chosen = SelectionConfig(include=[r"original"])
+    chosen = SelectionConfig(only=[r"original"])
     with pytest.raises(ConfigurationError, match="remove_parametrizations"):
         trainer(pruning(selection=chosen)).fit(module, loader())
     assert module.steps == 0

@@ -382,14 +382,15 @@ def test_a_lower_target_than_the_checkpoint_has_is_refused(checkpoint: str) -> N
 
 @pytest.mark.parametrize(
     "selection",
-    [SelectionConfig(exclude=["net.0"]), SelectionConfig(include=["net.5"])],
+    [SelectionConfig(exclude=["net.0"]), SelectionConfig(only=["net.5"])],
 )
 def test_another_selection_than_in_the_checkpoint_is_refused(
     checkpoint: str, selection: SelectionConfig
 ) -> None:
     pruner = pruning(schedule=epochs(), selection=selection)
     with pytest.raises(
-        ConfigurationError, match=r"run with \{'include': \[\], 'exclude': \[\]\}, but"
+        ConfigurationError,
+        match=r"run with \{'include': \[\], 'exclude': \[\], 'only': \[\]\}, but",
     ):
         trainer(pruner, max_epochs=6).fit(Classifier(), loader(), ckpt_path=checkpoint)
     # To look at the weights it does not matter.
@@ -414,13 +415,13 @@ def test_a_higher_target_than_the_steps_that_were_done_is_refused(
 
 
 def test_a_second_callback_may_join_a_resumed_run() -> None:
-    first = pruning(schedule=epochs(), selection=SelectionConfig(include=["Conv2d"]))
+    first = pruning(schedule=epochs(), selection=SelectionConfig(only=["Conv2d"]))
     saving = ModelCheckpoint(Path.cwd(), save_on_train_epoch_end=True)
     trainer(first, saving, max_epochs=EPOCHS, enable_checkpointing=True).fit(
         Classifier(), loader()
     )
     both = [
-        pruning(schedule=schedule, selection=SelectionConfig(include=[pattern]))
+        pruning(schedule=schedule, selection=SelectionConfig(only=[pattern]))
         for pattern, schedule in (
             ("Conv2d", epochs()),
             ("Linear", PolynomialSchedule(4, 4)),
@@ -436,7 +437,7 @@ def test_a_second_callback_may_join_a_resumed_run() -> None:
 def test_states_of_two_callbacks_are_kept_apart() -> None:
     def callbacks() -> list[WoodFisherPruningCallback]:
         return [
-            pruning(schedule=epochs(), selection=SelectionConfig(include=[pattern]))
+            pruning(schedule=epochs(), selection=SelectionConfig(only=[pattern]))
             for pattern in ("Conv2d", "Linear")
         ]
 

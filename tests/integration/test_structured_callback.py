@@ -420,7 +420,7 @@ class TwoCalls(Module):
     [
         ({"network": "nett"}, Module, "network='nett' is not called"),
         ({}, TwoCalls, "no module of TwoCalls that is called holds all"),
-        ({"config": config(include=["fc"])}, Module, "fc"),
+        ({"config": config(only=["fc"])}, Module, "fc"),
         ({"target": 0.95}, Module, "the limits of the groups allow"),
         ({"config": config(num_samples=49)}, Module, "num_samples=49"),
         ({"loss_method": "absent"}, Module, "loss_method='absent'"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conv1d import Conv1D
 from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -64,11 +65,12 @@ BY_HAND = {
     "first.weight": 2 * BATCH * 64 * 8 * 2 * 9,
     "grouped.weight": 2 * BATCH * 16 * 8 * 2 * 9,
     "twice.weight": 2 * 2 * BATCH * 16 * 8 * 8,
+    "attention.in_proj_weight": 2 * BATCH * 16 * 8 * 24,
     "attention.out_proj.weight": 2 * BATCH * 16 * 8 * 8,
     "head.weight": 2 * BATCH * 8 * 5,
 }
-# tᵀt and t(tᵀt), the input projection of the attention, QKᵀ and its product with V.
-OTHERS = BATCH * (2 * 2 * 16 * 8 * 8 + 2 * 16 * 8 * 24 + 2 * 2 * 16 * 16 * 8)
+# tᵀt and t(tᵀt), QKᵀ and its product with V.
+OTHERS = BATCH * (2 * 2 * 16 * 8 * 8 + 2 * 2 * 16 * 16 * 8)
 
 
 def counted(comm: Communicator, model: nn.Module, function: Any = loss) -> LayerFlops:
@@ -89,6 +91,108 @@ def test_every_tensor_gets_the_flops_of_its_products(comm: Communicator) -> None
     ]
 
 
+T, E, H = 7, 8, 6
+#: FLOPs by hand of each parameter of a layer, for 3 sequences of 7 tokens of size 8.
+FUSED: dict[str, tuple[nn.Module, dict[str, int], int]] = {
+    "attention": (
+        nn.MultiheadAttention(E, 2, batch_first=True),
+        {"in_proj_weight": 3 * E * E, "out_proj.weight": E * E},
+        2 * T * E,
+    ),
+    "separate projections": (
+        nn.MultiheadAttention(E, 2, kdim=E, vdim=E, batch_first=True),
+        {"in_proj_weight": 3 * E * E, "out_proj.weight": E * E},
+        2 * T * E,
+    ),
+    "encoder": (
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(E, 2, H, batch_first=True), 1),
+        {
+            "layers.0.self_attn.in_proj_weight": 3 * E * E,
+            "layers.0.self_attn.out_proj.weight": E * E,
+            "layers.0.linear1.weight": E * H,
+            "layers.0.linear2.weight": E * H,
+        },
+        2 * T * E,
+    ),
+    "lstm": (
+        nn.LSTM(E, H, batch_first=True, bidirectional=True),
+        {
+            "weight_ih_l0": 4 * E * H,
+            "weight_hh_l0": 4 * H * H,
+            "weight_ih_l0_reverse": 4 * E * H,
+            "weight_hh_l0_reverse": 4 * H * H,
+        },
+        0,
+    ),
+    "lstm with projections": (
+        nn.LSTM(E, H, batch_first=True, proj_size=2),
+        {"weight_ih_l0": 4 * E * H, "weight_hh_l0": 4 * H * 2, "weight_hr_l0": 2 * H},
+        0,
+    ),
+    "gru": (
+        nn.GRU(E, H, 1, batch_first=True),
+        {"weight_ih_l0": 3 * E * H, "weight_hh_l0": 3 * H * H},
+        0,
+    ),
+    "rnn": (
+        nn.RNN(E, H, 1, batch_first=True),
+        {"weight_ih_l0": E * H, "weight_hh_l0": H * H},
+        0,
+    ),
+    "Conv1D": (Conv1D(H, E), {"weight": E * H}, 0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*RNN module weights are not part of single")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_kernels_are_counted(
+    comm: Communicator, name: str, autocast: bool
+) -> None:
+    layer, products, others = FUSED[name]
+    model = nn.ModuleDict({"0": layer})
+    samples = TensorDataset(torch.randn(12, T, E))
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        x, layer = batch[0], model["0"]
+        many = isinstance(layer, nn.MultiheadAttention)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = layer(x, x, x, need_weights=False) if many else layer(x)
+        first = found[0] if isinstance(found, tuple) else found
+        return first.float().square().mean()
+
+    masks = Masks(prunable_parameters(model))
+    source = FunctionLoss(model, samples, loss)
+    before = torch.backends.mkldnn.enabled, torch.backends.mha.get_fastpath_enabled()
+    with source.session("eval"):
+        flops = count_flops(source, source.batches(4, BATCH, 0), masks, comm, 0)
+    assert before == (
+        torch.backends.mkldnn.enabled,
+        torch.backends.mha.get_fastpath_enabled(),
+    )
+    found = dict(zip(masks.parameters, flops.by_layer, strict=True))
+    tokens = 2 * BATCH * T
+    assert found == {f"0.{key}": tokens * count for key, count in products.items()}
+    assert flops.dense == sum(found.values()) + tokens * others
+
+
+def test_weights_that_are_parts_of_one_memory_are_told_apart(
+    comm: Communicator,
+) -> None:
+    # As cuDNN arranges the weights of recurrent layers.
+    model = nn.LSTM(E, H, batch_first=True)
+    flat = torch.randn(4 * H * (E + H))
+    model.weight_ih_l0 = nn.Parameter(flat[: 4 * H * E].view(4 * H, E))
+    model.weight_hh_l0 = nn.Parameter(flat[4 * H * E :].view(4 * H, H))
+    source = FunctionLoss(
+        model, TensorDataset(torch.randn(12, T, E)), lambda m, b: m(b[0])[0].mean()
+    )
+    masks = Masks(prunable_parameters(model))
+    with source.session("eval"):
+        flops = count_flops(source, source.batches(4, BATCH, 0), masks, comm, 0)
+    assert flops.by_layer == tuple(2 * BATCH * T * 4 * H * n for n in (E, H))
+
+
 def test_copies_in_the_dtype_of_autocast_count(comm: Communicator) -> None:
     def autocast(model: nn.Module, batch: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -99,10 +203,10 @@ def test_copies_in_the_dtype_of_autocast_count(comm: Communicator) -> None:
 
 def test_a_masked_network_needs_its_density(comm: Communicator) -> None:
     flops = counted(comm, Network())
-    none, everything = [0] * 5, list(flops.weights)
+    none, everything = [0] * 6, list(flops.weights)
     assert flops.masked(none) == flops.dense
     assert flops.masked(everything) == pytest.approx(OTHERS)
-    first = [flops.weights[0] // 2, 0, 0, 0, 0]
+    first = [flops.weights[0] // 2, 0, 0, 0, 0, 0]
     saved = BY_HAND["first.weight"] / 2
     assert flops.masked(first) == pytest.approx(flops.dense - saved)
 

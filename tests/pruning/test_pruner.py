@@ -336,14 +336,17 @@ def test_a_sparse_layer_does_not_count_for_the_others(
         seen.append(zeros_of(network))
         return cross_entropy(network, batch)
 
-    layer = SelectionConfig(scope="layer")
-    report = pruned(
-        model,
-        loss=loss,
-        target_sparsity=target,
-        selection=layer,
-        recompute_steps=parts,
-        criterion=criterion,
+    masks = Masks(prunable_parameters(model))
+    masks.prune_zeros()
+    config = PruningConfig(
+        criterion,
+        FISHER,
+        SelectionConfig(scope="layer"),
+        StepConfig(recompute_steps=parts),
+    )
+    # A step before the last one: the final target is above the sparsity of the layer.
+    report = Pruner(masks, config, Communicator()).step(
+        FunctionLoss(model, batches(), loss), target, final_sparsity=0.99
     )
     expected = {"0.weight": 126, "4.weight": round(target * 64)}
     assert zeros_of(model) == expected
@@ -354,6 +357,114 @@ def test_a_sparse_layer_does_not_count_for_the_others(
         round((1 - s) * 64) for s in shares
     }
     assert {found["0.weight"] for found in seen} == {126}
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        SelectionConfig(scope="layer"),
+        SelectionConfig(layer_targets={"0.weight": 0.6}),
+        SelectionConfig(scope="layer", layer_targets={"0.weight": 0.6}),
+    ],
+)
+def test_a_layer_with_more_zeros_than_its_target_is_refused(
+    selection: SelectionConfig,
+) -> None:
+    model = uneven()
+    before = bits(model)
+    with pytest.raises(ConfigurationError, match=r"0\.weight \(0\.9844, target 0\.6\)"):
+        # In all layers together there are fewer zeros than wanted.
+        pruned(
+            model,
+            target_sparsity=0.6 if selection.scope == "layer" else 0.8,
+            selection=selection,
+        )
+    assert same_bits(bits(model), before)
+
+
+# --- zeros of an initialization ---------------------------------------------------------
+
+
+def fresh(share: float) -> tuple[nn.Sequential, Masks]:
+    """A network whose last layer has that share of zeros, and masks without any."""
+    model = mlp()
+    with torch.no_grad():
+        flat = model[4].weight.view(-1)
+        flat[: round(share * len(flat))] = 0.0
+    return model, Masks(prunable_parameters(model))
+
+
+def step_of(
+    model: nn.Module, masks: Masks, target: float, final: float, **selection: Any
+) -> PruningReport:
+    config = PruningConfig("magnitude", FISHER, SelectionConfig(**selection))
+    source = FunctionLoss(model, batches(), cross_entropy)
+    return Pruner(masks, config, Communicator()).step(source, target, 0, final)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        {},
+        {"scope": "layer"},
+        {"layer_targets": {"0.weight": 0.5}},
+        {"layer_targets": {"4.weight": 0.5}},
+        {"max_layer_sparsity": 0.9},
+        {"pattern": "2:4"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("share", [0.995, 1.0])
+def test_a_layer_of_zeros_is_not_pruned_and_caught_up_later(
+    selection: dict[str, Any], share: float
+) -> None:
+    model, masks = fresh(share)
+    with pytest.warns(UserWarning, match=r"not pruned in this step.*: 4\.weight\."):
+        step_of(model, masks, 0.5, 0.5, **selection)
+    # The others reach the sparsity without it.
+    assert masks.zeros() == {"0.weight": 64, "4.weight": 0}
+    with torch.no_grad():
+        model[4].weight.copy_(torch.randn(4, 16))
+    step_of(model, masks, 0.5, 0.5, **selection)
+    assert sum(masks.zeros().values()) == 96
+
+
+def test_a_layer_with_many_zeros_is_pruned() -> None:
+    model, masks = fresh(0.9)
+    step_of(model, masks, 0.5, 0.5)
+    assert masks.zeros()["4.weight"] >= 57
+
+
+def test_zeros_that_masks_explain_are_no_initialization() -> None:
+    model, masks = fresh(1.0)
+    masks.prune({"4.weight": torch.arange(64).view(4, 16) > 0})
+    with torch.no_grad():
+        model[4].weight.view(-1)[0] = 1.0
+    step_of(model, masks, 0.6, 0.9)
+    assert masks.sparsity() == pytest.approx(0.6, abs=0.003)
+
+
+def test_nothing_but_zeros_leaves_the_network_as_it_is() -> None:
+    model, masks = fresh(1.0)
+    model[0].weight.data.zero_()
+    with pytest.warns(UserWarning, match=r"0\.weight, 4\.weight"):
+        report = step_of(model, masks, 0.5, 0.5)
+    assert report.sparsity == 0.0
+    assert report.model_sparsity == report.model_zeros / report.model_parameters > 0.8
+
+
+def test_the_sparsity_of_the_whole_model_counts_everything_once() -> None:
+    model = mlp()
+    model.add_module("tied", nn.Linear(8, 16))
+    model.tied.weight = model[0].weight
+    model.tied.bias.requires_grad_(False).zero_()
+    model.forward = lambda x: nn.Sequential.forward(model[:5], x)
+    report = pruned(model, target_sparsity=0.5)
+    everything = list(model.parameters())
+    zeros = sum(int((p == 0).sum()) for p in everything)
+    assert report.model_zeros == zeros >= 96 + 16
+    assert report.model_parameters == sum(p.numel() for p in everything)
+    assert report.metrics()["pruning/model_sparsity"] == report.model_sparsity
 
 
 def test_more_zeros_than_wanted_in_every_layer_are_refused() -> None:
@@ -879,7 +990,7 @@ def test_sparsity_outside_the_unit_interval_is_refused(target: float) -> None:
         ({"update": "jont"}, "'jont' .*Did you mean 'joint'"),
         ({"recompute_steps": 0}, "recompute_steps=0"),
         ({"recompute_steps": -2}, "recompute_steps=-2"),
-        ({"selection": SelectionConfig(include=["nope"])}, "'nope'"),
+        ({"selection": SelectionConfig(only=["nope"])}, "'nope'"),
         ({"selection": SelectionConfig(exclude=["Linear"])}, "Linear"),
     ],
 )
@@ -945,7 +1056,7 @@ def test_prediction_is_the_measured_rise_of_a_quadratic_loss(
         lambda network, batch: network(batch),
         update=update,
         target_sparsity=0.5,
-        selection=SelectionConfig(include=["weight"]),
+        selection=SelectionConfig(only=["weight"]),
         fisher=FisherConfig(num_gradients=number, block_size=block_size, damping=1e-2),
     )
     assert report.loss_before == 0.0

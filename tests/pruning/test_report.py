@@ -41,6 +41,8 @@ def report(**changes: object) -> PruningReport:
             world_size=2,
             epoch=3,
             step=40,
+            model_parameters=800,
+            model_zeros=640,
         ),
         **changes,
     )
@@ -57,6 +59,8 @@ BARE = report(
     loss_after=None,
     epoch=None,
     step=None,
+    model_parameters=None,
+    model_zeros=None,
 )
 
 
@@ -103,6 +107,7 @@ def test_totals() -> None:
 def test_metrics() -> None:
     assert report().metrics() == {
         "pruning/sparsity": 636 / 784,
+        "pruning/model_sparsity": 0.8,
         "pruning/target_sparsity": 0.81,
         "pruning/threshold": 2e-5,
         "pruning/damping": 1e-4,
@@ -149,13 +154,14 @@ def test_table() -> None:
         "93.75%",
         "-0.00025",
     ]
-    assert lines[-1].split() == ["total", "784", "636", "81.12%", "0.00075"]
-    assert set(lines[1]) == set(lines[-2]) == {"─"}
+    assert lines[-2].split() == ["selected", "784", "636", "81.12%", "0.00075"]
+    assert lines[-1].split() == ["whole", "model", "800", "640", "80.00%"]
+    assert set(lines[1]) == set(lines[-3]) == {"─"}
 
 
 def test_table_without_a_model_of_the_loss() -> None:
     assert BARE.to_table().splitlines()[-1].split() == [
-        "total",
+        "selected",
         "4",
         "2",
         "50.00%",

@@ -364,21 +364,21 @@ def test_reasons_stay_when_channels_unite() -> None:
     assert rest.members[0].structure_of.tolist() == [0, -1, 1]
 
 
-def test_include_and_exclude() -> None:
+def test_only_and_exclude() -> None:
     model = build("resnet")
 
     def names(**patterns: list[str]) -> list[str]:
         return [g.name for g in trace_groups(model, images(), **patterns).groups]
 
-    assert names(include=["first"]) == ["2.first.0", "3.first.0", "4.first.0"]
+    assert names(only=["first"]) == ["2.first.0", "3.first.0", "4.first.0"]
     # A layer that is tied to the one that matches goes along.
-    assert names(include=[r"4\.second"]) == ["3.second.0"]
+    assert names(only=[r"4\.second"]) == ["3.second.0"]
     assert names(exclude=["shortcut", r"^0\."]) == [
         "2.first.0",
         "3.first.0",
         "4.first.0",
     ]
-    assert names(include=["Conv2d"], exclude=["^3", "^4"]) == [
+    assert names(only=["Conv2d"], exclude=["^3", "^4"]) == [
         "0.0",
         "2.first.0",
     ]
@@ -387,11 +387,11 @@ def test_include_and_exclude() -> None:
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        ({"include": ["frist"]}, "matches no Conv or Linear layer"),
+        ({"only": ["frist"]}, "matches no Conv or Linear layer"),
         ({"exclude": ["nothing"]}, "matches no Conv or Linear layer"),
-        ({"include": ["("]}, "not a regular expression"),
-        ({"include": [r"^7$"]}, "output of the network"),
-        ({"include": [r"4\.second"], "exclude": ["shortcut"]}, "pruned together"),
+        ({"only": ["("]}, "not a regular expression"),
+        ({"only": [r"^7$"]}, "output of the network"),
+        ({"only": [r"4\.second"], "exclude": ["shortcut"]}, "pruned together"),
         ({"exclude": ["Conv2d"]}, "no group of channels"),
     ],
 )
@@ -431,6 +431,24 @@ def test_layers_with_computed_weights_stay() -> None:
     assert size.dense_macs == 36 * 6 * 27 + 4 * 6 * 72 + 6 * 4
     assert size.macs(removed) == 36 * 6 * 27 + 4 * 4 * 72 + 4 * 4
     assert size.parameters(removed) == size.dense_parameters - 2 * (72 + 1 + 4)
+
+
+def test_layers_with_complex_weights_stay() -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 6, dtype=torch.cfloat)
+            self.second = nn.Linear(6, 5)
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            spectrum = self.first(torch.fft.fft(x))
+            return self.head(torch.relu(self.second(spectrum.abs())))
+
+    torch.manual_seed(0)
+    traced = trace_groups(Spectrum(), torch.randn(2, 8))
+    assert producers(traced) == {"second": (5, {"second"})}
+    assert traced.left_out["first"] == "its weights are complex"
 
 
 def test_what_training_mode_alone_uses_is_reported() -> None:

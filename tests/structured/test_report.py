@@ -22,7 +22,7 @@ from lightning_woodfisher.structured.report import (
 )
 
 EVIL = "net.<b>stem</b> $x$"
-CHANNEL_KEY = "HAPPruningCallback{'include': [], 'exclude': [], 'network': None}"
+CHANNEL_KEY = "HAPPruningCallback{'only': [], 'exclude': [], 'network': None}"
 
 
 BARE = dict.fromkeys(("latency", "loss_before", "epoch", "step"))

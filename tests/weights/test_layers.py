@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from conv1d import Conv1D
 from torch import nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.weights.layers import prunable_parameters
+from lightning_woodfisher.weights.layers import (
+    describe_selection,
+    find_inputs_first,
+    prunable_parameters,
+)
 
 
 class Scaled(nn.Linear):
@@ -38,16 +45,91 @@ class Network(nn.Module):
 LINEAR = ["fc.weight", "own.weight", "attention.out_proj.weight"]
 CONVOLUTION = ["conv1.weight", "conv2.weight", "up.weight"]
 LSTM = ["lstm.weight_ih_l0", "lstm.weight_hh_l0"]
+DEFAULT = [*LINEAR, *CONVOLUTION, *LSTM, "attention.in_proj_weight"]
 
 
 def names(
-    model: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None
+    model: nn.Module,
+    only: list[str] | None = None,
+    exclude: list[str] | None = None,
+    include: list[str] | None = None,
 ) -> list[str]:
-    return list(prunable_parameters(model, include or [], exclude or []))
+    return list(prunable_parameters(model, include or [], exclude or [], only or []))
 
 
-def test_default_is_the_weights_of_linear_and_convolution() -> None:
-    assert sorted(names(Network())) == sorted(LINEAR + CONVOLUTION)
+def test_default_is_the_weights_of_linear_maps() -> None:
+    assert sorted(names(Network())) == sorted(DEFAULT)
+
+
+RECURRENT = {
+    nn.RNN(2, 3, 2): ["weight_ih_l0", "weight_hh_l0", "weight_ih_l1", "weight_hh_l1"],
+    nn.GRU(2, 3, bidirectional=True): [
+        "weight_ih_l0",
+        "weight_hh_l0",
+        "weight_ih_l0_reverse",
+        "weight_hh_l0_reverse",
+    ],
+    nn.LSTM(2, 4, proj_size=3): ["weight_ih_l0", "weight_hh_l0", "weight_hr_l0"],
+    nn.RNNCell(2, 3): ["weight_ih", "weight_hh"],
+    nn.LSTMCell(2, 3): ["weight_ih", "weight_hh"],
+    nn.GRUCell(2, 3): ["weight_ih", "weight_hh"],
+    nn.MultiheadAttention(4, 2, kdim=3, vdim=5, add_bias_kv=True): [
+        "q_proj_weight",
+        "k_proj_weight",
+        "v_proj_weight",
+        "out_proj.weight",
+    ],
+    Conv1D(5, 4): ["weight"],
+}
+
+
+@pytest.mark.parametrize("layer", RECURRENT, ids=lambda layer: type(layer).__name__)
+def test_every_matrix_of_a_layer_is_selected(layer: nn.Module) -> None:
+    assert names(layer) == RECURRENT[layer]
+    # Biases of attention have three dimensions.
+    assert names(layer, ["."]) == RECURRENT[layer]
+
+
+def test_a_convolution_of_another_package_that_is_no_linear_map() -> None:
+    other = type("Conv1D", (nn.Module,), {})()
+    other.weight = nn.Parameter(torch.ones(3, 4, 2))
+    assert names(nn.Sequential(other, nn.Linear(2, 2))) == ["1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "names"),
+    [
+        (nn.Linear(2, 3), set()),
+        (nn.Conv2d(2, 3, 1), set()),
+        (nn.LSTM(2, 3), set()),
+        (Conv1D(5, 4), {"0.weight"}),
+        (nn.ConvTranspose2d(2, 3, 1), {"0.weight"}),
+    ],
+)
+def test_weights_with_their_inputs_first(layer: nn.Module, names: set[str]) -> None:
+    model = nn.Sequential(layer)
+    assert find_inputs_first(model, list(prunable_parameters(model))) == names
+
+
+def test_include_adds_and_only_replaces() -> None:
+    model = Network()
+    added = names(model, include=["^free$", "Embedding"])
+    assert sorted(added) == sorted([*DEFAULT, "free", "embed.weight"])
+    assert sorted(names(model, ["^free$"])) == ["free"]
+    assert "fc.weight" not in names(model, None, ["^fc"], ["^free$"])
+    with pytest.raises(
+        ConfigurationError, match="'^nothing' matches no".replace("^", r"\^")
+    ):
+        names(model, include=["^nothing"])
+
+
+def test_complex_weights_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(8, 4, dtype=torch.cfloat), nn.Linear(4, 2))
+    with pytest.raises(ConfigurationError, match=r"0\.weight is complex") as caught:
+        names(model)
+    advice = re.search(r"exclude=(\[.*\])", str(caught.value))
+    assert advice is not None
+    assert names(model, None, eval(advice[1])) == ["1.weight"]
 
 
 def test_result_holds_the_parameters_in_the_order_of_the_model() -> None:
@@ -103,7 +185,8 @@ def test_a_regular_expression_passes_over_norms_embeddings_and_biases() -> None:
 
 def test_exclude_wins_over_include() -> None:
     assert names(Network(), ["Linear"], ["^fc"]) == ["own.weight", LINEAR[2]]
-    assert names(Network(), [], ["Linear", "ConvTranspose2d"]) == CONVOLUTION[:2]
+    left = names(Network(), [], ["Linear", "ConvTranspose2d"])
+    assert left == [*CONVOLUTION[:2], *LSTM, "attention.in_proj_weight"]
 
 
 def test_several_patterns_add_up() -> None:
@@ -131,12 +214,20 @@ def test_views_of_one_storage_count_once() -> None:
     assert names(nn.Sequential(first, second)) == ["0.weight"]
 
 
-def test_tied_embedding_is_selected_through_its_linear_use() -> None:
+@pytest.mark.parametrize("share", [lambda w: w, lambda w: nn.Parameter(w.detach())])
+def test_a_head_that_is_tied_to_an_embedding_stays_dense_unless_named(
+    share: Any,
+) -> None:
     embed, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
-    head.weight = embed.weight
-    model = nn.Sequential(embed, head)
-    assert names(model) == ["0.weight"]
-    assert names(model, [r"^1\.weight"]) == ["0.weight"]
+    head.weight = share(embed.weight)
+    model = nn.Sequential(embed, nn.Linear(3, 3), head)
+    assert names(model) == names(model, ["Linear"]) == ["1.weight"]
+    assert names(model, include=[r"^2\.weight"]) == ["0.weight", "1.weight"]
+    assert names(model, include=["Embedding"]) == ["0.weight", "1.weight"]
+    assert names(model, [r"^2\.weight"]) == ["0.weight"]
+    assert "left dense: 15 (tied to an embedding): 0.weight" in describe_selection(
+        model
+    )
 
 
 def test_a_module_used_twice_counts_once() -> None:
@@ -158,15 +249,82 @@ def test_tensors_that_a_weight_is_computed_from_are_no_weights() -> None:
         nn.utils.spectral_norm(model.conv2)
     nn.utils.parametrizations.orthogonal(model.own)
     assert sorted(names(model)) == sorted(
-        ["attention.out_proj.weight", "conv1.weight", "up.weight"]
+        {*DEFAULT} - {"fc.weight", "conv2.weight", "own.weight"}
     )
     with pytest.raises(
         ConfigurationError, match=r"own\.parametrizations\.weight.*remove_param"
     ):
         names(model, ["own"])
     alone = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
-    with pytest.raises(ConfigurationError, match="reparametrized are left out"):
+    with pytest.raises(ConfigurationError, match=r"leave no weight.*reparametrized"):
         names(alone)
+
+
+def norm(layer: nn.Module, key: str) -> None:
+    nn.utils.weight_norm(layer, key)
+
+
+def spectral(layer: nn.Module, key: str) -> None:
+    nn.utils.spectral_norm(layer, key)
+
+
+def masked(layer: nn.Module, key: str) -> None:
+    nn.utils.prune.identity(layer, key)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("change", [norm, spectral, masked])
+@pytest.mark.parametrize(
+    ("layer", "key"),
+    [(nn.Linear, "weight"), (nn.Conv1d, "weight"), (nn.LSTM, "weight_hh_l0")],
+)
+def test_sources_of_a_weight_are_refused_when_named(
+    change: Any, layer: Any, key: str
+) -> None:
+    model = nn.Sequential(layer(3, 3, 1), nn.Linear(3, 3))
+    before = names(model)
+    change(model[0], key)
+    sources = [n for n, _ in model.named_parameters() if f"{key}_" in n]
+    assert sources
+    assert names(model) == [name for name in before if name != f"0.{key}"]
+    assert "(reparametrized): " + sources[0][:8] in describe_selection(model)
+    for source in sources:
+        parameter = model.get_parameter(source)
+        if parameter.dim() > 1:
+            for options in ({"include": [source]}, {"only": [source]}):
+                with pytest.raises(
+                    ConfigurationError, match=r"is not the weight of a l"
+                ):
+                    names(model, **options)
+
+
+def test_a_description_has_at_most_five_lines() -> None:
+    model = Network()
+    model.fc.weight.requires_grad_(False)
+    model.tied = nn.Linear(4, 5)
+    model.tied.weight = model.embed.weight
+    nn.utils.parametrizations.orthogonal(model.own)
+    text = describe_selection(model, exclude=["conv1"])
+    first, *others = text.splitlines()
+    assert len(others) == 4
+    chosen = prunable_parameters(model, exclude=["conv1"])
+    weights = sum(p.numel() for p in chosen.values())
+    total = sum(p.numel() for p in model.parameters())
+    assert first.startswith(f"{weights:,} of {total:,} parameters")
+    assert "LSTM (2)" in first
+    for reason in (
+        "frozen",
+        "selection.exclude",
+        "tied",
+        "reparam",
+        "biases",
+        "include",
+    ):
+        assert reason in text
+    sizes = [int(n) for n in re.findall(r"(\d+) \(", "\n".join(others))]
+    assert sum(sizes) == total - weights
+    assert sizes == sorted(sizes, reverse=True)
+    assert "not in selection.only" in describe_selection(model, only=["conv2"])
 
 
 @pytest.mark.parametrize("include", [None, ["1"]])

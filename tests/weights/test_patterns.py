@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conv1d import Conv1D
 from dense_inverse import sub_blocks, to_dense
 from hypothesis import given
 from hypothesis import strategies as st
@@ -517,9 +518,73 @@ def test_a_pattern_that_does_not_divide_a_layer_names_all_of_them(pattern: str) 
     assert list(left) == ["0.weight"]
 
 
+def transposed(layer: nn.Module) -> Tensor:
+    """The weight as ``[outputs, positions of the kernel, inputs]``."""
+    weight = layer.weight.detach().transpose(0, 1).movedim(1, -1)
+    return weight.reshape(len(weight), -1, weight.shape[-1])
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "block2", "rows"])
-def test_transposed_convolutions_are_refused(pattern: str) -> None:
-    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 2))
+@pytest.mark.parametrize("criterion", ["woodfisher", "diagonal_fisher", "magnitude"])
+@pytest.mark.parametrize(
+    "build", [lambda: Conv1D(6, 8), lambda: nn.ConvTranspose1d(8, 6, 3)]
+)
+def test_groups_of_weights_with_their_inputs_first(
+    build: Any, criterion: str, pattern: str
+) -> None:
+    torch.manual_seed(0)
+    layer = build()
+    shape = (24, 5, 8) if isinstance(layer, Conv1D) else (24, 8, 5)
+    model = nn.Sequential(layer)
+    data = TensorDataset(torch.randn(shape))
+    report = prune(
+        model,
+        data,
+        lambda m, b: m(b[0]).square().mean(),
+        target_sparsity=0.5,
+        criterion=criterion,
+        fisher=FisherConfig(12, 2, block_size=16),
+        selection=SelectionConfig(pattern=pattern),
+    )
+    assert report.sparsity == 0.5
+    zero = transposed(layer) == 0
+    if pattern == "2:4":
+        assert set(zero.unflatten(-1, (-1, 4)).sum(dim=-1).flatten().tolist()) == {2}
+    elif pattern == "block2":
+        assert set(zero.unflatten(-1, (-1, 2)).sum(dim=-1).flatten().tolist()) == {0, 2}
+    else:
+        outputs = zero.flatten(1)
+        assert outputs.all(dim=1).sum() == (~outputs).all(dim=1).sum() == 3
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "block2", "rows"])
+@pytest.mark.parametrize("criterion", ["woodfisher", "magnitude"])
+def test_an_orientation_does_not_change_what_is_pruned(
+    criterion: str, pattern: str
+) -> None:
+    torch.manual_seed(0)
+    flipped = nn.Sequential(Conv1D(6, 8))
+    plain = nn.Sequential(nn.Linear(8, 6))
+    with torch.no_grad():
+        plain[0].weight.copy_(flipped[0].weight.T)
+        plain[0].bias.copy_(flipped[0].bias)
+    data = TensorDataset(torch.randn(24, 5, 8))
+    for model in (flipped, plain):
+        prune(
+            model.double(),
+            TensorDataset(data.tensors[0].double()),
+            lambda m, b: m(b[0]).square().mean(),
+            target_sparsity=0.5,
+            criterion=criterion,
+            fisher=FisherConfig(12, 2, block_size=48),
+            selection=SelectionConfig(pattern=pattern),
+        )
+    torch.testing.assert_close(flipped[0].weight.T, plain[0].weight)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "block2", "rows"])
+def test_transposed_convolutions_with_groups_are_refused(pattern: str) -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2))
     with pytest.raises(ConfigurationError, match=r"0.weight \(a transposed"):
         prune(
             model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["TraceResult", "trace_groups"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ def trace_groups(
     model: nn.Module,
     example_inputs: Any,
     *,
-    include: Sequence[str] = (),
+    only: Sequence[str] = (),
     exclude: Sequence[str] = (),
     seed: int = 0,
 ) -> TraceResult:
@@ -48,7 +48,7 @@ def trace_groups(
     A pattern is a class path of a layer (``Conv2d``, ``torch.nn.Linear``) or else a
     regular expression that is searched in the layer's name. A group is chosen if a pattern
     matches one of its producing layers; all layers of the group are pruned together. A
-    layer that matches ``include`` and ``exclude`` is excluded.
+    layer that matches ``only`` and ``exclude`` is excluded.
 
     Groups in which removing a channel differs from setting it to zero are left out, and the
     result says why: outputs of the network, LayerNorm and GroupNorm, attention, an
@@ -59,7 +59,7 @@ def trace_groups(
         model: the network; unchanged afterwards.
         example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, on
             any device. A batch of one sample is enough.
-        include: patterns of layers to prune; empty for all.
+        only: patterns of layers to prune; empty for all.
         exclude: patterns of layers to leave dense.
         seed: of the numerical comparison of masked and removed channels.
 
@@ -69,7 +69,7 @@ def trace_groups(
     Raises:
         ConfigurationError: if torch-pruning is missing, the model cannot be traced, a
             pattern is not a regular expression or matches nothing that can be pruned,
-            include and exclude disagree about coupled layers, or no group is left.
+            only and exclude disagree about coupled layers, or no group is left.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example_inputs = tree_map_only(Tensor, lambda t: t.to(device), example_inputs)
@@ -90,11 +90,15 @@ def trace_groups(
                     f" (it passes {suspects[layer]}, which is not zero at zero)"
                 )
     groups = tuple(group for group in groups if group.name not in failed)
-    chosen = _choose(model, groups, left_out, include, exclude)
+    for group in groups:
+        if any(p.is_complex() for n in group.layers for p in _own_parameters(model, n)):
+            left_out |= dict.fromkeys(group.layers, "its weights are complex")
+    groups = tuple(g for g in groups if left_out.keys().isdisjoint(g.layers))
+    chosen = _choose(model, groups, left_out, only, exclude)
     if not chosen:
         raise ConfigurationError(
             f"{type(model).__name__} has no group of channels that can be pruned: "
-            f"include={list(include)}, exclude={list(exclude)}. {_join(left_out)}"
+            f"only={list(only)}, exclude={list(exclude)}. {_join(left_out)}"
         )
     return TraceResult(chosen, left_out)
 
@@ -105,6 +109,10 @@ def _conv_and_linear(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, (_ConvNd, nn.Linear))
     }
+
+
+def _own_parameters(model: nn.Module, layer: str) -> Iterator[nn.Parameter]:
+    return model.get_submodule(layer).parameters(recurse=False)
 
 
 def _reason(layer: str, coupling: Coupling) -> str:
@@ -125,28 +133,28 @@ def _choose(
     model: nn.Module,
     groups: Sequence[Group],
     left_out: Mapping[str, str],
-    include: Sequence[str],
+    only: Sequence[str],
     exclude: Sequence[str],
 ) -> tuple[Group, ...]:
     """Choose groups by patterns on their layers."""
-    included = {pattern: _matching_layers(pattern, model) for pattern in include}
+    included = {pattern: _matching_layers(pattern, model) for pattern in only}
     excluded = {pattern: _matching_layers(pattern, model) for pattern in exclude}
     prunable = {layer for group in groups for layer in group.layers}
     for pattern, layers in included.items():
         if not layers & prunable:
             reasons = {name: left_out[name] for name in layers if name in left_out}
             raise ConfigurationError(
-                f"include={pattern!r} matches no layer that can be pruned: "
+                f"only={pattern!r} matches no layer that can be pruned: "
                 f"{_join(reasons)}."
             )
     unwanted = set().union(*excluded.values())
-    wanted = set().union(*included.values()) if include else prunable
+    wanted = set().union(*included.values()) if only else prunable
     chosen = []
     for group in groups:
         layers = {*group.layers}
-        if include and layers & wanted - unwanted and layers & unwanted:
+        if only and layers & wanted - unwanted and layers & unwanted:
             raise ConfigurationError(
-                f"include={list(include)} matches {sorted(layers & wanted - unwanted)} and "
+                f"only={list(only)} matches {sorted(layers & wanted - unwanted)} and "
                 f"exclude={list(exclude)} matches {sorted(layers & unwanted)}, but these "
                 "layers share channels and can only be pruned together."
             )
