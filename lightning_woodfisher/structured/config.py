@@ -102,7 +102,7 @@ class StructureConfig:
         meaning = "it is a share of the structures of a group"
         for name in ("min_kept_share", "max_ratio"):
             require_number(name, getattr(self, name), "[0, 1]", meaning)
-        for name in ("include", "exclude"):
+        for name in ("only", "exclude"):
             require_patterns(name, getattr(self, name))
         require_integer("seed", self.seed)
         require_count(
