@@ -91,7 +91,8 @@ class Look(pl.Callback):
         # Masked at the step itself, and not only when somebody looks.
         if not isinstance(self.average, Remembering):
             for name in masks.parameters:
-                self.faults += int((named[name][~masks.kept(name)] != 0).sum())
+                copy, gone = named[name].cpu(), ~masks.kept(name).cpu()
+                self.faults += int((copy[gone] != 0).sum())
 
     def on_validation_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
         masks = self.pruner.masks

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from devices import ACCELERATOR
 from fits import Classifier, Manual, RawManual, loader, pruning, seed_all, trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
@@ -95,8 +96,8 @@ def adamw(parameters: Any, **options: Any) -> Optimizer:
 
 
 def overflowing_scaler() -> dict[str, Any]:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=2)
-    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+    scaler = torch.amp.GradScaler(ACCELERATOR, init_scale=2.0**24, growth_interval=2)
+    return {"plugins": [MixedPrecision("16-mixed", ACCELERATOR, scaler=scaler)]}
 
 
 CASES = {

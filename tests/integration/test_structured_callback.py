@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from devices import ACCELERATOR
 from fits import (
     MemoryLogger,
     Reseed,
@@ -479,7 +480,7 @@ class Autocast(Module):
 
     def loss(self, batch: Any) -> Tensor:
         self.seen = getattr(self, "seen", [])
-        self.seen.append((self.net.training, torch.is_autocast_enabled("cpu")))
+        self.seen.append((self.net.training, torch.is_autocast_enabled(ACCELERATOR)))
         return super().loss(batch)
 
 

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from devices import ACCELERATOR
 from fits import (
     Classifier,
     Manual,
@@ -149,8 +150,8 @@ class FirstBatch(Classifier):
 
 
 def gradient_scaler() -> dict[str, Any]:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
-    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
+    scaler = torch.amp.GradScaler(ACCELERATOR, init_scale=2.0**10, growth_interval=3)
+    return {"plugins": [MixedPrecision("16-mixed", ACCELERATOR, scaler=scaler)]}
 
 
 def workers() -> Any:

@@ -375,7 +375,7 @@ def test_signs_are_drawn_once_and_nothing_is_copied_for_a_probe(
     more_batches = count_calls(monkeypatch, probes=2, batch_size=4)
     more_probes = count_calls(monkeypatch, probes=20, batch_size=12)
     assert more_batches["randint"] == few["randint"]
-    # One of the draws makes the labels of the data.
+    # One draw chooses the samples.
     assert more_probes["randint"] - 1 == 10 * (few["randint"] - 1)
     assert more_probes["cpu"] == few["cpu"]
     assert more_batches["cpu"] == few["cpu"] + 2  # The rows of each batch.

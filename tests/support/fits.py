@@ -318,7 +318,7 @@ def differences(left: Any, right: Any, path: str = "") -> list[str]:
         pairs = enumerate(zip(left, right, strict=True))
         return [d for i, (a, b) in pairs for d in differences(a, b, f"{path}/{i}")]
     if isinstance(left, Tensor | np.ndarray) and isinstance(right, type(left)):
-        a, b = torch.as_tensor(left), torch.as_tensor(right)
+        a, b = torch.as_tensor(left).cpu(), torch.as_tensor(right).cpu()
         same = a.dtype == b.dtype and a.shape == b.shape
         same = same and torch.equal(a.nan_to_num(), b.nan_to_num())
         same = same and torch.equal(a.isnan(), b.isnan())
