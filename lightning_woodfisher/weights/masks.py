@@ -229,7 +229,7 @@ class Masks:
             Their number on all ranks, for every parameter by name.
         """
         return self._count(
-            {n: (self.local(n) == 0) & self.kept(n) for n in self.parameters}
+            {n: ((self.local(n) == 0) & self.kept(n)).sum() for n in self.parameters}
         )
 
     def require_equal_on_ranks(self, communicator: Communicator, when: str) -> None:
@@ -320,7 +320,7 @@ class Masks:
         self._zeros = self._count(self._pruned)
 
     def _count(self, marks: Mapping[str, Tensor]) -> dict[str, int]:
-        """Count the True entries for every parameter, over all ranks."""
+        """Add up the marks, or a number, for every parameter, over all ranks."""
         counts = [int(marks[n].sum()) if n in marks else 0 for n in self.parameters]
         if self.sharded:
             comm = self._communicator()

@@ -100,8 +100,13 @@ FUSED: dict[str, tuple[nn.Module, dict[str, int], int]] = {
         2 * T * E,
     ),
     "separate projections": (
-        nn.MultiheadAttention(E, 2, kdim=E, vdim=E, batch_first=True),
-        {"in_proj_weight": 3 * E * E, "out_proj.weight": E * E},
+        nn.MultiheadAttention(E, 2, kdim=4, vdim=4, batch_first=True),
+        {
+            "q_proj_weight": E * E,
+            "k_proj_weight": 4 * E,
+            "v_proj_weight": 4 * E,
+            "out_proj.weight": E * E,
+        },
         2 * T * E,
     ),
     "encoder": (
@@ -157,7 +162,11 @@ def test_fused_kernels_are_counted(
         x, layer = batch[0], model["0"]
         many = isinstance(layer, nn.MultiheadAttention)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            found = layer(x, x, x, need_weights=False) if many else layer(x)
+            if many:
+                memory = x[..., : layer.kdim].clone()
+                found = layer(x, memory, memory, need_weights=False)
+            else:
+                found = layer(x)
         first = found[0] if isinstance(found, tuple) else found
         return first.float().square().mean()
 
