@@ -39,10 +39,10 @@ from lightning_woodfisher.base.text_table import format_table
 from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.structured.graph.groups import Group, channel_masks
-from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.network_cost import measure_latency
 from lightning_woodfisher.structured.scores.hessian_products import spearman
 from lightning_woodfisher.structured.scores.methods import score_structures
+from lightning_woodfisher.structured.tracing import trace_groups
 
 # structure="bn" had the best accuracy on held-out images after BatchNorm recalibration. HAP
 # has the settings of the paper, with about as many images; its probes are expensive.

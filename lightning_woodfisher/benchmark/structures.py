@@ -19,11 +19,11 @@ from lightning_woodfisher.benchmark.networks import cross_entropy
 from lightning_woodfisher.benchmark.timing import Timing, measure_alternately
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.structured.config import StructureConfig
-from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.scores.methods import (
     StructureScores,
     score_structures,
 )
+from lightning_woodfisher.structured.tracing import trace_groups
 
 _REFERENCE = "gradient pass"
 METHODS: Mapping[str, StructureConfig] = {

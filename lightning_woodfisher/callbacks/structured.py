@@ -48,7 +48,6 @@ from lightning_woodfisher.structured.graph.groups import (
     masked_parameters,
 )
 from lightning_woodfisher.structured.graph.inputs import capture_inputs
-from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.network_cost import measure_latency
 from lightning_woodfisher.structured.pruner import (
     StructurePruner,
@@ -62,6 +61,7 @@ from lightning_woodfisher.structured.shrink.removal import (
     save_shrunk,
 )
 from lightning_woodfisher.structured.shrink.removal_check import check_implants
+from lightning_woodfisher.structured.tracing import trace_groups
 
 
 class StructuredPruningCallback(PruningCallback):

@@ -37,7 +37,6 @@ from lightning_woodfisher.structured.graph.groups import (
     masked_parameters,
     zero_structures,
 )
-from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.network_cost import IndexTensors, NetworkSize
 from lightning_woodfisher.structured.report import GroupReport, StructureReport
 from lightning_woodfisher.structured.scores.evaluation import (
@@ -60,6 +59,7 @@ from lightning_woodfisher.structured.shrink.implants import (
     divide_structures,
     initialize_implants,
 )
+from lightning_woodfisher.structured.tracing import trace_groups
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.rollback import rollback_on_error
 

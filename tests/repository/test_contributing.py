@@ -113,8 +113,8 @@ def test_the_skeleton_of_a_structured_score_is_the_definition() -> None:
     from lightning_woodfisher.data.losses import FunctionLoss
     from lightning_woodfisher.distributed.communicator import Communicator
     from lightning_woodfisher.structured.config import StructureConfig
-    from lightning_woodfisher.structured.graph.tracing import trace_groups
     from lightning_woodfisher.structured.scores.evaluation import Evaluation
+    from lightning_woodfisher.structured.tracing import trace_groups
 
     model = network()
     groups = trace_groups(model, images()[0][:2]).groups

@@ -24,9 +24,9 @@ from lightning_woodfisher.structured.graph.groups import (
     masked_parameters,
     zero_structures,
 )
-from lightning_woodfisher.structured.graph.tracing import TraceResult, trace_groups
 from lightning_woodfisher.structured.shrink.removal import shrink
 from lightning_woodfisher.structured.shrink.removal_check import check_removal
+from lightning_woodfisher.structured.tracing import TraceResult, trace_groups
 from lightning_woodfisher.weights.masks import Masks
 
 pytest.importorskip("torch_pruning")

@@ -23,7 +23,6 @@ from lightning_woodfisher.structured.graph.groups import (
     channel_masks,
     masked_parameters,
 )
-from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.pruner import StructurePruner
 from lightning_woodfisher.structured.shrink.implanted_conv import (
     ImplantedConv,
@@ -42,6 +41,7 @@ from lightning_woodfisher.structured.shrink.removal import (
     update_optimizers,
 )
 from lightning_woodfisher.structured.shrink.removal_check import check_implants
+from lightning_woodfisher.structured.tracing import trace_groups
 from lightning_woodfisher.weights.masks import Masks
 
 CONFIG = StructureConfig(

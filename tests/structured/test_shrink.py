@@ -21,7 +21,6 @@ from lightning_woodfisher.structured.graph.groups import (
     masked_parameters,
     zero_structures,
 )
-from lightning_woodfisher.structured.graph.tracing import trace_groups
 from lightning_woodfisher.structured.shrink.removal import (
     RemovalPlan,
     load_shrunk,
@@ -30,6 +29,7 @@ from lightning_woodfisher.structured.shrink.removal import (
     shrink,
     update_optimizers,
 )
+from lightning_woodfisher.structured.tracing import trace_groups
 from lightning_woodfisher.weights.masks import Masks
 
 
