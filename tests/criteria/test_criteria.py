@@ -481,6 +481,11 @@ def test_kronecker_factors_of_weights_with_their_inputs_first(update: Any) -> No
             layer, other = getattr(plain, name), getattr(flipped, name)
             layer.weight.copy_(other.weight.T)
             layer.bias.copy_(other.bias)
+    found, expected = (
+        factors(model, tokens(), cross_entropy, FisherConfig(12, 1))
+        for model in (flipped, plain)
+    )
+    require_same(found, [(one.outputs, one.inputs) for one in expected])
     reports = [
         prune(
             model,

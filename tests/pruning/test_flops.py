@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -183,6 +184,24 @@ def test_fused_kernels_are_counted(
     tokens = 2 * BATCH * T
     assert found == {f"0.{key}": tokens * count for key, count in products.items()}
     assert flops.dense == sum(found.values()) + tokens * others
+
+
+def test_a_frozen_encoder_counts_in_the_total(comm: Communicator) -> None:
+    # Without gradients it runs as a single kernel.
+    encoder, products, others = FUSED["encoder"]
+    model = nn.ModuleDict({"0": copy.deepcopy(encoder), "head": nn.Linear(E, 2)})
+    model["0"].requires_grad_(False)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model["head"](model["0"](batch[0]).mean(dim=1)).square().mean()
+
+    masks = Masks(prunable_parameters(model))
+    source = FunctionLoss(model, TensorDataset(torch.randn(12, T, E)), loss)
+    with source.session("eval"):
+        flops = count_flops(source, source.batches(4, BATCH, 0), masks, comm, 0)
+    assert flops.by_layer == (2 * BATCH * E * 2,)
+    total = 2 * BATCH * T * (sum(products.values()) + others)
+    assert flops.dense == flops.by_layer[0] + total
 
 
 def test_weights_that_are_parts_of_one_memory_are_told_apart(
