@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 2
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-ddp examples test test-all test-fast test-oldest test-slurm coverage soak \
+.PHONY: help demo demo-ddp examples test test-all test-fast test-oldest test-slurm test-gpu coverage soak \
 	mutants bench gpu-check check format docs clean
 
 help:  ## list the targets
@@ -65,6 +65,14 @@ test-oldest: export OMP_NUM_THREADS = 1
 test-oldest: export JSONARGPARSE_DEPRECATION_WARNINGS = off
 test-oldest: $(OLDEST)/.dev  ## run the core tests with the oldest supported versions
 	$(OLDEST)/bin/python -m pytest -m 'not soak' $(OLDEST_TESTS) $(PYTEST_ARGS)
+
+# Those that start several ranks run on the CPU: one GPU cannot hold them under NCCL.
+GPU_TESTS := $(addprefix tests/,base criteria data fisher gradients integration pruning \
+	structured weights)
+test-gpu: export OMP_NUM_THREADS = 1
+test-gpu: export WOODFISHER_TEST_DEVICE = cuda
+test-gpu: $(VENV)/.dev  ## run the tests of one process on the GPU of this machine
+	$(PYTEST) -m 'not soak and not spawns' $(GPU_TESTS) $(PYTEST_ARGS)
 
 coverage: export OMP_NUM_THREADS = 1
 coverage: export WOODFISHER_COVERAGE = $(CURDIR)/pyproject.toml

@@ -2,8 +2,7 @@
 
     python -m examples.plain_pytorch.fabric --devices 2
 
-Under DDP every process calls ``prune``. The processes share the work and get bit-identical
-weights.
+Under DDP every process calls ``prune``. They share the work and get the same weights.
 """
 
 from __future__ import annotations

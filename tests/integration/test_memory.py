@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import DEVICE
 from fits import Classifier, Counting, loader, pruning, trainer
 from rank_pool import RankPool
 from torch.utils.data import TensorDataset
@@ -21,6 +22,7 @@ def fisher(**options: Any) -> FisherConfig:
     return FisherConfig(**{**base, **options})
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU offloads the rows and fits")
 def test_the_budget_is_checked_before_the_first_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -132,7 +132,7 @@ class TwoPlayers(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         real = batch[0].flatten(1)
         first, second = self.optimizers()
-        noise = torch.randn(len(real), 6)
+        noise = torch.randn(len(real), 6, device=self.device)
         self.toggle_optimizer(first)
         loss = nn.functional.softplus(-self.critic(self.generator(noise))).mean()
         first.zero_grad()
@@ -473,7 +473,7 @@ class Words(nn.Module):
         self.head = nn.Linear(192, CLASSES)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        places = torch.arange(64) * 2
+        places = torch.arange(64, device=pixels.device) * 2
         words = (pixels.flatten(1) > 0).long() + places
         return self.head(self.embed(words).flatten(1))
 

@@ -16,6 +16,7 @@ import lightning.pytorch
 import pytest
 import torchmetrics
 import wandb
+from devices import ACCELERATOR
 from fits import (
     CLASSES,
     Classifier,
@@ -99,7 +100,7 @@ def make(pl: Any, *kinds: type, build: Any = convolutional) -> Any:
 
 def trainer(pl: Any, *callbacks: Any, **options: Any) -> Any:
     settings = {
-        "accelerator": "cpu",
+        "accelerator": ACCELERATOR,
         "devices": 1,
         "max_epochs": 3,
         "callbacks": [under(pl.Callback, Reseed)(), *callbacks],

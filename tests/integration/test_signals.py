@@ -109,6 +109,6 @@ def test_a_checkpoint_upon_a_signal_holds_the_whole_step(
     assert len(state["reports"]) == 1
     assert differences(state["masks"], dict(pruner.masks.state_dict())) == []
     for name, mask in state["masks"].items():
-        assert torch.equal(checkpoint["state_dict"][name] != 0, mask), name
+        assert torch.equal(checkpoint["state_dict"][name].cpu() != 0, mask), name
     # The gradients' passes through BatchNorm have left no trace.
     assert checkpoint["state_dict"]["net.1.num_batches_tracked"] == schedule.position

@@ -214,7 +214,7 @@ def write_yaml(callback: dict[str, Any]) -> str:
     path = Path("run.yaml")
     settings = {
         "max_epochs": 1,
-        "accelerator": "cpu",
+        "accelerator": ACCELERATOR,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,

@@ -53,23 +53,29 @@ class Rows(pl.Callback):
         source.loss_scale = self.scale
         known = dict(module.named_parameters())
         parameters = {name: known[name] for name in self.names or known}
-        active = {name: torch.arange(p.numel()) for name, p in parameters.items()}
+        active = {
+            name: torch.arange(p.numel(), device=p.device)
+            for name, p in parameters.items()
+        }
         before = [p.requires_grad for p in module.parameters()]
         batches = source.batches(COUNT, SIZE, seed=1)
-        comm = Communicator()
+        comm = Communicator(module.device)
         sizes = [sum(p.numel() for p in parameters.values())]
         if hasattr(module, "gradients"):
             module.eval()
-            flat = [module.gradients(batches.fetch(i)) for i in range(COUNT)]
+            moved = [
+                trainer.strategy.batch_to_device(batches.fetch(i)) for i in range(COUNT)
+            ]
+            flat = [module.gradients(batch) for batch in moved]
             self.expected = torch.stack(
                 [torch.cat([g.view(-1) for g in f]) for f in flat]
-            )
+            ).cpu()
             module.train()
         with source.session("eval"):
             # One by one: what the module saw is counted, and each loss compared.
             task = GradientTask(source, parameters, active, COUNT, 1, comm, self.losses)
             rows = collect_gradients(task, batches, sizes, collection="loop")
-            self.rows = torch.cat(list(rows))
+            self.rows = torch.cat(list(rows)).cpu()
             self.measured = compute_losses(source, batches, COUNT, comm, 1)
         assert [p.requires_grad for p in module.parameters()] == before
 

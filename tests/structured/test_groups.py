@@ -15,7 +15,7 @@ from hand_groups import network_size
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.structured.graph import tracing
+from lightning_woodfisher.structured import tracing
 from lightning_woodfisher.structured.graph.coupling import Coupling, find_groups
 from lightning_woodfisher.structured.graph.groups import (
     Group,
