@@ -472,7 +472,9 @@ def refused() -> dict[str, str]:
         parameter._spec = dataclasses.replace(parameter._spec, mesh=mesh)
     attempt("offloaded", net)
     first = nn.Sequential(nn.Flatten(), Conv1D(4, 36))
-    attempt("inputs", shard(first, everyone(2)), selection=SelectionConfig(pattern="2:4"))
+    attempt(
+        "inputs", shard(first, everyone(2)), selection=SelectionConfig(pattern="2:4")
+    )
     return messages
 
 

@@ -73,7 +73,9 @@ class Watch(pl.Callback):
 def soak(steps: int) -> Watch:
     """Prune in every optimizer step but the first."""
     seed_all(3)
-    watch = Watch({steps // 3, 2 * steps // 3, steps})
+    # Lightning shares or copies the tensor of a logged value by the place in the epoch:
+    # look at ends of epochs, of three batches each.
+    watch = Watch({3 * (part * steps // 9) for part in (1, 2, 3)})
     pruner = pruning(
         schedule=PolynomialSchedule(start_step=1, end_step=steps, every_n_steps=1),
         fisher=FisherConfig(num_gradients=6, gradient_batch_size=2, block_size=16),
