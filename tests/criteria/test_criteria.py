@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any, get_args
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conv1d import Conv1D
+from devices import DEVICE, called_from_cpu
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -47,11 +49,13 @@ def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
 def evaluator(
     model: nn.Module, data: Any, loss: Any, fisher: FisherConfig, scale: float = 1.0
 ) -> tuple[Evaluator, Masks]:
+    # The tests compute what they expect with the model as it is, on the CPU.
+    model = copy.deepcopy(model).to(DEVICE)
     masks = Masks(prunable_parameters(model))
     masks.prune_zeros()
     source = FunctionLoss(model, data, loss)
     source.loss_scale = scale
-    return Evaluator(source, masks, fisher, Communicator()), masks
+    return Evaluator(source, masks, fisher, Communicator(DEVICE)), masks
 
 
 def observed(
@@ -66,11 +70,11 @@ def observed(
     """A criterion that has seen the data, with the active weights."""
     asked, masks = evaluator(model, data, loss, fisher, scale)
     criterion = make_criterion(name, fisher, update)
-    active = ActiveWeights(masks, criterion.layout, Communicator())
-    criterion.begin(active.partition, Communicator())
+    active = ActiveWeights(masks, criterion.layout, Communicator(DEVICE))
+    criterion.begin(active.partition, Communicator(DEVICE))
     with asked.session():
         asked.observe(criterion, active, seed=0)
-    return criterion, active.read(), active
+    return called_from_cpu(criterion), active.read().cpu(), called_from_cpu(active)
 
 
 def factors(
@@ -79,7 +83,8 @@ def factors(
     asked, masks = evaluator(model, data, loss, fisher, scale)
     layout = make_criterion("kfac", fisher, "joint").layout
     with asked.session():
-        return asked.factors(ActiveWeights(masks, layout, Communicator()), seed=0)
+        active = ActiveWeights(masks, layout, Communicator(DEVICE))
+        return list(map(called_from_cpu, asked.factors(active, seed=0)))
 
 
 def network() -> nn.Sequential:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
+from devices import DEVICE, called_from_cpu
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -45,8 +46,9 @@ def inverse_of(
             block_size=None if form == "full" else block_size,
             engine=engine,
         ),
-        Communicator(),
+        Communicator(DEVICE),
     )
+    inverse = called_from_cpu(inverse)
     inverse.observe(rows)
     inverse.factorize()
     return inverse

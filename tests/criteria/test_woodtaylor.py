@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import DEVICE, called_from_cpu
 from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -53,7 +54,8 @@ def criterion_of(form: str, rows: Tensor, damping: float, update: Any) -> WoodTa
     )
     criterion = make_criterion("woodtaylor", fisher, update)
     assert isinstance(criterion, WoodTaylor)
-    criterion.begin(criterion.layout([SIZE], 1), Communicator())
+    criterion.begin(criterion.layout([SIZE], 1), Communicator(DEVICE))
+    criterion = called_from_cpu(criterion)
     criterion.observe(rows)
     return criterion
 
@@ -142,7 +144,8 @@ def test_without_gradient_it_is_woodfisher() -> None:
     rows, removed = torch.cat([half, -half]), normal(9, SIZE) > 0
     taylor = criterion_of("primal", rows, 1e-3, "independent")
     fisher = make_criterion("woodfisher", taylor.fisher, "independent")
-    fisher.begin(fisher.layout([SIZE], 1), Communicator())
+    fisher.begin(fisher.layout([SIZE], 1), Communicator(DEVICE))
+    fisher = called_from_cpu(fisher)
     fisher.observe(rows)
     assert torch.allclose(taylor.score(weights), fisher.score(weights), rtol=1e-9)
     change = taylor.compensate(weights, removed)
@@ -386,7 +389,8 @@ def test_another_update_of_woodtaylor_goes_with_the_descent_as_it_was_found() ->
     taylor = criterion_of("dual", rows, 1e-3, "joint")
     taylor.score(weights)
     fisher = make_criterion("woodfisher", taylor.fisher, "independent")
-    fisher.begin(fisher.layout([SIZE], 1), Communicator())
+    fisher.begin(fisher.layout([SIZE], 1), Communicator(DEVICE))
+    fisher = called_from_cpu(fisher)
     fisher.observe(rows)
     fisher.score(weights)
     (other,) = taylor.alternatives(weights, removed).values()

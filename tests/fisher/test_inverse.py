@@ -13,6 +13,7 @@ from typing import Literal
 import pytest
 import torch
 from dense_inverse import to_dense
+from devices import DEVICE, called_from_cpu
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
@@ -151,10 +152,10 @@ def make(
     precision: Precision = "auto",
 ) -> InverseFisher:
     rank, world_size = ranks
-    communicator = Communicator()
+    communicator = Communicator(DEVICE)
     communicator.rank = rank
     partition = make_partition(segments, block_size, world_size)
-    return make_inverse_fisher(
+    inverse = make_inverse_fisher(
         partition,
         FisherConfig(
             num_gradients,
@@ -165,6 +166,7 @@ def make(
         ),
         communicator,
     )
+    return called_from_cpu(inverse)
 
 
 def filled(

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from devices import DEVICE, called_from_cpu
 from torch import Tensor
 
 from lightning_woodfisher.distributed.communicator import Communicator
@@ -28,7 +29,7 @@ def blocks(form: Form) -> list[slice]:
 
 
 def make(form: Form, number: int, damping: float, **options: Any) -> InverseFisher:
-    return make_inverse_fisher(
+    inverse = make_inverse_fisher(
         make_partition(SEGMENTS, BLOCK, 1),
         FisherConfig(
             number,
@@ -37,8 +38,9 @@ def make(form: Form, number: int, damping: float, **options: Any) -> InverseFish
             engine="auto" if form == "full" else form,
             **options,
         ),
-        Communicator(),
+        Communicator(DEVICE),
     )
+    return called_from_cpu(inverse)
 
 
 def gradients(number: int, mean: float = 0.0) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import DEVICE, called_from_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -270,8 +271,9 @@ def inverse_of(rows: Tensor, damping: float, form: Form, block: int) -> InverseF
             block_size=None if form == "full" else block,
             engine="primal" if form == "primal" else "dual",
         ),
-        Communicator(),
+        Communicator(DEVICE),
     )
+    inverse = called_from_cpu(inverse)
     inverse.observe(rows)
     inverse.factorize()
     return inverse

@@ -18,4 +18,4 @@ def sub_blocks(inverse: InverseFisher, size: int) -> Tensor:
     """[F⁻¹]_SS of each group S of consecutive weights, float64 ``[groups, q, q]``."""
     found = [torch.empty(0, size, size, dtype=torch.float64)] * len(inverse.units)
     inverse.visit_sub_blocks([size] * len(inverse.units), found.__setitem__)
-    return torch.cat(found)
+    return torch.cat(found).cpu()
