@@ -84,7 +84,8 @@ def batches(number: int = 24) -> list[Batch]:
 
 
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    inputs, labels = (tensor.to(DEVICE) for tensor in batch)
+    device = next(model.parameters()).device
+    inputs, labels = (tensor.to(device) for tensor in batch)
     return F.cross_entropy(model(inputs).float(), labels)
 
 
