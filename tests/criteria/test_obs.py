@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
+from dense_inverse import constrained_minimizer
 from devices import DEVICE, called_from_cpu
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,21 +68,6 @@ def dense_fisher(
 
 def rise(change: Tensor, fisher: Tensor) -> float:
     return float(0.5 * change @ fisher @ change)
-
-
-def constrained_minimizer(fisher: Tensor, weights: Tensor, removed: Tensor) -> Tensor:
-    """Minimise ½δᵀFδ under δ_S = −w_S by its Karush-Kuhn-Tucker system."""
-    constraints = torch.eye(SIZE, dtype=torch.float64)[removed]
-    number = len(constraints)
-    corner = torch.zeros(number, number, dtype=torch.float64)
-    system = torch.cat(
-        [
-            torch.cat([fisher, constraints.mT], dim=1),
-            torch.cat([constraints, corner], dim=1),
-        ]
-    )
-    wanted = torch.cat([torch.zeros_like(weights), -weights[removed]])
-    return torch.linalg.solve(system, wanted)[:SIZE]
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_inverse import constrained_minimizer
 from devices import DEVICE, called_from_cpu
 from step_options import in_step
 from torch import Tensor, nn
@@ -68,22 +69,6 @@ def dense_fisher(form: str, rows: Tensor, damping: float) -> Tensor:
     return fisher + damping * torch.eye(SIZE, dtype=torch.float64)
 
 
-def constrained_minimizer(
-    fisher: Tensor, gradient: Tensor, weights: Tensor, removed: Tensor
-) -> Tensor:
-    """Minimise gᵀδ + ½δᵀFδ under δ_S = −w_S by its Karush-Kuhn-Tucker system."""
-    constraints = torch.eye(SIZE, dtype=torch.float64)[removed]
-    number = len(constraints)
-    corner = torch.zeros(number, number, dtype=torch.float64)
-    system = torch.cat(
-        [
-            torch.cat([fisher, constraints.mT], dim=1),
-            torch.cat([constraints, corner], dim=1),
-        ]
-    )
-    return torch.linalg.solve(system, torch.cat([-gradient, -weights[removed]]))[:SIZE]
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0])
 @pytest.mark.parametrize("number", [8, 40])
@@ -96,7 +81,7 @@ def test_the_step_is_the_constrained_minimizer(
     criterion.score(weights)
     change = criterion.compensate(weights, removed)
     fisher, mean = dense_fisher(form, rows, damping), rows.mean(dim=0)
-    expected = constrained_minimizer(fisher, mean, weights, removed)
+    expected = constrained_minimizer(fisher, weights, removed, mean)
     assert torch.equal(change[removed], -weights[removed])
     assert float((change - expected).norm() / expected.norm()) < 1e-5
     predicted = float(criterion.predicted_increase(change).sum())
@@ -116,7 +101,7 @@ def test_saliency_is_what_removing_one_weight_costs(form: str, number: int) -> N
     costs = []
     for index in range(SIZE):
         removed = torch.arange(SIZE) == index
-        step = constrained_minimizer(fisher, mean, weights, removed)
+        step = constrained_minimizer(fisher, weights, removed, mean)
         costs.append(float(mean @ step + 0.5 * step @ fisher @ step) - lowest)
     assert scores.tolist() == pytest.approx(costs, rel=1e-4, abs=1e-7)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_task import batchnorm_network, samples
 from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -68,24 +69,12 @@ def test_on_a_quadratic_the_prediction_is_the_measurement(update: Update) -> Non
         assert point.measured == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)
-    )
-
-
-def samples() -> TensorDataset:
-    inputs = torch.randn(160, 8, generator=torch.Generator().manual_seed(1))
-    return TensorDataset(inputs, inputs[:, :4].argmax(dim=1))
-
-
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]).float(), batch[1])
 
 
 def pruned(dtype: torch.dtype, **options: Any) -> tuple[nn.Module, PruningReport]:
-    model, data = network().to(dtype), samples()
+    model, data = batchnorm_network().to(dtype), samples()
     data = TensorDataset(data.tensors[0].to(dtype), data.tensors[1])
     report = prune(
         model,
@@ -118,7 +107,7 @@ def test_the_ends_are_the_rises_of_the_report() -> None:
 
 
 def test_between_the_ends_the_weights_lie_on_the_line() -> None:
-    start = network()
+    start = batchnorm_network()
     # 40 mini-batches of 4 are the whole dataset.
     fisher = FisherConfig(num_gradients=40, gradient_batch_size=4, block_size=20)
     end = copy.deepcopy(start)
@@ -146,7 +135,7 @@ def test_without_a_model_of_the_loss_only_the_measurement_is_there() -> None:
 
 
 def test_a_loss_that_fails_on_the_way_leaves_the_model_as_it_was() -> None:
-    model = network()
+    model = batchnorm_network()
     before = {k: v.clone() for k, v in model.state_dict().items()}
 
     def fails_between(model: nn.Module, batch: Any) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as torch_prune
 from devices import DEVICE
+from small_task import samples
 from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -70,12 +71,6 @@ def convnet() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4)
     ).to(DEVICE)
-
-
-def samples(number: int = 160) -> TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(number, 8, generator=generator)
-    return TensorDataset(inputs, inputs[:, :4].argmax(dim=1))
 
 
 def batches(number: int = 24) -> list[Batch]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_task import samples
 from step_options import in_step
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
@@ -27,12 +28,6 @@ from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.pruning import pruner as pruner_module
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.stages import Stages
-
-
-def samples(number: int = 160) -> TensorDataset:
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(number, 8, generator=generator, dtype=torch.float64)
-    return TensorDataset(inputs, inputs[:, :4].argmax(dim=1))
 
 
 def mlp() -> nn.Sequential:
@@ -67,7 +62,9 @@ def fisher(block_size: int | None = 20, **options: Any) -> FisherConfig:
 
 def pruned(model: nn.Module, loss: Any = None, **options: Any) -> PruningReport:
     options = {"target_sparsity": 0.8, "fisher": fisher(), **options}
-    return prune(model, samples(), loss or Counted(), **in_step(**options))
+    return prune(
+        model, samples(dtype=torch.float64), loss or Counted(), **in_step(**options)
+    )
 
 
 # --- the same gradients, a new inverse --------------------------------------------------
@@ -75,7 +72,7 @@ def pruned(model: nn.Module, loss: Any = None, **options: Any) -> PruningReport:
 
 def rows_at(model: nn.Module) -> Tensor:
     """The gradients of the first part, one by one, by autograd alone."""
-    source = FunctionLoss(model, samples(), Counted())
+    source = FunctionLoss(model, samples(dtype=torch.float64), Counted())
     batches = source.batches(24, 4, derive_seed(0, 0, 0))
     weights = [p for p in model.parameters() if p.dim() > 1]
     rows = []
@@ -394,7 +391,7 @@ def test_a_failure_after_recalibration_takes_the_statistics_back(
 def test_batches_of_one_value_have_no_variance() -> None:
     model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
     model = model.double()
-    ones = DataLoader(Subset(samples(), range(30)), batch_size=1)
+    ones = DataLoader(Subset(samples(dtype=torch.float64), range(30)), batch_size=1)
     data = list(ones)
     with pytest.raises(PruningError, match="one value for each channel"):
         prune(

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from small_task import batchnorm_network, samples
 from step_options import in_step
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import (
     ConfigurationError,
@@ -37,18 +37,6 @@ GRID = {
     "block_size": [None, 20],
     "recompute_steps": [1, 2],
 }
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)
-    )
-
-
-def samples() -> TensorDataset:
-    inputs = torch.randn(160, 8, generator=torch.Generator().manual_seed(1))
-    return TensorDataset(inputs, inputs[:, :4].argmax(dim=1))
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
@@ -72,10 +60,10 @@ class Evaluation:
 
 
 def run(grid: Mapping[str, Any], **options: Any) -> tuple[SweepReport, Evaluation]:
-    evaluation, model = Evaluation(), network()
+    evaluation, model = Evaluation(), batchnorm_network()
     options = {"fisher": LOOP, **options}
     report = sweep(model, samples(), cross_entropy, evaluation, grid, **options)
-    expected = network().state_dict()
+    expected = batchnorm_network().state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
     return report, evaluation
@@ -86,7 +74,7 @@ def pruned_alone(setting: Mapping[str, Any]) -> dict[str, Tensor]:
     names = {field.name for field in dataclasses.fields(FisherConfig)}
     fisher = {k: v for k, v in setting.items() if k in names}
     others = {k: v for k, v in setting.items() if k not in names}
-    model = network()
+    model = batchnorm_network()
     prune(
         model,
         samples(),
@@ -120,10 +108,10 @@ def test_every_setting_is_the_step_of_prune(row_memory: str | int) -> None:
 def test_metrics_belong_to_their_setting() -> None:
     report, _ = run({"target_sparsity": [0.3, 0.9], "damping": [1e-4, 1.0]})
     for result in report.results:
-        model = network()
+        model = batchnorm_network()
         model.load_state_dict(pruned_alone(result.setting))
         assert result.metrics == {"metric": Evaluation()(model)}
-    assert report.dense == {"metric": Evaluation()(network())}
+    assert report.dense == {"metric": Evaluation()(batchnorm_network())}
     assert [r.setting["damping"] for r in report.results] == [1e-4, 1.0, 1e-4, 1.0]
 
 
@@ -140,7 +128,7 @@ def test_gradients_are_computed_once() -> None:
         "num_gradients": [24, 6, 12],
         "block_size": [None, 20],
     }
-    sweep(network(), samples(), counting, Evaluation(), grid, fisher=LOOP)
+    sweep(batchnorm_network(), samples(), counting, Evaluation(), grid, fisher=LOOP)
     assert sum(calls) == 24
 
 
@@ -168,7 +156,7 @@ def test_a_setting_that_fails_does_not_stop_the_others() -> None:
     def picky(model: nn.Module, batch: Any) -> Tensor:
         return cross_entropy(model, batch) * (torch.nan if model.training else 1.0)
 
-    model = network()
+    model = batchnorm_network()
     grid = {"model_mode": ["train", "eval"]}
     report = sweep(model, samples(), picky, Evaluation(), grid, fisher=LOOP)
     failed, done = report.results
@@ -243,7 +231,9 @@ def test_bad_grids_are_refused_before_anything_is_tried(
 ) -> None:
     evaluation = Evaluation()
     with pytest.raises(ConfigurationError, match=message):
-        sweep(network(), samples(), cross_entropy, evaluation, grid, fisher=LOOP)
+        sweep(
+            batchnorm_network(), samples(), cross_entropy, evaluation, grid, fisher=LOOP
+        )
     assert evaluation.seen == []
 
 
@@ -251,8 +241,8 @@ def test_an_iterator_and_a_network_that_is_too_sparse_are_refused() -> None:
     batches = [tuple(t[:4] for t in samples().tensors)] * 30
     grid = {"target_sparsity": [0.5]}
     with pytest.raises(ConfigurationError, match="only once"):
-        sweep(network(), iter(batches), cross_entropy, Evaluation(), grid)
-    sparse = network()
+        sweep(batchnorm_network(), iter(batches), cross_entropy, Evaluation(), grid)
+    sparse = batchnorm_network()
     with torch.no_grad():
         sparse[0].weight.zero_()
     with pytest.raises(ConfigurationError, match="only add zeros"):
