@@ -50,7 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "offloaded": {"fisher": fisher(offload_rows=True)},
     "bfloat16 rows": {"fisher": fisher(row_dtype="bfloat16")},
     "2:4": {"selection": SelectionConfig(pattern="2:4", exclude=["0.weight"])},
-    "blocks": {"selection": SelectionConfig(pattern="block4", include=["Linear"])},
+    "blocks": {"selection": SelectionConfig(pattern="block4", only=["^3.weight$"])},
     "layers": {"selection": SelectionConfig(scope="layer")},
 }
 

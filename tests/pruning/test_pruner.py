@@ -345,7 +345,7 @@ def test_a_sparse_layer_does_not_count_for_the_others(
         StepConfig(recompute_steps=parts),
     )
     # A step before the last one: the final target is above the sparsity of the layer.
-    report = Pruner(masks, config, Communicator()).step(
+    report = Pruner(masks, config, Communicator(DEVICE)).step(
         FunctionLoss(model, batches(), loss), target, final_sparsity=0.99
     )
     expected = {"0.weight": 126, "4.weight": round(target * 64)}
@@ -399,7 +399,7 @@ def step_of(
 ) -> PruningReport:
     config = PruningConfig("magnitude", FISHER, SelectionConfig(**selection))
     source = FunctionLoss(model, batches(), cross_entropy)
-    return Pruner(masks, config, Communicator()).step(source, target, 0, final)
+    return Pruner(masks, config, Communicator(DEVICE)).step(source, target, 0, final)
 
 
 @pytest.mark.parametrize(
