@@ -1,9 +1,10 @@
-"""The two errors that the package raises, and checks of settings."""
+"""The errors that the package raises, and checks of settings."""
 
 from __future__ import annotations
 
 __all__ = [
     "ConfigurationError",
+    "MissingPackageError",
     "PruningError",
     "first_line",
     "nearest",
@@ -28,6 +29,10 @@ _LARGEST_COUNT = 10_000_000
 
 class ConfigurationError(ValueError):
     """Invalid setting. The message names the value, the reason and the remedy."""
+
+
+class MissingPackageError(ConfigurationError):
+    """An optional package that a setting needs is not installed."""
 
 
 class PruningError(RuntimeError):

@@ -7,7 +7,7 @@ __all__ = ["import_optional"]
 import importlib
 from typing import Any
 
-from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.errors import MissingPackageError
 
 # The optional extra of pyproject.toml that installs each package.
 _EXTRAS = {
@@ -33,13 +33,13 @@ def import_optional(module: str, needed_for: str) -> Any:
         The module.
 
     Raises:
-        ConfigurationError: if the package cannot be imported; names the extra to install.
+        MissingPackageError: if the package cannot be imported; names the extra to install.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ConfigurationError(
+        raise MissingPackageError(
             f"{needed_for} needs {package}, which cannot be imported ({error}). Install it "
             f"with pip install 'lightning-woodfisher[{_EXTRAS[package]}]'."
         ) from error

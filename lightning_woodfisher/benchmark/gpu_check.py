@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import one_shot
+from lightning_woodfisher.base.errors import MissingPackageError
 from lightning_woodfisher.benchmark import (
     collection,
     command,
@@ -132,6 +133,8 @@ class _Check:
             verdict = {None: "measured", True: "passed", False: "failed"}[passed]
         except _SkipError as reason:
             verdict = f"skipped: {reason}"
+        except MissingPackageError as missing:
+            verdict = f"skipped: {missing}"
         except Exception as raised:
             place = traceback.extract_tb(raised.__traceback__)[-1]
             where = f"{Path(place.filename).name}:{place.lineno}"

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.benchmark.collection import run_batches
 from lightning_woodfisher.benchmark.networks import cross_entropy
 from lightning_woodfisher.benchmark.timing import Timing, measure_alternately
@@ -70,15 +71,10 @@ def load_torchvision_network(name: str = "resnet50") -> nn.Module:
     Raises:
         ConfigurationError: if torchvision is not installed or has no such network.
     """
-    try:
-        from torchvision.models import get_model  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ConfigurationError(
-            "--structures needs torchvision: pip install 'lightning-woodfisher[examples]'."
-        ) from error
+    models = import_optional("torchvision.models", f"the network {name}")
     torch.manual_seed(0)
     try:
-        model: nn.Module = get_model(name, weights=None)
+        model: nn.Module = models.get_model(name, weights=None)
     except ValueError as error:
         raise ConfigurationError(f"--structures {name}: {error}.") from error
     return model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.benchmark import gpu_check
 from lightning_woodfisher.cli.main import main
 
@@ -102,6 +104,19 @@ class TestCommand:
         assert whole["error"].startswith("KeyError: 'between cases' (test_gpu_check")
         assert verdicts(read()["good"])["good"] == "passed"
         assert "ValueError: two lines" in capsys.readouterr().out
+
+    def test_a_package_that_is_not_installed_is_no_failure(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def channels(check: Any) -> None:
+            monkeypatch.setitem(sys.modules, "torch_pruning", None)
+            with check.case("scores"):
+                import_optional("torch_pruning", "tracing channels")
+
+        replace(monkeypatch, channels=channels)
+        assert run() == 0
+        verdict = verdicts(read()["channels"])["scores"]
+        assert verdict.startswith("skipped: tracing channels needs torch_pruning")
 
     def test_an_interruption_keeps_what_was_found(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
