@@ -1,8 +1,6 @@
 """Exact selection of the smallest scores over all ranks.
 
-Scores that are not negative sort like their float64 bit patterns, read as integers. Eight
-passes of 8 bits count how many scores have each leading digit; the counts of all ranks are
-added, so every rank finds the same threshold without seeing the scores of another rank.
+Every rank finds the same threshold without seeing the scores of another rank.
 """
 
 from __future__ import annotations
@@ -16,8 +14,9 @@ from torch import Tensor
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.distributed.order_statistics import SortedGroups, sort_keys
 
-_DIGIT_BITS = 8
+_LARGEST_KEY = 2**63 - 1
 
 
 def select_smallest(
@@ -46,71 +45,42 @@ def select_smallest(
             fewer members than ``counts`` asks for.
     """
     wanted = torch.tensor(list(counts), dtype=torch.int64, device=scores.device)
-    member = torch.zeros_like(scores, dtype=torch.int64) if groups is None else groups
-    invalid = comm.sum_integers((~(scores >= 0)).sum().reshape(1))
-    if int(invalid):
-        raise PruningError(f"{int(invalid)} saliencies are NaN or negative")
-    keys = (scores.double() + 0.0).view(torch.int64)
-    totals = comm.sum_integers(_count(member, len(wanted), sizes))
-    if sizes is None and bool((totals < wanted).any()):
-        raise PruningError(
-            f"cannot remove {wanted.tolist()} of {totals.tolist()} remaining weights"
-        )
+    keys, ordered = sort_keys(scores), SortedGroups(scores, groups, len(wanted), sizes)
+    largest = torch.full_like(wanted, _LARGEST_KEY).unsqueeze(1)
+    invalid = (~(scores >= 0)).sum().reshape(1)
+    totals = ordered.count(largest, equal=True).squeeze(1)
+    invalid, totals = comm.sum_integers(torch.cat([invalid, totals])).tensor_split([1])
     # The threshold is the first score that is not marked. A group that is marked completely
     # has no such score, so its threshold is not used.
     everything = totals <= wanted
-    left = wanted.clone()
-    threshold = torch.zeros_like(wanted)
-    candidates = torch.arange(len(keys), device=keys.device)
-    for shift in range(64 - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        digit = (keys[candidates] >> shift) & (2**_DIGIT_BITS - 1)
-        group = member[candidates]
-        histogram = comm.sum_integers(
-            _count(
-                group * 2**_DIGIT_BITS + digit,
-                len(wanted) * 2**_DIGIT_BITS,
-                None if sizes is None else sizes[candidates],
-            )
-        ).view(len(wanted), -1)
-        ends = histogram.cumsum(dim=1)
-        # First digit whose cumulative size exceeds the remaining count.
-        chosen = (ends <= left.unsqueeze(1)).sum(dim=1).clamp(max=ends.shape[1] - 1)
-        below = (ends - histogram).gather(1, chosen.unsqueeze(1)).squeeze(1)
-        left = left - below
-        threshold |= chosen << shift
-        candidates = candidates[digit == chosen[group]]
-    marked = (keys < threshold[member]) | everything[member]
-    _mark_ties(marked, keys, member, threshold, left, comm, sizes)
+    threshold = ordered.find(wanted.unsqueeze(1), comm)
+    below = comm.sum_integers(ordered.count(threshold, equal=False)).squeeze(1)
+    left, threshold = wanted - below, threshold.squeeze(1)
+    if groups is not None:
+        threshold, everything = threshold[groups], everything[groups]
+    marked = (keys < threshold) | everything
+    ties = (keys == threshold) & ~marked
+    weight = ties.long() if sizes is None else torch.where(ties, sizes, 0)
+    marked |= ties & _fits(weight, left, ordered, comm)
+    # Last, so that the host waits once.
+    bad, *available = torch.cat([invalid, totals]).tolist()
+    if bad:
+        raise PruningError(f"{bad} saliencies are NaN or negative")
+    if sizes is None and any(a < w for a, w in zip(available, counts, strict=True)):
+        raise PruningError(
+            f"cannot remove {list(counts)} of {available} remaining weights"
+        )
     return marked
 
 
-def _count(bins: Tensor, number: int, sizes: Tensor | None) -> Tensor:
-    """Add up sizes (or ones) by bin, int64 ``[number]``."""
-    if sizes is None:
-        return torch.bincount(bins, minlength=number)
-    return bins.new_zeros(number).scatter_add_(0, bins, sizes)
-
-
-def _mark_ties(
-    marked: Tensor,
-    keys: Tensor,
-    member: Tensor,
-    threshold: Tensor,
-    left: Tensor,
-    comm: Communicator,
-    sizes: Tensor | None,
-) -> None:
-    """Mark the first keys equal to the threshold, as many as fit into ``left[g]``."""
-    ties = torch.nonzero((keys == threshold[member]) & ~marked).squeeze(1)
-    tied_group = member[ties]
-    weight = torch.ones_like(ties) if sizes is None else sizes[ties]
-    mine = _count(tied_group, len(left), weight)
+def _fits(
+    weight: Tensor, left: Tensor, ordered: SortedGroups, comm: Communicator
+) -> Tensor:
+    """Mark the first scores of each group whose weights fit into ``left[g]``."""
+    ends = [part.cumsum(dim=0) for part in ordered.split(weight)]
     # As integers, because float64 cannot represent every sum of sizes exactly.
-    everyone = mine.new_zeros(comm.world_size, len(left))
-    everyone[comm.rank] = mine
-    everyone = comm.sum_integers(everyone)
-    before = everyone[: comm.rank].sum(dim=0).tolist()
-    for group, room in enumerate(left.tolist()):
-        here = tied_group == group
-        ends = weight[here].cumsum(dim=0) + before[group]
-        marked[ties[here][ends <= room]] = True
+    everyone = left.new_zeros(comm.world_size, len(left))
+    everyone[comm.rank] = torch.stack([end[-1:].sum() for end in ends])
+    before = comm.sum_integers(everyone)[: comm.rank].sum(dim=0)
+    room = (left - before).unbind()
+    return ordered.join([end <= most for end, most in zip(ends, room, strict=True)])

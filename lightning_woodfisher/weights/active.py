@@ -70,10 +70,7 @@ class ActiveWeights:
             ]
             self.positions = {name: self._by_group(name) for name in masks.parameters}
         else:
-            self.positions = {
-                name: torch.nonzero(masks.kept(name).reshape(-1)).squeeze(1)
-                for name in masks.parameters
-            }
+            self.positions = _positions(masks)
         self.partition = self._make_partition(layout)
         self.runs = tuple(self._find_runs(self._group_sizes or ()))
 
@@ -114,9 +111,10 @@ class ActiveWeights:
         return self._repeat(layers, [run.count for run in self.runs])
 
     def _repeat(self, values: Sequence[int], counts: Sequence[int]) -> Tensor:
-        repeats = torch.tensor(counts, dtype=torch.int64)
-        repeated = torch.tensor(values, dtype=torch.int64).repeat_interleave(repeats)
-        return repeated.to(self._comm.device)
+        # Made on the device: a copy of so many numbers would take longer.
+        pairs = torch.tensor([values, counts], dtype=torch.int64).view(2, -1)
+        what, often = pairs.to(self._comm.device)
+        return what.repeat_interleave(often, output_size=sum(counts))
 
     def weights_in_groups(self, chosen: Tensor) -> Tensor:
         """Find the weights of chosen groups.
@@ -173,7 +171,8 @@ class ActiveWeights:
             The maximum over all ranks for each tensor, None if none is chosen.
         """
         largest = values.new_full((len(self.positions),), -1.0)
-        largest.scatter_reduce_(0, layers[chosen], values[chosen], "amax")
+        compared = torch.where(chosen, values, -1.0)
+        largest.scatter_reduce_(0, layers, compared, "amax")
         found: list[float] = self._comm.maximum(largest).tolist()
         return [None if value < 0 else value for value in found]
 
@@ -281,8 +280,8 @@ class ActiveWeights:
             name: values.to(self._masks.local(name).dtype)
             for name, values in self._by_tensor(weights).items()
         }
-        bad = sum(int((~values.isfinite()).sum()) for values in new.values())
-        bad = int(max(row[0] for row in self._comm.gather_numbers([bad])))
+        counts = [(~values.isfinite()).sum() for values in new.values()]
+        bad = int(self._comm.maximum(torch.stack(counts).sum().reshape(1)))
         if not bad:
             self._overwrite(new)
         return bad
@@ -349,3 +348,16 @@ class ActiveWeights:
         return partition.owned_by_segment(
             [rank for rank in range(ranks) for _ in segments]
         )
+
+
+def _positions(masks: Masks) -> dict[str, Tensor]:
+    """Find the active weights of all tensors, with two waits for the device."""
+    kept = [masks.kept(name).reshape(-1) for name in masks.parameters]
+    counts = torch.stack([part.sum() for part in kept]).tolist()
+    found = torch.nonzero(torch.cat(kept)).squeeze(1)
+    starts = [0, *itertools.accumulate(len(part) for part in kept)]
+    parts = torch.split(found, counts)
+    return {
+        name: part - start
+        for name, part, start in zip(masks.parameters, parts, starts, strict=False)
+    }

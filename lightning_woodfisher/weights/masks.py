@@ -135,13 +135,13 @@ class Masks:
             pruned: bool tensors by parameter name, of the shape of :meth:`local` on any
                 device, True where the weight is removed.
         """
+        marks = dict(self._marks())
         for name, gone in pruned.items():
             gone = gone.to(self.parameters[name].device)
-            if name in self._pruned:
-                gone = gone | self._pruned[name].to(gone.device)
-            if bool(gone.any()):
-                self._pruned[name] = gone.clone()
-        self._zeros = self._count(self._pruned)
+            marks[name] = gone | marks[name] if name in marks else gone.clone()
+        counts = self._count_local(marks)
+        self._pruned = {name: gone for name, gone in marks.items() if counts[name]}
+        self._zeros = self._add_ranks(counts)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -201,7 +201,7 @@ class Masks:
             Their number by parameter name, for parameters that have any.
         """
         counts = self._count(
-            {name: self.local(name)[gone] != 0 for name, gone in self._marks()}
+            {name: (self.local(name) != 0) & gone for name, gone in self._marks()}
         )
         return {name: count for name, count in counts.items() if count}
 
@@ -229,7 +229,7 @@ class Masks:
             Their number on all ranks, for every parameter by name.
         """
         return self._count(
-            {n: ((self.local(n) == 0) & self.kept(n)).sum() for n in self.parameters}
+            {n: (self.local(n) == 0) & self.kept(n) for n in self.parameters}
         )
 
     def require_equal_on_ranks(self, communicator: Communicator, when: str) -> None:
@@ -320,13 +320,24 @@ class Masks:
         self._zeros = self._count(self._pruned)
 
     def _count(self, marks: Mapping[str, Tensor]) -> dict[str, int]:
-        """Add up the marks, or a number, for every parameter, over all ranks."""
-        counts = [int(marks[n].sum()) if n in marks else 0 for n in self.parameters]
-        if self.sharded:
-            comm = self._communicator()
-            total = comm.sum_integers(torch.tensor(counts, device=comm.device))
-            counts = total.tolist()
-        return dict(zip(self.parameters, counts, strict=True))
+        """Count the marks of every parameter, over all ranks."""
+        return self._add_ranks(self._count_local(marks))
+
+    def _count_local(self, marks: Mapping[str, Tensor]) -> dict[str, int]:
+        """Count the marks of every parameter on this rank, with one wait per device."""
+        counts = dict.fromkeys(self.parameters, 0)
+        for device in {gone.device for gone in marks.values()}:
+            here = [name for name, gone in marks.items() if gone.device == device]
+            sums = torch.stack([marks[name].sum() for name in here]).tolist()
+            counts.update(zip(here, sums, strict=True))
+        return counts
+
+    def _add_ranks(self, counts: dict[str, int]) -> dict[str, int]:
+        if not self.sharded:
+            return counts
+        comm = self._communicator()
+        own = torch.tensor(list(counts.values()), device=comm.device)
+        return dict(zip(counts, comm.sum_integers(own).tolist(), strict=True))
 
     def _communicator(self) -> Communicator:
         return Communicator(next(iter(self.parameters.values())).device)

@@ -44,15 +44,6 @@ def test_equal_to_sorting(comm: Communicator, count: int) -> None:
     assert found[4:] == [(), ()]
 
 
-def test_pieces_make_no_difference(
-    comm: Communicator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    values, groups = spread(500, 0), torch.arange(500) % 3
-    monkeypatch.setattr("lightning_woodfisher.distributed.quantiles._PIECE", 64)
-    found = quantiles_by_group(values, groups, 3, SALIENCY_SHARES, comm)
-    assert found == by_sorting(values, groups, 3)
-
-
 def test_extremes_and_nothing_at_all(comm: Communicator) -> None:
     values, groups = torch.tensor([3.0, 1.0, 2.0]).double(), torch.zeros(3).long()
     assert quantiles_by_group(values, groups, 1, (0.0, 0.5, 1.0), comm) == [(1, 2, 3)]

@@ -96,20 +96,20 @@ MUTANTS = (
     ),
     Mutant(
         "distributed/smallest.py",
-        "marked = (keys < threshold[member]) | everything[member]",
-        "marked = keys < threshold[member]",
+        "marked = (keys < threshold) | everything",
+        "marked = keys < threshold",
         ("distributed/test_smallest.py",),
     ),
     Mutant(
         "distributed/smallest.py",
-        "ends = weight[here].cumsum(dim=0) + before[group]",
-        "ends = weight[here].cumsum(dim=0)",
+        "room = (left - before).unbind()",
+        "room = left.unbind()",
         ("integration/test_ranks.py",),
     ),
     Mutant(
         "weights/masks.py",
-        "gone = gone | self._pruned[name]",
-        "gone = gone & self._pruned[name]",
+        "marks[name] = gone | marks[name] if",
+        "marks[name] = gone & marks[name] if",
         ("weights/test_masks.py",),
     ),
     Mutant(

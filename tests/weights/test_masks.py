@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
-    DynamicOutputShapeException,
+    DataDependentOutputException,
     FakeTensorMode,
 )
 from torch.optim import Optimizer
@@ -259,5 +259,5 @@ def test_masks_follow_their_weights_to_another_device() -> None:
         masks.apply()
         masks.apply_to_gradients()
         masks.apply_to({"weight": torch.ones(3, 4, device="cuda")})
-        with pytest.raises(DynamicOutputShapeException):
+        with pytest.raises(DataDependentOutputException):
             masks.verify()
