@@ -114,7 +114,8 @@ class ActiveWeights:
         # Made on the device: a copy of so many numbers would take longer.
         pairs = torch.tensor([values, counts], dtype=torch.int64).view(2, -1)
         what, often = pairs.to(self._comm.device)
-        return what.repeat_interleave(often, output_size=sum(counts))
+        repeated: Tensor = what.repeat_interleave(often, output_size=sum(counts))
+        return repeated
 
     def weights_in_groups(self, chosen: Tensor) -> Tensor:
         """Find the weights of chosen groups.
