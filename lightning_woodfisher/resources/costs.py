@@ -39,7 +39,7 @@ _LAYER_MATRICES, _LAYER_VECTORS = 3, 7
 # Approximate number of conjugate gradient steps in the joint update.
 _SOLVER_STEPS = 50
 # float64 vectors of D_r numbers that exist at the same time in each phase.
-_VECTORS = {"factorize": 5, "select": 11, "update": 7, "search": 6, "write": 8}
+_VECTORS = {"factorize": 5, "select": 9, "update": 7, "search": 6, "write": 8}
 # Additional vectors of the line search for a second update to try, and for a first-order
 # direction.
 _VECTORS_ALTERNATIVE = 2
