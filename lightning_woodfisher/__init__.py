@@ -25,6 +25,7 @@ from lightning_woodfisher.resources.estimate import ResourceEstimate, estimate
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.pruner import prune_structures
 from lightning_woodfisher.structured.report import StructureReport
+from lightning_woodfisher.structured.shrink.files import load_shrunk
 from lightning_woodfisher.sweeps.report import SweepReport
 from lightning_woodfisher.sweeps.sweep import sweep
 
@@ -50,6 +51,7 @@ __all__ = [
     "SweepReport",
     "WoodFisherPruningCallback",
     "estimate",
+    "load_shrunk",
     "preset",
     "prune",
     "prune_structures",

@@ -54,12 +54,9 @@ from lightning_woodfisher.structured.pruner import (
     require_target,
 )
 from lightning_woodfisher.structured.report import StructureReport
+from lightning_woodfisher.structured.shrink.files import save_shrunk
 from lightning_woodfisher.structured.shrink.implants import ImplantConfig, ImplantInit
-from lightning_woodfisher.structured.shrink.removal import (
-    RemovalPlan,
-    plan_removal,
-    save_shrunk,
-)
+from lightning_woodfisher.structured.shrink.removal import RemovalPlan, plan_removal
 from lightning_woodfisher.structured.shrink.removal_check import check_implants
 from lightning_woodfisher.structured.tracing import trace_groups
 
@@ -126,6 +123,7 @@ class StructuredPruningCallback(PruningCallback):
         self._prefix = ""
         self._inputs: Any = None
         self._groups: tuple[Group, ...] = ()
+        self._removal_plan: RemovalPlan | None = None
         self._implants = ImplantConfig()
         self._implantable: dict[str, tuple[str, ...]] = {}
 
@@ -167,25 +165,29 @@ class StructuredPruningCallback(PruningCallback):
 
     # ------------------------------------------------------------------ smaller models
 
-    def removal_plan(self, module: nn.Module) -> RemovalPlan:
-        """Plan how to cut the masked channels out of the network.
+    @property
+    def removal_plan(self) -> RemovalPlan:
+        """How to cut the masked channels out of the network; ``apply`` changes it.
 
-        Args:
-            module: the LightningModule that holds the network.
-
-        Returns:
-            The plan; its ``apply`` changes the network.
+        A checkpoint contains it.
 
         Raises:
-            ConfigurationError: before fit has traced the network.
+            ConfigurationError: before fit has traced the network or a checkpoint was loaded.
         """
-        if not self._groups:
+        if self._removal_plan is None:
             raise ConfigurationError(
-                "the groups of channels are not known before fit has started; call fit "
-                "first."
+                "the channels to cut out are not known: call fit first, or load a "
+                "checkpoint of a run that has removed channels."
             )
-        network = module.get_submodule(self._prefix)
-        return plan_removal(network, self._groups, self.removed, self.implanted)
+        return self._removal_plan
+
+    def _plan_removal(self, module: nn.Module) -> None:
+        self._removal_plan = plan_removal(
+            module.get_submodule(self._prefix),
+            self._groups,
+            self.removed,
+            self.implanted,
+        )
 
     def shrunk_model(self, module: nn.Module) -> nn.Module:
         """Build the smaller network, which computes the same as the masked one.
@@ -196,7 +198,7 @@ class StructuredPruningCallback(PruningCallback):
         Returns:
             A copy of its network without the masked channels.
         """
-        plan = self.removal_plan(module)
+        plan = self.removal_plan
         smaller = copy.deepcopy(module.get_submodule(self._prefix))
         plan.apply(smaller)
         return smaller
@@ -209,13 +211,54 @@ class StructuredPruningCallback(PruningCallback):
             pl_module: its module, which Lightning has moved to the CPU.
         """
         super().on_fit_end(trainer, pl_module)
-        if self.masks is None:
-            return  # Nothing was left to train.
-        steps = f"{len(self.reports)} of {len(self._plan)} pruning steps"
-        self._warn_of_missed_steps(trainer, steps)
+        if self.masks is not None:  # Otherwise nothing was left to train.
+            steps = f"{len(self.reports)} of {len(self._plan)} pruning steps"
+            self._warn_of_missed_steps(trainer, steps)
         if self.export_path and self.reports and trainer.is_global_zero:
-            smaller = self.shrunk_model(pl_module)
-            save_shrunk(self.export_path, smaller, self.removal_plan(pl_module))
+            smaller = self.shrunk_model(pl_module).state_dict()
+            save_shrunk(self.export_path, smaller, self.removal_plan)
+
+    # ------------------------------------------------------------------ checkpoint
+
+    def setup(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
+    ) -> None:
+        """Forget the plan of an earlier fit, as everything else of it.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+            stage: only ``"fit"`` matters.
+        """
+        super().setup(trainer, pl_module, stage)
+        if not self.reports:
+            self._removal_plan = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint, which also cuts channels out without a fit.
+
+        Returns:
+            The state of :class:`PruningCallback`, the name of the network in the module,
+            and the plan, with names of the module.
+        """
+        state = super().state_dict()
+        if self._removal_plan is not None:
+            prefix = self._module_name("")
+            plan = self._removal_plan.with_prefix(prefix)
+            state |= {"network": self._prefix, "removal_plan": plan.to_dict()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of a checkpoint.
+
+        Args:
+            state_dict: result of :meth:`state_dict`.
+        """
+        super().load_state_dict(state_dict)
+        if "removal_plan" in state_dict:
+            self._prefix = state_dict["network"]
+            plan = RemovalPlan.from_dict(state_dict["removal_plan"])
+            self._removal_plan = plan.without_prefix(self._module_name(""))
 
     # ------------------------------------------------------------------ training starts
 
@@ -261,6 +304,7 @@ class StructuredPruningCallback(PruningCallback):
         return self.schedule.plan(self.target, training_horizon(trainer, self.schedule))
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._plan_removal(module)
         structures = sum(group.size for group in self._groups)
         steps = ", ".join(
             f"{step.sparsity:.0%} at {step.unit} {step.position}"
@@ -316,6 +360,7 @@ class StructuredPruningCallback(PruningCallback):
         log_end(trainer, self.reports)
 
     def _publish(self, trainer: pl.Trainer, report: StructureReport) -> None:
+        self._plan_removal(trainer.lightning_module)
         if self.latency_runs:
             module = trainer.lightning_module
             comm = Communicator(module.device)

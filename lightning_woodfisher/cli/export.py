@@ -32,6 +32,7 @@ from lightning_woodfisher.export.semi_structured import (
 )
 from lightning_woodfisher.export.state_dict_files import save_dense, save_sparse
 from lightning_woodfisher.export.summary import ExportSummary, summarize
+from lightning_woodfisher.structured.shrink.files import read_shrunk, save_shrunk
 
 _EXAMPLE = """\
 formats:
@@ -39,6 +40,8 @@ formats:
   sparse           safetensors with a bit for each weight and the remaining weights: small.
                    Read by lightning_woodfisher.export.load_sparse. Needs no config.
   dense            a plain state_dict: torch.load(FILE, weights_only=True). Needs no config.
+  shrunk           a folder with the smaller network of a run that removed channels.
+                   Read by lightning_woodfisher.load_shrunk. Needs no config.
   onnx             network and weights, for onnxruntime and others; the outputs are
                    compared with PyTorch's.
   torch-export     network and weights, for torch.export.load; compared likewise.
@@ -49,6 +52,7 @@ examples:
 
   lightning-woodfisher export best.ckpt --format sparse --network net \\
       --out model.safetensors
+  lightning-woodfisher export best.ckpt --format shrunk --network net --out small
   lightning-woodfisher export best.ckpt --format onnx --config run.yaml \\
       --input_shape 1 3 224 224 --out model.onnx
 
@@ -58,11 +62,12 @@ pruned weights are checked to be zero, by the masks that the callback saved in i
 _SUFFIXES = {
     "sparse": (".safetensors",),
     "dense": (".pt", ".pth", ".bin"),
+    "shrunk": (),
     "onnx": (".onnx",),
     "torch-export": (".pt2",),
     "semi-structured": (".pt", ".pth", ".bin"),
 }
-_WITHOUT_MODEL = ("sparse", "dense")
+_WITHOUT_MODEL = ("sparse", "dense", "shrunk")
 
 
 def run_export(options: argparse.Namespace) -> int:
@@ -77,7 +82,8 @@ def run_export(options: argparse.Namespace) -> int:
     out = Path(options.out)
     _check(options, out)
     checkpoint = read_checkpoint(options.checkpoint)
-    if not options.from_zeros:
+    # What is shrunk is checked by what cuts it.
+    if not options.from_zeros and options.format != "shrunk":
         checkpoint.require_masks_hold()
     if checkpoint.steps_left:
         warn_of_missing_steps(checkpoint.path, checkpoint.steps_left)
@@ -85,6 +91,8 @@ def run_export(options: argparse.Namespace) -> int:
     note = ""
     if options.format == "sparse":
         summary = save_sparse(weights, out, {"network": options.network})
+    elif options.format == "shrunk":
+        summary = _write_shrunk(checkpoint, options)
     elif options.format == "dense":
         summary = save_dense(weights, out)
     else:
@@ -95,7 +103,7 @@ def run_export(options: argparse.Namespace) -> int:
         else:
             inputs = _example_inputs(module, network, options)
             summary, note = _write_graph(network, inputs, options)
-    if options.format in _WITHOUT_MODEL and checkpoint.left_out:
+    if options.format in {"sparse", "dense"} and checkpoint.left_out:
         note = f"\nNot exported, because not tensors: {', '.join(checkpoint.left_out)}."
     sys.stdout.write(f"{summary.to_table()}\n{_describe(checkpoint, options)}{note}\n")
     sys.stdout.write(f"Written: {out}.\n")
@@ -116,7 +124,15 @@ def _check(options: argparse.Namespace, out: Path) -> None:
     """Check the options before anything is read."""
     rest = options.fit_arguments
     suffixes = _SUFFIXES[options.format]
-    if out.suffix not in suffixes:
+    if options.format == "shrunk":
+        if out.is_file():
+            raise ConfigurationError(f"--out {out} is a file; give a folder.")
+        if options.from_zeros:
+            raise ConfigurationError(
+                "--from_zeros has no effect with --format shrunk, which needs the plan that "
+                "the callback saved in the checkpoint; omit it."
+            )
+    elif out.suffix not in suffixes:
         raise ConfigurationError(
             f"--out {out} must end in {' or '.join(suffixes)} for --format "
             f"{options.format}."
@@ -182,6 +198,15 @@ def _example_inputs(
     )
 
 
+def _write_shrunk(checkpoint: Checkpoint, options: argparse.Namespace) -> ExportSummary:
+    plan, state = read_shrunk(checkpoint)
+    network = strip_prefix(state, options.network)
+    start = f"{options.network.rstrip('.')}." if options.network else ""
+    path = save_shrunk(options.out, network, plan.without_prefix(start))
+    tensors = {name: t for name, t in network.items() if isinstance(t, Tensor)}
+    return summarize(tensors, path)
+
+
 def _write_graph(
     network: nn.Module, inputs: tuple[Tensor, ...], options: argparse.Namespace
 ) -> tuple[ExportSummary, str]:
@@ -239,7 +264,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="saved by Lightning with the pruning callback, or a state_dict",
     )
     add("--format", required=True, choices=list(_SUFFIXES), help="see below")
-    add("--out", required=True, metavar="FILE", help="file to write")
+    add("--out", required=True, metavar="FILE", help="file (shrunk: folder) to write")
     add(
         "--network",
         default="",

@@ -124,7 +124,7 @@ _SUBCOMMANDS = {
         report.run_report,
     ),
     "export": Subcommand(
-        "a pruned checkpoint as sparse or dense file, ONNX or torch.export",
+        "a pruned checkpoint as sparse, dense or smaller network, ONNX or torch.export",
         export.make_parser,
         export.run_export,
         reads_fit=True,

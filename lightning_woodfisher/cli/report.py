@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_woodfisher.base.errors import ConfigurationError, first_line
+from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.base.optional_imports import import_optional
+from lightning_woodfisher.base.torch_files import load_plain
 from lightning_woodfisher.cli.arguments import SubcommandParser
 from lightning_woodfisher.cli.messages import warn_of_missing_steps
 from lightning_woodfisher.pruning.report import PruningReport
@@ -136,16 +136,8 @@ def _read_json(path: Path) -> _Record:
 
 
 def _read_checkpoint(path: Path) -> _Record:
-    try:
-        # With mmap only the masks of a large file are read.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # Arbitrary bytes can raise any exception in the reader.
-    except Exception as error:
-        raise ConfigurationError(
-            f"{path} is not a checkpoint, or holds more than tensors and plain values, "
-            f"which could run code when loaded ({first_line(error)}); give the JSON file "
-            "of report_path."
-        ) from error
+    # With mmap only the masks of a large file are read.
+    checkpoint = load_plain(path, mmap=True)
     content = checkpoint if isinstance(checkpoint, Mapping) else {}
     states: Mapping[str, Any] = content.get("callbacks") or {}
     ours = {

@@ -5,17 +5,15 @@ from __future__ import annotations
 __all__ = ["Checkpoint", "read_checkpoint", "strip_prefix"]
 
 import os
-import pickle
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lightning_woodfisher.base.errors import ConfigurationError, first_line, nearest
+from lightning_woodfisher.base.errors import ConfigurationError, nearest
+from lightning_woodfisher.base.torch_files import load_plain
 from lightning_woodfisher.weights.checkpoint_state import STATE_KEYS, require_readable
 
 _MAX_NAMES = 3
@@ -32,6 +30,8 @@ class Checkpoint:
             kept; empty if the file has none.
         content: everything in the file.
         steps_left: planned pruning steps that were not done when the file was saved.
+        removal_plans: how to cut masked channels out, one for each structured callback, as
+            ``RemovalPlan.to_dict`` of :mod:`lightning_woodfisher.structured` returns it.
     """
 
     path: Path
@@ -39,6 +39,7 @@ class Checkpoint:
     masks: dict[str, Tensor]
     content: Mapping[str, Any]
     steps_left: int = 0
+    removal_plans: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
     @property
     def state_dict(self) -> Mapping[str, Any]:
@@ -112,18 +113,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         )
     if not path.is_file():
         raise ConfigurationError(f"{path} is not a file.")
-    try:
-        with warnings.catch_warnings():
-            # torch warns about a pickle that is not a checkpoint; the error below is clearer.
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigurationError(_explain(path, error)) from error
-    # Arbitrary bytes can raise any exception in the reader.
-    except Exception as error:
-        raise ConfigurationError(
-            f"{path} is not a checkpoint, or it is cut off ({first_line(error)})."
-        ) from error
+    content = load_plain(path)
     content = content if isinstance(content, dict) else {}
     state = content.get("state_dict", content)
     entries = state.items() if isinstance(state, dict) else ()
@@ -135,7 +125,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         )
     states = _pruning_states(path, content)
     steps_left = max((state.get("steps_left", 0) for state in states), default=0)
-    return Checkpoint(path, weights, _combine_masks(states), content, steps_left)
+    plans = [state["removal_plan"] for state in states if "removal_plan" in state]
+    masks = _combine_masks(states)
+    return Checkpoint(path, weights, masks, content, steps_left, plans)
 
 
 def strip_prefix(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -186,16 +178,3 @@ def _combine_masks(states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         for name, kept in state["masks"].items():
             masks[name] = masks[name] & kept if name in masks else kept
     return masks
-
-
-def _explain(path: Path, error: Exception) -> str:
-    message = str(error)
-    if "GLOBAL" not in message:
-        return f"{path} is not a checkpoint ({first_line(error)})."
-    culprit = message.partition("GLOBAL ")[2].split()[0]
-    return (
-        f"{path} contains an object of {culprit}. Only tensors and plain values are read, so "
-        "that no code in the file is run. Keep the object out of the checkpoint "
-        "(self.save_hyperparameters(ignore=[…])). If you trust the file, load it, save its "
-        "['state_dict'] with torch.save, and export that with --from_zeros."
-    )

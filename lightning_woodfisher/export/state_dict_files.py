@@ -203,7 +203,13 @@ def write_atomically(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export", dir=path.parent) as folder:
         yield Path(folder, path.name)
+        # Some writers make files that only their owner can read: use the umask's mode.
+        probe = Path(folder, ".mode")
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
         for written in Path(folder).iterdir():
+            written.chmod(mode)
             written.replace(path.parent / written.name)
 
 

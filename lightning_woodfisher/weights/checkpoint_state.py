@@ -2,7 +2,9 @@
 
 The state is a dictionary: ``version``, ``masks`` (bool tensors by parameter name, True where
 kept), ``done`` (unit and position of each finished step), ``steps_left`` (number of planned
-steps that were not done yet) and ``reports`` (of the steps, as plain dictionaries).
+steps that were not done yet) and ``reports`` (of the steps, as plain dictionaries). That of a
+structured callback has two more: ``network``, the name of the pruned submodule, and
+``removal_plan``, how to cut its masked channels out.
 ``callbacks/base.py`` writes and loads it; the export and the command ``report`` read it.
 """
 
@@ -51,14 +53,26 @@ def _find_fault(state: Any) -> str:
     if not isinstance(state, Mapping) or not state.keys() >= STATE_KEYS:
         return f"it is not a dictionary with {', '.join(sorted(STATE_KEYS))}"
     version, masks, done = state["version"], state["masks"], state["done"]
-    if not isinstance(version, int):
+    if type(version) is not int or version < 1:
         return f"its version is {version!r}"
     if not isinstance(masks, Mapping) or not all(
-        isinstance(mask, Tensor) and mask.dtype == torch.bool for mask in masks.values()
+        isinstance(name, str) and isinstance(mask, Tensor) and mask.dtype == torch.bool
+        for name, mask in masks.items()
     ):
         return "its masks are not bool tensors"
     if not isinstance(done, Sequence) or not all(
         isinstance(step, Sequence) and len(step) == 2 for step in done
     ):
         return "its finished steps are not pairs of unit and position"
+    steps_left, reports = state.get("steps_left", 0), state.get("reports", ())
+    if type(steps_left) is not int or steps_left < 0:
+        return f"its number of remaining steps is {steps_left!r}"
+    if not isinstance(reports, Sequence) or not all(
+        isinstance(report, Mapping) for report in reports
+    ):
+        return "its reports are not dictionaries"
+    if not isinstance(state.get("removal_plan", {}), Mapping):
+        return "its plan of removed channels is not a dictionary"
+    if not isinstance(state.get("network", ""), str):
+        return "its name of the network is not a text"
     return ""

@@ -396,7 +396,7 @@ def test_masks_of_two_callbacks_are_joined() -> None:
 def test_help_is_for_newcomers(capsys: pytest.CaptureFixture[str]) -> None:
     assert status("export", "--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "{sparse,dense,onnx,torch-export,semi-structured}" in shown
+    assert "{sparse,dense,shrunk,onnx,torch-export,semi-structured}" in shown
     assert "export best.ckpt --format onnx --config run.yaml" in shown
     assert status("export") == 2
     assert status("--help") == 0

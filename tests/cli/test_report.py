@@ -105,7 +105,7 @@ def test_two_callbacks_make_two_tables(capsys: pytest.CaptureFixture[str]) -> No
         (
             lambda: torch.save({"hyper_parameters": Path()}, "a.ckpt"),
             "a.ckpt",
-            "could run code when loaded",
+            "no code in the file is run",
         ),
         (lambda: Path("a.ckpt").write_text("{}"), "a.ckpt", "is not a checkpoint"),
         (

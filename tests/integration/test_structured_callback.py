@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structured_fits
 import torch
 import yaml
 from devices import ACCELERATOR
@@ -41,10 +43,10 @@ from lightning_woodfisher import (
     PolynomialSchedule,
     PruningError,
     SOSPPruningCallback,
+    load_shrunk,
 )
 from lightning_woodfisher.cli.main import main
 from lightning_woodfisher.structured.graph.groups import channel_masks
-from lightning_woodfisher.structured.shrink.removal import load_shrunk
 
 METHODS: dict[str, dict[str, Any]] = {
     "sosp_i": {"kind": SOSPPruningCallback, "variant": "I"},
@@ -161,8 +163,7 @@ def test_the_report_the_export_and_the_time(tmp_path: Path) -> None:
     assert type(report).from_dict(plain) == report
     assert plain["epoch"] == 0
     assert plain["step"] == 0
-    fresh = ResidualNet().eval()
-    load_shrunk(tmp_path / "small", fresh)
+    fresh = load_shrunk(tmp_path / "small", ResidualNet().eval())
     pixels = images(16).tensors[0]
     assert torch.equal(fresh(pixels), callback.shrunk_model(module)(pixels))
     torch.testing.assert_close(fresh(pixels), module.net(pixels), rtol=0, atol=1e-5)
@@ -205,9 +206,20 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     state = torch.load(paths[0], weights_only=True)["callbacks"]
     assert whole[0].state_key in state
     assert "network" in whole[0].state_key
-    # A run that has nothing left to train ends as it began.
-    finished = run(paths[-1], epochs=4)
-    assert finished[0].reports == whole[0].reports
+    # A run that has nothing left to train ends as it began, and can be cut all the same.
+    module = Module().eval()
+    callback = structured(
+        SOSPPruningCallback,
+        variant="I",
+        schedule=PolynomialSchedule(0, 3),
+        export_path=str(tmp_path / "small"),
+    )
+    trainer(callback, max_epochs=4).fit(module, data, ckpt_path=paths[-1])
+    assert callback.reports == whole[0].reports
+    assert_equals_removal(callback, module)
+    small = load_shrunk(tmp_path / "small", ResidualNet()).eval()
+    pixels = images(16).tensors[0]
+    torch.testing.assert_close(small(pixels), module.net(pixels), rtol=0, atol=1e-5)
 
 
 def write_yaml(callback: dict[str, Any]) -> str:
@@ -377,8 +389,7 @@ def test_implants_are_trained_exported_and_resumed(init: Any, tmp_path: Path) ->
     for net, sign in ((module.net, 1), (smaller, -1)):
         gone -= sign * sum(p.numel() for p in net.parameters())
     assert gone == 0
-    fresh = ResidualNet().eval()
-    load_shrunk(tmp_path / "small", fresh)
+    fresh = load_shrunk(tmp_path / "small", ResidualNet().eval())
     assert torch.equal(fresh(pixels), smaller(pixels))
     again, _, resumed = run(str(tmp_path / "epoch=1.ckpt"))
     assert differences(resumed, state) == []
@@ -496,3 +507,64 @@ def test_mixed_precision_is_off_while_scoring() -> None:
         assert {on for training, on in module.seen if not training} == {False}
         found.append({**callback.reports[0].to_dict(), "seconds": {}})
     assert differences(*found) == []
+
+
+IN_A_FRESH_PROCESS = """
+import sys, torch
+sys.path[:0] = [{support!r}]
+from structured_fits import Module, ResidualNet
+from lightning_woodfisher import load_shrunk
+from lightning_woodfisher.cli.main import main
+
+pixels = torch.load("pixels.pt", weights_only=True)
+for name in ("sosp", "hap"):
+    command = f"export {{name}}.ckpt --format shrunk --network net --out {{name}}"
+    assert main(command.split()) == 0
+    expected = torch.load(f"{{name}}.pt", weights_only=True)
+    for path in (name, f"{{name}}.ckpt"):
+        found = load_shrunk(path, ResidualNet()).eval()
+        assert torch.equal(found(pixels), expected), path
+    whole = load_shrunk(f"{{name}}.ckpt", Module()).eval()
+    assert torch.equal(whole.net(pixels), expected)
+"""
+
+
+@pytest.mark.spawns
+def test_the_checkpoint_is_all_that_a_fresh_process_needs() -> None:
+    pixels = images(16).tensors[0]
+    torch.save(pixels, "pixels.pt")
+    implants = {"implant_ratio": 0.5, "implant_init": "center"}
+    for name, callback in {
+        "sosp": structured(SOSPPruningCallback),
+        "hap": structured(HAPPruningCallback, **implants),
+    }.items():
+        fitted = trainer(callback, max_epochs=1)
+        seed_all(1)
+        module = Module()
+        fitted.fit(module, loader())
+        fitted.save_checkpoint(f"{name}.ckpt")
+        small = callback.shrunk_model(module).eval()
+        torch.save(small(pixels).detach(), f"{name}.pt")
+        assert bool(callback.implanted) == (name == "hap")
+    support = str(Path(structured_fits.__file__).parent)
+    script = IN_A_FRESH_PROCESS.format(support=support)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=240)
+
+
+def test_what_has_no_smaller_network(capsys: pytest.CaptureFixture[str]) -> None:
+    callback = structured(SOSPPruningCallback, schedule=PolynomialSchedule(0, 2))
+    saving = ModelCheckpoint(".", "{epoch}", save_top_k=-1)
+    fit(callback, None, saving, max_epochs=3, enable_checkpointing=True)
+    torch.save({"state_dict": Module().state_dict()}, "plain.ckpt")
+    Path("file").touch()
+    for arguments, message in {
+        "plain.ckpt --out small": "has no plan of removed channels",
+        "plain.ckpt --out file": "--out file is a file; give a folder",
+        "plain.ckpt --out small --from_zeros": "--from_zeros has no effect",
+    }.items():
+        command = ["export", *arguments.split(), "--format", "shrunk"]
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+    assert main(["export", "epoch=0.ckpt", "--format", "shrunk", "--out", "small"]) == 0
+    assert "not at the target" in capsys.readouterr().err
+    load_shrunk("small", Module())

@@ -24,6 +24,7 @@ from lightning_woodfisher.structured.graph.groups import (
     masked_parameters,
 )
 from lightning_woodfisher.structured.pruner import StructurePruner
+from lightning_woodfisher.structured.shrink.files import load_shrunk, save_shrunk
 from lightning_woodfisher.structured.shrink.implanted_conv import (
     ImplantedConv,
     implant_masks,
@@ -35,9 +36,7 @@ from lightning_woodfisher.structured.shrink.implants import (
 )
 from lightning_woodfisher.structured.shrink.removal import (
     RemovalPlan,
-    load_shrunk,
     plan_removal,
-    save_shrunk,
     update_optimizers,
 )
 from lightning_woodfisher.structured.shrink.removal_check import check_implants
@@ -219,9 +218,8 @@ def test_files_give_the_same_bits(tmp_path: Path) -> None:
     groups, report = step(model, 0.5, ratio=0.6, init="center")
     plan = plan_removal(model, groups, report.removed, report.implanted)
     plan.apply(model)
-    save_shrunk(tmp_path, model, plan)
-    fresh = Residual(6, 8).double().eval()
-    assert load_shrunk(tmp_path, fresh) == plan
+    save_shrunk(tmp_path, model.state_dict(), plan)
+    fresh = load_shrunk(tmp_path, Residual(6, 8).double().eval())
     pixels = images(8).tensors[0]
     assert torch.equal(fresh(pixels), model(pixels))
     for (one, a), (other, b) in zip(

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_woodfisher.structured.graph.groups import Group, Member
+
 
 def conv_norm(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Module:
     return nn.Sequential(
@@ -221,3 +223,46 @@ def images(dtype: torch.dtype = torch.float64, size: int = 8) -> Tensor:
     return torch.randn(4, 3, size, size, generator=generator, dtype=torch.float64).to(
         dtype
     )
+
+
+def chain() -> nn.Sequential:
+    """Return two convolutions, the first with a norm, and a Linear layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.Conv2d(5, 4, 3),
+        nn.Flatten(),
+        nn.Linear(64, 2),
+    ).double()
+    scramble(model)
+    return model.eval()
+
+
+def chain_groups() -> tuple[Group, Group]:
+    """Return the groups of its convolutions, made by hand."""
+    five, four = torch.arange(5), torch.arange(4)
+    first = Group(
+        "0",
+        5,
+        (
+            Member("0", "weight", 0, "producer", five),
+            Member("0", "bias", 0, "bias", five),
+            Member("1", "weight", 0, "norm", five),
+            Member("1", "bias", 0, "norm", five),
+            Member("1", "running_mean", 0, "statistics", five),
+            Member("1", "running_var", 0, "statistics", five),
+            Member("3", "weight", 1, "consumer", five),
+        ),
+    )
+    second = Group(
+        "3",
+        4,
+        (
+            Member("3", "weight", 0, "producer", four),
+            Member("3", "bias", 0, "bias", four),
+            Member("5", "weight", 1, "consumer", four.repeat_interleave(16)),
+        ),
+    )
+    return first, second

@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = [
     "ImplantedConv",
     "center_tap",
+    "has_center",
     "implant_masks",
     "implantable_layers",
     "parameter_names",
@@ -18,7 +19,7 @@ __all__ = [
 ]
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -136,11 +137,32 @@ def implantable_layers(
             if member.module
             and member.structure_of.tolist() == list(range(group.size))
             and member.axis == 0
-            and _has_center(model.get_submodule(member.module), names)
+            and has_center(model.get_submodule(member.module), names)
         )
         if layers:
             found[group.name] = layers
     return found
+
+
+def has_center(conv: nn.Module, names: Mapping[int, Sequence[str]]) -> bool:
+    """Check if the filters of a layer have a center tap, and are its own.
+
+    Args:
+        conv: the layer.
+        names: names of the model's parameters, as :func:`parameter_names` returns them.
+
+    Returns:
+        Whether it can have implants.
+    """
+    if type(conv) not in {nn.Conv1d, nn.Conv2d, nn.Conv3d} or conv.groups != 1:
+        return False
+    if any(len(names[id(parameter)]) > 1 for parameter in conv.parameters(False)):
+        return False
+    sizes: Any = conv.kernel_size
+    steps: Any = conv.dilation
+    centered = tuple(d * (k - 1) // 2 for d, k in zip(steps, sizes, strict=True))
+    is_odd = all(size % 2 for size in sizes)
+    return is_odd and math.prod(sizes) > 1 and conv.padding in {centered, "same"}
 
 
 def implant_masks(
@@ -188,19 +210,6 @@ def sort_keys(member: Member, size: int, last: Tensor) -> Tensor:
         order = torch.sort(is_last[start:stop].int(), stable=True).indices
         keys[start + order] = torch.arange(start, stop)
     return keys
-
-
-def _has_center(conv: nn.Module, names: dict[int, list[str]]) -> bool:
-    """Check if the filters of a layer have a center tap, and are its own."""
-    if type(conv) not in {nn.Conv1d, nn.Conv2d, nn.Conv3d} or conv.groups != 1:
-        return False
-    if any(len(names[id(parameter)]) > 1 for parameter in conv.parameters(False)):
-        return False
-    sizes: Any = conv.kernel_size
-    steps: Any = conv.dilation
-    centered = tuple(d * (k - 1) // 2 for d, k in zip(steps, sizes, strict=True))
-    is_odd = all(size % 2 for size in sizes)
-    return is_odd and math.prod(sizes) > 1 and conv.padding in {centered, "same"}
 
 
 def _copies_of_group(member: Member, size: int) -> list[tuple[int, int]] | None:

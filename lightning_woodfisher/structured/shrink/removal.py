@@ -1,8 +1,7 @@
 """Cut structures out of a model, and repeat this on a fresh model later.
 
 A :class:`RemovalPlan` lists the slices of tensors that are kept. It is plain data and is
-saved with the weights: build the dense model as usual, apply the plan, and load the
-weights. Optimizers follow with :func:`update_optimizers`.
+saved with the weights (``files.py``). Optimizers follow with :func:`update_optimizers`.
 """
 
 from __future__ import annotations
@@ -11,18 +10,14 @@ __all__ = [
     "Cut",
     "RemovalPlan",
     "Replacement",
-    "load_shrunk",
     "plan_removal",
-    "save_shrunk",
     "shrink",
     "update_optimizers",
 ]
 
-import json
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,14 +37,14 @@ from lightning_woodfisher.structured.graph.groups import (
 )
 from lightning_woodfisher.structured.shrink.implanted_conv import (
     ImplantedConv,
-    center_tap,
+    has_center,
     implantable_layers,
     parameter_names,
     sort_keys,
 )
 
-_PLAN, _WEIGHTS = "plan.json", "weights.pt"
 _VERSION = 1
+_MISFIT = "the plan was made for another model, or has been applied already"
 
 
 @dataclass(frozen=True)
@@ -63,6 +58,14 @@ class Cut:
 
     size: int
     kept: tuple[int, ...]
+
+    def is_ascending(self) -> bool:
+        """Check if the kept slices stay in their order.
+
+        Returns:
+            Whether they do.
+        """
+        return [*self.kept] == sorted(self.kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +131,94 @@ class RemovalPlan:
             replacements = _implant(model, name, rows, replacements)
         return tuple(replacements)
 
+    def cut(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Cut the tensors of a dense model as :meth:`apply` cuts its parameters.
+
+        Args:
+            state_dict: of the dense model; entries that are not tensors are kept.
+
+        Returns:
+            The entries of the shrunk model.
+
+        Raises:
+            ConfigurationError: if the plan was made for another model.
+        """
+        for name in self.tensors:
+            tensor = state_dict.get(name)
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+                raise ConfigurationError(f"there is no tensor {name!r}; {_MISFIT}.")
+        found: dict[str, Any] = {}
+        for name, tensor in state_dict.items():
+            kept = self._kept(name, tensor) if name in self.tensors else {}
+            module, _, key = name.rpartition(".")
+            if kept and module in self.implants:
+                parts = _divide(kept, self.implants[module], tensor.shape)
+                for part, positions in parts:
+                    found[f"{module}.{part}.{key}"] = _cut(tensor, positions)
+            else:
+                found[name] = _cut(tensor, kept)
+        return found
+
+    def without_prefix(self, prefix: str) -> RemovalPlan:
+        """Select what belongs to a submodule, by names within it.
+
+        Args:
+            prefix: name of the submodule, followed by a dot.
+
+        Returns:
+            Its plan.
+        """
+
+        def select(entries: Mapping[str, Any]) -> dict[str, Any]:
+            names = (name for name in entries if name.startswith(prefix))
+            return {name.removeprefix(prefix): entries[name] for name in names}
+
+        return RemovalPlan(select(self.tensors), select(self.implants))
+
+    def with_prefix(self, prefix: str) -> RemovalPlan:
+        """Rename everything as the parent of the model names it.
+
+        Args:
+            prefix: name of the model in its parent, followed by a dot; or empty.
+
+        Returns:
+            The same plan with longer names.
+        """
+        return RemovalPlan(
+            {f"{prefix}{name}": cuts for name, cuts in self.tensors.items()},
+            {f"{prefix}{name}": rows for name, rows in self.implants.items()},
+        )
+
+    @classmethod
+    def combine(cls, plans: Sequence[RemovalPlan]) -> RemovalPlan:
+        """Combine plans that were made for the same dense model.
+
+        Args:
+            plans: at least one.
+
+        Returns:
+            A plan that keeps what all of them keep.
+
+        Raises:
+            ConfigurationError: if two of them move slices of the same axis, for implants.
+        """
+        tensors: dict[str, dict[int, Cut]] = defaultdict(dict)
+        for plan in plans:
+            for name, cuts in plan.tensors.items():
+                for axis, cut in cuts.items():
+                    before = tensors[name].get(axis, cut)
+                    # The one that moves slices last, if any, gives the order.
+                    one, other = sorted((cut, before), key=Cut.is_ascending)
+                    if one != other and not other.is_ascending():
+                        raise ConfigurationError(
+                            f"two plans change the order of {name} on axis {axis}, for "
+                            "1x1 filters; cut the channels of one callback at a time."
+                        )
+                    both = tuple(each for each in one.kept if each in {*other.kept})
+                    tensors[name][axis] = Cut(cut.size, both)
+        implants = {n: rows for plan in plans for n, rows in plan.implants.items()}
+        return cls(dict(tensors), implants)
+
     def to_dict(self) -> dict[str, Any]:
         """Convert the plan to plain data.
 
@@ -157,13 +248,14 @@ class RemovalPlan:
         try:
             tensors = {
                 str(name): {
-                    int(axis): Cut(int(cut["size"]), tuple(map(int, cut["kept"])))
+                    # A key of a JSON object is a text.
+                    int(axis): Cut(_integer(cut["size"]), _integers(cut["kept"]))
                     for axis, cut in cuts.items()
                 }
                 for name, cuts in data["tensors"].items()
             }
-            implants = {str(n): int(rows) for n, rows in data["implants"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            implants = {str(n): _integer(r) for n, r in data["implants"].items()}
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ConfigurationError(f"not a removal plan: {error!r}.") from error
         return cls(tensors, implants)
 
@@ -174,27 +266,64 @@ class RemovalPlan:
             raise ConfigurationError(
                 f"{name} is sharded over the ranks; gather the model before you shrink it."
             )
-        cuts = self.tensors[name]
-        remedy = "the plan was made for another model, or has been applied already"
-        sizes = {axis: cut.size for axis, cut in cuts.items()}
-        require_sizes(name, tensors[key], sizes, remedy)
-        for axis, cut in cuts.items():
-            if not cut.kept or not 0 <= min(cut.kept) <= max(cut.kept) < cut.size:
-                raise ConfigurationError(
-                    f"the plan keeps {len(cut.kept)} slices of {name} on axis {axis} "
-                    f"that are not all in 0 to {cut.size - 1}."
-                )
+        self._kept(name, tensors[key])
         return tensors, key
 
+    def _kept(self, name: str, tensor: Tensor) -> dict[int, Tensor]:
+        """Return the positions of the kept slices of a tensor, by axis."""
+        cuts = self.tensors[name]
+        sizes = {axis: cut.size for axis, cut in cuts.items()}
+        require_sizes(name, tensor, sizes, _MISFIT)
+        for axis, cut in cuts.items():
+            _require_cut(name, axis, cut)
+        return {axis: torch.tensor(cut.kept) for axis, cut in cuts.items()}
+
     def _require_implantable(self, model: nn.Module) -> None:
+        names = parameter_names(model)
         for name, rows in self.implants.items():
-            filters = self.tensors.get(f"{name}.weight", {}).get(0)
-            is_conv = isinstance(model.get_submodule(name), _ConvNd)
-            if not is_conv or not filters or not 0 < rows < len(filters.kept):
+            try:
+                conv = model.get_submodule(name)
+            except AttributeError:
+                conv = nn.Module()
+            filters = [
+                len(cuts[0].kept) if 0 in cuts else 0
+                for key, _ in conv.named_parameters()
+                for cuts in (self.tensors.get(f"{name}.{key}", {}),)
+            ]
+            if (
+                not has_center(conv, names)
+                or len({*filters}) != 1
+                or not 0 < rows < filters[0]
+            ):
                 raise ConfigurationError(
                     f"the plan puts {rows} 1x1 filters into {name!r}, which is not a "
                     "convolution with more filters; it was made for another model."
                 )
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not a whole number")
+    return value
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    return tuple(map(_integer, values))
+
+
+def _require_cut(name: str, axis: int, cut: Cut) -> None:
+    """Check that a cut keeps some of its slices, each once."""
+    kept = cut.kept
+    if (
+        axis < 0
+        or not kept
+        or not 0 <= min(kept) <= max(kept) < cut.size
+        or len({*kept}) < len(kept)
+    ):
+        raise ConfigurationError(
+            f"the plan keeps {len(kept)} slices of {name} on axis {axis} that are not "
+            f"all different and in 0 to {cut.size - 1}."
+        )
 
 
 def plan_removal(
@@ -276,54 +405,6 @@ def shrink(
     """
     plan = plan_removal(model, groups, removed)
     plan.apply(model)
-    return plan
-
-
-def save_shrunk(folder: str | Path, model: nn.Module, plan: RemovalPlan) -> None:
-    """Save a shrunk model: its plan and its ``state_dict``.
-
-    Args:
-        folder: where to write. It is created if it does not exist.
-        model: the shrunk model.
-        plan: the plan that was applied to the dense model.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plan.to_dict(), indent=1, sort_keys=True)
-    (folder / _PLAN).write_text(text + "\n", encoding="utf-8")
-    torch.save(model.state_dict(), folder / _WEIGHTS)
-
-
-def load_shrunk(folder: str | Path, model: nn.Module) -> RemovalPlan:
-    """Turn a freshly built dense model into a saved shrunk one, in place.
-
-    Args:
-        folder: the folder that :func:`save_shrunk` wrote.
-        model: the dense model.
-
-    Returns:
-        The plan that was applied.
-
-    Raises:
-        ConfigurationError: if the folder contains no shrunk model, or one made from
-            another dense model.
-    """
-    folder = Path(folder)
-    try:
-        text = (folder / _PLAN).read_text(encoding="utf-8")
-        plan = RemovalPlan.from_dict(json.loads(text))
-        state = torch.load(folder / _WEIGHTS, map_location="cpu", weights_only=True)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigurationError(
-            f"{folder} contains no shrunk model: {error}"
-        ) from error
-    plan.apply(model)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ConfigurationError(
-            f"the weights do not fit the model: {error}"
-        ) from error
     return plan
 
 
@@ -427,25 +508,37 @@ def _implant(
     """Replace a cut convolution by an ImplantedConv everywhere in a model."""
     conv: Any = model.get_submodule(name)
     implanted = ImplantedConv(conv, rows)
-    whole = len(conv.weight) - rows
     by_new = {id(replacement.new): replacement for replacement in replacements}
     for key, cut in conv.named_parameters():
         replacement = by_new.pop(id(cut))
-        for part, filters in (
-            (implanted.kept, slice(whole)),
-            (implanted.implant, slice(whole, None)),
-        ):
-            kept = {**replacement.kept, 0: replacement.kept[0][filters]}
-            if key == "weight" and part is implanted.implant:
-                kept |= {a: torch.tensor([tap]) for a, tap in center_tap(conv).items()}
+        parts = _divide(replacement.kept, rows, replacement.old.shape)
+        for part, kept in parts:
             made = _replace(replacement.old, kept)
-            setattr(part, key, made.new)
+            setattr(getattr(implanted, part), key, made.new)
             by_new[id(made.new)] = made
     for module in list(model.modules()):
         for key, child in module._modules.items():
             if child is conv:
                 module._modules[key] = implanted
     return list(by_new.values())
+
+
+def _divide(
+    kept: Mapping[int, Tensor], rows: int, shape: Sequence[int]
+) -> Iterator[tuple[str, dict[int, Tensor]]]:
+    """Divide what is kept of a weight or bias between the parts of an ImplantedConv.
+
+    Args:
+        kept: positions of the kept slices, by axis.
+        rows: number of 1×1 filters, the last ones.
+        shape: of the whole tensor; of an odd kernel the center tap is kept.
+
+    Yields:
+        The name of the part, and the positions of its slices, by axis.
+    """
+    yield "kept", {**kept, 0: kept[0][:-rows]}
+    center = {axis: torch.tensor([shape[axis] // 2]) for axis in range(2, len(shape))}
+    yield "implant", {**kept, 0: kept[0][-rows:], **center}
 
 
 def _replace(old: nn.Parameter, kept: Mapping[int, Tensor]) -> Replacement:
