@@ -408,7 +408,7 @@ def test_help_is_for_newcomers(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_block_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
     """The files that its commands write are those of the network, too."""
-    blocks = read_blocks(ROOT / "docs" / "export.md")
+    blocks = read_blocks(ROOT / "docs" / "how-to" / "export.md")
     assert {block.language for block in blocks} == {"bash", "python", "text"}
     for block in blocks:
         if block.language == "python":

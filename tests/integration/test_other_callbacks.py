@@ -1,6 +1,6 @@
 """Pruning beside what else a Trainer and a network may have: callbacks, layers, data.
 
-docs/compatibility.md is the table of these companions.
+docs/reference/compatibility.md is the table of these companions.
 """
 
 from __future__ import annotations

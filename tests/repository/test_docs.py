@@ -311,7 +311,7 @@ def message_templates() -> list[str]:
 
 
 def test_messages_of_the_troubleshooting_are_those_of_the_package() -> None:
-    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    text = (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text()
     cells = re.findall(r"^\| (`.*?`) \|", text, re.M)
     messages = [m for cell in cells for m in re.findall(r"`([^`]+)`", cell)]
     templates = message_templates()
@@ -349,7 +349,7 @@ def test_answers_to_frequent_mistakes_are_quoted(
     with contextlib.suppress(SystemExit):
         main(["fit", "--config=run.yaml", *QUIET])
     said = capsys.readouterr().err.strip().splitlines()
-    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text()
     answer = said[-1].strip().removeprefix("lightning-woodfisher: error: ")
     assert len(answer) > 30
     assert answer in page

@@ -12,7 +12,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "examples" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 )
 _BLOCK = re.compile(
     r"(?:^<!-- not run: (?P<reason>.*?) -->\n+)?"
