@@ -8,6 +8,7 @@ __all__ = [
     "DatasetBatches",
     "RepeatableStream",
     "StreamBatches",
+    "leaves_of",
     "loader_batches",
     "require_rereadable",
 ]
@@ -15,12 +16,12 @@ __all__ = [
 import functools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -37,8 +38,6 @@ from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.data.isolation import (
     RandomStates,
     derive_seed,
-    preserve_random_states,
-    reseed,
     seeded,
 )
 
@@ -74,22 +73,6 @@ class Batches(ABC):
         Returns:
             The batch, on the device of the data.
         """
-
-    def fetch_group(self, first: int, count: int, seed: int) -> Any:
-        """Return the samples of several batches as one batch.
-
-        Args:
-            first: index of the first batch.
-            count: number of batches.
-            seed: the samples of batch i are drawn under ``derive_seed(seed, i)``.
-
-        Returns:
-            The samples, in order, collated at once.
-
-        Raises:
-            NotImplementedError: if the batches cannot be regrouped.
-        """
-        raise NotImplementedError
 
     @abstractmethod
     def describe(self, index: int) -> str:
@@ -168,15 +151,6 @@ class DatasetBatches(Batches):
     def fetch(self, index: int) -> Any:
         """Return the collated samples of one batch."""
         return self._collate(self._samples(index))
-
-    def fetch_group(self, first: int, count: int, seed: int) -> Any:
-        """Return the samples of several batches, collated at once."""
-        samples: list[Any] = []
-        with preserve_random_states():
-            for index in range(first, first + count):
-                reseed(derive_seed(seed, index))
-                samples += self._samples(index)
-        return self._collate(samples)
 
     def _samples(self, index: int) -> list[Any]:
         indices = self._indices[index]
@@ -288,10 +262,6 @@ class CachedBatches(Batches):
             self._cache[index] = _copy(batch), RandomStates.capture()
         return batch
 
-    def fetch_group(self, first: int, count: int, seed: int) -> Any:
-        """Return the samples of several batches, without the cache."""
-        return self._batches.fetch_group(first, count, seed)
-
     def describe(self, index: int) -> str:
         """Name the samples of a batch."""
         return self._batches.describe(index)
@@ -300,13 +270,33 @@ class CachedBatches(Batches):
 def _bytes_to_cache(batch: Any) -> int | None:
     """Count the bytes of a batch and generator states; None if it must not be cached."""
     size = _BYTES_OF_GENERATORS
-    for leaf in tree_leaves(batch):
+    for leaf in leaves_of(batch):
         if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
             size += leaf.nbytes
         elif not isinstance(leaf, _IMMUTABLE):
             # A loss may change it in place, or it needs memory of an accelerator.
             return None
     return size
+
+
+def leaves_of(data: Any) -> Iterator[Any]:
+    """Iterate over what lists, tuples and mappings contain.
+
+    Args:
+        data: a batch.
+
+    Yields:
+        Tensors and other objects, in order.
+    """
+    if isinstance(data, Tensor):
+        yield data
+    elif isinstance(data, list | tuple):
+        for item in data:
+            yield from leaves_of(item)
+    elif isinstance(data, Mapping):
+        yield from leaves_of([*data.values()])
+    else:
+        yield data
 
 
 def _copy(batch: Any) -> Any:

@@ -141,7 +141,8 @@ def reseed(seed: int) -> None:
     """
     # torch.manual_seed checks every kind of device, which takes longer than all of this.
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    # is_available loads a library each time, and is_initialized has no annotations.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:
@@ -166,8 +167,7 @@ class RandomStates:
         """
         # NumPy is looked up, not imported: if it is not imported, no code draws from it.
         numpy = sys.modules.get("numpy")
-        # is_initialized has no annotations.
-        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return cls(
             torch.get_rng_state(),
             torch.cuda.get_rng_state_all() if cuda else [],

@@ -67,11 +67,6 @@ class UnlabeledBatches(Batches):
             return UnlabeledBatch(batch, self._seed, index * self.size)
         return UnlabeledBatch(batch, derive_seed(self._seed, "batch", index), 0)
 
-    def fetch_group(self, first: int, count: int, seed: int) -> UnlabeledBatch:
-        """Return the samples of several batches and the number of the first one."""
-        batch = self._batches.fetch_group(first, count, seed)
-        return UnlabeledBatch(batch, self._seed, first * (self.size or 1))
-
     def describe(self, index: int) -> str:
         """Name the samples of a batch."""
         return self._batches.describe(index)

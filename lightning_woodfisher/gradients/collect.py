@@ -10,25 +10,32 @@ from __future__ import annotations
 
 __all__ = ["Derivative", "collect_gradients", "iterate_chunks", "micro_batch_size"]
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import PruningError
-from lightning_woodfisher.data.batches import Batches
+from lightning_woodfisher.data.batches import Batches, leaves_of
+from lightning_woodfisher.data.isolation import (
+    RandomStates,
+    derive_seed,
+    preserve_random_states,
+    reseed,
+)
 from lightning_woodfisher.data.losses import (
     differentiable_loss,
     differentiate,
 )
 from lightning_woodfisher.distributed.communicator import Pending
 from lightning_woodfisher.fisher.config import Collection, RowDtype
+from lightning_woodfisher.gradients.lockstep import Lockstep, SharedPass
 from lightning_woodfisher.gradients.nonfinite import (
     NonFiniteError,
     SkippedGradients,
 )
-from lightning_woodfisher.gradients.per_sample import find_obstacle, per_sample_rows
+from lightning_woodfisher.gradients.per_sample import fill_rows, find_obstacle
 from lightning_woodfisher.gradients.task import GradientTask
 
 # Limits of a micro-batch: gradients, samples, and bytes of rows.
@@ -64,9 +71,7 @@ def collect_gradients(
 ) -> Iterator[Tensor]:
     """Compute the gradients of this rank and yield its columns of all gradients.
 
-    The exchange of one round overlaps with the computation of the next micro-batch. Of a
-    micro-batch that is computed in one pass only the mean loss is known; it is recorded for
-    each of its gradients.
+    The exchange of one round overlaps with the computation of the next micro-batch.
 
     Args:
         task: the gradients.
@@ -190,6 +195,14 @@ class _RowComputer:
         self.losses: dict[int, float] = {}
         self.failure: Exception | None = None
         self._redone = 0
+        self._lockstep = Lockstep(task.source.model, task.parameters)
+        # With a pattern, all weights of a tensor may come in another order.
+        self._whole = {
+            name
+            for name, parameter in task.parameters.items()
+            if len(where := task.positions[name]) == parameter.numel()
+            and torch.equal(where, torch.arange(len(where), device=where.device))
+        }
 
     def choose_micro_batch_size(self, collection: Collection, width: int) -> int:
         """Return how many gradients of D = ``width`` weights form a micro-batch."""
@@ -232,9 +245,9 @@ class _RowComputer:
             rows.zero_()
             return
         if not self.reason and len(rows) > 1:
-            loss, problem = self._try_together(first, rows)
+            losses, problem = self._try_together(first, rows)
             if not problem:
-                self.losses |= dict.fromkeys(range(first, first + len(rows)), loss)
+                self.losses |= dict(enumerate(losses, start=first))
                 return
             if first == 0:
                 self.reason = problem
@@ -265,34 +278,66 @@ class _RowComputer:
             return f"loop: {self.reason}"
         return "per-sample" + f", but {redone} micro-batches by loop" * (redone > 0)
 
-    def _try_together(self, first: int, rows: Tensor) -> tuple[float, str]:
-        """Fill rows in one pass; return the mean loss and the problem found, or ``""``."""
+    def _try_together(self, first: int, rows: Tensor) -> tuple[list[float], str]:
+        """Fill rows in one pass; return the losses and the problem found, or ``""``."""
         try:
-            loss, dtype = self._together(first, rows)
-            return loss, self._mismatch(first, rows, dtype)
+            losses, dtype = self._together(first, rows)
+            return losses, self._mismatch(first, rows, dtype)
+        except PruningError as error:
+            return [], str(error)
         except Exception as error:
             # An error that does not come from the single pass is raised again in the loop.
-            return math.nan, f"{type(error).__name__}: {error}"
+            return [], f"{type(error).__name__}: {error}"
 
-    def _together(self, first: int, rows: Tensor) -> tuple[float, torch.dtype]:
-        """Fill all rows; return the mean loss and the dtype of the backward pass."""
+    def _together(self, first: int, rows: Tensor) -> tuple[list[float], torch.dtype]:
+        """Fill all rows; return the losses and the dtype of the backward pass."""
         task, count = self._task, len(rows)
-        samples = count * (self._batches.size or 1)
-        batch = self._batches.fetch_group(first, count, task.seed)
-        for scale in task.loss_scales():
-            with task.seeded(first):
-                result = per_sample_rows(
-                    task.source.model,
-                    task.parameters,
-                    task.positions,
-                    lambda: task.source.loss(batch, first),
-                    rows,
-                    samples,
-                    scale,
+        positions = {name: task.positions[name] for name in task.parameters}
+        batches: list[Any] = []
+        states: list[RandomStates] = []
+        versions: list[int] = []
+
+        def compute(number: int) -> Tensor:
+            if number < len(batches):
+                states[number].restore()
+            else:
+                reseed(derive_seed(task.seed, first + number))
+                batches.append(self._batches.fetch(first + number))
+                versions.extend(_versions(batches[-1]))
+                states.append(RandomStates.capture())
+            return task.source.loss(batches[number], first + number)
+
+        with preserve_random_states():
+            for scale in task.loss_scales():
+                # Another one is compared in each micro-batch.
+                compared = first // count % (count - 1)
+                found = self._lockstep.run(count, compute, compared)
+                if _versions(batches) != versions:
+                    raise PruningError("the loss changes its batch in place")
+                losses = torch.stack([loss.detach().double() for loss in found.losses])
+                if not bool(losses.isfinite().all()):
+                    raise PruningError("a loss is not finite")
+                dtype = fill_rows(
+                    found.layers, found.losses, positions, self._whole, rows, scale
                 )
-            if _all_finite(rows):
-                return result
+                self._require_exact(found, dtype)
+                if _all_finite(rows):
+                    return losses.tolist(), dtype
         raise PruningError("a gradient is not finite")
+
+    def _require_exact(self, found: SharedPass, dtype: torch.dtype) -> None:
+        """Raise an error if the losses cannot be those of a loop."""
+        if found.unequal and bool(torch.stack(found.unequal).any()):
+            raise PruningError(
+                "a loss that is computed twice calls the network with other inputs"
+            )
+        for distance, norm in found.distances:
+            error = float(distance / norm.clamp(min=torch.finfo(torch.float64).tiny))
+            if error > _tolerance(dtype):
+                raise PruningError(
+                    f"the outputs of the network alone differ by {error:.1e} of their "
+                    "norm, so samples of a batch influence each other"
+                )
 
     def _alone(self, index: int, row: Tensor) -> float:
         """Write one gradient into ``row`` and return its loss."""
@@ -342,10 +387,10 @@ class _RowComputer:
             self._alone(first + index, alone)
             norm = max(float(alone.norm()), _SHARE_OF_LARGEST * largest)
             error = float((alone - rows[index]).norm())
-            if error > _TOLERANCE.get(dtype, _TOLERANCE_16_BIT) * norm:
+            if error > _tolerance(dtype) * norm:
                 return (
                     f"gradient {first + index} alone differs by {error / norm:.1e} of its "
-                    "norm, so the loss is no mean over independent samples"
+                    "norm, so samples of a batch influence each other"
                 )
         return ""
 
@@ -364,6 +409,15 @@ def _received(pending: Pending, kept: Tensor | None) -> Tensor:
     """Wait for the rows of a round, and drop those that are left out."""
     rows = pending.wait()
     return rows if kept is None else rows[kept]
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return _TOLERANCE.get(dtype, _TOLERANCE_16_BIT)
+
+
+def _versions(batches: Any) -> list[int]:
+    """Count the changes in place of each tensor."""
+    return [leaf._version for leaf in leaves_of(batches) if isinstance(leaf, Tensor)]
 
 
 def _all_finite(values: Tensor) -> bool:

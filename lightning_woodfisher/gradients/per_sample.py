@@ -1,9 +1,9 @@
 """Many gradients from one forward and one backward pass.
 
-A batch of P·m samples gives P rows; row p is the gradient of the mean loss of samples
-p·m .. (p+1)·m - 1. The weight gradient of a linear or convolution layer is a sum of products
-of its inputs and the gradients of its outputs. Autograd computes the latter only, and the
-products are summed within each row instead of over the batch.
+A batch of P·m samples gives P rows; row p is the gradient of the loss of samples p·m ..
+(p+1)·m - 1 (:mod:`~.gradients.lockstep`). The weight gradient of a linear or convolution
+layer is a sum of products of its inputs and the gradients of its outputs. Autograd computes
+the latter only, and the products are summed within each row instead of over the batch.
 
 Legend: P rows, m samples of a row, I/O channels in and out, G groups, L positions of the
 output, D active weights.
@@ -13,18 +13,20 @@ from __future__ import annotations
 
 __all__ = [
     "LayerCall",
+    "fill_rows",
     "find_obstacle",
     "has_inputs_first",
     "is_plain",
-    "per_sample_rows",
+    "make_layer_call",
+    "owners_of",
     "record_calls",
     "unfold",
 ]
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.data.losses import differentiate
 from lightning_woodfisher.weights.layers import find_kind
 
 _LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -61,13 +64,13 @@ class LayerCall:
     layer: nn.Module
     inputs: Tensor
     edge: GradientEdge
-    names: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str]
 
 
 def find_obstacle(
     model: nn.Module, parameters: Mapping[str, nn.Parameter]
 ) -> str | None:
-    """Check the layers of a model for a reason not to use :func:`per_sample_rows`.
+    """Check the layers of a model for a reason not to use :func:`fill_rows`.
 
     Args:
         model: the network.
@@ -90,66 +93,44 @@ def find_obstacle(
     return None
 
 
-def per_sample_rows(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
+def fill_rows(
+    calls: Sequence[LayerCall],
+    losses: Sequence[Tensor],
     positions: Mapping[str, Tensor],
-    compute_loss: Callable[[], Tensor],
+    whole: Container[str],
     rows: Tensor,
-    samples: int,
     scale: float = 1.0,
-) -> tuple[float, torch.dtype]:
-    """Fill rows with gradients.
-
-    The model is left unchanged, without hooks and ``.grad``.
+) -> torch.dtype:
+    """Fill each row with the gradient of one loss.
 
     Args:
-        model: a network for which :func:`find_obstacle` returns None.
-        parameters: the parameters to differentiate with respect to, by name.
+        calls: all calls of the layers. Their inputs and outputs belong to the losses in
+            order, an equal share to each.
+        losses: P scalars with a graph.
         positions: int64 positions of the active weights in each flattened parameter.
-        compute_loss: runs the model on P·m samples and returns their mean loss.
-        rows: ``[P, D]``, overwritten: row p is the gradient of the mean loss of samples
-            p·m .. (p+1)·m - 1.
-        samples: P·m.
-        scale: factor on the loss in the backward pass, to keep float16 from underflow.
+        whole: names of the parameters whose weights are all active, in order.
+        rows: ``[P, D]``, overwritten.
+        scale: factor on the losses in the backward pass, to keep float16 from
+            underflowing.
 
     Returns:
-        The mean loss of all samples, and the coarsest dtype of an output's gradient.
-
-    Raises:
-        PruningError: if the loss is not finite, or the first dimension of an input of a
-            layer is not the number of samples.
+        The coarsest dtype of the gradient of an output.
     """
-    with record_calls(model, parameters) as calls:
-        loss = compute_loss()
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise PruningError(f"the loss of a micro-batch is {value}")
-    for call in calls:
-        if len(call.inputs) != samples:
-            raise PruningError(
-                f"a {type(call.layer).__name__} got a tensor of shape "
-                f"{tuple(call.inputs.shape)} for {samples} samples"
-            )
-    # The mean over a row is P times its share of the mean over the batch.
-    outputs: tuple[Tensor | None, ...] = ()
+    outputs: Sequence[Tensor | None] = ()
     if calls:
-        outputs = torch.autograd.grad(
-            loss * (scale * len(rows)),
+        outputs = differentiate(
+            torch.stack([loss.reshape(()) for loss in losses]).sum() * scale,
             [call.edge for call in calls],
-            allow_unused=True,
         )
-    lengths = [len(positions[name]) for name in parameters]
-    targets = dict(zip(parameters, torch.split(rows, lengths, dim=1), strict=True))
+    lengths = [len(where) for where in positions.values()]
+    targets = dict(zip(positions, torch.split(rows, lengths, dim=1), strict=True))
     written: set[str] = set()
     for call, gradient in zip(calls, outputs, strict=True):
         if gradient is None:
             continue
         for key, name in call.names.items():
             values = _products(call, key, gradient, len(rows))
-            everything = torch.arange(values.shape[1], device=values.device)
-            # With a pattern, all weights of a tensor may come in another order.
-            if not torch.equal(positions[name], everything):
+            if name not in whole:
                 values = values[:, positions[name]]
             if name in written:
                 targets[name].add_(values)
@@ -161,7 +142,7 @@ def per_sample_rows(
     if scale != 1.0:
         rows.div_(scale)
     dtypes = {g.dtype for g in outputs if g is not None} or {rows.dtype}
-    return value, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -210,35 +191,80 @@ def record_calls(
         A list that receives the calls, in order. Hooks exist inside the context only.
     """
     calls: list[LayerCall] = []
-    names = {id(parameter): name for name, parameter in parameters.items()}
+    owners = owners_of(model, parameters)
     handles = []
 
     def record(
         layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        dimensions = layer.weight.dim() if isinstance(layer, _ConvNd) else 2
-        if inputs.dim() < dimensions:
-            raise PruningError(f"a {type(layer).__name__} got a sample without a batch")
-        owned = layer.named_parameters(recurse=False)
-        # The edge, not the tensor, whose meaning an in-place operation would change.
-        edge = get_gradient_edge(output)
-        used = {key: names[id(p)] for key, p in owned if id(p) in names}
-        calls.append(LayerCall(layer, inputs.detach(), edge, used))
+        call = make_layer_call(layer, owners[layer], args, kwargs, output)
+        if call is not None:
+            calls.append(call)
 
     try:
-        for module in model.modules():
-            if any(id(p) in names for p in module.parameters(recurse=False)):
-                handles.append(
-                    # Before other hooks, because these may replace the output.
-                    module.register_forward_hook(record, prepend=True, with_kwargs=True)
-                )
+        for layer in owners:
+            handles.append(
+                # Before other hooks, because these may replace the output.
+                layer.register_forward_hook(record, prepend=True, with_kwargs=True)
+            )
         yield calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+def owners_of(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter]
+) -> dict[nn.Module, dict[str, str]]:
+    """Find the layers that own one of the parameters.
+
+    Args:
+        model: the network.
+        parameters: the wanted parameters, by name.
+
+    Returns:
+        For each such layer, the names of the parameters by their key in the layer.
+    """
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    owners = {}
+    for module in model.modules():
+        owned = module.named_parameters(recurse=False)
+        used = {key: names[id(p)] for key, p in owned if id(p) in names}
+        if used:
+            owners[module] = used
+    return owners
+
+
+def make_layer_call(
+    layer: nn.Module,
+    names: dict[str, str],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Any,
+) -> LayerCall | None:
+    """Describe a call of a layer.
+
+    Args:
+        layer: the layer.
+        names: names of its wanted parameters by their key in the layer.
+        args: arguments of the call.
+        kwargs: arguments of the call.
+        output: its result, before anything has changed it in place.
+
+    Returns:
+        The call; None if the output has no graph.
+
+    Raises:
+        PruningError: if the input has no dimension of samples.
+    """
+    if not isinstance(output, Tensor) or not output.requires_grad:
+        return None
+    inputs = args[0] if args else next(iter(kwargs.values()))
+    dimensions = layer.weight.dim() if isinstance(layer, _ConvNd) else 2
+    if inputs.dim() < dimensions:
+        raise PruningError(f"a {type(layer).__name__} got a sample without a batch")
+    # The edge, not the tensor, whose meaning an in-place operation would change.
+    return LayerCall(layer, inputs.detach(), get_gradient_edge(output), names)
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.collect import collect_gradients
-from lightning_woodfisher.gradients.per_sample import find_obstacle, per_sample_rows
+from lightning_woodfisher.gradients.lockstep import Lockstep
+from lightning_woodfisher.gradients.per_sample import fill_rows, find_obstacle
 from lightning_woodfisher.gradients.task import GradientTask
 
 Loss = Callable[[Any, Any], Tensor]
@@ -65,10 +66,15 @@ def in_one_pass(
     active = {name: torch.arange(p.numel()) for name, p in parameters.items()}
     width = sum(p.numel() for p in parameters.values())
     rows = torch.full((count, width), torch.nan, dtype=inputs.dtype)
-    value, _ = per_sample_rows(
-        model, parameters, active, lambda: loss(model, (inputs,)), rows, len(inputs)
+    parts = inputs.chunk(count)
+    found = Lockstep(model, parameters).run(
+        count, lambda number: loss(model, (parts[number],))
     )
-    assert value == pytest.approx(float(loss(model, (inputs,)).detach()))
+    fill_rows(found.layers, found.losses, active, parameters, rows)
+    for value, part in zip(found.losses, parts, strict=True):
+        expected = float(loss(model, (part,)).detach())
+        assert float(value.detach()) == pytest.approx(expected)
+    assert not any("forward" in vars(module) for module in model.modules())
     return rows
 
 
@@ -237,33 +243,25 @@ def test_only_active_weights_have_columns_and_the_scale_is_undone() -> None:
     parameters = {"2.weight": model[2].weight, "0.weight": model[0].weight}
     active = {"2.weight": torch.tensor([3, 19]), "0.weight": torch.tensor([0, 7])}
     rows = torch.empty(4, 4, dtype=torch.float64)
-    per_sample_rows(
-        model, parameters, active, lambda: squares(model, (inputs,)), rows, 8, 1024.0
-    )
+    parts = inputs.chunk(4)
+    found = Lockstep(model, parameters).run(4, lambda i: squares(model, (parts[i],)))
+    fill_rows(found.layers, found.losses, active, (), rows, 1024.0)
     assert torch.allclose(rows, whole[:, [35 + 3, 35 + 19, 0, 7]], rtol=1e-12)
 
 
-def test_hooks_go_when_the_loss_fails() -> None:
+def test_the_model_is_as_before_when_the_loss_fails() -> None:
     model = nn.Sequential(nn.Linear(6, 5))
-    parameters = weights_of(model)
-    active = {name: torch.arange(p.numel()) for name, p in parameters.items()}
+    own = model[0].forward
+    vars(model[0])["forward"] = own
 
-    def fail() -> Tensor:
+    def fail(number: int) -> Tensor:
         model(torch.zeros(2, 6))
         raise LookupError
 
     with pytest.raises(LookupError):
-        per_sample_rows(model, parameters, active, fail, torch.empty(2, 35), 2)
-    assert not model[0]._forward_hooks
-    with pytest.raises(PruningError, match=r"shape \(4, 6\) for 2 samples"):
-        per_sample_rows(
-            model,
-            parameters,
-            active,
-            lambda: squares(model, (torch.zeros(4, 6),)),
-            torch.empty(2, 35),
-            2,
-        )
+        Lockstep(model, weights_of(model)).run(2, fail)
+    assert vars(model[0])["forward"] is own
+    assert "forward" not in vars(model)
 
 
 # ---------------------------------------------------------------- what it cannot do
@@ -386,16 +384,13 @@ def collect(
 )
 def test_collection_gives_what_the_loop_gives(count: int, size: int) -> None:
     dataset = data(count * size)
-    calls: list[int] = []
-
-    def counted(model: nn.Module, batch: Any) -> Tensor:
-        calls.append(len(batch[0]))
-        return cross_entropy(model, batch)
-
-    rows, losses, how = collect(network(), dataset, counted, count=count, size=size)
-    # One pass for at least two gradients, and a few gradients alone as a check.
-    assert len(calls) <= count // 2 + 3
-    assert max(calls) >= 2 * size
+    model = network()
+    passes: list[int] = []
+    model[1].register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
+    rows, losses, how = collect(model, dataset, cross_entropy, count=count, size=size)
+    # One pass for at least two gradients with one alone, and gradients alone as a check.
+    assert len(passes) <= 2 * -(-count // 2) + 3
+    assert max(passes) >= 2 * size
     expected, expected_losses, loop = collect(
         network(), dataset, cross_entropy, count=count, size=size, how="loop"
     )
@@ -403,8 +398,7 @@ def test_collection_gives_what_the_loop_gives(count: int, size: int) -> None:
     assert loop == "loop: requested"
     error = (rows - expected).norm(dim=1) / expected.norm(dim=1)
     assert float(error.max()) < 1e-5
-    assert len(losses) == count
-    assert sum(losses) == pytest.approx(sum(expected_losses), rel=1e-5)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
 
 
 def test_samples_are_drawn_under_the_seed_of_their_gradient() -> None:
@@ -419,69 +413,6 @@ def test_samples_are_drawn_under_the_seed_of_their_gradient() -> None:
     expected, _, _ = collect(network(), Noisy(), cross_entropy, how="loop")
     assert how == "per-sample"
     assert torch.allclose(rows, expected, rtol=1e-3, atol=1e-6)
-
-
-def summed(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
-
-
-def weighted(model: nn.Module, batch: Any) -> Tensor:
-    weights = torch.tensor([1.0, 2.0, 5.0])
-    return F.cross_entropy(model(batch[0]), batch[1], weights)
-
-
-def coupled(model: nn.Module, batch: Any) -> Tensor:
-    output = model(batch[0])
-    # Slightly: the spread over the batch.
-    return (
-        F.cross_entropy(output, batch[1]) + 0.05 * output.std(dim=0, correction=0).sum()
-    )
-
-
-def functional(model: Any, batch: Any) -> Tensor:
-    hidden = torch.tanh(F.linear(batch[0], model[0].weight, model[0].bias))
-    return F.cross_entropy(model[2](hidden), batch[1])
-
-
-def transposed(model: Any, batch: Any) -> Tensor:
-    hidden = model[0](batch[0].unsqueeze(0))
-    return F.cross_entropy(model[2](hidden[0]), batch[1])
-
-
-def noisy(model: Any, batch: Any) -> Tensor:
-    return cross_entropy(model, (F.dropout(batch[0]), batch[1]))
-
-
-def penalised(model: Any, batch: Any) -> Tensor:
-    return cross_entropy(model, batch) + 0.1 * model[0].weight.square().sum()
-
-
-def fastidious(model: Any, batch: Any) -> Tensor:
-    if len(batch[0]) > 3:
-        raise LookupError("too many")
-    return cross_entropy(model, batch)
-
-
-@pytest.mark.parametrize(
-    ("loss", "reason"),
-    [
-        (summed, "no mean over independent samples"),
-        (weighted, "no mean over independent samples"),
-        (coupled, "no mean over independent samples"),
-        (functional, "no mean over independent samples"),
-        (noisy, "no mean over independent samples"),
-        (penalised, "no mean over independent samples"),
-        (transposed, r"a Linear got a tensor of shape (1, 24, 6) for 24 samples"),
-        (fastidious, "LookupError: too many"),
-    ],
-)
-def test_a_loss_that_cannot_be_split_is_noticed(loss: Loss, reason: str) -> None:
-    rows, losses, how = collect(network(), data(), loss)
-    expected, expected_losses, _ = collect(network(), data(), loss, how="loop")
-    assert how.startswith("loop: ")
-    assert reason in how
-    assert torch.equal(rows, expected)
-    assert losses == expected_losses
 
 
 def test_reasons_that_are_known_before() -> None:
@@ -499,50 +430,6 @@ def test_reasons_that_are_known_before() -> None:
     model = nn.Sequential(nn.Bilinear(6, 6, 3))
     how = collect(model, dataset, lambda m, b: F.cross_entropy(m[0](b[0], b[0]), b[1]))
     assert how[2] == "loop: 0.weight belongs to a Bilinear"
-
-
-def test_samples_that_only_fit_into_their_own_batch() -> None:
-    class Lengths(Dataset[Any]):
-        def __len__(self) -> int:
-            return 60
-
-        def __getitem__(self, index: int) -> Tensor:
-            return torch.ones(1 + index % 4, 6) * index
-
-    rows, _, how = collect(
-        network(), Lengths(), lambda m, b: m(b).square().mean(), size=1
-    )
-    assert how.startswith("loop: RuntimeError: stack expects each tensor")
-    assert bool((rows != 0).any(dim=1).all())
-
-
-def test_a_micro_batch_that_differs_later_is_computed_one_by_one() -> None:
-    """A rare sample with another weight changes the mean over its micro-batch."""
-    count = 256
-
-    def build(rare: int) -> TensorDataset:
-        pixels, labels = data(count).tensors
-        weights = torch.ones(count)
-        weights[rare] = 50.0
-        return TensorDataset(pixels, labels, weights)
-
-    def weighted_mean(model: Any, batch: Any) -> Tensor:
-        each = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-        return (each * batch[2]).sum() / batch[2].sum()
-
-    order = FunctionLoss(network(), build(0), weighted_mean).batches(count, 1, 4)
-    seen = [int(order.describe(i).removeprefix("samples ")) for i in range(count)]
-    expected, _, _ = collect(
-        network(), build(seen[130]), weighted_mean, count=count, size=1, how="loop"
-    )
-    rows, losses, how = collect(
-        network(), build(seen[130]), weighted_mean, count=count, size=1
-    )
-    assert how == "per-sample, but 1 micro-batches by loop"
-    assert float((rows - expected).norm(dim=1).max()) < 1e-5 * float(expected.norm())
-    assert torch.equal(rows[128:160], expected[128:160])
-    assert len(set(losses[128:160])) == 32
-    assert len(set(losses[96:128])) == 1
 
 
 @pytest.mark.parametrize("index", [1, 13])

@@ -137,6 +137,12 @@ MUTANTS = (
         ("gradients/test_collect.py",),
     ),
     Mutant(
+        "gradients/lockstep.py",
+        "self._require_same(self._calls[place].inputs[self._loss], inputs)",
+        "pass",
+        ("gradients/test_lockstep.py",),
+    ),
+    Mutant(
         "gradients/collect.py",
         "return rows if kept is None else rows[kept]",
         "return rows",
