@@ -289,9 +289,8 @@ def test_trials_are_measured_on_the_samples_of_the_gradients_and_read_them_once(
     used = 8 * fisher.gradient_batch_size
     trials = torch.cat(measured).unique(dim=0)
     assert len(trials) == used < 160
-    # For the mean gradient; for gradients and losses; and to compare two gradients.
-    again = 2 * fisher.gradient_batch_size
-    assert sum(data.times) == 160 + 2 * used + again
+    # For the mean gradient, and for gradients and losses.
+    assert sum(data.times) == 160 + 2 * used
 
 
 def test_a_sample_that_is_not_there_is_refused_by_its_name() -> None:
