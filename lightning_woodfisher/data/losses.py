@@ -370,7 +370,7 @@ def compute_loss(
 
 
 def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
-    """Run the model, and explain the error of BatchNorm for a single sample.
+    """Run the model, and explain errors that come from its mode.
 
     Args:
         source: source of losses, inside its session.
@@ -381,19 +381,42 @@ def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
         The result of :meth:`LossSource.loss`.
 
     Raises:
-        ConfigurationError: for a single sample in training mode.
-        ValueError: any other error of the model.
+        ConfigurationError: for BatchNorm of a single sample in training mode, and for a
+            loss that can be computed in training mode but not in evaluation mode.
     """
     try:
         return source.loss(batch, index)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+    except Exception as error:
+        if "more than 1 value per channel" in str(error):
+            raise ConfigurationError(
+                "BatchNorm in training mode cannot compute the variance of batch "
+                f"{index}, which is a single sample; raise fisher.gradient_batch_size, "
+                "or set fisher.model_mode='eval'."
+            ) from error
+        if (
+            source.model.training
+            or isinstance(error, torch.OutOfMemoryError)
+            or not _works_in_training(source, batch, index)
+        ):
             raise
         raise ConfigurationError(
-            "BatchNorm in training mode cannot compute the variance of batch "
-            f"{index}, which is a single sample; raise fisher.gradient_batch_size, "
-            "or set fisher.model_mode='eval'."
+            f"the loss cannot be computed in evaluation mode ({type(error).__name__}: "
+            f"{error}), but in training mode it can; set fisher.model_mode='train'."
         ) from error
+
+
+def _works_in_training(source: LossSource, batch: Any, index: int) -> bool:
+    """Return whether the loss can be computed in training mode."""
+    flags = [(module, module.training) for module in source.model.modules()]
+    source.model.train()
+    try:
+        source.loss(batch, index)
+    except Exception:
+        return False
+    finally:
+        for module, training in flags:
+            module.training = training
+    return True
 
 
 def lower_loss_scale(scale: float) -> float | None:

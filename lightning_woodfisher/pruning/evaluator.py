@@ -361,15 +361,22 @@ class Evaluator:
     def _losses(
         self, seed: int, count: int, size: int, finite: bool = True
     ) -> list[float]:
-        return compute_losses(
-            self._source,
-            self._batches(count, size, seed),
-            count,
-            self._comm,
-            seed,
-            finite=finite,
-            skip=self._left_out(seed, count, size),
-        )
+        try:
+            return compute_losses(
+                self._source,
+                self._batches(count, size, seed),
+                count,
+                self._comm,
+                seed,
+                finite=finite,
+                skip=self._left_out(seed, count, size),
+            )
+        except Exception:
+            if count == self._fisher.num_gradients:
+                raise
+            # Samples of different mini-batches need not have a common shape.
+            self._regroupable = False
+            return self._losses(seed, *self._groups(seed), finite)
 
     def _left_out(self, seed: int, count: int, size: int) -> list[int]:
         """Return the indices of the mini-batches whose gradients were left out."""

@@ -1,0 +1,86 @@
+"""Errors of losses: their causes and remedies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lightning_woodfisher import FisherConfig, StepConfig, prune
+from lightning_woodfisher.base.errors import ConfigurationError
+
+FISHER = FisherConfig(num_gradients=8, gradient_batch_size=2)
+
+
+class Detector(nn.Module):
+    """Returns losses in training mode only, as the detectors of torchvision do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, inputs: Tensor) -> Any:
+        output = self.norm(self.layer(inputs))
+        if self.training:
+            return {"boxes": output.square().mean(), "labels": output.abs().mean()}
+        return [{"boxes": output}]
+
+
+def sum_of_losses(model: Any, batch: Any) -> Tensor:
+    return sum(model(batch[0]).values())  # type: ignore[no-any-return]
+
+
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(64, 6, generator=generator))
+
+
+def test_a_network_with_losses_in_training_mode_only_names_the_setting() -> None:
+    model = Detector()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ConfigurationError,
+        match=r"evaluation mode \(AttributeError: 'list' object .*model_mode='train'",
+    ):
+        prune(model, data(), sum_of_losses, target_sparsity=0.5, fisher=FISHER)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    fisher = FisherConfig(num_gradients=8, gradient_batch_size=2, model_mode="train")
+    report = prune(model, data(), sum_of_losses, target_sparsity=0.5, fisher=fisher)
+    assert report.sparsity == pytest.approx(0.5, abs=0.05)
+
+
+def test_an_error_in_both_modes_is_that_of_the_loss() -> None:
+    def wrong(model: Any, batch: Any) -> Tensor:
+        raise LookupError("no such label")
+
+    with pytest.raises(LookupError, match="no such label"):
+        prune(Detector(), data(), wrong, target_sparsity=0.5, fisher=FISHER)
+
+
+def test_the_loss_is_measured_where_mini_batches_have_no_common_shape() -> None:
+    """Loss and trials are measured in groups of mini-batches where these collate."""
+
+    class Sentences(torch.utils.data.Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.linspace(-1, 1, 6 * (1 + index % 4)).view(-1, 6)
+
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+    report = prune(
+        model,
+        Sentences(),
+        lambda network, batch: network(batch).square().mean(),
+        target_sparsity=0.5,
+        fisher=FisherConfig(num_gradients=32, gradient_batch_size=1),
+        step=StepConfig(line_search=True),
+    )
+    assert report.loss_before is not None
+    assert report.loss_after is not None
+    assert report.collection is not None
+    assert "different shapes" in report.collection
