@@ -213,7 +213,7 @@ class CIFAR10(pl.LightningDataModule):
         if self.trainer is None or not self.trainer.training:
             return batch
         images, labels = batch
-        return [_shift_and_mirror(images), labels]
+        return [shift_and_mirror(images), labels]
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
@@ -225,7 +225,7 @@ class CIFAR10(pl.LightningDataModule):
         return DataLoader(self.test, 500)
 
 
-def _shift_and_mirror(images: Tensor) -> Tensor:
+def shift_and_mirror(images: Tensor) -> Tensor:
     """Crop random 32×32 windows of reflection-padded images, and mirror half of them."""
     n, device = len(images), images.device
     padded = F.pad(images, (4, 4, 4, 4), mode="reflect")

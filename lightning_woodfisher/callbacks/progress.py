@@ -39,6 +39,17 @@ def describe_step(report: PruningReport) -> str:
         f"{sum(report.seconds.values()):.1f} s; loss rise "
         f"{', '.join(known) or 'not measured'}"
     )
+    if report.left_dense:
+        text += (
+            f"\nNot pruned in this step: {', '.join(report.left_dense)}; "
+            f"{report.missing:,} weights are missing from the target"
+        )
+    empty = [layer.name for layer in report.layers if layer.sparsity == 1.0]
+    if empty:
+        text += (
+            f"\nNo weight is left in {', '.join(empty)}: set "
+            "selection.max_layer_sparsity, such as 0.98, or lower the target"
+        )
     if report.raised_damping:
         raised = dict(report.raised_damping)
         text += f"\nDamping was raised to keep blocks positive definite: {raised}"

@@ -340,7 +340,15 @@ class WoodFisherPruningCallback(PruningCallback):
         achieved = (
             f"sparsity {masks.sparsity():.4f}, not at the target {self.target_sparsity}"
         )
-        if any(missing) and not self._warn_of_missed_steps(trainer, achieved):
+        if not any(missing) or self._warn_of_missed_steps(trainer, achieved):
+            return
+        left_dense = self.reports[-1].left_dense if self.reports else {}
+        if left_dense:
+            rank_zero_warn(
+                f"training ended at {achieved}, because the last step could not prune "
+                f"{', '.join(left_dense)} (see its report)."
+            )
+        else:
             raise PruningError(
                 f"{sum(missing)} weights are missing from the target sparsity."
             )

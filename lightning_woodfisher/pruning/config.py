@@ -128,7 +128,10 @@ class StepConfig:
             the largest share. 0 is Optimal Brain Damage, like ``update="none"``.
         line_search: choose the share of each update by the loss measured on the samples, so
             that no update raises the loss; also replace the joint update by the independent
-            one where that gives a smaller loss. Costs a few passes over the samples.
+            one where that gives a smaller loss.
+        search_samples: number of samples on which the line search measures losses, and
+            those before and after the step: the first of the gradients' samples, in whole
+            mini-batches and at least one.
         recompute_steps: number of stages that a step is divided into. Each stage has fresh
             gradients and a fresh inverse.
         recompute_spacing: how sparsity grows over the stages: ``"geometric"`` in the kept
@@ -138,8 +141,8 @@ class StepConfig:
         trust_ratio: when the loss of a stage rises by more than this multiple of the
             prediction, the following stages are half as long, down to an eighth. None
             never shortens them.
-        measure_loss: measure the loss after each stage on the samples of its gradients, to
-            compare it with the prediction.
+        measure_loss: measure the loss before and after each stage, to compare its rise with
+            the prediction.
         local_model_points: number of points between the weights before and after each
             stage at which predicted and measured loss are compared; 0 for none, 5 is a
             good number. Each point but the two ends costs one pass over the samples.
@@ -155,6 +158,7 @@ class StepConfig:
     update: Update = "joint"
     update_scale: float = 1.0
     line_search: bool = True
+    search_samples: int = 1024
     recompute_steps: int = 1
     recompute_spacing: Spacing = "geometric"
     reuse_gradients: bool = False
@@ -175,6 +179,7 @@ class StepConfig:
             "step.update_scale", self.update_scale, "[0, 1]", "1 is the whole update"
         )
         for name, least in {
+            "search_samples": 1,
             "recompute_steps": 1,
             "local_model_points": 0,
             "batchnorm_recalibration_batches": 0,

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.clock import PhaseClock, Progress, no_progress
@@ -27,7 +28,11 @@ from lightning_woodfisher.fisher.config import (
     mini_batches_in_group,
     rows_in_chunk,
 )
-from lightning_woodfisher.gradients.collect import collect_gradients, iterate_chunks
+from lightning_woodfisher.gradients.collect import (
+    collect_gradients,
+    iterate_chunks,
+    micro_batch_size,
+)
 from lightning_woodfisher.gradients.hessian_rows import (
     make_hessian_derivative,
     twice_differentiable,
@@ -70,6 +75,8 @@ class Evaluator:
         clock: measures the seconds of each phase.
         progress: shows the progress of the collection.
         measure_loss: whether :meth:`measure` measures losses.
+        search_samples: largest number of samples on which losses are measured, rounded
+            down to whole mini-batches, but at least one mini-batch.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class Evaluator:
         clock: PhaseClock | None = None,
         progress: Progress = no_progress,
         measure_loss: bool = True,
+        search_samples: int | None = None,
     ) -> None:
         self._source = source
         self._masks = masks
@@ -89,9 +97,12 @@ class Evaluator:
         self.clock = clock or PhaseClock()
         self._progress = progress
         self._measure_loss = measure_loss
+        self._search_samples = search_samples
         # The batches read last, by number, size and seed.
         self._kept: tuple[tuple[int, int, int], Batches] | None = None
         self._regroupable: bool | None = None
+        # Tensors whose weights had no gradient but zero in the last collection.
+        self.without_gradient: list[str] = []
         # Gradients that were left out, by seed, N and m.
         self._skipped: dict[tuple[int, int, int], SkippedGradients] = {}
 
@@ -132,6 +143,7 @@ class Evaluator:
             if self._fisher.sample_labels:
                 losses = self.measure(seed)
             # Of the same groups as the losses after the step.
+            losses = losses[: self._groups_measured(seed)[0]]
             return losses if self._measure_loss else [], "factors of layers"
         fisher, hessian = self._fisher, criterion.needs == "hessian rows"
         found = CollectionRecord()
@@ -143,18 +155,63 @@ class Evaluator:
             found.tick = tick
             rows = self.rows(active, seed, found, hessian=hessian)
             size = rows_in_chunk(fisher, active.partition.size)
-            self._feed(rows, size, criterion.observe)
+            own = active.partition.shard_sizes()[self._comm.rank]
+            seen = torch.zeros(own, dtype=torch.bool, device=self._comm.device)
+
+            def take(chunk: Tensor) -> None:
+                seen.logical_or_((chunk != 0).any(dim=0))
+                criterion.observe(chunk)
+
+            self._feed(rows, size, take)
+            self.without_gradient = self._find_without_gradient(active, seen)
             left_out = self._left_out(
                 seed, fisher.num_gradients, fisher.gradient_batch_size
             )
             if left_out:
                 criterion.leave_out(len(left_out))
             self._observe_first_order(criterion, active, seed)
-        # Measure the loss before the step like the one after it: in groups and on the
-        # labels of the data. Stored rows have no losses.
-        if not found.losses or self._group(seed) > 1 or fisher.sample_labels:
-            found.losses = self.measure(seed)
-        return found.losses, "; ".join(found.notes)
+        note = "; ".join(found.notes)
+        known = self._known_losses(found.losses, note, active.partition.size, seed)
+        return known or self.measure(seed), note
+
+    def _find_without_gradient(self, active: ActiveWeights, seen: Tensor) -> list[str]:
+        """Return the tensors with active weights of which none is in ``seen``."""
+        counts, zeros = active.count_by_layer(seen), self._masks.zeros()
+        return [
+            name
+            for (name, parameter), count in zip(
+                self._masks.parameters.items(), counts, strict=True
+            )
+            if not count and zeros[name] < parameter.numel()
+        ]
+
+    def _known_losses(
+        self, losses: list[float], note: str, weights: int, seed: int
+    ) -> list[float]:
+        """Return the losses before the step from the collection of gradients.
+
+        They must be means over the samples, and on the labels, of the losses after it.
+
+        Args:
+            losses: of the gradients, in order; stored rows have none.
+            note: how gradients were computed.
+            weights: D.
+            seed: seed of the samples.
+
+        Returns:
+            The losses of some gradients; empty if they must be measured.
+        """
+        if self._fisher.sample_labels:
+            return []
+        count, _, group = self._groups_measured(seed)
+        known = losses[: count * group]
+        if group == 1 and note.startswith("loop"):
+            return known
+        # Of a micro-batch only the mean over its gradients is known.
+        number = self._fisher.num_gradients
+        together = micro_batch_size(number, self._fisher.gradient_batch_size, weights)
+        whole = len(known) % together == 0 or len(known) == number
+        return known if note == "per-sample" and whole else []
 
     def rows(
         self,
@@ -331,7 +388,7 @@ class Evaluator:
             return estimate_statistics(self._source, count, size, self._comm, seed)
 
     def measure(self, seed: int) -> list[float]:
-        """Measure the losses on the samples of the gradients, at the present weights.
+        """Measure the losses on samples of the gradients, at the present weights.
 
         Args:
             seed: seed of the samples.
@@ -342,7 +399,7 @@ class Evaluator:
         if not self._measure_loss:
             return []
         with self.clock("measure"):
-            return self._losses(seed, *self._groups(seed))
+            return self._losses(seed)
 
     def measure_trial(self, seed: int) -> list[float]:
         """Measure the losses on the same samples at trial weights.
@@ -356,27 +413,29 @@ class Evaluator:
         Returns:
             Losses, which may be infinite or NaN.
         """
-        return self._losses(seed, *self._groups(seed), finite=False)
+        return self._losses(seed, finite=False)
 
-    def _losses(
-        self, seed: int, count: int, size: int, finite: bool = True
-    ) -> list[float]:
+    def _losses(self, seed: int, finite: bool = True) -> list[float]:
+        most, size, group = self._groups_measured(seed)
+        count = self._fisher.num_gradients // group
+        left_out = self._left_out(seed, count, size)
+        measured = [i for i in range(count) if i not in left_out][:most]
         try:
             return compute_losses(
                 self._source,
                 self._batches(count, size, seed),
-                count,
+                measured[-1] + 1,
                 self._comm,
                 seed,
                 finite=finite,
-                skip=self._left_out(seed, count, size),
+                skip=left_out,
             )
         except Exception:
-            if count == self._fisher.num_gradients:
+            if group == 1:
                 raise
             # Samples of different mini-batches need not have a common shape.
             self._regroupable = False
-            return self._losses(seed, *self._groups(seed), finite)
+            return self._losses(seed, finite)
 
     def _left_out(self, seed: int, count: int, size: int) -> list[int]:
         """Return the indices of the mini-batches whose gradients were left out."""
@@ -451,9 +510,21 @@ class Evaluator:
         return self._kept[1]
 
     def _groups(self, seed: int) -> tuple[int, int]:
-        """Return number and size of the batches in which losses are measured."""
+        """Return number and size of the batches in which all samples are evaluated."""
         fisher, group = self._fisher, self._group(seed)
         return fisher.num_gradients // group, fisher.gradient_batch_size * group
+
+    def _groups_measured(self, seed: int) -> tuple[int, int, int]:
+        """Return number and size of the batches whose losses are measured.
+
+        Returns:
+            The number, the samples in each, and the mini-batches in each.
+        """
+        count, size = self._groups(seed)
+        most = self._search_samples
+        if most is not None:
+            count = max(1, min(count, most // size))
+        return count, size, self._group(seed)
 
     def _batches_of_gradients(
         self, count: int, size: int, seed: int, *, again: bool = True

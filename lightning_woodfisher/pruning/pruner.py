@@ -12,7 +12,7 @@ __all__ = ["Pruner"]
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +124,7 @@ class Pruner:
             clock,
             self._progress,
             self.config.step.measure_loss,
+            self.config.step.search_samples,
         )
         # Outermost: an error that the ranks agree on at the very end is rolled back, too.
         with (
@@ -132,13 +133,17 @@ class Pruner:
         ):
             with clock("check"):
                 self.masks.require_equal_on_ranks(self.comm, "before the step")
-            quotas = self._quotas(target_sparsity, final_sparsity)
+            untrained = find_untrained(self.masks)
+            quotas = self._quotas(target_sparsity, final_sparsity, untrained)
             zeros_before = self.masks.zeros()
             with evaluator.session():
                 share = flops_share_of_step(
                     self.config.flops_target, target_sparsity, final_sparsity
                 )
                 selector = self._selector(evaluator, quotas, share, position)
+                selector.left_dense.update(
+                    dict.fromkeys(untrained, "(nearly) all weights are exactly zero")
+                )
                 stages = Stages(self.config.step.recompute_steps)
                 results = list(self._run(stages, evaluator, selector, position))
                 self.masks.verify()
@@ -146,6 +151,7 @@ class Pruner:
                     self.config.step.batchnorm_recalibration_batches,
                     derive_seed(self.config.step.seed, position, "batchnorm"),
                 )
+                self._warn_of_left_dense(selector.left_dense)
             # After the session, which restores the statistics that it has found.
             statistics.write(source.model)
             report = summarize(
@@ -161,6 +167,7 @@ class Pruner:
                 stage_halvings=stages.halvings,
                 nonfinite_gradients=evaluator.nonfinite,
                 batchnorm_layers=len(statistics.layers),
+                left_dense=selector.left_dense,
                 **selector.flops_before_and_after(),
             )
             with clock("check"):
@@ -192,7 +199,12 @@ class Pruner:
             pattern = parse_pattern(config.selection.pattern)
             evaluator.rehearse(criterion, config.step.seed, pattern)
 
-    def _quotas(self, target_sparsity: float, final_sparsity: float | None) -> Quotas:
+    def _quotas(
+        self,
+        target_sparsity: float,
+        final_sparsity: float | None,
+        untrained: Collection[str],
+    ) -> Quotas:
         """Count the weights that must be removed; none if there is a ``flops_target``."""
         check_sparsity(target_sparsity)
         masks, selection = self.masks, self.config.selection
@@ -207,15 +219,6 @@ class Pruner:
         elif final_sparsity is None:
             # Earlier steps of a schedule may have a target below the zeros of a layer.
             require_layers_fit(selection, layers_of(masks), target_sparsity)
-        untrained = find_untrained(masks)
-        if untrained and self.comm.rank == 0:
-            warnings.warn(
-                f"not pruned in this step, because (nearly) all of the weights are exactly "
-                f"zero and have no saliency: {', '.join(untrained)}. The other weights "
-                "alone reach the sparsity. Prune after these have been trained, or leave "
-                "them out with selection.exclude.",
-                stacklevel=2,
-            )
         return make_quotas(
             selection,
             layers_of(masks),
@@ -269,6 +272,32 @@ class Pruner:
             losses, number = result.losses_after, number + 1
             yield result
 
+    def _leave_idle_dense(self, evaluator: Evaluator, selector: Selector) -> None:
+        """Leave tensors without any gradient dense, unless no other can be pruned.
+
+        Their saliencies are those of λ alone. They would lose all weights at once, such as
+        LoRA's ``lora_A`` before the first optimizer step, while ``lora_B`` is zero.
+        """
+        zeros = self.masks.zeros()
+        others = {
+            name
+            for name, parameter in self.masks.parameters.items()
+            if zeros[name] < parameter.numel() and name not in selector.left_dense
+        }
+        idle = others.intersection(evaluator.without_gradient)
+        if idle != others:
+            selector.leave_dense(idle, "all gradients of its weights are zero")
+
+    def _warn_of_left_dense(self, left_dense: Mapping[str, str]) -> None:
+        if left_dense and self.comm.rank == 0:
+            found = "; ".join(f"{name}: {why}" for name, why in left_dense.items())
+            warnings.warn(
+                f"not pruned in this step, because nothing is known of the worth of its "
+                f"weights: {found}. The other weights alone reach the sparsity. Prune after "
+                "these have been trained, or leave them out with selection.exclude.",
+                stacklevel=3,
+            )
+
     def _observe(
         self, evaluator: Evaluator, selector: Selector, seed: int
     ) -> _Observed:
@@ -292,6 +321,7 @@ class Pruner:
         """Run one stage: invert, select, update and write."""
         step, search, clock = self.config.step, self.config.searches, evaluator.clock
         criterion, active, seed = observed.criterion, observed.active, observed.seed
+        self._leave_idle_dense(evaluator, selector)
         # Before the line search, whose trials overwrite the weights.
         local_model = LocalModel(self.masks, step.local_model_points)
         with clock("factorize"):

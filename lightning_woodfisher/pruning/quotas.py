@@ -18,7 +18,7 @@ __all__ = [
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.pruning.config import SelectionConfig
@@ -71,6 +71,30 @@ class Quotas:
             count if count >= grain else 0
             for count, grain in zip(self.until(1.0), self.granularity, strict=True)
         ]
+
+    def without(self, layers: Collection[int], every: Layers) -> Quotas:
+        """Let some layers lose nothing; the others reach their sparsity without them.
+
+        Args:
+            layers: indices of the layers.
+            every: all layers, at the start of the step.
+
+        Returns:
+            The quotas of the other layers.
+        """
+        groups = [list(group) for group in self.groups]
+        room = [n - z for n, z in zip(every.weights, every.zeros, strict=True)]
+        caps = room if self.caps is None else list(self.caps)
+        for layer in layers:
+            group = groups[self.group_of_layer[layer]]
+            group[1] -= every.weights[layer]
+            group[2] -= every.zeros[layer]
+            caps[layer] = 0
+        return replace(
+            self,
+            groups=tuple((t, int(n), int(z)) for t, n, z in groups),
+            caps=tuple(caps),
+        )
 
     def until(self, fraction: float) -> list[int]:
         """Count the weights to remove in the first fraction of the step.

@@ -11,7 +11,7 @@ __all__ = [
 ]
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_woodfisher.base.text_table import format_table
@@ -112,6 +112,7 @@ class PruningReport:
             by more than ``trust_ratio`` times the prediction.
         batchnorm_layers: number of layers whose running statistics were re-estimated.
         nonfinite_gradients: number of gradients that were NaN or infinite and left out.
+        left_dense: why nothing was removed from a tensor in this step, by its name.
         model_parameters: number of parameters of the whole model, biases, norms and frozen
             ones included; None in reports of older versions.
         model_zeros: number of them that are exactly zero after the step.
@@ -148,6 +149,7 @@ class PruningReport:
     nonfinite_gradients: int = 0
     model_parameters: int | None = None
     model_zeros: int | None = None
+    left_dense: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -163,6 +165,11 @@ class PruningReport:
     def sparsity(self) -> float:
         """Share of the selected weights that is pruned after the step."""
         return self.zeros / self.weights
+
+    @property
+    def missing(self) -> int:
+        """Number of weights that are missing from the target, at least 0."""
+        return max(0, round(self.target_sparsity * self.weights) - self.zeros)
 
     @property
     def model_sparsity(self) -> float | None:

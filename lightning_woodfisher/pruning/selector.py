@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 import math
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,9 @@ class Selector:
         flops: FLOPs by layer, where ``flops_power`` or ``flops_target`` needs them.
         flops_target: share of the dense FLOPs that is left after the step.
 
+    Attributes:
+        left_dense: why a tensor loses nothing, by its name.
+
     Raises:
         ConfigurationError: for a target that cannot be reached.
     """
@@ -91,9 +94,24 @@ class Selector:
         self._flops = flops
         self._flops_target = flops_target
         self.pattern = parse_pattern(selection.pattern)
-        self._start = list(masks.zeros().values())
+        self._layers = layers_of(masks)
+        self._start = list(self._layers.zeros)
+        self.left_dense: dict[str, str] = {}
         if flops is not None and flops_target is not None:
             self._require_reachable(flops, flops_target)
+
+    def leave_dense(self, names: Collection[str], reason: str) -> None:
+        """Remove nothing from some tensors in this and the following stages.
+
+        Args:
+            names: the tensors; the others reach their sparsity without them.
+            reason: why, for the report.
+        """
+        new = [name for name in names if name not in self.left_dense]
+        if new:
+            indices = [self._layers.names.index(name) for name in new]
+            self._quotas = self._quotas.without(indices, self._layers)
+            self.left_dense |= dict.fromkeys(new, reason)
 
     def candidates(
         self,
@@ -118,7 +136,7 @@ class Selector:
         if self.pattern.is_grouped:
             costs, leaving = criterion.score_groups(weights, active.runs, self.pattern)
             layers = active.group_layers()
-            shapes = layers_of(self._masks).shapes
+            shapes = self._layers.shapes
             each = [self.pattern.removed_per_group(shape) for shape in shapes]
             sizes = self._by_layer(each, layers)
             scores = costs / sizes
@@ -221,7 +239,8 @@ class Selector:
         quotas = self._quotas
         counts = quotas.until(fraction)
         for layer, group in enumerate(quotas.group_of_layer):
-            counts[group] -= zeros[layer] - self._start[layer]
+            if self._layers.names[layer] not in self.left_dense:
+                counts[group] -= zeros[layer] - self._start[layer]
         return [max(0, count) for count in counts]
 
     def _flops_to_save(

@@ -173,15 +173,20 @@ class Workload:
     @property
     def loss_passes(self) -> int:
         """Mini-batches whose loss a rank computes without a gradient (map-style data)."""
-        passes = self.expected_trials + max(0, self.config.step.local_model_points - 2)
-        group = mini_batches_in_group(self.fisher)
-        if self.config.step.measure_loss:
+        step, fisher = self.config.step, self.fisher
+        passes = self.expected_trials + max(0, step.local_model_points - 2)
+        group = mini_batches_in_group(fisher)
+        size = fisher.gradient_batch_size * group
+        groups = min(fisher.num_gradients // group, max(1, step.search_samples // size))
+        if step.measure_loss:
             # The last measurement of the line search is the loss of the new weights.
             passes += not self.expected_trials
             # The loss before the step is known from the gradients if these are computed
-            # with the labels of the data, in the groups in which losses are measured.
-            in_groups = group == 1 or self.criterion.needs == "factors"
-            known = self.uses_gradients and not self.fisher.sample_labels and in_groups
-            passes += not known
-        own_groups = -(-(self.fisher.num_gradients // group) // self.exchange_ranks)
-        return passes * own_groups * group
+            # with the labels of the data, and no pass is cut by the last sample measured.
+            count, size = fisher.num_gradients, fisher.gradient_batch_size
+            together = self.rows_at_once(count, size)
+            whole = groups * group in {count, groups * group // together * together}
+            known = whole and (group == 1 or together > 1)
+            known |= self.criterion.needs == "factors"
+            passes += not (known and self.uses_gradients and not fisher.sample_labels)
+        return passes * -(-groups // self.exchange_ranks) * group

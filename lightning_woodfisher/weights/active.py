@@ -158,6 +158,22 @@ class ActiveWeights:
         sums: list[float] = total.result().tolist()
         return sums
 
+    def count_by_layer(self, marks: Tensor) -> list[int]:
+        """Count marked weights of each tensor. Call on all ranks.
+
+        Args:
+            marks: bool ``[D_r]``.
+
+        Returns:
+            Their number over all ranks.
+        """
+        counts = torch.zeros(
+            len(self.positions), dtype=torch.int64, device=marks.device
+        )
+        counts.index_add_(0, self.weight_layers(), marks.long())
+        found: list[int] = self._comm.sum_integers(counts).tolist()
+        return found
+
     def largest_by_layer(
         self, values: Tensor, chosen: Tensor, layers: Tensor
     ) -> list[float | None]:

@@ -437,6 +437,22 @@ def test_an_adapter_that_starts_at_zero_lives(schedule: Any) -> None:
         require_pruned(pruner, module)
 
 
+def test_a_single_step_that_leaves_an_adapter_dense_ends_with_a_warning() -> None:
+    def build() -> nn.Module:
+        adapted = Adapted(nn.Linear(64, CLASSES))
+        nn.init.zeros_(adapted.up.weight)
+        return nn.Sequential(nn.Flatten(), adapted)
+
+    seed_all(1)
+    pruner = pruning(schedule=OneShotSchedule(epoch=0))
+    told = r"because the last step could not prune net\.1\.up\.weight"
+    with (
+        pytest.warns(UserWarning, match="not pruned in this step"),
+        pytest.warns(UserWarning, match=told),
+    ):
+        trainer(pruner).fit(Classifier(build=build), loader())
+
+
 # ---------------------------------------------------------------- layers
 
 

@@ -441,6 +441,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "float": numbers,
     "int": counts,
     "Mapping[str, float]": st.dictionaries(names, numbers, max_size=3),
+    "Mapping[str, str]": st.dictionaries(names, names, max_size=3),
     "tuple[int, ...]": st.lists(counts, max_size=3).map(tuple),
     "tuple[str, ...]": st.lists(names, max_size=3).map(tuple),
     "tuple[float, ...]": st.lists(numbers, max_size=3).map(tuple),

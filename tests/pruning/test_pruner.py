@@ -395,9 +395,14 @@ def fresh(share: float) -> tuple[nn.Sequential, Masks]:
 
 
 def step_of(
-    model: nn.Module, masks: Masks, target: float, final: float, **selection: Any
+    model: nn.Module,
+    masks: Masks,
+    target: float,
+    final: float,
+    criterion: str = "magnitude",
+    **selection: Any,
 ) -> PruningReport:
-    config = PruningConfig("magnitude", FISHER, SelectionConfig(**selection))
+    config = PruningConfig(criterion, FISHER, SelectionConfig(**selection))
     source = FunctionLoss(model, batches(), cross_entropy)
     return Pruner(masks, config, Communicator(DEVICE)).step(source, target, 0, final)
 
@@ -419,8 +424,10 @@ def test_a_layer_of_zeros_is_not_pruned_and_caught_up_later(
     selection: dict[str, Any], share: float
 ) -> None:
     model, masks = fresh(share)
-    with pytest.warns(UserWarning, match=r"not pruned in this step.*: 4\.weight\."):
-        step_of(model, masks, 0.5, 0.5, **selection)
+    with pytest.warns(UserWarning, match=r"not pruned in this step.* 4\.weight: "):
+        report = step_of(model, masks, 0.5, 0.5, **selection)
+    assert list(report.left_dense) == ["4.weight"]
+    assert report.missing == 32
     # The others reach the sparsity without it.
     assert masks.zeros() == {"0.weight": 64, "4.weight": 0}
     with torch.no_grad():
@@ -444,10 +451,64 @@ def test_zeros_that_masks_explain_are_no_initialization() -> None:
     assert masks.sparsity() == pytest.approx(0.6, abs=0.003)
 
 
+class Adapted(nn.Module):
+    """A linear layer beside a LoRA adapter, whose second factor starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.down = nn.Linear(8, 4), nn.Linear(8, 2, bias=False)
+        self.up = nn.Linear(2, 4, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.base(inputs) + self.up(self.down(inputs))
+
+
+@pytest.mark.parametrize(
+    "criterion", ["woodfisher", "diagonal_fisher", "woodtaylor", "magnitude"]
+)
+def test_a_layer_without_gradient_is_not_pruned(criterion: str) -> None:
+    torch.manual_seed(0)
+    model = Adapted()
+    masks = Masks(prunable_parameters(model))
+    with pytest.warns(
+        UserWarning, match=r"not pruned in this step.*up\.weight: "
+    ) as told:
+        report = step_of(model, masks, 0.5, 0.5, criterion)
+    zeros = masks.zeros()
+    if criterion == "magnitude":
+        assert zeros["base.weight"] + zeros["down.weight"] == 24
+        return
+    # The gradient of the first factor is a product with the second.
+    assert "down.weight: all gradients of its weights are zero" in str(told[0].message)
+    assert zeros == {"base.weight": 16, "down.weight": 0, "up.weight": 0}
+    assert report.missing == 12
+    again = PruningReport.from_dict(report.to_dict())
+    assert again.left_dense == report.left_dense
+
+
+def test_a_layer_without_gradient_is_pruned_by_layer_in_a_later_stage() -> None:
+    torch.manual_seed(0)
+    model = Adapted()
+    masks = Masks(prunable_parameters(model))
+    config = PruningConfig(
+        "woodfisher", FISHER, SelectionConfig("layer"), StepConfig(recompute_steps=2)
+    )
+    pruner = Pruner(masks, config, Communicator())
+    source = FunctionLoss(model, batches(), cross_entropy)
+    with pytest.warns(UserWarning, match="not pruned in this step"):
+        pruner.step(source, 0.25, 0, 0.5)
+    assert masks.zeros() == {"base.weight": 8, "down.weight": 0, "up.weight": 0}
+    with torch.no_grad():
+        model.up.weight.normal_()
+    assert not pruner.step(source, 0.5, 1, 0.5).left_dense
+    assert masks.zeros() == {"base.weight": 16, "down.weight": 8, "up.weight": 4}
+
+
 def test_nothing_but_zeros_leaves_the_network_as_it_is() -> None:
     model, masks = fresh(1.0)
     model[0].weight.data.zero_()
-    with pytest.warns(UserWarning, match=r"0\.weight, 4\.weight"):
+    with pytest.warns(UserWarning, match=r"0\.weight: .*4\.weight: "):
         report = step_of(model, masks, 0.5, 0.5)
     assert report.sparsity == 0.0
     assert report.model_sparsity == report.model_zeros / report.model_parameters > 0.8
@@ -607,7 +668,7 @@ def test_the_same_sparsity_again_changes_nothing(fisher: FisherConfig) -> None:
     assert same_bits(bits(model), before)
     assert report.threshold is None
     assert report.predicted_increase == 0.0
-    assert report.measured_increase == 0.0
+    assert report.measured_increase == pytest.approx(0.0, abs=1e-6)
 
 
 def test_less_sparsity_than_there_is_is_refused() -> None:

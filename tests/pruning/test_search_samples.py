@@ -1,0 +1,86 @@
+"""On which samples a step measures losses, and how often."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_woodfisher import FisherConfig, StepConfig, prune
+from tests.support.small_task import samples
+
+
+class Recorder:
+    """A loss that records its inputs in passes without gradient."""
+
+    def __init__(self) -> None:
+        self.measured: list[Tensor] = []
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            self.measured.append(batch[0])
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def mean_loss(model: nn.Module, inputs: Tensor) -> float:
+    return F.cross_entropy(model(inputs), inputs[:, :4].argmax(dim=1)).item()
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "collection", "is_known"),
+    [
+        # Of two mini-batches in one pass only the mean loss is known, and 192 are three.
+        (8, 64, "auto", False),
+        (8, 64, "loop", True),
+        (512, 1, "auto", True),
+        (64, 8, "auto", True),
+        # Eight mini-batches are measured together, and their loss may be no mean.
+        (64, 8, "loop", False),
+    ],
+)
+@pytest.mark.parametrize("line_search", [True, False])
+def test_losses_are_measured_on_some_samples_of_the_gradients(
+    count: int, size: int, collection: Any, is_known: bool, line_search: bool
+) -> None:
+    data, recorder, model, dense = samples(640), Recorder(), network(), network()
+    report = prune(
+        model,
+        data,
+        recorder,
+        target_sparsity=0.5,
+        fisher=FisherConfig(count, size, 64, collection=collection),
+        step=StepConfig(search_samples=200, line_search=line_search),
+    )
+    number = 192
+    inputs = torch.cat(recorder.measured)
+    # Three scales and the independent update; the loss of the last weights is known.
+    trials = 4 if line_search else 1
+    assert len(inputs) == (trials + (not is_known)) * number
+    parts = inputs.split(number)
+    assert all(torch.equal(part, parts[0]) for part in parts)
+    assert len(parts[0].unique(dim=0)) == number
+    before, after = (mean_loss(m, parts[0]) for m in (dense, model))
+    assert report.loss_before == pytest.approx(before, rel=1e-5)
+    assert report.loss_after == pytest.approx(after, rel=1e-5)
+
+
+def test_fewer_samples_than_a_mini_batch_are_one_mini_batch() -> None:
+    recorder = Recorder()
+    prune(
+        network(),
+        samples(),
+        recorder,
+        target_sparsity=0.5,
+        fisher=FisherConfig(2, 80, 64),
+        step=StepConfig(search_samples=1),
+    )
+    assert {len(inputs) for inputs in recorder.measured} == {80}
+    assert len(recorder.measured) == 4
