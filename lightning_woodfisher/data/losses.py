@@ -396,7 +396,8 @@ def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
         if (
             source.model.training
             or isinstance(error, torch.OutOfMemoryError)
-            or not _works_in_training(source, batch, index)
+            or _works(source, batch, index, training=False)
+            or not _works(source, batch, index, training=True)
         ):
             raise
         raise ConfigurationError(
@@ -405,17 +406,17 @@ def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
         ) from error
 
 
-def _works_in_training(source: LossSource, batch: Any, index: int) -> bool:
-    """Return whether the loss can be computed in training mode."""
+def _works(source: LossSource, batch: Any, index: int, *, training: bool) -> bool:
+    """Return whether the loss can be computed in training or in evaluation mode."""
     flags = [(module, module.training) for module in source.model.modules()]
-    source.model.train()
+    source.model.train(training)
     try:
         source.loss(batch, index)
     except Exception:
         return False
     finally:
-        for module, training in flags:
-            module.training = training
+        for module, flag in flags:
+            module.training = flag
     return True
 
 

@@ -273,8 +273,8 @@ def test_loss_method_replaces_the_training_step() -> None:
     options: dict[str, Any] = {"measure_loss": False, "line_search": False}
     pruner = pruning(loss_method="pruning_loss", **in_step(**options))
     trainer(pruner).fit(module, loader())
-    # Once for all gradients together, which it refuses.
-    assert module.calls == {"step": 12, "method": 7}
+    # Twice for each of 6 gradients but the last, and for two of them alone as a check.
+    assert module.calls == {"step": 12, "method": 11 + 2}
 
 
 def test_hooks_of_the_module_transform_the_batches() -> None:
@@ -296,9 +296,9 @@ def test_hooks_of_the_module_transform_the_batches() -> None:
 
     module = Hooked()
     trainer(pruning(step=StepConfig(measure_loss=False))).fit(module, loader())
-    # All gradients together, two of them alone as a check, the trials of the search, and
-    # the training.
-    assert module.sizes == [12, 2, 2] + [12] * 4 + [8] * 12
+    # Twice for each of 6 gradients but the last, two of them alone as a check, the trials
+    # of the search, and the training.
+    assert module.sizes == [2] * (11 + 2) + [12] * 4 + [8] * 12
 
 
 def test_a_dict_with_a_loss_and_a_loss_of_shape_one() -> None:
@@ -731,7 +731,8 @@ def test_a_useless_training_step_is_found_before_the_first_batch() -> None:
             PruningError, match="Broken.training_step returned NoneType"
         ):
             trainer(pruning(**options)).fit(module, loader())
-        assert module.steps == 1
+        # Twice in evaluation mode, and once in training mode in search of a remedy.
+        assert module.steps == 3
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
