@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["prune"]
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,6 +27,7 @@ from lightning_woodfisher.pruning.config import (
 )
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.report import PruningReport
+from lightning_woodfisher.pruning.sample_counts import fit_to_data
 from lightning_woodfisher.pruning.selector import prune_zeros
 from lightning_woodfisher.resources.budget import (
     fit_into_memory,
@@ -100,9 +102,12 @@ def prune(
     masks = Masks(parameters, find_inputs_first(model, list(parameters)))
     prune_zeros(masks, config.selection)
     comm = Communicator(next(iter(parameters.values())).device)
+    source = FunctionLoss(model, data, loss_fn)
+    config, note = fit_to_data(config, source)
+    if note and comm.rank == 0:
+        warnings.warn(note, stacklevel=2)
     config, _ = fit_into_memory(masks, config, comm)
     pruner = Pruner(masks, config, comm, progress)
-    source = FunctionLoss(model, data, loss_fn)
     if target_sparsity is not None:
         return pruner.step(source, target_sparsity)
     report = pruner.step(source, 0.0)

@@ -121,6 +121,12 @@ class TrainingStepLoss(LossSource):
             "in the same order on every rank."
         )
 
+    def peek(self) -> Batches | None:
+        """Choose one sample of the training data, or the first batch of an iterable."""
+        if isinstance(self._dataloader, Iterator):
+            return None
+        return self.batches(1, 1, 0, True)
+
     def loss(self, batch: Any, index: int) -> Tensor:
         """Run the training step.
 

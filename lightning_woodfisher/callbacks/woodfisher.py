@@ -48,6 +48,7 @@ from lightning_woodfisher.pruning.config import (
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.quotas import require_layers_fit
 from lightning_woodfisher.pruning.report import PruningReport
+from lightning_woodfisher.pruning.sample_counts import fit_to_data
 from lightning_woodfisher.pruning.schedule import (
     ConstantSchedule,
     PlannedStep,
@@ -142,7 +143,7 @@ class WoodFisherPruningCallback(PruningCallback):
             require_target_fits(selection, target_sparsity)
         require_flag("log_masks", log_masks)
         self.log_masks = log_masks
-        # Settings of the steps: those of the user, adapted to the memory.
+        # Settings of the steps: those of the user, adapted to the memory and the data.
         self._step_config = self.config
 
     @classmethod
@@ -200,14 +201,17 @@ class WoodFisherPruningCallback(PruningCallback):
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         comm = Communicator(module.device)
+        config, note = self.config, ""
         if self._needs_rehearsal:
             with comm.failing_together():
-                self._require_data(trainer, module)
+                config, note = fit_to_data(config, self._source(trainer, module))
+                if config.reads_data:
+                    self._require_data(trainer, module, config)
         if self._plan:
             # Nothing is allocated yet, and the first step needs most memory.
             masks = self._get_masks()
             self._step_config, cost = fit_into_memory(
-                masks, self.config, comm, trainer.num_devices
+                masks, config, comm, trainer.num_devices
             )
             kind = self.config.criterion
             plan = describe_plan(self._plan, self._done, masks, kind)
@@ -219,20 +223,23 @@ class WoodFisherPruningCallback(PruningCallback):
                 selection.only,
                 frozen=has_callback(trainer, BaseFinetuning),
             )
-            announce(trainer, f"{plan}\n{selected}\n{cost.summary()}")
+            lines = [plan, selected, cost.summary(), *([f"Note: {note}."] * bool(note))]
+            announce(trainer, "\n".join(lines))
         settings = {
             "target_sparsity": self.target_sparsity,
             **dataclasses.asdict(self.config),
         }
         log_settings(trainer, settings, self.schedule)
 
-    def _require_data(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _require_data(
+        self, trainer: pl.Trainer, module: pl.LightningModule, config: PruningConfig
+    ) -> None:
         """Check that there is enough data for the gradients of a step."""
-        fisher = self.config.fisher
+        fisher = config.fisher
         batches = self._source(trainer, module).batches(
             fisher.num_gradients,
             fisher.gradient_batch_size,
-            self.config.step.seed,
+            config.step.seed,
             fisher.repeat_samples,
         )
         if not fisher.repeat_samples:
@@ -299,7 +306,7 @@ class WoodFisherPruningCallback(PruningCallback):
         return describe_step(report)
 
     def _needs_data(self) -> bool:
-        return super()._needs_data() and self.config.reads_data
+        return super()._needs_data() and self._step_config.reads_data
 
     def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._pruner(trainer, module).rehearse(self._source(trainer, module))

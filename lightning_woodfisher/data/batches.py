@@ -13,6 +13,7 @@ __all__ = [
     "require_rereadable",
 ]
 
+import contextlib
 import functools
 import warnings
 from abc import ABC, abstractmethod
@@ -57,11 +58,14 @@ class Batches(ABC):
             samples in larger groups.
         why_not_regroupable: the reason if they are not regroupable.
         size: samples in a batch, m; None if it is not known.
+        available: number of samples that may be drawn, or of batches if they are not
+            regroupable; None if it is not known.
     """
 
     regroupable: bool = False
     why_not_regroupable: str = "the data comes in batches"
     size: int | None = None
+    available: int | None = None
 
     @abstractmethod
     def fetch(self, index: int) -> Any:
@@ -147,6 +151,7 @@ class DatasetBatches(Batches):
         self._collate = collate
         self.regroupable = regroupable
         self.size = size
+        self.available = samples
 
     def fetch(self, index: int) -> Any:
         """Return the collated samples of one batch."""
@@ -334,6 +339,10 @@ class StreamBatches(Batches):
         self._since_opened = 0
         self._count = count
         self._seed = seed
+        if isinstance(iterable, Sized):
+            # The length of a loader may be unknown until it has been read.
+            with contextlib.suppress(TypeError):
+                self.available = len(iterable)
 
     def fetch(self, index: int) -> Any:
         """Read up to one batch.

@@ -81,6 +81,14 @@ class LossSource(ABC):
             The batches.
         """
 
+    def peek(self) -> Batches | None:
+        """Return one mini-batch without reading it, to see how much data there is.
+
+        Returns:
+            The batch; None if it is unknown, such as for data that can be read only once.
+        """
+        return None
+
     @abstractmethod
     def loss(self, batch: Any, index: int) -> Tensor:
         """Run the model.
@@ -143,6 +151,10 @@ class FunctionLoss(LossSource):
             if chosen is not None:
                 return chosen
         return self._stream.batches(count, seed, repeat)
+
+    def peek(self) -> Batches | None:
+        """Choose one sample, or the first batch of an iterable."""
+        return None if isinstance(self._data, Iterator) else self.batches(1, 1, 0, True)
 
     def loss(self, batch: Any, index: int) -> Tensor:
         """Call the loss function with the batch on the device of the model."""

@@ -10,11 +10,12 @@ __all__ = [
     "RowDtype",
     "choose_engine",
     "first_order_batches",
+    "fit_samples",
     "mini_batches_in_group",
     "rows_in_chunk",
 ]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lightning_woodfisher.base.byte_sizes import parse_bytes
@@ -55,6 +56,8 @@ class FisherConfig:
         num_gradients: N, the number of gradients.
         gradient_batch_size: m, samples in the mini-batch of one gradient. 1 is the
             empirical Fisher proper; a larger m is the paper's heuristic for large data.
+            Where the data has fewer than N·m samples, the default of m is lowered, then
+            that of N, with a message; other values are an error.
         block_size: B, the largest number of weights in a block; None for one block over all
             weights (best if N gradients fit into memory).
         damping: λ, added to the diagonal.
@@ -138,6 +141,36 @@ class FisherConfig:
                 "because it would need a matrix over all weights; use 'auto', or set a "
                 "block size."
             )
+
+
+def fit_samples(
+    fisher: FisherConfig, available: int, *, by_sample: bool, keep_set: bool
+) -> FisherConfig:
+    """Lower N and m where there is too little data for the defaults.
+
+    Args:
+        fisher: the settings.
+        available: number of samples, or of batches.
+        by_sample: whether it counts samples, so that N·m of them are needed, not N.
+        keep_set: leave a number as it is if it is not the default.
+
+    Returns:
+        The settings; unchanged if the data suffices or samples may repeat. In training
+        mode m, which changes the statistics of BatchNorm, is not lowered.
+    """
+    if fisher.repeat_samples:
+        return fisher
+    default = FisherConfig()
+    count, size = fisher.num_gradients, fisher.gradient_batch_size
+    may_lower_count = not keep_set or count == default.num_gradients
+    may_lower_size = not keep_set or size == default.gradient_batch_size
+    may_lower_size &= fisher.model_mode == "eval"
+    if by_sample and count * size > available and may_lower_size:
+        size = max(1, available // count)
+    needed = size if by_sample else 1
+    if count * needed > available and may_lower_count:
+        count = max(1, available // needed)
+    return replace(fisher, num_gradients=count, gradient_batch_size=size)
 
 
 def choose_engine(fisher: FisherConfig) -> Literal["primal", "dual", "full"]:

@@ -35,6 +35,7 @@ from lightning_woodfisher.pruning.config import (
 from lightning_woodfisher.pruning.pruner import Pruner
 from lightning_woodfisher.pruning.quotas import require_layers_fit
 from lightning_woodfisher.pruning.report import PruningReport
+from lightning_woodfisher.pruning.sample_counts import fit_to_data
 from lightning_woodfisher.pruning.selector import (
     is_too_sparse,
     layers_of,
@@ -267,6 +268,7 @@ def _prepare(setting: Setting, source: LossSource, comm: Communicator) -> Settin
             "network already has; pruning can only add zeros."
         )
     require_layers_fit(config.selection, layers_of(masks), target)
+    config, _ = fit_to_data(config, source)
     if config.reads_data:
         fisher = config.fisher
         source.batches(

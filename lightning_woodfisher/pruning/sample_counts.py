@@ -1,0 +1,59 @@
+"""Fit the number of samples of a pruning step to the data that there is."""
+
+from __future__ import annotations
+
+__all__ = ["fit_to_data"]
+
+from dataclasses import replace
+
+from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.criteria import CRITERIA
+from lightning_woodfisher.data.losses import LossSource
+from lightning_woodfisher.fisher.config import fit_samples
+from lightning_woodfisher.pruning.config import PruningConfig
+
+
+def fit_to_data(config: PruningConfig, source: LossSource) -> tuple[PruningConfig, str]:
+    """Lower the default N and m where the data has fewer samples.
+
+    A criterion without gradients needs no data: its loss is measured on what there is.
+
+    Args:
+        config: settings of the step.
+        source: source of losses.
+
+    Returns:
+        The settings to use, and a sentence on what was changed, or ``""``.
+
+    Raises:
+        ConfigurationError: for data that cannot be sampled, if anything needs it.
+    """
+    if not config.reads_data:
+        return config, ""
+    needs_data = CRITERIA[config.criterion].needs != "nothing" or config.counts_flops
+    try:
+        data = source.peek()
+    except ConfigurationError as error:
+        if needs_data:
+            raise
+        step = replace(
+            config.step,
+            measure_loss=False,
+            local_model_points=0,
+            batchnorm_recalibration_batches=0,
+        )
+        return replace(config, step=step), f"the loss is not measured: {error}"
+    if data is None or data.available is None:
+        return config, ""
+    old, by_sample = config.fisher, data.regroupable
+    new = fit_samples(old, data.available, by_sample=by_sample, keep_set=needs_data)
+    if new == old:
+        return config, ""
+    unit = "samples" if by_sample else "batches"
+    what = "gradients" if needs_data else "mini-batches"
+    note = (
+        f"the data has {data.available:,} {unit}, so a step uses num_gradients="
+        f"{new.num_gradients} {what} of gradient_batch_size={new.gradient_batch_size}, "
+        f"not {old.num_gradients} of {old.gradient_batch_size}"
+    )
+    return replace(config, fisher=new), note
