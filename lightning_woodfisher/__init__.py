@@ -9,6 +9,7 @@ from lightning_woodfisher.callbacks.structured import (
 )
 from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.layerwise.config import LayerwiseConfig
 from lightning_woodfisher.one_shot import prune
 from lightning_woodfisher.pruning.config import (
     SelectionConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "ConstantSchedule",
     "FisherConfig",
     "HAPPruningCallback",
+    "LayerwiseConfig",
     "OneShotSchedule",
     "PolynomialSchedule",
     "PruningError",

@@ -18,6 +18,7 @@ from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import reshard
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.layerwise.config import LayerwiseConfig
 from lightning_woodfisher.pruning.config import (
     PruningConfig,
     SelectionConfig,
@@ -51,6 +52,7 @@ def prune(
     fisher: FisherConfig = FisherConfig(),
     selection: SelectionConfig = SelectionConfig(),
     step: StepConfig = StepConfig(),
+    layerwise: LayerwiseConfig = LayerwiseConfig(),
     flops_target: float | None = None,
     progress: Progress | None = None,
 ) -> PruningReport:
@@ -73,6 +75,7 @@ def prune(
         fisher: how the Fisher is estimated.
         selection: which weights may be pruned.
         step: weight update, stages and measurements.
+        layerwise: settings of ``criterion="layerwise"``.
         flops_target: in place of ``target_sparsity``: prune until the masked network needs
             this share of the FLOPs of the dense one, within 0.5 %.
         progress: called with a title and a total; returns a context manager that yields a
@@ -86,7 +89,7 @@ def prune(
     """
     if (target_sparsity is None) == (flops_target is None):
         raise ConfigurationError("give either target_sparsity or flops_target.")
-    config = PruningConfig(criterion, fisher, selection, step, flops_target)
+    config = PruningConfig(criterion, fisher, selection, step, flops_target, layerwise)
     if target_sparsity is not None:
         check_sparsity(target_sparsity)
         require_target_fits(config.selection, target_sparsity)

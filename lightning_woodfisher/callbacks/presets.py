@@ -17,11 +17,17 @@ import yaml
 
 from lightning_woodfisher.base.errors import require_choice
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.layerwise.config import LayerwiseConfig
 from lightning_woodfisher.pruning.config import SelectionConfig, StepConfig
 from lightning_woodfisher.pruning.schedule import OneShotSchedule, PolynomialSchedule
 
 _SCHEDULES = {kind.__name__: kind for kind in (OneShotSchedule, PolynomialSchedule)}
-_CONFIGS = {"fisher": FisherConfig, "selection": SelectionConfig, "step": StepConfig}
+_CONFIGS: dict[str, type] = {
+    "fisher": FisherConfig,
+    "selection": SelectionConfig,
+    "step": StepConfig,
+    "layerwise": LayerwiseConfig,
+}
 
 #: Source and arguments of each preset, as written in YAML.
 PRESETS: dict[str, dict[str, Any]] = yaml.safe_load(

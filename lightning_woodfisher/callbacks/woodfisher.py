@@ -38,6 +38,7 @@ from lightning_woodfisher.callbacks.progress import (
 from lightning_woodfisher.criteria import CriterionName
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.layerwise.config import LayerwiseConfig
 from lightning_woodfisher.pruning.config import (
     PruningConfig,
     SelectionConfig,
@@ -89,12 +90,15 @@ class WoodFisherPruningCallback(PruningCallback):
         schedule: when to prune and how far; by default a cubic ramp over the first three
             quarters of training, with a step at every epoch.
         criterion: saliency of a weight: ``"woodfisher"``; ``"woodtaylor"``, which also
-            follows the gradient of the loss, for networks that have not converged; or a
+            follows the gradient of the loss, for networks that have not converged;
+            ``"layerwise"``, which reconstructs the outputs of layer after layer
+            (:class:`~.criteria.layerwise.Layerwise`) and loses least without training; or a
             baseline: ``"kfac"``, ``"diagonal_fisher"``, ``"hessian_diagonal"`` or
             ``"magnitude"``.
         fisher: how the Fisher is estimated.
         selection: which weights may be pruned and what they compete for.
         step: weight update, stages and measurements of a step.
+        layerwise: settings of ``criterion="layerwise"``.
         flops_target: share of the dense network's FLOPs that is left at the end. It then
             decides how many weights are pruned; ``target_sparsity`` and the schedule only
             set the pace: a step at half the target sparsity saves half of the FLOPs.
@@ -122,6 +126,7 @@ class WoodFisherPruningCallback(PruningCallback):
         fisher: FisherConfig = FisherConfig(),
         selection: SelectionConfig = SelectionConfig(),
         step: StepConfig = StepConfig(),
+        layerwise: LayerwiseConfig = LayerwiseConfig(),
         flops_target: float | None = None,
         loss_method: str | None = None,
         dataloader: Iterable[Any] | None = None,
@@ -138,7 +143,9 @@ class WoodFisherPruningCallback(PruningCallback):
             report_path,
             weight_decay_off_after_last_step,
         )
-        self.config = PruningConfig(criterion, fisher, selection, step, flops_target)
+        self.config = PruningConfig(
+            criterion, fisher, selection, step, flops_target, layerwise
+        )
         if flops_target is None:
             require_target_fits(selection, target_sparsity)
         require_flag("log_masks", log_masks)

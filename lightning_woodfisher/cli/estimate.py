@@ -91,6 +91,7 @@ def run_estimate(options: argparse.Namespace) -> int:
             selection=settings.selection,
             criterion=settings.criterion,
             step=settings.step,
+            layerwise=settings.layerwise,
             sparsity=sparsity,
             world_size=run.world_size,
             memory=options.memory or settings.fisher.memory_budget,

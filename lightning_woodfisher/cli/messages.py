@@ -31,6 +31,7 @@ from lightning_woodfisher.callbacks.structured import (
 )
 from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.layerwise.config import LayerwiseConfig
 from lightning_woodfisher.pruning.config import SelectionConfig, StepConfig
 from lightning_woodfisher.pruning.schedule import (
     ConstantSchedule,
@@ -51,6 +52,7 @@ _OUR_CLASSES = (
     FisherConfig,
     SelectionConfig,
     StepConfig,
+    LayerwiseConfig,
     StructureConfig,
 )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 __all__ = [
     "CRITERIA",
     "Criterion",
+    "CriterionBase",
     "CriterionName",
     "DiagonalCriterion",
     "make_criterion",
@@ -22,11 +23,12 @@ import inspect
 from typing import Literal
 
 from lightning_woodfisher.base.errors import ConfigurationError, require_choice
-from lightning_woodfisher.criteria.base import Criterion
+from lightning_woodfisher.criteria.base import Criterion, CriterionBase
 from lightning_woodfisher.criteria.diagonal import DiagonalCriterion
 from lightning_woodfisher.criteria.diagonal_fisher import DiagonalFisher
 from lightning_woodfisher.criteria.hessian_diagonal import HessianDiagonal
 from lightning_woodfisher.criteria.kfac import KFAC
+from lightning_woodfisher.criteria.layerwise import Layerwise
 from lightning_woodfisher.criteria.magnitude import Magnitude
 from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.criteria.woodfisher import WoodFisher
@@ -36,15 +38,17 @@ from lightning_woodfisher.fisher.config import FisherConfig
 CriterionName = Literal[
     "woodfisher",
     "woodtaylor",
+    "layerwise",
     "kfac",
     "diagonal_fisher",
     "hessian_diagonal",
     "magnitude",
 ]
 
-CRITERIA: dict[str, type[Criterion]] = {
+CRITERIA: dict[str, type[CriterionBase]] = {
     "woodfisher": WoodFisher,
     "woodtaylor": WoodTaylor,
+    "layerwise": Layerwise,
     "kfac": KFAC,
     "diagonal_fisher": DiagonalFisher,
     "hessian_diagonal": HessianDiagonal,
@@ -56,15 +60,21 @@ def make_criterion(name: str, fisher: FisherConfig, update: Update) -> Criterion
     """Create a criterion by its name.
 
     Args:
-        name: a key of :data:`CRITERIA`.
+        name: a key of :data:`CRITERIA`, but not ``"layerwise"``, which has no gradient rows.
         fisher: settings of the Fisher matrix.
         update: how the kept weights compensate for the removed ones.
 
     Returns:
         A new criterion for one stage of a pruning step.
+
+    Raises:
+        TypeError: for a criterion without gradient rows.
     """
     require_choice("criterion", name, CRITERIA)
-    return CRITERIA[name](fisher, update)
+    criterion = CRITERIA[name](fisher, update)
+    if not isinstance(criterion, Criterion):
+        raise TypeError(f"{name} scores no rows; see lightning_woodfisher.layerwise")
+    return criterion
 
 
 def register_criterion(name: str, criterion: type[Criterion]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CompensatingCriterion", "Criterion", "Needs"]
+__all__ = ["CompensatingCriterion", "Criterion", "CriterionBase", "Needs"]
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,12 @@ from lightning_woodfisher.weights.partition import Partition
 from lightning_woodfisher.weights.patterns import GroupRun, Pattern
 
 # What a criterion observes: rows of gradients, rows z∘Hz of the Hessian, Kronecker factors
-# of whole layers, or nothing.
-Needs = Literal["gradients", "hessian rows", "factors", "nothing"]
+# of whole layers, the inputs of layers, or nothing.
+Needs = Literal["gradients", "hessian rows", "factors", "layer inputs", "nothing"]
 
 
-class Criterion(ABC):
-    """Base class of the criteria: one stage, from gradients to new weights.
-
-    The pruner calls :meth:`layout`, :meth:`begin`, :meth:`observe` for all rows (or
-    :meth:`observe_factors` once), :meth:`score` and :meth:`compensate`, in this order.
-    Vectors are float64 ``[D_r]``, for the active weights of this rank.
+class CriterionBase(ABC):
+    """What the settings and the estimates ask of any criterion.
 
     Args:
         fisher: settings of the Fisher matrix.
@@ -37,11 +33,9 @@ class Criterion(ABC):
 
     Attributes:
         needs: what the criterion observes.
-        first_order: whether it uses a mean gradient, and so ``first_order_samples`` and
-            :meth:`observe_first_order`.
+        first_order: whether it uses a mean gradient, and so ``first_order_samples``.
         compensates: whether the kept weights change.
-        first_order_scale: the share of :meth:`descent` that :meth:`score` assumes.
-        can_restrict: whether :meth:`restrict` prepares it for another stage of the step.
+        can_restrict: whether it can serve another stage of a step.
         damping: λ, or None for a criterion without damping.
     """
 
@@ -54,7 +48,6 @@ class Criterion(ABC):
         self.fisher = fisher
         self.update: Update = update
         self.damping: float | None = None
-        self.first_order_scale = 1.0
 
     @abstractmethod
     def layout(
@@ -75,6 +68,38 @@ class Criterion(ABC):
             The partition.
         """
 
+    @property
+    def engine(self) -> str:
+        """Representation of the curvature, as named in estimates; ``"none"`` for none."""
+        return "none"
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that this rank keeps."""
+        return 0
+
+
+class Criterion(CriterionBase):
+    """Base class of the criteria: one stage, from gradients to new weights.
+
+    The pruner calls :meth:`layout`, :meth:`begin`, :meth:`observe` for all rows (or
+    :meth:`observe_factors` once), :meth:`score` and :meth:`compensate`, in this order.
+    Vectors are float64 ``[D_r]``, for the active weights of this rank.
+
+    Args:
+        fisher: settings of the Fisher matrix.
+        update: how the kept weights compensate for the removed ones.
+
+    Attributes:
+        first_order: whether it uses :meth:`observe_first_order`.
+        first_order_scale: the share of :meth:`descent` that :meth:`score` assumes.
+        can_restrict: whether :meth:`restrict` prepares it for another stage of the step.
+    """
+
+    def __init__(self, fisher: FisherConfig, update: Update) -> None:
+        super().__init__(fisher, update)
+        self.first_order_scale = 1.0
+
     @abstractmethod
     def begin(self, partition: Partition, communicator: Communicator) -> None:
         """Prepare for the rows of this rank.
@@ -84,21 +109,21 @@ class Criterion(ABC):
             communicator: the ranks.
         """
 
-    def observe(self, rows: Tensor) -> None:  # noqa: B027  (optional)
+    def observe(self, rows: Tensor) -> None:
         """Add rows of gradients or of the Hessian; each is passed once, in order.
 
         Args:
             rows: tensor ``[n, D_r]``.
         """
 
-    def leave_out(self, number: int) -> None:  # noqa: B027  (optional)
+    def leave_out(self, number: int) -> None:
         """Reduce the number of expected rows, after the last row.
 
         Args:
             number: gradients that were left out because they were not finite.
         """
 
-    def observe_first_order(self, rows: Tensor) -> None:  # noqa: B027  (optional)
+    def observe_first_order(self, rows: Tensor) -> None:
         """Add gradients of the sample for the mean gradient.
 
         Args:
@@ -113,9 +138,7 @@ class Criterion(ABC):
         """
         return None
 
-    def observe_factors(  # noqa: B027  (optional)
-        self, factors: Sequence[KroneckerFactors]
-    ) -> None:
+    def observe_factors(self, factors: Sequence[KroneckerFactors]) -> None:
         """Store the Kronecker factors of this rank's layers.
 
         Args:
@@ -190,7 +213,7 @@ class Criterion(ABC):
         """
         return {}
 
-    def restrict(self, kept: Tensor) -> None:  # noqa: B027  (optional)
+    def restrict(self, kept: Tensor) -> None:
         """Drop weights permanently, for another stage with the same gradients.
 
         Args:
@@ -216,16 +239,6 @@ class Criterion(ABC):
             λ by first active weight (global number).
         """
         return {}
-
-    @property
-    def engine(self) -> str:
-        """Representation of the curvature, as named in estimates; ``"none"`` for none."""
-        return "none"
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes that this rank keeps."""
-        return 0
 
 
 class CompensatingCriterion(Criterion):

@@ -28,6 +28,7 @@ from lightning_woodfisher.base.errors import (
 from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.layerwise.config import LayerwiseConfig
 from lightning_woodfisher.pruning.stages import Spacing
 from lightning_woodfisher.weights.patterns import parse_pattern
 
@@ -216,6 +217,7 @@ class PruningConfig:
         step: how a step reaches its sparsity.
         flops_target: share of the dense network's FLOPs that is left at the end; None
             when a sparsity decides.
+        layerwise: settings of ``criterion="layerwise"``.
 
     Raises:
         ConfigurationError: for settings that contradict one another.
@@ -226,6 +228,12 @@ class PruningConfig:
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     step: StepConfig = field(default_factory=StepConfig)
     flops_target: float | None = None
+    layerwise: LayerwiseConfig = field(default_factory=LayerwiseConfig)
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers are pruned one after another, without gradient rows."""
+        return CRITERIA[self.criterion].needs == "layer inputs"
 
     @property
     def counts_flops(self) -> bool:
@@ -236,7 +244,7 @@ class PruningConfig:
     def searches(self) -> bool:
         """Whether a line search chooses the scale of an update."""
         updates = self.step.update != "none" and CRITERIA[self.criterion].compensates
-        return self.step.line_search and updates
+        return self.step.line_search and updates and not self.by_layer
 
     @property
     def reads_data(self) -> bool:
@@ -254,6 +262,7 @@ class PruningConfig:
             ("fisher", FisherConfig),
             ("selection", SelectionConfig),
             ("step", StepConfig),
+            ("layerwise", LayerwiseConfig),
         ):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigurationError(
@@ -266,6 +275,7 @@ class PruningConfig:
         self._check_reuse()
         self._check_trust_ratio()
         self._check_nonfinite()
+        self._check_layerwise()
 
     def _check_flops_target(self, flops_target: float) -> None:
         require_number(
@@ -315,7 +325,7 @@ class PruningConfig:
 
     def _check_nonfinite(self) -> None:
         most = self.fisher.max_nonfinite
-        if most and CRITERIA[self.criterion].needs == "factors":
+        if most and CRITERIA[self.criterion].needs in {"factors", "layer inputs"}:
             raise ConfigurationError(
                 f"fisher.max_nonfinite={most} cannot be combined with criterion="
                 f"{self.criterion!r}, which has no gradients of single mini-batches; "
@@ -326,6 +336,34 @@ class PruningConfig:
                 f"fisher.max_nonfinite={most} would let all of "
                 f"num_gradients={self.fisher.num_gradients} be left out; lower it."
             )
+
+    def _check_layerwise(self) -> None:
+        if not self.by_layer:
+            return
+        step = self.step
+        # Settings without a meaning, and the values that have no effect.
+        refused = {
+            f"fisher.model_mode={self.fisher.model_mode!r}": (
+                self.fisher.model_mode == "train"
+            ),
+            f"step.update={step.update!r}": step.update == "independent",
+            f"step.update_scale={step.update_scale}": step.update_scale != 1.0,
+            f"step.trust_ratio={step.trust_ratio}": step.trust_ratio is not None,
+            f"step.local_model_points={step.local_model_points}": (
+                step.local_model_points > 0
+            ),
+            f"flops_target={self.flops_target}": self.flops_target is not None,
+            f"selection.flops_power={self.selection.flops_power}": (
+                self.selection.flops_power > 0
+            ),
+        }
+        for setting, is_set in refused.items():
+            if is_set:
+                raise ConfigurationError(
+                    f"{setting} cannot be combined with criterion={self.criterion!r}, which "
+                    "reconstructs the outputs of layers in evaluation mode and predicts no "
+                    "loss; leave it at its default (update may also be 'none')."
+                )
 
 
 def check_sparsity(target_sparsity: float) -> None:

@@ -325,6 +325,24 @@ class Evaluator:
             batches = self._batches_of_gradients(count, size, seed)
             return collect_factors(task, batches, active.partition)
 
+    def calibration(
+        self, seed: int, labels_of_data: bool = True
+    ) -> tuple[Batches, int]:
+        """Return the samples of the gradients in groups, to run the network on.
+
+        Args:
+            seed: seed of the samples.
+            labels_of_data: whether the labels are those of the data, whatever
+                ``sample_labels`` says.
+
+        Returns:
+            The batches and their number.
+        """
+        self._require_whole_parameters("criterion='layerwise'")
+        count, size = self._groups(seed)
+        choose = self._batches if labels_of_data else self._batches_of_gradients
+        return choose(count, size, seed), count
+
     def rehearse(self, criterion: Criterion, seed: int, pattern: Pattern) -> None:
         """Compute what a criterion needs, and discard it.
 

@@ -21,9 +21,12 @@ from torch import Tensor
 from lightning_woodfisher.base.clock import PhaseClock, Progress, no_progress
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.criteria import Criterion, make_criterion
+from lightning_woodfisher.data.batchnorm import BatchNormStatistics
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.layerwise.step import LayerwiseStep, StageSamples
+from lightning_woodfisher.pruning.by_layer import run_by_layer
 from lightning_woodfisher.pruning.config import (
     PruningConfig,
     check_sparsity,
@@ -145,7 +148,24 @@ class Pruner:
                     dict.fromkeys(untrained, "(nearly) all weights are exactly zero")
                 )
                 stages = Stages(self.config.step.recompute_steps)
-                results = list(self._run(stages, evaluator, selector, position))
+                shifted = BatchNormStatistics({})
+                if self.config.by_layer:
+                    results = list(
+                        run_by_layer(
+                            source,
+                            self.masks,
+                            self.config,
+                            self.comm,
+                            evaluator,
+                            quotas,
+                            stages,
+                            position,
+                            self._progress,
+                        )
+                    )
+                    shifted = BatchNormStatistics.of(source.model)
+                else:
+                    results = list(self._run(stages, evaluator, selector, position))
                 self.masks.verify()
                 statistics = evaluator.batchnorm_statistics(
                     self.config.step.batchnorm_recalibration_batches,
@@ -153,6 +173,7 @@ class Pruner:
                 )
                 self._warn_of_left_dense(selector.left_dense)
             # After the session, which restores the statistics that it has found.
+            shifted.write(source.model)
             statistics.write(source.model)
             report = summarize(
                 results,
@@ -195,6 +216,18 @@ class Pruner:
                 # Raises an error for a target that is out of reach.
                 quotas = make_quotas(config.selection, layers_of(self.masks), 0.0)
                 self._selector(evaluator, quotas, config.flops_target, None)
+            if config.by_layer:
+                batches, count = evaluator.calibration(config.step.seed, False)
+                samples = StageSamples(batches, min(count, 1), config.step.seed)
+                LayerwiseStep(
+                    source,
+                    self.masks,
+                    config.layerwise,
+                    updates=True,
+                    pattern=parse_pattern(config.selection.pattern),
+                    comm=comm,
+                ).survey(samples, competing=False)
+                return
             criterion = make_criterion(config.criterion, fisher, config.step.update)
             pattern = parse_pattern(config.selection.pattern)
             evaluator.rehearse(criterion, config.step.seed, pattern)

@@ -7,6 +7,7 @@ __all__ = [
     "LayerReport",
     "LocalModelPoint",
     "PruningReport",
+    "Reconstruction",
     "format_steps",
 ]
 
@@ -18,6 +19,29 @@ from lightning_woodfisher.base.text_table import format_table
 
 # Quantiles of the saliencies in the report of a layer.
 SALIENCY_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well a layer keeps its outputs, with ``criterion="layerwise"``.
+
+    Errors are mean squares on the samples of the last stage, as shares of the variance of
+    the targets (of their mean square if nothing absorbs a mean).
+
+    Attributes:
+        error_masked: error if the other weights did not change.
+        error: error of the new weights and bias.
+        iterations: iterations of the search for the mask.
+        damping: λ.
+        target: ``"residual sum"`` if the skip of a residual sum is part of the targets,
+            ``"outputs"`` if these are the outputs of the dense layer alone.
+    """
+
+    error_masked: float
+    error: float
+    iterations: int
+    damping: float
+    target: str
 
 
 @dataclass(frozen=True)
@@ -36,6 +60,7 @@ class LayerReport:
         saliency_quantiles: quantiles of the saliencies in the last stage, before weights
             were removed, at ``SALIENCY_SHARES``; with a pattern, of groups per weight.
             Empty if no weight could be removed, and in reports of older versions.
+        reconstruction: reconstruction of the outputs; None for other criteria.
     """
 
     name: str
@@ -46,6 +71,7 @@ class LayerReport:
     threshold: float | None
     predicted_increase: float | None
     saliency_quantiles: tuple[float, ...] = ()
+    reconstruction: Reconstruction | None = None
 
     @property
     def sparsity(self) -> float:
@@ -194,6 +220,8 @@ class PruningReport:
         Returns:
             λ as configured, or the raised value; None without damping.
         """
+        if layer.reconstruction is not None:
+            return layer.reconstruction.damping
         prefix = f"{layer.name} from weight "
         raised = [
             damping
@@ -227,6 +255,7 @@ class PruningReport:
                     **layer,
                     "shape": tuple(layer["shape"]),
                     "saliency_quantiles": tuple(layer.get("saliency_quantiles", ())),
+                    "reconstruction": _reconstruction(layer.get("reconstruction")),
                 }
             )
             for layer in plain["layers"]
@@ -262,6 +291,11 @@ class PruningReport:
         }
         values |= {f"seconds/{phase}": time for phase, time in self.seconds.items()}
         values |= {f"sparsity/{layer.name}": layer.sparsity for layer in self.layers}
+        for layer in self.layers:
+            if layer.reconstruction is not None:
+                for kind in ("error_masked", "error", "iterations", "damping"):
+                    value = getattr(layer.reconstruction, kind)
+                    values[f"reconstruction/{kind}/{layer.name}"] = float(value)
         for number, points in enumerate(self.local_model):
             for point in points:
                 where = f"stage_{number}/at_{point.fraction:.3g}"
@@ -275,6 +309,8 @@ class PruningReport:
         Returns:
             Lines of equal width; last the selected weights and the whole model.
         """
+        if any(layer.reconstruction is not None for layer in self.layers):
+            return self._reconstruction_table()
         head = ("layer", "shape", "weights", "zeros", "sparsity", "predicted rise")
         rows = [
             (
@@ -310,6 +346,32 @@ class PruningReport:
             )
         return format_table(head, rows, *totals)
 
+    def _reconstruction_table(self) -> str:
+        head = ("layer", "shape", "weights", "zeros", "sparsity")
+        rows = [
+            (
+                layer.name,
+                "×".join(map(str, layer.shape)),
+                f"{layer.weights:,}",
+                f"{layer.zeros_after:,}",
+                f"{layer.sparsity:.2%}",
+                _number(found.error_masked if found else None),
+                _number(found.error if found else None),
+                found.target if found else "–",
+            )
+            for layer in self.layers
+            for found in (layer.reconstruction,)
+        ]
+        selected = (
+            "selected",
+            "",
+            f"{self.weights:,}",
+            f"{self.zeros:,}",
+            f"{self.sparsity:.2%}",
+            *("",) * 3,
+        )
+        return format_table((*head, "error, masked", "error", "target"), rows, selected)
+
 
 def format_steps(reports: Sequence[PruningReport]) -> str:
     """Format the pruning steps of a run as a text table.
@@ -338,6 +400,10 @@ def format_steps(reports: Sequence[PruningReport]) -> str:
         for number, report in enumerate(reports, start=1)
     ]
     return format_table(head + rest, rows)
+
+
+def _reconstruction(plain: Mapping[str, Any] | None) -> Reconstruction | None:
+    return None if plain is None else Reconstruction(**plain)
 
 
 def _with_lists(value: Any) -> Any:

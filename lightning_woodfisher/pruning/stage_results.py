@@ -16,6 +16,7 @@ from lightning_woodfisher.pruning.report import (
     LayerReport,
     LocalModelPoint,
     PruningReport,
+    Reconstruction,
 )
 from lightning_woodfisher.weights.layers import count_zeros
 from lightning_woodfisher.weights.masks import Masks
@@ -37,6 +38,7 @@ class StageResult:
     collection: str | None
     scales: Sequence[float]
     update: str
+    reconstructions: Sequence[Reconstruction] = ()
 
     @property
     def measured(self) -> float | None:
@@ -89,6 +91,7 @@ def summarize(
             threshold=last.thresholds[i],
             predicted_increase=_total(r.predicted and r.predicted[i] for r in results),
             saliency_quantiles=last.quantiles[i],
+            reconstruction=last.reconstructions[i] if last.reconstructions else None,
         )
         for i, (name, parameter) in enumerate(masks.parameters.items())
     )

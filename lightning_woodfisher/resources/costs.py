@@ -36,8 +36,13 @@ _FULL_GRAMS = 6
 # weights during the update.
 _FACTOR_MATRICES = 2
 _LAYER_MATRICES, _LAYER_VECTORS = 3, 7
+# float64 matrices of the inputs, and of the weights, of the layer that is reconstructed.
+_LAYER_SQUARES, _LAYER_RECTANGLES = 8, 12
 # Approximate number of conjugate gradient steps in the joint update.
 _SOLVER_STEPS = 50
+# Operations of an eigendecomposition, by the cube of the side. Products with a square
+# matrix in the re-solve of the kept weights and around it; ADMM takes two an iteration.
+_EIGH_FLOPS, _SWEEP_STEPS = 10, 26
 # float64 vectors of D_r numbers that exist at the same time in each phase.
 _VECTORS = {"factorize": 5, "select": 9, "update": 7, "search": 6, "write": 8}
 # Additional vectors of the line search for a second update to try, and for a first-order
@@ -87,6 +92,8 @@ def count_memory(workload: Workload, rank: int) -> dict[str, Memory]:
         Memory by phase, in the order of the phases. The largest total is the peak of the
         step.
     """
+    if workload.engine == "layers":
+        return _count_layerwise(workload)
     units = workload.partition.owned(rank)
     active, vector = workload.partition.size, 8 * _count_weights(units)
     weights = workload.local_weights
@@ -140,6 +147,26 @@ def count_memory(workload: Workload, rank: int) -> dict[str, Memory]:
         between = weight_bytes * total + 3 * 8 * largest
         add("local model", _VECTORS_LOCAL_MODEL, between, solving)
     return phases
+
+
+def _count_layerwise(workload: Workload) -> dict[str, Memory]:
+    """Count the memory of a step that prunes layer after layer, the same on every rank.
+
+    Convolutions are counted as if they had no groups, and patches and activations of the
+    samples not at all.
+
+    Returns:
+        One phase, in which all of this exists at the same time.
+    """
+    total = sum(workload.local_weights)
+    # Copies of weights and masks for a rollback, weights of the dense network, new masks.
+    copies = total * (2 * workload.weight_bytes + 2)
+    sides = [factor_sides(shape) for shape in workload.shapes]
+    competing = workload.pattern.sparsity is None and len(sides) > 1
+    competing &= workload.config.selection.scope == "global"
+    state = 8 * sum(i**2 for _, i in sides) * competing
+    each = [8 * (_LAYER_SQUARES * i**2 + _LAYER_RECTANGLES * o * i) for o, i in sides]
+    return {"update": Memory(state, 0, max(each, default=0), copies)}
 
 
 def _count_mean_gradient_bytes(workload: Workload, units: Sequence[Unit]) -> int:
@@ -317,6 +344,11 @@ def count_traffic(workload: Workload, rank: int) -> dict[str, int]:
         of N×N matrices in a ring, full Fisher only).
     """
     partition, ranks = workload.partition, workload.exchange_ranks
+    if workload.engine == "layers":
+        sides = [factor_sides(shape) for shape in workload.shapes]
+        summed = sum((i + 1) * (i + 1 + o) + o for o, i in sides)
+        reduced = 2 * (ranks - 1) * 8 * summed // ranks
+        return {"exchange": 0, "gather": 0, "search": 0, "reduce": reduced}
     sizes = partition.shard_sizes()
     others = partition.size - sizes[rank]
     count = workload.fisher.num_gradients if workload.uses_gradients else 0
@@ -370,6 +402,11 @@ def count_flops(workload: Workload, rank: int) -> dict[str, int]:
     searches_joint = workload.config.searches and joint
     independent = int(workload.config.step.update == "independent" or searches_joint)
     gram = factorize = update = 0
+    if engine == "layers":
+        steps = _SWEEP_STEPS + 2 * workload.config.layerwise.admm_iterations
+        for o, i in (factor_sides(shape) for shape in workload.shapes):
+            factorize += _EIGH_FLOPS * i**3
+            update += 2 * o * i**2 * steps
     for unit in units:
         b, k = unit.size, unit.count
         if engine == "primal":

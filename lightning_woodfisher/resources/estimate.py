@@ -21,6 +21,7 @@ from lightning_woodfisher.base.byte_sizes import format_bytes, format_count, par
 from lightning_woodfisher.base.errors import require_integer, require_number
 from lightning_woodfisher.base.text_table import format_table
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.layerwise.config import LayerwiseConfig
 from lightning_woodfisher.pruning.config import (
     PruningConfig,
     SelectionConfig,
@@ -56,8 +57,8 @@ class ResourceEstimate:
     Attributes:
         weights: number of selected weights.
         active: number of selected weights that are not pruned yet, D.
-        engine: ``"primal"``, ``"dual"``, ``"full"``; ``"diagonal"``, ``"factors"`` (K-FAC), or
-            ``"none"`` for magnitude.
+        engine: ``"primal"``, ``"dual"``, ``"full"``; ``"diagonal"``, ``"factors"`` (K-FAC),
+            ``"layers"`` (layer-wise), or ``"none"`` for magnitude.
         fisher: settings of the Fisher.
         world_size: number of ranks, R.
         blocks: number of blocks of the Fisher.
@@ -227,6 +228,7 @@ def estimate(
     selection: SelectionConfig = SelectionConfig(),
     criterion: str = "woodfisher",
     step: StepConfig = StepConfig(),
+    layerwise: LayerwiseConfig = LayerwiseConfig(),
     sparsity: float = 0.0,
     world_size: int = 1,
     memory: str | int | None = None,
@@ -246,6 +248,7 @@ def estimate(
             filtered.
         criterion: name of the criterion.
         step: weight update, line search and measurements of the step.
+        layerwise: settings of ``criterion="layerwise"``.
         sparsity: share of the weights that are pruned before the step, assumed to be the
             same in every tensor.
         world_size: number of ranks.
@@ -268,7 +271,7 @@ def estimate(
     """
     require_number("sparsity", sparsity, "[0, 1)")
     require_integer("world_size", world_size, least=1)
-    config = PruningConfig(criterion, fisher, selection, step)
+    config = PruningConfig(criterion, fisher, selection, step, layerwise=layerwise)
     weight_bytes = 4
     if isinstance(model_or_shapes, nn.Module):
         chosen = config.selection
@@ -382,7 +385,7 @@ def _find_first(name: str, values: range, fits: Callable[..., bool]) -> int | No
 
 
 def _count_blocks(workload: Workload) -> int:
-    if workload.engine in {"full", "none", "diagonal"}:
+    if workload.engine in {"full", "none", "diagonal", "layers"}:
         return int(workload.engine == "full")
     shards = workload.world_size // workload.exchange_ranks
     return shards * sum(unit.count for unit in workload.partition.units)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lightning_woodfisher.criteria import Criterion, make_criterion
+from lightning_woodfisher.criteria import CRITERIA, CriterionBase
 from lightning_woodfisher.fisher.config import (
     FisherConfig,
     first_order_batches,
@@ -54,11 +54,10 @@ class Workload:
         return self.config.fisher
 
     @cached_property
-    def criterion(self) -> Criterion:
+    def criterion(self) -> CriterionBase:
         """The criterion of the step."""
-        return make_criterion(
-            self.config.criterion, self.fisher, self.config.step.update
-        )
+        criterion = CRITERIA[self.config.criterion]
+        return criterion(self.fisher, self.config.step.update)
 
     @property
     def engine(self) -> str:
@@ -120,8 +119,8 @@ class Workload:
 
     @property
     def uses_gradients(self) -> bool:
-        """Whether the criterion needs backward passes."""
-        return self.criterion.needs != "nothing"
+        """Whether the criterion needs backward passes on all samples."""
+        return self.criterion.needs not in {"nothing", "layer inputs"}
 
     @property
     def uses_hessian(self) -> bool:

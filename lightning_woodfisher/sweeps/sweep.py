@@ -26,6 +26,7 @@ from lightning_woodfisher.data.batches import require_rereadable
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.layerwise.config import LayerwiseConfig
 from lightning_woodfisher.pruning.config import (
     PruningConfig,
     SelectionConfig,
@@ -61,7 +62,12 @@ from lightning_woodfisher.weights.patterns import require_pattern_fits
 
 Evaluate = Callable[[nn.Module], "float | Mapping[str, float]"]
 
-_GROUPS = {"fisher": FisherConfig, "selection": SelectionConfig, "step": StepConfig}
+_GROUPS: dict[str, type] = {
+    "fisher": FisherConfig,
+    "selection": SelectionConfig,
+    "step": StepConfig,
+    "layerwise": LayerwiseConfig,
+}
 # The settings that a grid can vary, each with its group.
 _SETTINGS = {TARGET: "", "criterion": ""} | {
     field.name: group
@@ -104,6 +110,7 @@ def sweep(
     fisher: FisherConfig = FisherConfig(),
     selection: SelectionConfig = SelectionConfig(),
     step: StepConfig = StepConfig(),
+    layerwise: LayerwiseConfig = LayerwiseConfig(),
     row_memory: str | int | None = None,
     progress: Progress | None = None,
 ) -> SweepReport:
@@ -123,13 +130,14 @@ def sweep(
             once for the given network, and after each setting.
         grid: values by the name of a setting: ``target_sparsity``, ``damping``,
             ``num_gradients``, ``block_size``, ``update``, ``recompute_steps``, or any other
-            field of :class:`FisherConfig`, :class:`SelectionConfig` and
-            :class:`StepConfig`.
+            field of :class:`FisherConfig`, :class:`SelectionConfig`,
+            :class:`StepConfig` and :class:`LayerwiseConfig`.
         target_sparsity: target sparsity if the grid has none.
         criterion: criterion if the grid has none.
         fisher: settings of the Fisher that the grid does not vary.
         selection: settings of the selection that the grid does not vary.
         step: settings of the step that the grid does not vary.
+        layerwise: settings of ``criterion="layerwise"`` that the grid does not vary.
         row_memory: host memory for stored gradients, such as ``"8GB"``; beyond it a
             temporary file is used. None for a quarter of the free memory.
         progress: a function of a title and a total that returns a context manager; this
@@ -139,7 +147,7 @@ def sweep(
         The results, in the order of the grid; its last name changes fastest.
     """
     require_rereadable(data)
-    config = PruningConfig(criterion, fisher, selection, step)
+    config = PruningConfig(criterion, fisher, selection, step, layerwise=layerwise)
     settings = expand_grid(grid, config, target_sparsity)
     return run_sweep(
         FunctionLoss(model, data, loss_fn), evaluate, settings, row_memory, progress

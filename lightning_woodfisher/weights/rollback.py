@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from torch import nn
 
 from lightning_woodfisher.data.batchnorm import BatchNormStatistics
+from lightning_woodfisher.distributed.dtensor import to_local
 from lightning_woodfisher.weights.masks import Masks
 
 
 @contextlib.contextmanager
 def rollback_on_error(masks: Masks, model: nn.Module) -> Iterator[None]:
-    """Restore weights, masks and BatchNorm statistics if the body fails.
+    """Restore weights, vectors, masks and BatchNorm statistics if the body fails.
 
     Args:
         masks: masks of the weights that the body may change.
@@ -26,11 +27,18 @@ def rollback_on_error(masks: Masks, model: nn.Module) -> Iterator[None]:
     """
     statistics = BatchNormStatistics.of(model)
     weights = {name: masks.local(name).clone() for name in masks.parameters}
+    # Biases, which layer-wise reconstruction changes.
+    vectors = [
+        (part, part.clone())
+        for part in (to_local(p) for p in model.parameters() if p.dim() == 1)
+    ]
     try:
         with masks.restored_on_error():
             yield
     except BaseException:
         for name, before in weights.items():
             masks.local(name).copy_(before)
+        for part, before in vectors:
+            part.copy_(before)
         statistics.write(model)
         raise

@@ -1,0 +1,66 @@
+"""Exact number of weights to remove from one layer, by pattern."""
+
+from __future__ import annotations
+
+__all__ = ["MaskRule"]
+
+import torch
+from torch import Tensor
+
+from lightning_woodfisher.weights.patterns import Pattern
+
+
+class MaskRule:
+    """Choose the weights of a layer that are removed, an exact number of them.
+
+    Weights that are pruned already are chosen first.
+
+    Args:
+        places: positions of the weights of each group of the pattern, int64 ``[G, q]``;
+            single weights are groups of one.
+        pattern: the pattern.
+        pruned: weights that are pruned already, bool ``[W]`` by position.
+        groups: number of groups that lose weights, those that have lost them included.
+    """
+
+    def __init__(
+        self, places: Tensor, pattern: Pattern, pruned: Tensor, groups: int
+    ) -> None:
+        self._places = places
+        self._leaving = places.shape[1] - pattern.kept
+        self._pruned = pruned
+        self._groups = groups
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Choose by scores.
+
+        Args:
+            scores: not negative, in the shape of the weights as a matrix; positions count
+                along it.
+
+        Returns:
+            bool of the same shape, True where removed.
+        """
+        # Earlier zeros sort before all others.
+        flat = scores.reshape(-1).masked_fill(self._pruned, -1.0)
+        each = flat[self._places]
+        if each.shape[1] == self._leaving:
+            costs, leaving = each.sum(1), self._places
+        else:
+            order = each.sort(dim=1, stable=True)
+            costs = order.values[:, : self._leaving].sum(1)
+            leaving = self._places.gather(1, order.indices[:, : self._leaving])
+        removed = torch.zeros_like(self._pruned)
+        removed[leaving[_smallest(costs, self._groups)].flatten()] = True
+        return removed.view(scores.shape)
+
+
+def _smallest(costs: Tensor, count: int) -> Tensor:
+    """Mark the smallest costs; of equal ones, the first."""
+    if not count:
+        return torch.zeros_like(costs, dtype=torch.bool)
+    threshold = costs.kthvalue(count).values
+    marked = costs < threshold
+    ties = (costs == threshold).nonzero().squeeze(1)
+    marked[ties[: count - int(marked.sum())]] = True
+    return marked

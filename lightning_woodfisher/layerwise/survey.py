@@ -1,0 +1,190 @@
+"""What the dense network tells about its linear maps before anything is pruned.
+
+A few batches show in which order maps run, how much each of their outputs matters for the
+loss, and, where layers compete, the covariance of their inputs. All ranks compute the same.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Surveyed", "survey"]
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.data.batches import Batches
+from lightning_woodfisher.data.isolation import derive_seed, seeded
+from lightning_woodfisher.data.losses import (
+    LossSource,
+    differentiable_loss,
+    differentiate,
+    run_loss,
+)
+from lightning_woodfisher.layerwise.interception import Interception
+from lightning_woodfisher.layerwise.maps import (
+    LinearCall,
+    LinearMap,
+    MapKey,
+    WeightTable,
+)
+
+# Mini-batches that are looked at.
+_BATCHES = 4
+# A first-order change of the loss smaller than this share of it is rounding.
+_SMALLEST_GRADIENT = 1e-6
+
+
+@dataclass
+class Surveyed:
+    """One map of the dense network.
+
+    Attributes:
+        map: the map.
+        output_weights: mean squared gradient of each output, float64 ``[g, o]``.
+        positions: mean number of positions of a mini-batch.
+        inputs: Σxxᵀ of the mini-batches, float64 ``[g, d, d]``; None if not wanted.
+    """
+
+    map: LinearMap
+    output_weights: Tensor
+    positions: float = 0.0
+    inputs: Tensor | None = None
+
+
+def survey(
+    source: LossSource,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Batches,
+    count: int,
+    seed: int,
+    *,
+    output_weights: bool,
+    inputs: bool,
+) -> list[Surveyed]:
+    """Run the dense network on a few batches. Call on all ranks.
+
+    Args:
+        source: source of losses, inside its session.
+        parameters: the selected parameters by name.
+        batches: the mini-batches.
+        count: number of mini-batches.
+        seed: seed of the samples.
+        output_weights: whether the loss is differentiated.
+        inputs: whether products of inputs are added up.
+
+    Returns:
+        The maps in the order in which they run for the first time. A selected weight that
+        does not run as a linear map raises :class:`ConfigurationError`.
+    """
+    table = WeightTable(parameters)
+    found: dict[MapKey, Surveyed] = {}
+    leaves: list[tuple[Surveyed, Tensor]] = []
+    scale = 0.0
+
+    def visit(call: LinearCall) -> Tensor:
+        linear, parameter = call.map, parameters[call.map.name]
+        output = call.run(linear.rows_of(parameter.detach()), call.bias)
+        if linear.key not in found and not _overlaps(linear, found):
+            g, o, _ = linear.sides
+            nothing = torch.zeros(g, o, dtype=torch.float64, device=output.device)
+            found[linear.key] = Surveyed(linear, nothing)
+        surveyed = found.get(linear.key)
+        if surveyed is None or any(surveyed is other for other in first):
+            return output
+        # Drawing labels runs the network without gradients.
+        if output_weights and not torch.is_grad_enabled():
+            return output
+        first.append(surveyed)
+        surveyed.positions += linear.channels_last(output)[..., 0].numel() / number
+        if inputs:
+            _add_inputs(surveyed, call.inputs.detach(), output.detach())
+        if output_weights:
+            # The gradient of a zero that is added, whatever is frozen.
+            leaf = torch.zeros_like(output, requires_grad=True)
+            leaves.append((surveyed, leaf))
+            output = output + leaf
+        return output
+
+    number = min(count, _BATCHES)
+    for index in range(number):
+        first: list[Surveyed] = []
+        leaves.clear()
+        with seeded(derive_seed(seed, index)):
+            batch = batches.fetch(index)
+            with Interception(table, visit):
+                if output_weights:
+                    loss = differentiable_loss(source, batches, index, batch)
+                else:
+                    with torch.no_grad():
+                        run_loss(source, batch, index)
+        if leaves:
+            gradients = differentiate(loss, [leaf for _, leaf in leaves])
+            pairs = zip(leaves, gradients, strict=True)
+            scale += sum(_add_gradient(s, g) for (s, _), g in pairs if g is not None)
+            scale -= _SMALLEST_GRADIENT * (1e-3 + abs(float(loss.detach())))
+    _require_all(parameters, list(found.values()), number)
+    if output_weights and not scale > 0:
+        warnings.warn(
+            "the loss has no gradient at the dense network (as with a loss that compares the "
+            "network with itself), so all outputs of a layer count the same; draw labels "
+            "with fisher.sample_labels=True, or set layerwise.output_weights=False.",
+            stacklevel=2,
+        )
+    if not output_weights or not scale > 0:
+        for surveyed in found.values():
+            surveyed.output_weights.fill_(1.0)
+    return list(found.values())
+
+
+@torch.no_grad()
+def _add_inputs(surveyed: Surveyed, inputs: Tensor, outputs: Tensor) -> None:
+    for x, _ in surveyed.map.pieces(inputs, outputs):
+        x = x if x.dtype == torch.float64 else x.float()
+        product = (x.mT @ x).double()
+        surveyed.inputs = (
+            product if surveyed.inputs is None else surveyed.inputs + product
+        )
+
+
+def _add_gradient(surveyed: Surveyed, gradient: Tensor) -> float:
+    """Add the mean squares of the gradients of the outputs; return their sum."""
+    squares = surveyed.map.channels_last(gradient).double().square().flatten(0, -2)
+    if not bool(squares.isfinite().all()):
+        raise PruningError(
+            f"the gradient of the outputs of {surveyed.map.name} is not finite; set "
+            "layerwise.output_weights=False"
+        )
+    each = squares.mean(dim=0)
+    surveyed.output_weights += each.view(surveyed.output_weights.shape)
+    return float(squares.sum().sqrt())
+
+
+def _overlaps(linear: LinearMap, found: Mapping[MapKey, Surveyed]) -> bool:
+    """Return whether rows of a weight have run already in another combination."""
+    return any(
+        other.map.name == linear.name
+        and linear.first < other.map.first + other.map.shape[0]
+        and other.map.first < linear.first + linear.shape[0]
+        for other in found.values()
+    )
+
+
+def _require_all(
+    parameters: Mapping[str, nn.Parameter], found: Sequence[Surveyed], number: int
+) -> None:
+    missing = []
+    for name, parameter in parameters.items():
+        rows = sum(s.map.shape[0] for s in found if s.map.name == name)
+        if rows != parameter.shape[0]:
+            missing.append(name)
+    if missing:
+        raise ConfigurationError(
+            f"criterion='layerwise' prunes linear and convolution layers that run in every "
+            f"forward pass, but these weights did not run as such on {number} mini-batches: "
+            f"{', '.join(missing[:8])}; leave them out with selection.exclude, or use "
+            "another criterion."
+        )

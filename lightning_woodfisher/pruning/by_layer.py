@@ -1,0 +1,121 @@
+"""Stages of a step that prunes one layer after another (``criterion="layerwise"``)."""
+
+from __future__ import annotations
+
+__all__ = ["run_by_layer"]
+
+from collections.abc import Iterator, Sequence
+
+from lightning_woodfisher.base.clock import Progress
+from lightning_woodfisher.data.isolation import derive_seed
+from lightning_woodfisher.data.losses import LossSource
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.layerwise.step import LayerResult, LayerwiseStep, StageSamples
+from lightning_woodfisher.pruning.config import PruningConfig
+from lightning_woodfisher.pruning.evaluator import Evaluator
+from lightning_woodfisher.pruning.quotas import Quotas
+from lightning_woodfisher.pruning.report import Reconstruction
+from lightning_woodfisher.pruning.stage_results import StageResult
+from lightning_woodfisher.pruning.stages import Stages
+from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.weights.patterns import parse_pattern
+
+
+def run_by_layer(
+    source: LossSource,
+    masks: Masks,
+    config: PruningConfig,
+    comm: Communicator,
+    evaluator: Evaluator,
+    quotas: Quotas,
+    stages: Stages,
+    position: int,
+    progress: Progress,
+) -> Iterator[StageResult]:
+    """Run all stages of a step. Call on all ranks.
+
+    Args:
+        source: source of losses, inside its session.
+        masks: masks with the parameters; changed.
+        config: settings of the step.
+        comm: the ranks.
+        evaluator: chooses the samples and measures losses.
+        quotas: numbers of weights to remove.
+        stages: the stages.
+        position: position of the step in training.
+        progress: shows the progress over layers.
+
+    Yields:
+        The result of each stage.
+    """
+    clock, step = evaluator.clock, config.step
+    pattern = parse_pattern(config.selection.pattern)
+    work = LayerwiseStep(
+        source, masks, config.layerwise, step.update != "none", pattern, comm
+    )
+    start = list(masks.zeros().values())
+    sizes = [parameter.numel() for parameter in masks.parameters.values()]
+    caps = sizes
+    if quotas.caps is not None:
+        caps = [zeros + cap for zeros, cap in zip(start, quotas.caps, strict=True)]
+    competing = pattern.sparsity is None and len(quotas.groups) < len(sizes)
+    number = 0
+    while not stages.is_done:
+        fraction = stages.advance()
+        seed = derive_seed(step.seed, position, number)
+        before = evaluator.measure(seed)
+        totals = [
+            zeros + count
+            for (_, _, zeros), count in zip(
+                quotas.groups, quotas.until(fraction), strict=True
+            )
+        ]
+        with clock("collect"):
+            # Labels that are drawn would run the network a second time.
+            drawn = StageSamples(*evaluator.calibration(seed, False), seed)
+            maps = work.survey(drawn, competing)
+        with clock("select"):
+            counts = work.allocate(maps, quotas.group_of_layer, totals, caps)
+        with clock("update"), progress("Reconstructing layers", len(maps)) as tick:
+            samples = StageSamples(*evaluator.calibration(seed), seed)
+            results = work.prune(maps, counts, samples, tick)
+        after = evaluator.measure(seed)
+        number += 1
+        yield StageResult(
+            thresholds=[None] * len(sizes),
+            quantiles=[()] * len(sizes),
+            predicted=None,
+            damping=None,
+            raised_damping={},
+            fisher_bytes=0,
+            losses_before=before,
+            losses_after=after,
+            local_model=(),
+            collection=_describe(results),
+            scales=(),
+            update=step.update,
+            reconstructions=[_merge(results, name) for name in masks.parameters],
+        )
+
+
+def _describe(results: Sequence[LayerResult]) -> str:
+    skips = sum(result.target == "residual sum" for result in results)
+    return f"{len(results)} layers, {skips} of them with residual targets"
+
+
+def _merge(results: Sequence[LayerResult], name: str) -> Reconstruction:
+    """Combine the maps of one parameter, which may be several packed projections."""
+    own = [result for result in results if result.name == name]
+    total = sum(result.variance for result in own) or 1.0
+
+    def mean(values: Sequence[float]) -> float:
+        shares = [result.variance / total for result in own]
+        return sum(s * v for s, v in zip(shares, values, strict=True))
+
+    return Reconstruction(
+        error_masked=mean([result.error_masked for result in own]),
+        error=mean([result.error for result in own]),
+        iterations=max(result.iterations for result in own),
+        damping=max(result.damping for result in own),
+        target=", ".join(dict.fromkeys(result.target for result in own)),
+    )
