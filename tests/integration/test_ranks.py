@@ -197,6 +197,17 @@ CASES = {
     ),
     "kfac, stream of batches": Case(criterion="kfac", stream="list"),
     "kfac, step by step": Case(criterion="kfac", targets=(0.4, 0.9), double=True),
+    "layerwise": Case(criterion="layerwise", num_gradients=50),
+    "layerwise, more ranks than batches": Case(criterion="layerwise"),
+    "layerwise, layer, recomputed": Case(
+        build=convolutional, criterion="layerwise", scope="layer", recompute_steps=2
+    ),
+    "layerwise, step by step, on a stream": Case(
+        build=convolutional, criterion="layerwise", targets=(0.4, 0.9), stream="list"
+    ),
+    "layerwise, sampled labels": Case(
+        criterion="layerwise", num_gradients=50, fisher={"sample_labels": True}
+    ),
     "diagonal Fisher": Case(criterion="diagonal_fisher", num_gradients=50),
     "diagonal Fisher, one by one": Case(
         build=convolutional, criterion="diagonal_fisher", collection="loop"
