@@ -19,11 +19,14 @@ from typing_extensions import override
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.fisher.linalg import Arithmetic, choose_arithmetics
 from lightning_woodfisher.fisher.parallel import run_in_threads
 from lightning_woodfisher.weights.partition import Partition, Unit
 
 # Enough to go from the smallest allowed λ to one that exceeds any gradient.
 _MAX_RAISES = 120
+# Verdicts on a block: good, needs more digits, not positive definite.
+_FINE, _TOO_COARSE, _SINGULAR = 0, 1, 2
 
 
 class InverseFisher(ABC):
@@ -52,6 +55,10 @@ class InverseFisher(ABC):
         self._device = communicator.device
         self._observed = 0
         self._is_complete = False
+        self._is_factorized = False
+        self._row_dtype = torch.float32
+        # Those that may be used, the fastest first.
+        self._arithmetics = choose_arithmetics(fisher.precision, self._device)
         # False where a weight was dropped; None until :meth:`restrict` is called.
         self._kept: Tensor | None = None
         self._diagonal = self._full(self.size, 0.0)
@@ -69,10 +76,14 @@ class InverseFisher(ABC):
         Returns:
             λ by index of the block's first active weight (global number).
         """
+        starts = [
+            unit.start + block * unit.size
+            for unit in self.units
+            for block in range(unit.count)
+        ]
         return {
-            unit.start + block * unit.size: value
-            for unit, damping in zip(self.units, self._dampings, strict=True)
-            for block, value in enumerate(damping.tolist())
+            start: value
+            for start, value in zip(starts, self.damping.tolist(), strict=True)
             if value != self._fisher.damping
         }
 
@@ -98,6 +109,8 @@ class InverseFisher(ABC):
                 f"got rows of shape {tuple(rows.shape)} after {self._observed} of "
                 f"{self.num_gradients}; their width must be {self.size}"
             )
+        if rows.dtype == torch.float64:
+            self._row_dtype, self._arithmetics = rows.dtype, ("float64",)
         self._add(rows)
         self._observed += len(rows)
 
@@ -118,7 +131,7 @@ class InverseFisher(ABC):
         self.num_gradients = self._observed
 
     def factorize(self) -> None:
-        """Invert the Fisher, after the last gradient.
+        """Invert the Fisher, after the last gradient; another call does nothing.
 
         Raises:
             ValueError: if fewer than N gradients were observed.
@@ -130,7 +143,9 @@ class InverseFisher(ABC):
         if not self._is_complete:
             self._complete()
             self._is_complete = True
-        self._factorize()
+        if not self._is_factorized:
+            self._factorize()
+            self._is_factorized = True
 
     def restrict(self, kept: Tensor) -> None:
         """Drop weights permanently without new gradients; call :meth:`factorize` again.
@@ -154,6 +169,7 @@ class InverseFisher(ABC):
         for damping in self._dampings:
             damping.fill_(self._fisher.damping)
         self._restrict(self._kept)
+        self._is_factorized = False
 
     def diagonal(self) -> Tensor:
         """Return the diagonal of F⁻¹.
@@ -178,7 +194,8 @@ class InverseFisher(ABC):
                 block are in no group.
             consume: called with the index of a unit and [F⁻¹]_SS of each of its groups S,
                 float64 ``[K·(B // q), q, q]``. Several calls may run at the same time; a
-                later call for the same unit replaces an earlier one.
+                later call for the same unit replaces an earlier one, whose matrices may
+                be wrong.
         """
 
     @abstractmethod
@@ -235,9 +252,12 @@ class InverseFisher(ABC):
     @abstractmethod
     def _factorize(self) -> None: ...
 
-    def _each_unit(self, work: Callable[[int], None]) -> None:
+    def _each_unit(
+        self, work: Callable[[int], None], indices: Sequence[int] | None = None
+    ) -> None:
         """Call ``work`` with the index of each unit, several units at a time."""
-        run_in_threads(work, len(self.units), self._device)
+        chosen = range(len(self.units)) if indices is None else indices
+        run_in_threads(lambda i: work(chosen[i]), len(chosen), self._device)
 
     def _full(self, size: int, value: float) -> Tensor:
         return torch.full((size,), value, dtype=torch.float64, device=self._device)
@@ -256,17 +276,54 @@ class InverseFisher(ABC):
 
 
 class BlockwiseInverseFisher(InverseFisher):
-    """An inverse Fisher whose blocks are independent of each other."""
+    """An inverse Fisher whose blocks are independent of each other.
+
+    A unit is computed, judged on the device and computed again where necessary. The host
+    waits once for the verdicts on all units.
+    """
+
+    def __init__(
+        self, partition: Partition, fisher: FisherConfig, communicator: Communicator
+    ) -> None:
+        # By unit, how many arithmetics have turned out to have too few digits.
+        self._refined: dict[int, int] = {}
+        super().__init__(partition, fisher, communicator)
+
+    def _arithmetic(self, index: int) -> Arithmetic:
+        """Return the arithmetic of a unit."""
+        return self._arithmetics[self._refined.get(index, 0)]
+
+    def _judge(self, index: int, singular: Tensor, coarse: Tensor) -> Tensor:
+        """Judge the blocks of a unit.
+
+        Args:
+            index: index of the unit.
+            singular: bool ``[K]``, whether λ is too small.
+            coarse: bool ``[K]``, whether the arithmetic of the unit has too few digits.
+
+        Returns:
+            Verdicts, int64 ``[K]``.
+        """
+        if self._refined.get(index, 0) + 1 < len(self._arithmetics):
+            return torch.where(singular | coarse, _TOO_COARSE, _FINE)
+        return torch.where(singular, _SINGULAR, _FINE)
 
     @override
     def visit_sub_blocks(
         self, sizes: Sequence[int], consume: Callable[[int, Tensor], None]
     ) -> None:
-        def visit(index: int) -> None:
-            if sizes[index]:
-                consume(index, self._sub_blocks(index, sizes[index]))
+        def visit(index: int) -> Tensor:
+            blocks, verdicts = self._sub_blocks(index, sizes[index])
+            consume(index, blocks)
+            return verdicts
 
-        self._each_unit(visit)
+        wanted = [
+            index
+            for index, (size, unit) in enumerate(zip(sizes, self.units, strict=True))
+            if 0 < size <= unit.size
+        ]
+        raised = self._settle(visit, wanted)
+        self._settle(self._factorize_unit, raised)
 
     @override
     def matvec(self, vector: Tensor) -> Tensor:
@@ -285,39 +342,93 @@ class BlockwiseInverseFisher(InverseFisher):
         change = torch.where(removed, -weights, 0.0)
         vectors = self._stacked(change)
 
-        def solve(index: int) -> None:
+        def solve(index: int) -> Tensor:
             unit = self.units[index]
             blocks = self._blocks(vectors, unit).movedim(0, -1)
             kept = ~self._blocks(removed, unit)
-            blocks.add_(self._solve_kept(index, blocks, kept) * kept.unsqueeze(-1))
+            inside = kept.unsqueeze(-1)
+            found, verdicts = self._solve_kept(
+                index, blocks.masked_fill(inside, 0.0), kept
+            )
+            blocks.copy_(torch.where(inside, found, blocks))
+            return verdicts
 
-        self._each_unit(solve)
+        self._settle(solve)
         return change
 
     def _factorize(self) -> None:
-        self._each_unit(self._factorize_unit)
+        self._settle(self._factorize_unit)
+
+    def _settle(
+        self, attempt: Callable[[int], Tensor], indices: Sequence[int] | None = None
+    ) -> list[int]:
+        """Compute units until every verdict is good.
+
+        Units that need more digits use the next arithmetic, and λ of singular blocks is
+        multiplied by ten.
+
+        Args:
+            attempt: computes a unit and returns its verdicts, int64 ``[K]``. It may be
+                called again and then overwrites what it has computed.
+            indices: which units; None for all.
+
+        Returns:
+            The units whose damping was raised.
+
+        Raises:
+            PruningError: if a block is still singular after λ has grown by 120 orders of
+                magnitude.
+        """
+        pending = list(range(len(self.units)) if indices is None else indices)
+        raised: set[int] = set()
+        for _ in range(_MAX_RAISES):
+            if not pending:
+                return sorted(raised)
+            verdicts: dict[int, Tensor] = {}
+
+            def visit(index: int, found: dict[int, Tensor] = verdicts) -> None:
+                found[index] = attempt(index)
+
+            self._each_unit(visit, pending)
+            worst = torch.stack([verdicts[index].max() for index in pending]).tolist()
+            verdict_of = dict(zip(pending, worst, strict=True))
+            pending = [index for index in pending if verdict_of[index] != _FINE]
+            for index in pending:
+                if verdict_of[index] == _TOO_COARSE:
+                    self._refined[index] = self._refined.get(index, 0) + 1
+                else:
+                    singular = verdicts[index] == _SINGULAR
+                    self._dampings[index].mul_(torch.where(singular, 10.0, 1.0))
+                    raised.add(index)
+        raise PruningError(_not_definite(self.damping))
 
     @abstractmethod
-    def _factorize_unit(self, index: int) -> None:
-        """Fill in the diagonal of F⁻¹ of one unit."""
+    def _factorize_unit(self, index: int) -> Tensor:
+        """Fill in the diagonal of F⁻¹ of one unit; return the verdicts."""
 
     @abstractmethod
-    def _sub_blocks(self, index: int, size: int) -> Tensor:
-        """Return [F⁻¹]_SS of the groups of one unit, float64 ``[K·(B // q), q, q]``."""
+    def _sub_blocks(self, index: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return [F⁻¹]_SS of the groups of one unit, and the verdicts.
+
+        The first are float64 ``[K·(B // q), q, q]``.
+        """
 
     @abstractmethod
     def _solve(self, index: int, blocks: Tensor) -> Tensor:
-        """Return F⁻¹v of one unit, ``[K, B]``."""
+        """Return F⁻¹v of one unit, ``[K, B]``, after :meth:`factorize`."""
 
     @abstractmethod
     def _multiply(self, index: int, blocks: Tensor) -> Tensor:
         """Return GᵀGv/N of one unit, ``[K, B]``."""
 
     @abstractmethod
-    def _solve_kept(self, index: int, blocks: Tensor, kept: Tensor) -> Tensor:
-        """Return −F_RR⁻¹F_RS δ_S of one unit on R, ``[K, B, V]``; other rows are ignored.
+    def _solve_kept(
+        self, index: int, blocks: Tensor, kept: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return −F_RR⁻¹F_RS δ_S of one unit on R, ``[K, B, V]``, and the verdicts.
 
-        ``blocks`` is δ_S, ``[K, B, V]``, and ``kept`` is R, bool ``[K, B]``.
+        Other rows are ignored. ``blocks`` is δ_S, ``[K, B, V]``, and ``kept`` is R, bool
+        ``[K, B]``.
         """
 
     def _map_blocks(
@@ -372,7 +483,11 @@ def raise_until_definite(
         if not bool(bad.any()):
             return result
         damping[bad] *= 10.0
-    raise PruningError(
+    raise PruningError(_not_definite(damping))
+
+
+def _not_definite(damping: Tensor) -> str:
+    return (
         f"a block of the Fisher matrix is not positive definite even with damping "
         f"{float(damping.max()):.1e}; are the gradients finite?"
     )

@@ -31,7 +31,7 @@ from lightning_woodfisher.base.types import ModelMode
 
 Engine = Literal["auto", "primal", "dual"]
 Collection = Literal["auto", "loop"]
-Precision = Literal["auto", "float32", "float64"]
+Precision = Literal["auto", "float32", "split", "float64"]
 RowDtype = Literal["float32", "bfloat16"]
 
 # Largest number of entries in a chunk of gradients.
@@ -65,8 +65,12 @@ class FisherConfig:
             without dropout; ``"train"`` computes them as training does.
         engine: ``"primal"``, ``"dual"``, or ``"auto"`` for the cheaper one. Both give the
             same matrix.
-        precision: dtype of the products of gradients. ``"auto"`` changes from float32 to
-            float64 where float32 would change F⁻¹ by more than 1e-5.
+        precision: arithmetic of the inverse. ``"auto"`` computes in float32 and changes to
+            float64 where float32 would change F⁻¹ by more than 1e-3. ``"float64"`` computes
+            in float64, ``"float32"`` computes products of gradients in float32 even where
+            that is not enough. ``"split"`` computes these products in float32 from two
+            parts of each number, with about 32 bits; ``"auto"`` does so before it changes
+            to float64 on GPUs on which float64 is slow.
         offload_rows: keep gradient rows in host memory; has no effect on the primal engine,
             which keeps no rows.
         memory_budget: the most memory that a step may use on each rank, in addition to the

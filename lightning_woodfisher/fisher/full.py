@@ -19,7 +19,13 @@ from lightning_woodfisher.fisher.dual import (
     complement_of,
     group_complements,
 )
-from lightning_woodfisher.fisher.linalg import half_product, mirror
+from lightning_woodfisher.fisher.linalg import (
+    Arithmetic,
+    choose_arithmetics,
+    half_product,
+    mirror,
+    smallest_share,
+)
 
 
 class FullInverseFisher(RowsInverseFisher):
@@ -34,17 +40,19 @@ class FullInverseFisher(RowsInverseFisher):
         self._lambda = self._full(1, self._fisher.damping)
         self._dampings = [self._lambda]
 
-    def _add(self, rows: Tensor) -> None:
-        super()._add(rows)
-        self._dtype = self._product_dtype(self._partition.size)
+    @property
+    def _arithmetic(self) -> Arithmetic:
+        return self._arithmetics[0]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self._dtype_of(self._arithmetic)
 
     def _restrict(self, kept: Tensor) -> None:
         super()._restrict(kept)
-        self._dtype = self._product_dtype(self._count(kept))
-
-    def _count(self, marked: Tensor) -> int:
-        """Count the True entries over all ranks."""
-        return int(self._comm.sum_integers(marked.sum().reshape(1)))
+        if self._row_dtype != torch.float64:
+            precision = self._fisher.precision
+            self._arithmetics = choose_arithmetics(precision, self._device)
 
     @override
     def raised_damping(self) -> dict[int, float]:
@@ -60,14 +68,15 @@ class FullInverseFisher(RowsInverseFisher):
     def visit_sub_blocks(
         self, sizes: Sequence[int], consume: Callable[[int, Tensor], None]
     ) -> None:
-        def visit(index: int, dtype: torch.dtype) -> Tensor:
+        def visit(index: int, arithmetic: Arithmetic) -> Tensor:
             size = sizes[index]
             if not size or self.units[index].size < size:
                 return self._full(1, 1.0)
-            rows = self._unit_rows(index, dtype).unsqueeze(0)
-            blocks, pivots = group_complements(self._factor.unsqueeze(0), rows, size)
-            if bool(pivots.min() > SMALLEST_COMPLEMENT):
-                consume(index, blocks[0] / self._lambda)
+            rows = self._unit_rows(index, self._dtype_of(arithmetic)).unsqueeze(0)
+            blocks, pivots = group_complements(
+                self._factor.unsqueeze(0), rows, size, arithmetic == "split"
+            )
+            consume(index, blocks[0] / self._lambda)
             return pivots
 
         before = self._factor
@@ -76,75 +85,89 @@ class FullInverseFisher(RowsInverseFisher):
             self._solve_diagonal()
 
     def _resolve(self, compute: Callable[[], Tensor]) -> None:
-        """Repeat a computation in float64, and then with larger λ, until digits suffice.
+        """Repeat a computation with more digits, and then with larger λ, until they suffice.
 
         Args:
             compute: returns the smallest pivot of all ranks, ``[1]``.
         """
-        first = float(self._lambda)
+        first = True
         # Rounding errors of units are independent and their sum is exact, so the sum has
         # more digits than a unit.
-        digits = math.sqrt(len(self._partition.units))
+        digits = math.sqrt(max(1, len(self._partition.units)))
 
         def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
-            if float(damping) != first:
+            nonlocal first
+            if not first:
                 self._factor = self._factorize_gram(None)
+            first = False
             smallest = compute()
-            if self._is_too_coarse(self._dtype, smallest, digits):
-                self._dtype = torch.float64
+            while self._must_refine(smallest, digits):
                 self._factor = self._factorize_gram(None)
                 smallest = compute()
             return smallest, smallest <= SMALLEST_COMPLEMENT
 
         raise_until_definite(attempt, self._lambda)
 
+    def _must_refine(self, smallest: Tensor, digits: float = 1.0) -> bool:
+        """Change to the next arithmetic if a pivot is too small for this one."""
+        coarse = self._is_coarse(self._arithmetic, smallest, digits).any()
+        if len(self._arithmetics) == 1 or not bool(coarse):
+            return False
+        self._arithmetics = self._arithmetics[1:]
+        return True
+
     def _solve_diagonal(self) -> Tensor:
         """Fill in diag(F⁻¹) and return the smallest λ·[F⁻¹]_jj of all ranks, ``[1]``."""
 
-        def solve(index: int, dtype: torch.dtype) -> Tensor:
-            rows = self._unit_rows(index, dtype).unsqueeze(0)
-            values = complement_of(self._factor.unsqueeze(0), rows)[0]
+        def solve(index: int, arithmetic: Arithmetic) -> Tensor:
+            rows = self._unit_rows(index, self._dtype_of(arithmetic)).unsqueeze(0)
+            split = arithmetic == "split"
+            values = complement_of(self._factor.unsqueeze(0), rows, split)[0]
             self._diagonal[self._local(self.units[index])] = values / self._lambda
             return values
 
         return self._smallest_pivot(solve)
 
-    def _smallest_pivot(self, compute: Callable[[int, torch.dtype], Tensor]) -> Tensor:
+    def _smallest_pivot(self, compute: Callable[[int, Arithmetic], Tensor]) -> Tensor:
         """Compute every unit and return the smallest pivot of all ranks.
 
         Args:
-            compute: returns the pivots of a unit from products in the given dtype; called
-                again with float64 where float32 has too few digits.
+            compute: returns the pivots of a unit from products in the given arithmetic;
+                called again for units for which it has too few digits.
 
         Returns:
             float64 ``[1]``.
         """
         smallest = self._full(len(self.units) + 1, 1.0)
+        pending: list[int] = list(range(len(self.units)))
+        for arithmetic in self._arithmetics:
 
-        def visit(index: int) -> None:
-            pivot = compute(index, self._dtype).min()
-            if self._is_too_coarse(self._dtype, pivot):
-                pivot = compute(index, torch.float64).min()
-            smallest[index] = pivot
+            def visit(index: int, arithmetic: Arithmetic = arithmetic) -> None:
+                pivots = compute(index, arithmetic)
+                smallest[index] = pivots.nan_to_num(nan=-1.0).min()
 
-        self._each_unit(visit)
-        own = smallest.nan_to_num(nan=-1.0).min().reshape(1)
-        return -self._comm.maximum(-own)
+            self._each_unit(visit, pending)
+            if arithmetic == self._arithmetics[-1] or not pending:
+                break
+            coarse = self._is_coarse(arithmetic, smallest).tolist()
+            pending = [index for index in pending if coarse[index]]
+        return -self._comm.maximum(-smallest.min().reshape(1))
 
     def _factorize_gram(self, kept: Tensor | None) -> Tensor:
         """Factorize K over the kept columns, ``[N, N]``; raise λ where needed."""
+        gram = self._gram(kept)
 
-        def compute() -> Tensor:
-            gram = self._gram(kept)
-            return raise_until_definite(
-                lambda damping: self._damped_factor(gram, damping), self._lambda
-            )
+        def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal gram
+            while True:
+                factor, singular = self._damped_factor(gram.clone(), damping)
+                share = smallest_share(factor).masked_fill(singular, -1.0)
+                # More digits are tried before a larger λ.
+                if not self._must_refine(share):
+                    return factor, singular
+                gram = self._gram(kept)
 
-        factor = compute()
-        if self._must_repeat(factor, self._dtype):
-            self._dtype = torch.float64
-            factor = compute()
-        return factor[0]
+        return raise_until_definite(attempt, self._lambda)[0]
 
     @override
     def matvec(self, vector: Tensor) -> Tensor:
@@ -160,8 +183,6 @@ class FullInverseFisher(RowsInverseFisher):
     def constrained_solve(self, weights: Tensor, removed: Tensor) -> Tensor:
         change = torch.where(removed, -weights, 0.0)
         kept = ~removed if self._kept is None else ~removed & self._kept
-        if self._needs_float64(self._count(kept)):
-            self._dtype = torch.float64
         factor = self._factorize_gram(kept)
         # One by one, because each vector has its own scale in the exact sum.
         for vector in self._stacked(change):
@@ -173,11 +194,9 @@ class FullInverseFisher(RowsInverseFisher):
     def _largest_square_norm(self) -> Tensor:
         """Return the largest squared norm of a row within a unit, float64 ``[1]``."""
         largest = self._full(len(self.units) + 1, 0.0)
-        double = self._rows.dtype == torch.float64
-        dtype = torch.float64 if double else torch.float32
 
         def measure(index: int) -> None:
-            rows = self._unit_rows(index, dtype)
+            rows = self._unit_rows(index, self._row_dtype)
             norms = torch.linalg.vector_norm(rows, dim=1)
             largest[index] = norms.max().double().square()
 
@@ -186,16 +205,25 @@ class FullInverseFisher(RowsInverseFisher):
 
     def _gram(self, kept: Tensor | None) -> Tensor:
         """Sum G_rG_rᵀ over the ranks, float64 ``[1, N, N]``, over the kept columns."""
+        columns = None if kept is None else self._places_by_unit(kept)
 
         def product(index: int) -> Tensor:
             rows = self._unit_rows(index, self._dtype)
-            if kept is not None:
-                columns = kept[self._local(self.units[index])]
-                rows = rows[:, columns.nonzero().squeeze(1)]
-            return half_product(rows.unsqueeze(0))[0]
+            if columns is not None:
+                rows = rows[:, columns[index]]
+            return half_product(rows.unsqueeze(0), self._arithmetic == "split")[0]
 
         shape = (self.num_gradients, self.num_gradients)
         return mirror(self._sum_over_units(product, self._largest, shape).unsqueeze(0))
+
+    def _places_by_unit(self, kept: Tensor) -> list[Tensor]:
+        """Find the kept columns of each unit, with two waits."""
+        parts = torch.split(kept, [unit.stop - unit.start for unit in self.units])
+        counts = torch.stack([self._full(1, 0.0)[0], *(p.sum() for p in parts)])
+        _, *numbers = counts.long().tolist()
+        places = torch.split(kept.nonzero().squeeze(1), numbers)
+        starts = [self._local(unit).start for unit in self.units]
+        return [own - start for own, start in zip(places, starts, strict=True)]
 
     def _project(self, vector: Tensor) -> Tensor:
         """Sum G_r v_r over the ranks, float64 ``[N]``."""

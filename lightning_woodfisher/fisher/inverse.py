@@ -13,8 +13,8 @@ one factorization, in one of two exact forms:
 * **dual** (N < B, and the full Fisher): rows are kept, ``NλI + GGᵀ = LLᵀ``, ``Z = L⁻¹G``,
   ``F⁻¹ = (I − ZᵀZ) / λ`` (Woodbury identity).
 
-Factorizations are float64. Products of float32 gradients are float32 if that keeps F⁻¹
-within 1e-5, decided for each unit (:mod:`.linalg`).
+With ``precision="auto"``, products of float32 gradients and factorizations are float32 if
+that keeps F⁻¹ within 1e-3, decided for each unit (:mod:`.linalg`).
 Shapes: D_r active weights of this rank, N gradients, B block size, K blocks of a unit.
 """
 

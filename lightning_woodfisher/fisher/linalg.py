@@ -4,60 +4,103 @@ Large matrices are cut into strips of rows, so that only the lower half of a sym
 product is computed and a triangular solve becomes matrix products. Many small matrices, and
 matrices on a GPU, use batched products.
 
-Products of float32 gradients may be float32 if that keeps F⁻¹ within 1e-5. An engine that
-drops the rows decides from the size of the gradients relative to λ
-(:func:`float32_is_enough`). An engine that keeps the rows decides from the Cholesky factor,
-which is less pessimistic (:func:`is_well_scaled`).
+Products and factorizations of float32 gradients may be float32 if that keeps F⁻¹ within
+1e-3. An engine that drops the rows decides about products from the size of the gradients
+relative to λ (:func:`spread_of`). Everything else is decided from the Cholesky
+factor, which is less pessimistic (:func:`smallest_share`).
+
+Where float64 is slow, products that need more digits than float32 has are split: a factor
+is the sum of a multiple of 2⁻⁸ of its scale and a rest. Products of the former are exact in
+float32 (:func:`split_product`).
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "LARGEST_SPREAD",
+    "Arithmetic",
     "add_half_product",
     "cholesky",
-    "float32_is_enough",
+    "choose_arithmetics",
     "half_product",
     "invert_lower",
-    "is_well_scaled",
     "mirror",
+    "smallest_share",
     "solve_lower",
+    "split_product",
+    "spread_of",
 ]
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_woodfisher.fisher.config import Precision
+
+Arithmetic = Literal["float32", "split", "float64"]
+
 # Rows in a strip. Products of thinner strips are slow.
 _STRIP = 96
 # Measured: the error of diag(F⁻¹) is at most 2·2⁻²⁴ times the spread, for gradients with
-# normal, log-normal, shared and widely scaled entries.
-_LARGEST_SPREAD = 32.0
-# The same for the reciprocal of the smallest pivot relative to its diagonal entry.
-_SMALLEST_SHARE = 1.0 / 8.0
+# normal, log-normal, shared and widely scaled entries. This leaves half of 1e-3. Split
+# products have 8 bits more.
+LARGEST_SPREAD: dict[Arithmetic, float] = {"float32": 2.0**12, "split": 2.0**20}
+# With so many columns, sums of products of integers up to 2⁸ are exact in float32.
+_EXACT_BITS, _EXACT_LENGTH = 8, 2**8
+# Compute capabilities of GPUs whose float64 is half as fast as float32; others need 32 to 64
+# times as long.
+_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
-def float32_is_enough(
-    largest_sum: float, size: int, num_gradients: int, damping: float
-) -> bool:
-    """Return whether float32 products of gradients keep F⁻¹ within 1e-5.
+def choose_arithmetics(
+    precision: Precision, device: torch.device
+) -> tuple[Arithmetic, ...]:
+    """List the arithmetics for products of float32 gradients, the fastest first.
 
     Args:
-        largest_sum: largest entry of the diagonal of GᵀG of a block.
+        precision: the setting.
+        device: device of the tensors.
+
+    Returns:
+        The first is used where it has enough digits, and so on; the last one always.
+    """
+    if precision == "float32" or precision == "float64":
+        return (precision,)
+    if precision == "split":
+        return "split", "float64"
+    slow = _has_slow_float64(device)
+    return ("float32", "split", "float64") if slow else ("float32", "float64")
+
+
+def _has_slow_float64(device: torch.device) -> bool:
+    """Return whether float64 products take many times as long as float32 ones."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) not in _FAST_FLOAT64
+
+
+def spread_of(
+    largest_sum: Tensor, size: int, num_gradients: int, damping: float
+) -> Tensor:
+    """Compare gradients with λ; products in a small precision need a small spread.
+
+    Args:
+        largest_sum: largest entry of the diagonal of GᵀG of a block, scalar.
         size: B.
         num_gradients: N.
         damping: λ.
 
     Returns:
-        True if the spread √B · largest_sum / (Nλ) is small.
+        √B · largest_sum / (Nλ), scalar; see :data:`LARGEST_SPREAD`.
     """
-    spread = math.sqrt(size) * largest_sum / (num_gradients * damping)
-    return spread <= _LARGEST_SPREAD
+    return largest_sum * (math.sqrt(size) / (num_gradients * damping))
 
 
-def is_well_scaled(factor: Tensor) -> bool:
-    """Return whether the inverse of a matrix of float32 products is accurate enough.
+def smallest_share(factor: Tensor) -> Tensor:
+    """Compare the pivots of Cholesky factors with the diagonal that they come from.
 
     The rounding error of entry ij of RRᵀ is relative to |r_i||r_j|, so the length of rows does
     not matter. Accuracy is lost if the other rows almost span a row.
@@ -66,21 +109,24 @@ def is_well_scaled(factor: Tensor) -> bool:
         factor: lower Cholesky factors, ``[K, n, n]``.
 
     Returns:
-        True if no pivot is small relative to the diagonal entry that it is computed from.
+        The smallest ratio in each matrix, ``[K]``.
     """
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    return bool((pivots > _SMALLEST_SHARE * factor.square().sum(dim=-1)).all())
+    return (pivots / factor.square().sum(dim=-1)).amin(dim=-1)
 
 
-def half_product(rows: Tensor) -> Tensor:
+def half_product(rows: Tensor, split: bool = False) -> Tensor:
     """Multiply matrices by their own transposes.
 
     Args:
         rows: ``[K, n, b]``, any strides.
+        split: compute a float64 result by :func:`split_product`.
 
     Returns:
         R Rᵀ, ``[K, n, n]``; only the lower half is defined.
     """
+    if split:
+        return split_product(rows)
     if not _in_strips(rows, rows.shape[-2]):
         return rows @ rows.mT
     product = rows.new_zeros(*rows.shape[:-1], rows.shape[-2])
@@ -88,19 +134,72 @@ def half_product(rows: Tensor) -> Tensor:
     return product
 
 
-def add_half_product(total: Tensor, rows: Tensor) -> None:
+def add_half_product(total: Tensor, rows: Tensor, split: bool = False) -> None:
     """Add the result of :func:`half_product`, in place.
 
     Args:
         total: ``[K, n, n]``; the upper half may be undefined.
         rows: ``[K, n, b]`` of the same dtype, any strides.
+        split: compute a float64 result by :func:`split_product`.
     """
+    if split:
+        total += split_product(rows)
+        return
     if not _in_strips(rows, rows.shape[-2]):
         total.baddbmm_(rows, rows.mT)
         return
     for block, target in zip(rows, total, strict=True):
         for low, high in _strips(len(block)):
             target[low:high, :high].addmm_(block[low:high], block[:high].mT)
+
+
+def split_product(left: Tensor, right: Tensor | None = None) -> Tensor:
+    """Multiply matrices in float32, with about 32 bits.
+
+    With s the power of two above the largest entry of a row of X in a piece of 256 columns,
+    X = s(H/2⁸ + L/2⁸) with integers H and |L| ≤ ½. The products of the H are exact, and the
+    others have errors of float32 relative to 2⁻⁸. For pieces of n ≤ 256 columns, entry ij is
+    off by at most 1.01 · n² · 2⁻³² · s_i · s_j, one 2⁻⁸ of the bound of float32
+    (cf. Ozaki et al. 2012, "Error-free transformations of matrix multiplication").
+
+    Args:
+        left: X, float64 ``[K, m, n]``.
+        right: Y, float64 ``[K, n, p]``; None for Xᵀ, which takes three products instead of
+            four.
+
+    Returns:
+        XY, float64 ``[K, m, p]``.
+    """
+    own = left.mT if right is None else right
+    total = left.new_zeros(*left.shape[:-1], own.shape[-1])
+    pieces = torch.split(left, _EXACT_LENGTH, dim=-1)
+    others = torch.split(own, _EXACT_LENGTH, dim=-2)
+    for piece, other in zip(pieces, others, strict=True):
+        scale, high, low = _split(piece)
+        if right is None:
+            mixed = (high @ low.mT).double()
+            found = mixed + mixed.mT
+            found += (high @ high.mT).double()
+            found += (low @ low.mT).double()
+            scale_other = scale
+        else:
+            scale_other, high_other, low_other = _split(other.mT)
+            found = (high @ high_other.mT).double()
+            found += (high @ low_other.mT).double()
+            found += (low @ high_other.mT).double()
+            found += (low @ low_other.mT).double()
+        total += found.mul_(scale).mul_(scale_other.mT)
+    return total
+
+
+def _split(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Split rows into integers up to 2⁸ and a rest, float32, times a scale ``[K, n, 1]``."""
+    largest = rows.abs().amax(dim=-1, keepdim=True)
+    exponent = torch.frexp(largest).exponent - _EXACT_BITS
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    scaled = rows / scale
+    high = scaled.round()
+    return scale, high.float(), (scaled - high).float()
 
 
 def mirror(product: Tensor) -> Tensor:
@@ -121,7 +220,7 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Factorize symmetric matrices, reading the lower half only.
 
     Args:
-        matrix: ``[K, n, n]``, float64.
+        matrix: ``[K, n, n]``, float32 or float64.
 
     Returns:
         The lower factors ``[K, n, n]``, and True for each matrix without one, bool ``[K]``.
@@ -131,16 +230,19 @@ def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return factor, (info != 0) | ~finite
 
 
-def solve_lower(factor: Tensor, rows: Tensor) -> Tensor:
+def solve_lower(factor: Tensor, rows: Tensor, split: bool = False) -> Tensor:
     """Solve L Z = R by forward substitution.
 
     Args:
-        factor: L, float64 ``[K, n, n]``, lower triangular.
+        factor: L, float32 or float64 ``[K, n, n]``, lower triangular.
         rows: R, ``[K, n, b]``, float32 or float64; overwritten.
+        split: multiply float64 matrices by :func:`split_product`.
 
     Returns:
         Z, ``[K, n, b]`` in the dtype of R.
     """
+    if split:
+        return split_product(invert_lower(factor), rows)
     if not _in_strips(rows, rows.shape[-2]):
         return invert_lower(factor).to(rows.dtype) @ rows
     for lower, solved in zip(factor, rows, strict=True):

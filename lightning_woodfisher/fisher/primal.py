@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["PrimalInverseFisher"]
 
+import math
+
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -11,17 +13,23 @@ from typing_extensions import override
 from lightning_woodfisher.fisher.base import (
     BlockwiseInverseFisher,
     group_products,
-    raise_until_definite,
 )
 from lightning_woodfisher.fisher.linalg import (
+    LARGEST_SPREAD,
+    Arithmetic,
     add_half_product,
     cholesky,
-    float32_is_enough,
     half_product,
     invert_lower,
     mirror,
+    smallest_share,
+    spread_of,
 )
 
+# Measured for gradients with normal, log-normal, shared and widely scaled entries: if no pivot
+# is smaller than this share of its diagonal entry, a float32 factor changes F⁻¹ by less than
+# 7e-4. Otherwise the unit is factorized in float64.
+_SMALLEST_IN_FLOAT32 = 2.0**-8
 # Cholesky may succeed by chance on a block that is singular in float64. A pivot must not be
 # smaller than this share of the diagonal entry that it is computed from.
 _SMALLEST_PIVOT = 1e-12
@@ -30,8 +38,8 @@ _SMALLEST_PIVOT = 1e-12
 class PrimalInverseFisher(BlockwiseInverseFisher):
     """One B×B matrix for each block; gradients are added as they arrive and not kept.
 
-    A unit starts in float32 and changes to float64 before float32 would lose digits that
-    F⁻¹ needs.
+    The sums of a unit start in float32 and change to float64 before float32 would lose
+    digits that F⁻¹ needs. The factor is float32 unless that turns out not to be enough.
     """
 
     def _allocate(self) -> None:
@@ -41,7 +49,9 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
         self._shifted_sum = (
             self._full(self.size, 0.0) if self._fisher.centered else None
         )
-        dtype = torch.float64 if self._fisher.precision == "float64" else torch.float32
+        self._products: list[Arithmetic] = [self._arithmetics[0]] * len(self.units)
+        single = self._arithmetics[0] == "float32"
+        dtype = torch.float32 if single else torch.float64
         # The lower half of GᵀG while gradients arrive, all of GᵀG/N afterwards.
         self._gram = [
             torch.zeros(u.count, u.size, u.size, dtype=dtype, device=self._device)
@@ -63,30 +73,56 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
                 self._shift = mean if rows.dtype == torch.float64 else mean.float()
             for row in rows:
                 self._shifted_sum += row.double() - self._shift
+        self._choose_products(rows)
         self._each_unit(lambda index: self._accumulate(index, rows))
 
+    def _choose_products(self, rows: Tensor) -> None:
+        """Choose the arithmetic of products with the next rows of all units, with one wait."""
+        fisher = self._fisher
+        # Sums that may not be precise enough any more; earlier ones were when they were added.
+        open_units = [i for i, kind in enumerate(self._products) if kind != "float64"]
+        if rows.dtype == torch.float64:
+            spreads = dict.fromkeys(open_units, 0.0)
+        elif len(self._arithmetics) == 1 or not open_units:
+            return
+        else:
+            found: dict[int, Tensor] = {}
+
+            def measure(index: int) -> None:
+                added = self._columns(rows, index).square().sum(dim=-1)
+                found[index] = spread_of(
+                    (_diagonal(self._gram[index]) + added).max().double(),
+                    self.units[index].size,
+                    max(1, fisher.num_gradients - fisher.max_nonfinite),
+                    fisher.damping,
+                )
+
+            self._each_unit(measure, open_units)
+            read = torch.stack([found[index] for index in open_units]).tolist()
+            spreads = dict(zip(open_units, read, strict=True))
+        for index, spread in spreads.items():
+            self._products[index] = next(
+                kind
+                for kind in self._arithmetics
+                if not spread > LARGEST_SPREAD.get(kind, math.inf)
+            )
+            if self._products[index] != "float32":
+                self._gram[index] = self._gram[index].double()
+
     def _accumulate(self, index: int, rows: Tensor) -> None:
-        rows = rows[:, self._local(self.units[index])]
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        if rows.dtype == self._gram[index].dtype == torch.float32:
-            product = half_product(self._columns(rows, index))
-            before, added = _diagonal(self._gram[index]), _diagonal(product)
-            fisher = self._fisher
-            if fisher.precision == "float32" or float32_is_enough(
-                float((before + added).max()),
-                self.units[index].size,
-                max(1, fisher.num_gradients - fisher.max_nonfinite),
-                fisher.damping,
-            ):
-                self._gram[index] += product
-                return
-        # Earlier sums were precise enough when they were added.
-        self._gram[index] = self._gram[index].double()
-        add_half_product(self._gram[index], self._columns(rows.double(), index))
+        gram = self._gram[index]
+        columns = self._columns(rows, index).to(gram.dtype)
+        if gram.dtype == torch.float32:
+            gram += half_product(columns)
+        else:
+            add_half_product(gram, columns, self._products[index] == "split")
 
     def _columns(self, rows: Tensor, index: int) -> Tensor:
         """View a unit's part of the rows, minus c, as ``[K, B, n]``."""
         unit = self.units[index]
+        rows = rows[:, self._local(unit)]
+        # Sums of bfloat16 rows would be bfloat16.
+        rows = rows if rows.dtype == torch.float64 else rows.float()
         if self._shift is not None:
             rows = rows - self._shift[self._local(unit)]
         return rows.view(len(rows), unit.count, unit.size).permute(1, 2, 0)
@@ -108,42 +144,66 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
             self._gram[index].masked_fill_(~blocks.unsqueeze(-1), 0.0)
             self._gram[index].masked_fill_(~blocks.unsqueeze(-2), 0.0)
 
-    def _factorize_unit(self, index: int) -> None:
-        diagonal = invert_lower(self._factor(index)).square_().sum(dim=-2)
-        self._blocks(self._diagonal, self.units[index]).copy_(diagonal)
+        self._refined.clear()
 
-    def _sub_blocks(self, index: int, size: int) -> Tensor:
-        return group_products(invert_lower(self._factor(index)), size).flatten(0, 1)
+    def _factorize_unit(self, index: int) -> Tensor:
+        factor, verdicts = self._factor(index)
+        diagonal = invert_lower(factor).square_().sum(dim=-2)
+        self._blocks(self._diagonal, self.units[index]).copy_(diagonal)
+        return verdicts
+
+    def _sub_blocks(self, index: int, size: int) -> tuple[Tensor, Tensor]:
+        factor, verdicts = self._factor(index)
+        products = group_products(invert_lower(factor), size)
+        return products.flatten(0, 1).double(), verdicts
 
     def _solve(self, index: int, blocks: Tensor) -> Tensor:
-        factor = self._factor(index)
-        return torch.cholesky_solve(blocks.unsqueeze(-1), factor).squeeze(-1)
+        factor, _ = self._factor(index)
+        target = blocks.to(factor.dtype).unsqueeze(-1)
+        return torch.cholesky_solve(target, factor).squeeze(-1).double()
 
     def _multiply(self, index: int, blocks: Tensor) -> Tensor:
-        return (self._gram[index].double() @ blocks.unsqueeze(-1)).squeeze(-1)
+        return self._times(index, blocks.unsqueeze(-1)).squeeze(-1)
 
-    def _solve_kept(self, index: int, blocks: Tensor, kept: Tensor) -> Tensor:
+    def _times(self, index: int, blocks: Tensor) -> Tensor:
+        """Return GᵀGv/N for v of ``[K, B, V]``, float64."""
+        gram = self._gram[index]
+        return (gram @ blocks.to(gram.dtype)).double()
+
+    def _solve_kept(
+        self, index: int, blocks: Tensor, kept: Tensor
+    ) -> tuple[Tensor, Tensor]:
         # −F δ_S on the rows of R; λI does not couple R with S.
-        target = -(self._gram[index].double() @ blocks) * kept.unsqueeze(-1)
-        return torch.cholesky_solve(target, self._factor(index, kept.double()))
+        target = -self._times(index, blocks) * kept.unsqueeze(-1)
+        factor, verdicts = self._factor(index, kept)
+        solved = torch.cholesky_solve(target.to(factor.dtype), factor)
+        return solved.double(), verdicts
 
-    def _factor(self, index: int, kept: Tensor | None = None) -> Tensor:
-        """Return the Cholesky factor of F, or F_RR, of one unit; raise λ where needed."""
+    def _factor(self, index: int, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Factorize F, or F_RR, of one unit.
 
-        def attempt(damping: Tensor) -> tuple[Tensor, Tensor]:
-            matrix = self._gram[index].to(torch.float64, copy=True)
-            _diagonal(matrix).add_(damping.unsqueeze(-1))
-            if kept is not None:
-                # Rows and columns of removed weights become those of the identity.
-                matrix *= kept.unsqueeze(-1)
-                matrix *= kept.unsqueeze(-2)
-                _diagonal(matrix).add_(1.0 - kept)
-            factor, bad = cholesky(matrix)
-            pivots = _diagonal(factor).square()
-            smallest = _SMALLEST_PIVOT * _diagonal(matrix)
-            return factor, bad | ~(pivots > smallest).all(dim=-1)
-
-        return raise_until_definite(attempt, self._dampings[index])
+        Returns:
+            L, ``[K, B, B]``, and the verdicts.
+        """
+        # With precision="float32" only products are float32, because λ would be raised.
+        final = self._fisher.precision == "float32"
+        single = not final and self._arithmetic(index) == "float32"
+        dtype = torch.float32 if single else torch.float64
+        matrix = self._gram[index].to(dtype, copy=True)
+        _diagonal(matrix).add_(self._dampings[index].unsqueeze(-1))
+        if kept is not None:
+            # Rows and columns of removed weights become those of the identity.
+            removed = ~kept
+            matrix.masked_fill_(removed.unsqueeze(-1), 0.0)
+            matrix.masked_fill_(removed.unsqueeze(-2), 0.0)
+            _diagonal(matrix).add_(removed)
+        factor, bad = cholesky(matrix)
+        share = smallest_share(factor)
+        return factor, self._judge(
+            index,
+            bad | ~(share > _SMALLEST_PIVOT),
+            ~(share > (_SMALLEST_IN_FLOAT32 if single else 0.0)),
+        )
 
 
 def _diagonal(matrices: Tensor) -> Tensor:

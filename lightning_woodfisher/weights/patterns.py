@@ -242,7 +242,8 @@ def group_costs(
     """
     size = weights.shape[1]
     if pattern.kind != "N:M":
-        factor = torch.linalg.cholesky(inverse)
+        # Does not raise for a matrix that has no factor; that one is computed again.
+        factor, _ = torch.linalg.cholesky_ex(inverse)
         solved = torch.linalg.solve_triangular(
             factor, weights.unsqueeze(-1), upper=False
         )

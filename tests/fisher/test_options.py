@@ -36,7 +36,7 @@ def make(form: Form, number: int, damping: float, **options: Any) -> InverseFish
             damping=damping,
             block_size=None if form == "full" else BLOCK,
             engine="auto" if form == "full" else form,
-            **options,
+            **{"precision": "float64", **options},
         ),
         Communicator(DEVICE),
     )
@@ -127,7 +127,11 @@ def test_centering_ignores_what_all_gradients_share(form: Form) -> None:
 def test_a_large_mean_does_not_cost_the_primal_form_its_float32() -> None:
     rows = gradients(150)
     sizes = [
-        fed(make("primal", 150, 1.0, centered=centered), rows + mean, 50).state_bytes
+        fed(
+            make("primal", 150, 1.0, centered=centered, precision="auto"),
+            rows + mean,
+            50,
+        ).state_bytes
         for centered, mean in ((False, 0.0), (True, 100.0), (False, 100.0))
     ]
     assert sizes[0] == sizes[1] == 4 * (3 * 20**2 + 10**2 + 13**2)
@@ -188,6 +192,7 @@ def test_restricting_equals_a_fresh_inverse_of_the_columns_that_are_left(
                 damping=1e-3,
                 block_size=BLOCK,
                 engine=form,  # type: ignore[arg-type]
+                precision="float64",
                 centered=centered,
             ),
             Communicator(),

@@ -720,7 +720,7 @@ def test_report_of_a_step() -> None:
     assert (report.num_gradients, report.stages, report.world_size) == (24, 1, 1)
     assert report.bytes_exchanged == 0
     # 128 = 6 · 20 + 8 and 64 = 3 · 20 + 4 weights; B <= N: matrices in float64.
-    assert report.fisher_bytes == ((9 * 20**2 + 8**2 + 4**2) * 8,)
+    assert report.fisher_bytes == ((9 * 20**2 + 8**2 + 4**2) * 4,)
     assert [layer.shape for layer in report.layers] == [(16, 8), (4, 16)]
     layers = [layer.predicted_increase or 0.0 for layer in report.layers]
     assert sum(layers) == pytest.approx(report.predicted_increase)

@@ -60,14 +60,14 @@ MUTANTS = (
     ),
     Mutant(
         "fisher/linalg.py",
-        "spread = math.sqrt(size) * largest_sum / (num_gradients * damping)",
-        "spread = largest_sum / (size * num_gradients * damping)",
+        "return largest_sum * (math.sqrt(size) / (num_gradients * damping))",
+        "return largest_sum / (size * num_gradients * damping)",
         ("fisher/test_inverse.py",),
     ),
     Mutant(
         "fisher/base.py",
-        "damping[bad] *= 10.0",
-        "damping *= 10.0",
+        "self._dampings[index].mul_(torch.where(singular, 10.0, 1.0))",
+        "self._dampings[index].mul_(10.0)",
         ("pruning/test_numerics.py",),
     ),
     Mutant(
@@ -78,8 +78,8 @@ MUTANTS = (
     ),
     Mutant(
         "fisher/primal.py",
-        "smallest = _SMALLEST_PIVOT * _diagonal(matrix)",
-        "smallest = 0.0 * _diagonal(matrix)",
+        "bad | ~(share > _SMALLEST_PIVOT)",
+        "bad | ~(share > 0.0)",
         ("fisher/test_inverse.py", "pruning/test_numerics.py"),
     ),
     Mutant(

@@ -1,0 +1,86 @@
+"""Products of split matrices against float64, and the arithmetics of devices."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_woodfisher.fisher.linalg import choose_arithmetics, split_product
+
+
+def matrix(rows: int, columns: int, kind: str, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(2, rows, columns, generator=generator, dtype=torch.float64)
+    if kind == "constant":
+        # All roundings go into the same direction.
+        values = torch.full_like(values, 1.0 + 2.0**-11 + 2.0**-20)
+    elif kind == "scaled":
+        values *= 10.0 ** (30 * torch.rand(2, rows, 1, generator=generator) - 15)
+        values[:, 0] = 0.0
+    return values
+
+
+def scales(rows: Tensor) -> Tensor:
+    """The power of two above the largest entry of each row."""
+    return torch.exp2(rows.abs().amax(dim=-1, keepdim=True).log2().floor() + 1)
+
+
+@pytest.mark.parametrize("kind", ["normal", "constant", "scaled"])
+@pytest.mark.parametrize("length", [1, 40, 256])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_split_products_keep_their_bound(
+    kind: str, length: int, symmetric: bool
+) -> None:
+    left = matrix(30, length, kind)
+    other = left if symmetric else matrix(20, length, kind, seed=1)
+    found = split_product(left, None if symmetric else other.mT)
+    exact = left @ other.mT
+    bound = 1.01 * length**2 * 2.0**-32 * scales(left) * scales(other).mT
+    assert bool(((found - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("length", [256, 1000])
+def test_split_products_have_eight_bits_more_than_float32(length: int) -> None:
+    left = matrix(60, length, "normal")
+    exact = left @ left.mT
+
+    def error(product: Tensor) -> float:
+        return float((product.double() - exact).abs().max())
+
+    single = left.float()
+    assert error(split_product(left)) < error(single @ single.mT) / 100
+
+
+def test_split_rows_that_cancel() -> None:
+    """The difference of two products, of which float32 keeps no digit."""
+    left = torch.ones(1, 2, 200, dtype=torch.float64)
+    left[0, 1] += 2.0**-14
+    gram = split_product(left)[0]
+    gap = float(gram[1, 1] - gram[0, 1])
+    assert gap == pytest.approx(200 * (2.0**-14 + 2.0**-28), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((9, 0), ("float32", "float64")),
+        ((8, 0), ("float32", "float64")),
+        ((8, 6), ("float32", "split", "float64")),
+        ((7, 5), ("float32", "split", "float64")),
+        ((12, 0), ("float32", "split", "float64")),
+    ],
+)
+def test_products_are_split_where_float64_is_slow(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    expected: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch, "version", types.SimpleNamespace(hip=None))
+    assert choose_arithmetics("auto", torch.device("cuda")) == expected
+    assert choose_arithmetics("auto", torch.device("cpu")) == ("float32", "float64")
+    assert choose_arithmetics("float64", torch.device("cuda")) == ("float64",)
+    assert choose_arithmetics("split", torch.device("cpu")) == ("split", "float64")
