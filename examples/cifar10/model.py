@@ -1,4 +1,4 @@
-"""Define ResNet-20 for CIFAR-10 and its data, without any code for pruning.
+"""Define two networks for CIFAR-10 and the data, without any code for pruning.
 
 ``CIFAR10(folder)`` reads ``cifar10_train_jpeg.npz`` and ``cifar10_test_jpeg.npz`` if they
 are in the folder (concatenated JPEG bytes in ``jpeg``, their ends in ``offsets``, and
@@ -85,15 +85,69 @@ def resnet20(
     return nn.Sequential(*layers)
 
 
+class InvertedResidual(nn.Module):
+    """Expand by a 1×1 convolution, filter each channel, project (Sandler et al. 2018).
+
+    Args:
+        inputs: input channels.
+        outputs: output channels.
+        expansion: channels of the depthwise convolution, as a multiple of ``inputs``.
+        stride: stride of the depthwise convolution.
+    """
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int) -> None:
+        super().__init__()
+        inner = expansion * inputs
+        self.layers = nn.Sequential(
+            nn.Conv2d(inputs, inner, 1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(),
+            nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(),
+            nn.Conv2d(inner, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.is_residual = stride == 1 and inputs == outputs
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map ``[n, inputs, h, w]`` to ``[n, outputs, h / stride, w / stride]``."""
+        hidden: Tensor = self.layers(images)
+        return images + hidden if self.is_residual else hidden
+
+
+def mobilenet(width: int = 16) -> nn.Sequential:
+    """Build a small MobileNetV2 for 32×32 pixels, with 97 thousand parameters.
+
+    Args:
+        width: channels of the first layer.
+
+    Returns:
+        A network from images ``[n, 3, 32, 32]`` to logits ``[n, 10]``.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False)]
+    layers += [nn.BatchNorm2d(width), nn.ReLU()]
+    inputs = width
+    for outputs, stride in ((24, 2), (24, 1), (40, 2), (40, 1), (64, 1), (64, 1)):
+        outputs = outputs * width // 16
+        layers.append(InvertedResidual(inputs, outputs, 4, stride))
+        inputs = outputs
+    layers += [nn.Conv2d(inputs, 8 * width, 1, bias=False)]
+    layers += [nn.BatchNorm2d(8 * width), nn.ReLU()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10)]
+    return nn.Sequential(*layers)
+
+
 class CIFAR10Classifier(pl.LightningModule):
-    """ResNet-20, trained with SGD, momentum 0.9 and one cycle of the learning rate.
+    """A network, trained with SGD, momentum 0.9 and one cycle of the learning rate.
 
     Args:
         learning_rate: maximum learning rate.
         weight_decay: weight decay of all parameters.
         width: channels of the first stage.
         weights: file with a ``state_dict`` of the network to start from.
-        multipliers: factors of the widths of layers.
+        multipliers: factors of the widths of layers of ``"resnet20"``.
+        network: ``"resnet20"`` or ``"mobilenet"``.
     """
 
     def __init__(
@@ -103,12 +157,15 @@ class CIFAR10Classifier(pl.LightningModule):
         width: int = 16,
         weights: str | None = None,
         multipliers: dict[str, float] | None = None,
+        network: str = "resnet20",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.net = resnet20(width, multipliers)
+        self.net = (
+            mobilenet(width) if network == "mobilenet" else resnet20(width, multipliers)
+        )
         if weights is not None:
             self.net.load_state_dict(torch.load(weights, weights_only=True))
         self.accuracy = MulticlassAccuracy(10, average="micro")

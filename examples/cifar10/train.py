@@ -1,4 +1,4 @@
-"""Train the dense ResNet-20 and write its ``state_dict`` to ``runs/cifar10/dense.pt``.
+"""Train a dense network and write its ``state_dict`` to ``runs/cifar10/dense.pt``.
 
 python -m examples.cifar10.train --data FOLDER --epochs 18
 """
@@ -21,12 +21,15 @@ def main() -> None:
     parser.add_argument("--data", default="data", help="folder of the images")
     parser.add_argument("--epochs", type=int, default=18)
     parser.add_argument("--learning-rate", type=float, default=0.2, help="maximum")
+    parser.add_argument("--network", default="resnet20", help="or mobilenet")
     parser.add_argument("--weights", help="initial weights, such as an earlier --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10/dense.pt"))
     arguments = parser.parse_args()
     pl.seed_everything(arguments.seed)
-    module = CIFAR10Classifier(arguments.learning_rate, weights=arguments.weights)
+    module = CIFAR10Classifier(
+        arguments.learning_rate, weights=arguments.weights, network=arguments.network
+    )
     module.to(memory_format=torch.channels_last)
     trainer = pl.Trainer(
         max_epochs=arguments.epochs,

@@ -7,10 +7,10 @@ selected weight.
 
 from __future__ import annotations
 
-__all__ = ["LayerFlops", "count_flops"]
+__all__ = ["LayerFlops", "count_flops", "flops_by_tensor"]
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,12 +95,11 @@ def count_flops(
         )
     with seeded(derive_seed(seed, "flops")):
         batch = batches.fetch(0)
-        with (
-            _separate_operations(),
-            _Counter({name: masks.local(name) for name in masks.parameters}) as mode,
-        ):
-            run_loss(source, batch, 0)
-    numbers = comm.gather_numbers([mode.total, *mode.flops.values()])[0]
+        total, flops = flops_by_tensor(
+            lambda: run_loss(source, batch, 0),
+            {name: masks.local(name) for name in masks.parameters},
+        )
+    numbers = comm.gather_numbers([total, *flops.values()])[0]
     unused = [
         n for n, flops in zip(masks.parameters, numbers[1:], strict=True) if not flops
     ]
@@ -115,6 +114,23 @@ def count_flops(
         tuple(int(number) for number in numbers[1:]),
         tuple(p.numel() for p in masks.parameters.values()),
     )
+
+
+def flops_by_tensor(
+    run: Callable[[], object], tensors: Mapping[str, Tensor]
+) -> tuple[int, dict[str, int]]:
+    """Count the FLOPs of a forward pass.
+
+    Args:
+        run: computes it.
+        tensors: the weights to tell apart, by name.
+
+    Returns:
+        All FLOPs, and those of the products with each weight, by its name.
+    """
+    with _separate_operations(), _Counter(tensors) as mode:
+        run()
+    return mode.total, mode.flops
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["IndexTensors", "NetworkSize", "measure_latency"]
 
-import contextlib
 import math
 import statistics
 import time
@@ -13,18 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_map_only
 
-from lightning_woodfisher.data.isolation import derive_seed, isolated
-from lightning_woodfisher.data.losses import LossSource
+from lightning_woodfisher.data.isolation import derive_seed, isolated, seeded
+from lightning_woodfisher.data.losses import LossSource, run_loss
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.pruning.flops import flops_by_tensor
 from lightning_woodfisher.structured.graph.groups import Group
-from lightning_woodfisher.structured.graph.inputs import (
-    compute_one_loss,
-    run_model,
-    tensors_in,
-)
+from lightning_woodfisher.structured.graph.inputs import run_model, tensors_in
 
 #: Indices of structures, int64, by group name.
 IndexTensors = Mapping[str, Tensor]
@@ -34,15 +29,15 @@ class NetworkSize:
     """Parameters and multiply-accumulates (MACs) of a network without some structures.
 
     The smaller network is not built. A tensor shrinks along every axis that is a member of
-    a group. MACs are those of Conv and Linear layers: their weights times the positions at
-    which they are used, observed in one forward pass. Not counted are norms, activations,
-    products of two activations (attention), and layers whose weight is computed from other
-    tensors (``torch.nn.utils.parametrize``).
+    a group, and the operations that multiply by it shrink with it. MACs are half of the
+    FLOPs that torch's FLOP counter finds in a forward pass of the dense network, as for
+    :func:`.count_flops`: matrix products and convolutions, also those of two activations
+    (attention), but neither norms nor activations.
 
     Args:
         source: where losses of the dense network come from. Its session is entered here.
         groups: the groups of its model.
-        comm: the ranks, which all use the shapes that rank 0 observes.
+        comm: the ranks, which all use the FLOPs that rank 0 counts.
         seed: of the sample that is observed.
         implants: convolutions in which implanted structures have 1×1 filters, by group.
 
@@ -75,9 +70,9 @@ class NetworkSize:
             for group, layers in (implants or {}).items()
             for layer in layers
         }
-        positions = _count_positions(source, names, derive_seed(seed, "size"))
-        numbers = comm.gather_numbers(list(positions.values()))[0]
-        self._positions = dict(zip(positions, numbers, strict=True))
+        self._other_macs, self._macs = _count_macs(
+            source, comm, derive_seed(seed, "size")
+        )
         self.dense_parameters = self.parameters({})
         self.dense_macs = self.macs({})
 
@@ -105,12 +100,11 @@ class NetworkSize:
         Returns:
             Their number for one sample.
         """
-        return round(
-            sum(
-                positions * self._numel(name, removed, implanted)
-                for name, positions in self._positions.items()
-            )
-        )
+        left = {
+            name: macs * self._numel(name, removed, implanted) / self._numel(name, {})
+            for name, macs in self._macs.items()
+        }
+        return round(self._other_macs + sum(left.values()))
 
     def _numel(
         self, name: str, removed: IndexTensors, implanted: IndexTensors | None = None
@@ -126,29 +120,23 @@ class NetworkSize:
         return math.prod(shape) - saved
 
 
-def _count_positions(
-    source: LossSource, names: Mapping[int, str], seed: int
-) -> dict[str, float]:
-    """Count the positions of a sample at which each weight is used, by its name."""
-    positions: dict[str, float] = {}
-
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        name = names[id(module.weight)]
-        data = inputs[0] if inputs else output
-        used = data if isinstance(module, _ConvTransposeNd) else output
-        channels = used.shape[-1 if isinstance(module, nn.Linear) else 1]
-        number = used.numel() / channels / len(used)
-        positions[name] = positions.get(name, 0.0) + number
-
-    with contextlib.ExitStack() as hooks:
-        for module in source.model.modules():
-            if (
-                isinstance(module, _ConvNd | nn.Linear)
-                and "weight" in module._parameters
-            ):
-                hooks.enter_context(module.register_forward_hook(hook))
-        compute_one_loss(source, seed)
-    return positions
+def _count_macs(
+    source: LossSource, comm: Communicator, seed: int
+) -> tuple[float, dict[str, float]]:
+    """Count the MACs of one sample: without a weight, and by the weight's name."""
+    model = source.model
+    # A product with a bias in it counts for its matrix.
+    weights = {n: p for n, p in model.named_parameters() if p.dim() > 1}
+    with source.session("eval"), torch.enable_grad(), seeded(seed):
+        batches = source.batches(1, 1, seed)
+        batch = batches.fetch(0)
+        total, flops = flops_by_tensor(lambda: run_loss(source, batch, 0), weights)
+    # The size of a batch of a stream is known once it is read.
+    samples = batches.size or next((len(t) for t in tensors_in(batch) if t.dim()), 1)
+    numbers = comm.gather_numbers([samples, total, *flops.values()])[0]
+    total, *each = (number / numbers[0] / 2 for number in numbers[1:])
+    by_name = {name: macs for name, macs in zip(flops, each, strict=True) if macs}
+    return total - sum(by_name.values()), by_name
 
 
 @torch.no_grad()

@@ -411,6 +411,16 @@ def test_errors_say_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         trace_groups(model, images())
 
 
+def test_a_shuffle_of_channels_is_the_reason() -> None:
+    models = pytest.importorskip("torchvision.models")
+    network = models.shufflenet_v2_x0_5()
+    with pytest.raises(ConfigurationError) as caught:
+        trace_groups(network, images(torch.float32, size=32))
+    message = str(caught.value)
+    assert "such as a shuffle of channels (it failed in update_reshape" in message
+    assert "example_inputs" not in message
+
+
 class Detached(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.detach()

@@ -303,7 +303,7 @@ def test_sizes_are_those_of_smaller_networks(
 ) -> None:
     trained(model)
     pixels = images(3).tensors[0]
-    size = network_size(model, groups, lambda: model(pixels))
+    size = network_size(model, groups, lambda: model(pixels), len(pixels))
     assert model.training
     assert not any(m._forward_hooks for m in model.modules())
     # By the loss of a source it is the same.

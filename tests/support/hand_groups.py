@@ -140,8 +140,12 @@ def make_plain() -> nn.Module:
 
 
 def network_size(
-    model: nn.Module, groups: Sequence[Group], forward: Callable[[], Tensor]
+    model: nn.Module,
+    groups: Sequence[Group],
+    forward: Callable[[], Tensor],
+    samples: int = 1,
 ) -> NetworkSize:
-    """Measure a network by one forward pass."""
-    source = FunctionLoss(model, [torch.zeros(1)], lambda _, batch: forward().sum())
+    """Measure a network by one forward pass of some samples."""
+    batch = torch.zeros(samples)
+    source = FunctionLoss(model, [batch], lambda _, batch: forward().sum())
     return NetworkSize(source, groups, Communicator())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["trace_coupling"]
 
+import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -80,12 +81,12 @@ def trace_coupling(
 def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
     """Trace a model with torch-pruning."""
     tp = import_optional("torch_pruning", "tracing channels")
-    action = "called with example_inputs"
+    has_run = False
 
     def forward(model: nn.Module, inputs: Any) -> Any:
-        nonlocal action
+        nonlocal has_run
         outputs = run_model(model, inputs)
-        action = "traced by torch-pruning"
+        has_run = True
         return outputs
 
     with isolated(model, "eval"), warnings.catch_warnings():
@@ -103,19 +104,30 @@ def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
                 verbose=False,
             )
         except Exception as error:
+            name, cause = type(model).__name__, f"{type(error).__name__}: {error}"
+            if has_run and not isinstance(error, _NoGraphError):
+                place = traceback.extract_tb(error.__traceback__)[-1].name
+                raise ConfigurationError(
+                    f"{name} cannot be traced, because torch-pruning does not know one of "
+                    f"its operations, such as a shuffle of channels (it failed in {place}: "
+                    f"{cause}). Pass groups made by hand, or remove single weights."
+                ) from error
             raise ConfigurationError(
-                f"{type(model).__name__} cannot be {action}: {type(error).__name__}: "
-                f"{error}. Pass example_inputs that the model's forward accepts (a tensor, "
-                "a tuple of arguments or a dict of keyword arguments), or groups made by "
-                "hand."
+                f"{name} cannot be traced with example_inputs: {cause}. Pass inputs that "
+                "the model's forward accepts (a tensor, a tuple of arguments or a dict of "
+                "keyword arguments), or groups made by hand."
             ) from error
+
+
+class _NoGraphError(ValueError):
+    """No output of the network can be differentiated."""
 
 
 def _require_graph(outputs: Any) -> list[Tensor]:
     """Return the output tensors that depend on a parameter."""
     found = [t for t in tensors_in(outputs) if t.grad_fn is not None]
     if not found:
-        raise ValueError("no output depends on a parameter")
+        raise _NoGraphError("no output depends on a parameter")
     return found
 
 
