@@ -1,19 +1,24 @@
-"""Compare methods of structured pruning on ResNet-20 and CIFAR-10, at the same budget.
+"""Compare methods of structured pruning on CIFAR-10 at the same budgets.
 
     python -m examples.cifar10.structured --data FOLDER --weights runs/cifar10/dense.pt
 
-Each method removes a share of the FLOPs in one step; fine-tuning uses the same images,
-order and learning rates for all methods. Prints the accuracy on the test images, the remaining
-parameters, and the time of a forward pass relative to the dense network. ``--one-shot``
-prints the accuracy without fine-tuning, with the old and with recalibrated BatchNorm
-statistics, for all methods without implants. ``--rank-correlation`` prints the rank
-correlation between the scores of 64 random channels and the measured loss after their
-removal.
+Each method scores the channels of a trained network once for each seed. For every measure
+(FLOPs, parameters) and share of it, with and without dividing scores by costs, the channels
+are removed, BatchNorm statistics are estimated anew, and the smaller network is fine-tuned
+on the same images in the same order. Prints the accuracies on test images before and after
+fine-tuning, and the mean over seeds. ``dense`` is the dense network, trained on for as long.
+``--rank-correlation`` prints the rank correlation between the scores of 64 random channels
+and the loss without each of them, with new BatchNorm statistics.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
+import itertools
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,138 +26,145 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from examples.cifar10.fitting import (
-    fit_and_test,
-    load_data,
-    load_module,
-    make_parser,
+from examples.cifar10.fitting import load_data, make_parser
+from examples.cifar10.model import (
+    CIFAR10,
+    CIFAR10Classifier,
+    shift_and_mirror,
 )
-from examples.cifar10.model import CIFAR10, CIFAR10Classifier, resnet20
-from examples.comparison import accuracy, format_accuracies, loss_fn
-from lightning_woodfisher import (
-    HAPPruningCallback,
-    StructureConfig,
-    StructuredPruningCallback,
-    prune_structures,
-)
+from examples.comparison import accuracy, loss_fn
+from lightning_woodfisher import StructureConfig
 from lightning_woodfisher.base.text_table import format_table
+from lightning_woodfisher.data.batchnorm import estimate_statistics
 from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.data.losses import FunctionLoss
+from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.graph.groups import Group, channel_masks
-from lightning_woodfisher.structured.network_cost import measure_latency
-from lightning_woodfisher.structured.scores.hessian_products import spearman
+from lightning_woodfisher.structured.network_cost import NetworkSize
+from lightning_woodfisher.structured.scores.hap import spearman
 from lightning_woodfisher.structured.scores.methods import score_structures
+from lightning_woodfisher.structured.selection import (
+    additive_scores,
+    select_for_size,
+    structure_costs,
+)
+from lightning_woodfisher.structured.shrink.removal import shrink
 from lightning_woodfisher.structured.tracing import trace_groups
 
-# structure="bn" had the best accuracy on held-out images after BatchNorm recalibration. HAP
-# has the settings of the paper, with about as many images; its probes are expensive.
-SCORES: dict[str, dict[str, Any]] = {
-    "SOSP-H": {"method": "sosp_h", "structure": "bn"},
+# Scores of the gates behind norms were better than those of filters in each method; HAP has
+# the filters and about the number of images of the paper, and its probes are expensive.
+METHODS: dict[str, dict[str, Any]] = {
+    "diagonal": {"method": "diagonal", "structure": "bn"},
     "SOSP-I": {"method": "sosp_i", "structure": "bn"},
-    "HAP": {"method": "hap", "structure": "conv", "num_samples": 320, "probes": 20},
+    "SOSP-I, signed": {"method": "sosp_i", "structure": "bn", "search": "signed"},
+    "SOSP-H": {"method": "sosp_h", "structure": "bn"},
+    "HAP, Gauss-Newton": {
+        "method": "hap",
+        "structure": "conv",
+        "trace": "gauss_newton",
+    },
+    "HAP, 20 probes": {
+        "method": "hap",
+        "structure": "conv",
+        "num_samples": 320,
+        "probes": 20,
+    },
     "magnitude": {"method": "magnitude", "structure": "conv"},
     "random": {"method": "random"},
 }
-METHODS = (*SCORES, "HAP + implant", "SOSP-I per cost", "magnitude per cost")
 IMAGE = torch.zeros(1, 3, 32, 32)
 
 
-def make_config(name: str, seed: int, batches: int = 0) -> StructureConfig:
-    """Make the settings of a method from its name."""
-    scores = name.removesuffix(" + implant").removesuffix(" per cost")
-    return StructureConfig(
-        seed=seed,
-        per_cost=name.endswith(" per cost"),
-        batchnorm_recalibration_batches=batches,
-        **SCORES[scores],
+def recalibrate(model: nn.Module, images: TensorDataset, batches: int = 30) -> None:
+    """Estimate the BatchNorm statistics of a network anew."""
+    source = FunctionLoss(model, images, loss_fn)
+    with source.session("eval"):
+        found = estimate_statistics(source, batches, 128, Communicator(), 0)
+    found.write(model)
+
+
+def fine_tune(
+    model: nn.Module, data: CIFAR10, steps: int, learning_rate: float, seed: int
+) -> None:
+    """Train with one cycle of the learning rate, on the same images for every method."""
+    images, labels = data.train.tensors
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD(
+        model.parameters(), learning_rate, 0.9, weight_decay=5e-4, nesterov=True
     )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=steps, pct_start=0.25
+    )
+    order = torch.cat([torch.randperm(len(labels)) for _ in range(1 + steps // 300)])
+    model.train()
+    for batch in order.split(128)[:steps]:
+        optimizer.zero_grad()
+        loss_fn(model, (shift_and_mirror(images[batch]), labels[batch])).backward()
+        optimizer.step()
+        schedule.step()
 
 
-def make_callback(name: str, target: float, seed: int) -> StructuredPruningCallback:
-    """Return the callback that prunes at the start of training.
+def compare(options: argparse.Namespace, data: CIFAR10, test: TensorDataset) -> None:
+    """Print accuracies and their means."""
+    dense = load(options)
+    groups = trace_groups(dense, IMAGE).groups
+    size = NetworkSize(FunctionLoss(dense, data.train, loss_fn), groups, Communicator())
+    found: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
+    shares: dict[tuple[str, ...], tuple[float, float]] = {}
 
-    Args:
-        name: name in ``METHODS``.
-        target: share of the FLOPs to remove.
-        seed: seed of samples and probes.
+    def test_network(key: tuple[str, ...], model: nn.Module, seed: int) -> None:
+        model.to(memory_format=torch.channels_last)
+        before = accuracy(model, test)
+        fine_tune(model, data, options.steps, options.learning_rate, seed)
+        found[key].append((before, accuracy(model, test)))
+        print(*key, seed, *(f"{value:.1f}" for value in found[key][-1]), flush=True)
 
-    Returns:
-        The callback.
-    """
-    config = make_config(name, seed)
-    if name.endswith(" + implant"):
-        return HAPPruningCallback(
-            target, config, implant_ratio=0.1, implant_init="center"
+    for seed in options.seeds:
+        test_network(("dense", "", ""), copy.deepcopy(dense), seed)
+        for name, settings in METHODS.items():
+            if options.only not in name:
+                continue
+            config = StructureConfig(seed=seed, **settings)
+            source = FunctionLoss(copy.deepcopy(dense), data.train, loss_fn)
+            scores = score_structures(source, groups, config)
+            for measure, removed, per_cost in itertools.product(
+                options.measures, options.removed, (False, True)
+            ):
+                config = dataclasses.replace(config, measure=measure, per_cost=per_cost)
+                costs = structure_costs(groups, size, config)
+                values = additive_scores(scores, groups, config, costs=costs)
+                chosen = select_for_size(groups, values, size, removed, config)
+                model = copy.deepcopy(dense)
+                shrink(model, groups, chosen)
+                recalibrate(model, data.train)
+                label = f"{name} per cost" if per_cost else name
+                key = (label, measure, f"{removed:.0%}")
+                shares[key] = (
+                    size.macs(chosen) / size.dense_macs,
+                    size.parameters(chosen) / size.dense_parameters,
+                )
+                test_network(key, model, seed)
+    rows = [
+        (
+            *key,
+            *(f"{share:.0%}" for share in shares.get(key, (1.0, 1.0))),
+            *map(_format, zip(*results, strict=True)),
         )
-    return StructuredPruningCallback(target, config)
-
-
-def compare(options: argparse.Namespace, data: CIFAR10) -> None:
-    """Print the table of accuracies."""
-    rows = []
-    for removed in options.removed:
-        for name in (name for name in METHODS if options.only in name):
-            found = []
-            for seed in options.seeds:
-                module = load_module(options.weights, options.learning_rate, seed)
-                callback = make_callback(name, removed, seed)
-                found.append(
-                    fit_and_test(
-                        module,
-                        data,
-                        options.epochs,
-                        [callback],
-                        options.accelerator,
-                        options.held_out,
-                    )
-                )
-                dense, shrunk = measure_latency(
-                    resnet20(), callback.shrunk_model(module).net, IMAGE, 100, 64
-                )
-                print(
-                    f"{name} {removed:g} {seed}: {found[-1]:.2f}, "
-                    f"time {shrunk / dense:.0%}",
-                    flush=True,
-                )
-            report = callback.reports[-1]
-            rows.append(
-                (
-                    name,
-                    f"{1 - report.macs / report.macs_dense:.1%}",
-                    f"{report.parameters / report.parameters_dense:.1%}",
-                    *format_accuracies(found),
-                    f"{shrunk / dense:.0%}",
-                )
-            )
-    head = ("method", "FLOPs removed", "parameters left", "accuracy", "each", "time")
+        for key, results in found.items()
+    ]
+    head = ("method", "measure", "removed", "FLOPs", "parameters", "before", "after")
     print(format_table(head, rows))
 
 
-def compare_untrained(options: argparse.Namespace, data: CIFAR10) -> None:
-    """Print accuracies right after the removal."""
-    test = data.held_out if options.held_out else data.test
-    rows = []
-    for removed in options.removed:
-        for name in (name for name in METHODS if options.only in name):
-            if name.endswith(" + implant"):
-                continue
-            for batches in (0, 50):
-                found = []
-                for seed in options.seeds:
-                    model = CIFAR10Classifier(weights=options.weights).net.eval()
-                    prune_structures(
-                        model,
-                        data.train,
-                        loss_fn,
-                        target=removed,
-                        config=make_config(name, seed, batches),
-                        example_inputs=IMAGE,
-                    )
-                    found.append(accuracy(model, test))
-                _, each = format_accuracies(found)
-                rows.append((name, f"{removed:g}", str(batches), each))
-                print(*rows[-1], flush=True)
-    print(format_table(("method", "FLOPs removed", "batches", "accuracy"), rows))
+def _format(values: Sequence[float]) -> str:
+    spread = max(values) - min(values)
+    return f"{statistics.mean(values):.1f} ± {spread / 2:.1f}"
+
+
+def load(options: argparse.Namespace) -> nn.Module:
+    """Load the trained network in evaluation mode."""
+    module = CIFAR10Classifier(weights=options.weights, network=options.network)
+    return module.net.eval()
 
 
 def removal_losses(
@@ -194,8 +206,7 @@ def removal_losses(
 
 def correlate(options: argparse.Namespace, data: CIFAR10) -> None:
     """Print rank correlations of scores and measured losses."""
-    module = CIFAR10Classifier(weights=options.weights)
-    model = module.net.eval()
+    model = load(options)
     groups = trace_groups(model, IMAGE).groups
     every = [(i, n) for i, group in enumerate(groups) for n in range(group.size)]
     generator = torch.Generator().manual_seed(0)
@@ -203,16 +214,18 @@ def correlate(options: argparse.Namespace, data: CIFAR10) -> None:
     chosen = [every[i] for i in order.tolist()]
     sample = TensorDataset(*data.train[-1000:])
 
-    @torch.no_grad()
-    def loss(network: nn.Module) -> float:
+    def loss(network: nn.Module) -> Tensor:
+        recalibrate(network, sample, 7)
         images, labels = sample.tensors
         parts = zip(images.split(500), labels.split(500), strict=True)
-        return sum(float(loss_fn(network, part)) for part in parts) / 2
+        return sum((loss_fn(network, part) for part in parts), torch.zeros(())) / 2
 
     truth = removal_losses(model, groups, chosen, loss)
     source = FunctionLoss(model, Subset(data.train, range(40_000)), loss_fn)
     rows = []
-    for name, settings in SCORES.items():
+    for name, settings in METHODS.items():
+        if name == "SOSP-I, signed":
+            continue  # A search; the row sums are those of SOSP-I.
         cells = []
         for structure in ("conv", "bn", "conv+bn"):
             config = StructureConfig(**{**settings, "structure": structure})
@@ -220,23 +233,26 @@ def correlate(options: argparse.Namespace, data: CIFAR10) -> None:
             found = torch.stack([scores[group][number] for group, number in chosen])
             cells.append(f"{spearman(found, truth):.2f}")
         rows.append((name, *cells))
+        print(*rows[-1], flush=True)
     print(format_table(("rank correlation", "conv", "bn", "conv+bn"), rows))
 
 
 def main() -> None:
     """Print a table."""
     parser = make_parser(__doc__.split("\n")[0])
+    parser.add_argument("--network", default="resnet20", help="or mobilenet")
     parser.add_argument("--rank-correlation", action="store_true")
-    parser.add_argument("--one-shot", action="store_true")
     parser.add_argument("--removed", type=float, nargs="+", default=[0.5, 0.7])
+    parser.add_argument("--measures", nargs="+", default=["macs", "parameters"])
+    parser.add_argument("--steps", type=int, default=350, help="of fine-tuning")
+    parser.add_argument("--test-images", type=int, default=10_000)
     options = parser.parse_args()
     data = load_data(options.data, options.images_per_epoch)
     if options.rank_correlation:
         correlate(options, data)
-    elif options.one_shot:
-        compare_untrained(options, data)
-    else:
-        compare(options, data)
+        return
+    test = data.held_out if options.held_out else data.test
+    compare(options, data, TensorDataset(*test[: options.test_images]))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ __all__ = [
     "differentiable_loss",
     "differentiate",
     "lower_loss_scale",
+    "refuse_checkpoints",
     "run_loss",
     "scalar_loss",
 ]
@@ -255,13 +256,20 @@ def differentiate(
             raise
         raise PruningError(_REENTRANT) from error
     # Parameters that are used only inside a reentrant checkpoint seem to be unused.
-    if any(gradient is None for gradient in gradients) and _has_checkpoint(outputs):
-        raise PruningError(_REENTRANT)
+    if any(gradient is None for gradient in gradients):
+        refuse_checkpoints(outputs)
     return gradients
 
 
-def _has_checkpoint(outputs: Tensor | Sequence[Tensor]) -> bool:
-    """Return whether the graph of tensors has a node of reentrant checkpointing."""
+def refuse_checkpoints(outputs: Tensor | Sequence[Tensor]) -> None:
+    """Refuse tensors that were computed with reentrant gradient checkpointing.
+
+    Args:
+        outputs: what will be differentiated.
+
+    Raises:
+        PruningError: if their graph has a node of it.
+    """
     tensors = [outputs] if isinstance(outputs, Tensor) else outputs
     nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
     seen: set[Any] = set()
@@ -270,10 +278,9 @@ def _has_checkpoint(outputs: Tensor | Sequence[Tensor]) -> bool:
         if node is None or node in seen:
             continue
         if node.name() == "CheckpointFunctionBackward":
-            return True
+            raise PruningError(_REENTRANT)
         seen.add(node)
         nodes += [function for function, _ in node.next_functions]
-    return False
 
 
 def differentiable_loss(

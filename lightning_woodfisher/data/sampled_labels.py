@@ -6,7 +6,7 @@ that computes it, or on the number of samples in a forward pass.
 
 from __future__ import annotations
 
-__all__ = ["UnlabeledBatch", "UnlabeledBatches", "draw_labels"]
+__all__ = ["UnlabeledBatch", "UnlabeledBatches", "count_labels", "draw_labels"]
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.batches import Batches
@@ -130,6 +131,26 @@ def draw_labels(
     if hasattr(batch, "_fields"):
         return type(batch)(inputs, chosen)
     return type(batch)((inputs, chosen))
+
+
+def count_labels(batch: Any) -> int:
+    """Count the labels that are drawn for a batch.
+
+    Args:
+        batch: ``(inputs, labels)``; int64 labels ``[n, ...]``, for a sequence or an image
+            several for each sample. Negative labels (ignored positions) do not count.
+
+    Returns:
+        Their number; for a batch of another form the length of its first tensor.
+    """
+    try:
+        _, labels = _inputs_and_labels(batch)
+    except PruningError:
+        lengths = (
+            len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()
+        )
+        return next(lengths, 1)
+    return max(1, int((labels >= 0).sum()))
 
 
 def _method(model: nn.Module) -> Callable[[Any], Any] | None:

@@ -9,6 +9,7 @@ __all__ = [
     "Search",
     "StructureConfig",
     "StructureKind",
+    "Trace",
 ]
 
 import math
@@ -25,12 +26,14 @@ from lightning_woodfisher.base.errors import (
     require_patterns,
 )
 
-ScoringMethod = Literal["sosp_i", "sosp_h", "hap", "magnitude", "random"]
+ScoringMethod = Literal["diagonal", "sosp_i", "sosp_h", "hap", "magnitude", "random"]
 #: The entries of the vector θ_s of a structure: ``conv`` for filter and bias, ``bn`` for
-#: weight and bias of the norms that follow, ``conv+bn`` for both.
+#: weight and bias of the norms that follow (filter and bias in a group without norms),
+#: ``conv+bn`` for both.
 StructureKind = Literal["conv", "bn", "conv+bn"]
 ScoreLabels = Literal["sampled", "true", "logits"]
-Search = Literal["greedy", "rowsum"]
+Search = Literal["greedy", "signed", "rowsum"]
+Trace = Literal["hutchinson", "gauss_newton"]
 Measure = Literal["structures", "parameters", "macs"]
 
 
@@ -39,22 +42,27 @@ class StructureConfig:
     """Settings of structured pruning: how structures are scored and chosen.
 
     Args:
-        method: ``"sosp_i"`` and ``"sosp_h"`` (SOSP, with the correlations between all
-            structures), ``"hap"`` (trace of the Hessian), or one of the baselines
-            ``"magnitude"`` and ``"random"``.
+        method: ``"diagonal"`` (each structure removed alone), ``"sosp_i"`` and
+            ``"sosp_h"`` (SOSP, with the correlations between all structures), ``"hap"``
+            (trace of the Hessian), or one of the baselines ``"magnitude"`` and
+            ``"random"``.
         structure: entries of a structure that are scored: ``"conv"``, ``"bn"`` or
             ``"conv+bn"``.
         num_samples: number of samples that the scores are computed on.
         batch_size: largest number of samples in one forward pass.
-        labels: labels for SOSP-I: ``"sampled"`` draws them from the model, which gives an
-            unbiased estimate of the Gauss-Newton matrix; ``"true"`` gives the empirical
-            Fisher; ``"logits"`` gives the exact Gauss-Newton matrix of the softmax
-            cross-entropy, with one backward pass for each class. Other methods use the
-            labels of the data.
+        labels: labels for ``"diagonal"`` and SOSP-I: ``"sampled"`` draws them from the
+            model, which gives an unbiased estimate of the Gauss-Newton matrix (if the loss
+            is the mean over all labels); ``"true"`` gives the empirical Fisher;
+            ``"logits"`` gives the exact Gauss-Newton matrix of the softmax cross-entropy,
+            with one backward pass for each class. Other methods use the labels of the data.
         search: search for SOSP-I: ``"greedy"`` removes one structure after the other,
+            ``"signed"`` does so with the signs of the correlations, which may cancel;
             ``"rowsum"`` ranks all structures once.
-        probes: largest number of probes for HAP's trace; fewer are used once the ranking
-            is stable.
+        trace: HAP's trace: ``"hutchinson"`` is that of the Hessian by random signs, as
+            published; ``"gauss_newton"`` is that of the Gauss-Newton matrix by labels that
+            are drawn from the model, with less noise and a fraction of the time.
+        probes: largest number of random signs for ``trace="hutchinson"``; fewer are used
+            once the ranking is stable, and a warning says if many more are needed.
         measure: what the target is a share of: ``"macs"`` (multiply-accumulates, half the
             FLOPs), ``"parameters"`` or ``"structures"`` (channels).
         per_cost: divide the score of a structure by what it costs in the dense network, in
@@ -78,6 +86,7 @@ class StructureConfig:
     batch_size: int = 128
     labels: ScoreLabels = "sampled"
     search: Search = "greedy"
+    trace: Trace = "hutchinson"
     probes: int = 300
     measure: Measure = "macs"
     per_cost: bool = False
@@ -95,6 +104,7 @@ class StructureConfig:
         require_choice("structure", self.structure, get_args(StructureKind))
         require_choice("labels", self.labels, get_args(ScoreLabels))
         require_choice("search", self.search, get_args(Search))
+        require_choice("trace", self.trace, get_args(Trace))
         require_choice("measure", self.measure, get_args(Measure))
         for name in ("num_samples", "batch_size", "min_kept", "round_to"):
             require_integer(name, getattr(self, name), least=1)

@@ -134,9 +134,9 @@ def _count_macs(
     # The size of a batch of a stream is known once it is read.
     samples = batches.size or next((len(t) for t in tensors_in(batch) if t.dim()), 1)
     numbers = comm.gather_numbers([samples, total, *flops.values()])[0]
-    total, *each = (number / numbers[0] / 2 for number in numbers[1:])
+    left, *each = (number / numbers[0] / 2 for number in numbers[1:])
     by_name = {name: macs for name, macs in zip(flops, each, strict=True) if macs}
-    return total - sum(by_name.values()), by_name
+    return left - sum(by_name.values()), by_name
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ __all__ = [
 ]
 
 import dataclasses
+import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +45,7 @@ from lightning_woodfisher.structured.scores.evaluation import (
     Evaluation,
     calibration_batches,
 )
+from lightning_woodfisher.structured.scores.hap import count_probes
 from lightning_woodfisher.structured.scores.methods import (
     StructureScores,
     score_structures,
@@ -52,6 +55,7 @@ from lightning_woodfisher.structured.selection import (
     additive_scores,
     select_count,
     select_for_size,
+    structure_costs,
 )
 from lightning_woodfisher.structured.shrink.implanted_conv import implant_masks
 from lightning_woodfisher.structured.shrink.implants import (
@@ -62,6 +66,9 @@ from lightning_woodfisher.structured.shrink.implants import (
 from lightning_woodfisher.structured.tracing import trace_groups
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.rollback import rollback_on_error
+
+# Correlation between halves of the probes below which a warning is given.
+_LOW_AGREEMENT = 0.9
 
 
 def require_target(target: float) -> None:
@@ -129,6 +136,7 @@ class StructurePruner:
                 size = self._size(source, seed)
             with clock("score"):
                 scores = score_structures(source, self.groups, config, self.comm)
+            self._warn_of_noise(scores)
             with clock("select"):
                 removed, implanted = self._choose(scores, size, target)
             with clock("measure"):
@@ -197,6 +205,21 @@ class StructurePruner:
             with source.session("eval"):
                 calibration_batches(source, self.config, self.config.seed)
 
+    def _warn_of_noise(self, scores: StructureScores) -> None:
+        """Warn of a ranking that depends on the random signs of the probes."""
+        agreement = scores.notes.get("probe_agreement", 1.0)
+        if agreement >= _LOW_AGREEMENT or self.comm.rank:
+            return
+        probes = int(scores.notes["probes"])
+        needed = count_probes(probes, agreement)
+        more = f"about {needed:,.0f}" if math.isfinite(needed) else "many times more"
+        warnings.warn(
+            f"the scores of two halves of HAP's {probes} probes have a rank correlation of "
+            f"{agreement:.2f}, so the choice of channels is mostly noise; {more} probes "
+            "would settle it (0.99). Use trace='gauss_newton', or raise probes.",
+            stacklevel=2,
+        )
+
     def _size(self, source: LossSource, seed: int) -> NetworkSize:
         return NetworkSize(source, self.groups, self.comm, seed, self.implantable)
 
@@ -218,7 +241,8 @@ class StructurePruner:
             count = round(target * sum(group.size for group in groups))
             values = additive_scores(scores, groups, config, count)
             return divide(select_count(groups, values, count, config, earlier))
-        values = additive_scores(scores, groups, config)
+        costs = structure_costs(groups, size, config)
+        values = additive_scores(scores, groups, config, costs=costs)
         return divide(
             select_for_size(groups, values, size, target, config, earlier, divide)
         )

@@ -8,7 +8,13 @@ and structures.
 
 from __future__ import annotations
 
-__all__ = ["GroupIndices", "additive_scores", "select_count", "select_for_size"]
+__all__ = [
+    "GroupIndices",
+    "additive_scores",
+    "select_count",
+    "select_for_size",
+    "structure_costs",
+]
 
 import bisect
 import math
@@ -32,27 +38,33 @@ def additive_scores(
     groups: Sequence[Group],
     config: StructureConfig,
     count: int | None = None,
+    costs: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Turn scores of pairs into scores of structures that add up.
+    """Turn scores of pairs into scores of structures that add up, and divide by costs.
 
     Args:
-        scores: from any method; scores without pairs are returned unchanged.
+        scores: from any method.
         groups: the groups of structures.
-        config: search and limits. ``search="greedy"`` scores a structure by what it adds to
-            those removed before, ``"rowsum"`` by its row of A.
+        config: search and limits. ``search="greedy"`` and ``"signed"`` score a structure by
+            what it adds to those removed before, ``"rowsum"`` by its row of A.
         count: largest number of structures that will be removed, if it is known.
+        costs: what one structure of each group costs: the greedy solution of a knapsack
+            problem. None for equal costs.
 
     Returns:
         float64 ``[group.size]`` for each group; infinite for structures that the greedy
         search has not removed.
     """
     if scores.pairs is None or config.search == "rowsum":
-        return scores.values
+        weights = [1] * len(groups) if costs is None else costs
+        return tuple(v / w for v, w in zip(scores.values, weights, strict=True))
     sizes = [group.size for group in groups]
     # With round_to the choice may need more structures than the first ones.
     steps = count if config.round_to == 1 else None
     most = [config.max_removable(size) for size in sizes]
-    return torch.split(scores.pairs.greedy(sizes, most, steps), sizes)
+    is_signed = config.search == "signed"
+    added = scores.pairs.greedy(sizes, most, steps, costs=costs, signed=is_signed)
+    return torch.split(added, sizes)
 
 
 def select_count(
@@ -89,6 +101,28 @@ def select_count(
     return choices.removed(min(choices.counts, key=lambda k: (abs(k - count), -k)))
 
 
+def structure_costs(
+    groups: Sequence[Group], size: NetworkSize, config: StructureConfig
+) -> list[int] | None:
+    """Compute what one structure of each group costs in the dense network.
+
+    Args:
+        groups: the groups of structures.
+        size: counts what is left of the network.
+        config: the measure.
+
+    Returns:
+        At least 1 for each group; None without ``config.per_cost``.
+    """
+    if not config.per_cost:
+        return None
+    count_left = size.parameters if config.measure == "parameters" else size.macs
+    first = torch.tensor([0])
+    return [
+        max(1, count_left({}) - count_left({group.name: first})) for group in groups
+    ]
+
+
 def select_for_size(
     groups: Sequence[Group],
     scores: Sequence[Tensor],
@@ -102,9 +136,7 @@ def select_for_size(
 
     Args:
         groups: the groups of structures.
-        scores: ``[group.size]`` for each group; the lowest are removed. With
-            ``config.per_cost`` they are divided by what one structure costs, the greedy
-            solution of a knapsack problem.
+        scores: ``[group.size]`` for each group; the lowest are removed.
         size: counts what is left of the network.
         target: share of the parameters or multiply-accumulates (``config.measure``) to
             remove, in [0, 1).
@@ -121,10 +153,6 @@ def select_for_size(
     """
     count_left = size.parameters if config.measure == "parameters" else size.macs
     dense = count_left({})
-    if config.per_cost:
-        first = torch.tensor([0])
-        costs = [max(1, dense - count_left({group.name: first})) for group in groups]
-        scores = [s.double() / cost for s, cost in zip(scores, costs, strict=True)]
     choices = _Choices(groups, scores, config, removed_before or {})
     counts = choices.counts
 

@@ -435,11 +435,13 @@ def test_layers_with_computed_weights_stay() -> None:
     assert producers(traced) == {"2": (6, {"2"})}
     assert "computed from other tensors" in traced.left_out["0"]
     assert "computed from other tensors" in traced.left_out["1"]
-    size = network_size(model, traced.groups, lambda: model(pixels))
+    size = network_size(model, traced.groups, lambda: model(pixels), len(pixels))
     removed = {"2": torch.tensor([0, 3])}
-    # 6 · 6 positions of 3 · 9 weights and 2 · 2 of 8 · 9, and one of the last layer's.
-    assert size.dense_macs == 36 * 6 * 27 + 4 * 6 * 72 + 6 * 4
-    assert size.macs(removed) == 36 * 6 * 27 + 4 * 4 * 72 + 4 * 4
+    # 6 · 6 positions of 3 · 9 weights, 4 · 4 of the computed weight's 6 · 9 and 2 · 2 of
+    # 8 · 9, and one of the last layer's.
+    stays = 36 * 6 * 27 + 16 * 8 * 54
+    assert size.dense_macs == stays + 4 * 6 * 72 + 6 * 4
+    assert size.macs(removed) == stays + 4 * 4 * 72 + 4 * 4
     assert size.parameters(removed) == size.dense_parameters - 2 * (72 + 1 + 4)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.structured.graph.groups import zero_structures
 from lightning_woodfisher.structured.selection import select_count, select_for_size
 from lightning_woodfisher.structured.shrink.removal import shrink
+
+# Few probes keep the tests quick.
+pytestmark = pytest.mark.filterwarnings("ignore:the scores of two halves:UserWarning")
 
 
 def settings(**options: Any) -> StructureConfig:
@@ -296,6 +300,14 @@ def test_sizes_keep_what_is_gone() -> None:
     removed = select_for_size(groups, scores, size, 0.5, removed_before=earlier)
     assert 3 in removed["stem"].tolist()
     assert size.macs(removed) <= 0.5 * size.dense_macs
+
+
+def test_few_probes_are_reported() -> None:
+    config = {"method": "hap", "probes": 4, "seed": 1}
+    with pytest.warns(UserWarning, match=r"HAP's 4 probes .* probes would settle it"):
+        report, _ = prune(make_residual(), 0.3, config=config)
+    assert report.notes["probe_agreement"] < 0.9
+    assert "NaN" not in json.dumps(report.to_dict())
 
 
 def test_a_cost_needs_a_target_that_costs() -> None:

@@ -32,11 +32,12 @@ from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group, Member
 from lightning_woodfisher.structured.network_cost import NetworkSize
 from lightning_woodfisher.structured.scores.methods import StructureScores
-from lightning_woodfisher.structured.scores.sosp_i import PairScores
+from lightning_woodfisher.structured.scores.sosp import PairScores
 from lightning_woodfisher.structured.selection import (
     additive_scores,
     select_count,
     select_for_size,
+    structure_costs,
 )
 
 NO_FLOOR = StructureConfig(min_kept=1, min_kept_share=0.0)
@@ -201,8 +202,13 @@ def objective(pairs: PairScores, chosen: Sequence[int] | Tensor) -> float:
     return float(dense_matrix(pairs)[members][:, members].sum())
 
 
-def slow_greedy(matrix: Tensor, sizes: Sequence[int], most: Sequence[int]) -> list[int]:
-    """Try every structure for every step and keep the set with the least objective."""
+def slow_greedy(
+    matrix: Tensor,
+    sizes: Sequence[int],
+    most: Sequence[int],
+    costs: Sequence[int] = (1, 1, 1),
+) -> list[int]:
+    """Try every structure for every step; take the one that adds the least per cost."""
     group_of = [g for g, size in enumerate(sizes) for _ in range(size)]
     found: list[int] = []
     for _ in range(sum(most)):
@@ -212,8 +218,13 @@ def slow_greedy(matrix: Tensor, sizes: Sequence[int], most: Sequence[int]) -> li
             if s not in found
             and sum(group_of[f] == group_of[s] for f in found) < most[group_of[s]]
         ]
-        costs = [float(matrix[[*found, s]][:, [*found, s]].sum()) for s in free]
-        found.append(free[min(range(len(free)), key=costs.__getitem__)])
+        before = float(matrix[found][:, found].sum())
+        added = [
+            (float(matrix[[*found, s]][:, [*found, s]].sum()) - before)
+            / costs[group_of[s]]
+            for s in free
+        ]
+        found.append(free[min(range(len(free)), key=added.__getitem__)])
     return found
 
 
@@ -232,6 +243,26 @@ def test_greedy_adds_the_least_each_time(seed: int) -> None:
     assert float(whole[order].sum()) == pytest.approx(objective(pairs, order))
     assert torch.equal(whole[order].sort().values, whole[order])
     assert whole.isinf().sum() == 6
+
+
+@pytest.mark.parametrize("costs", [(1, 1, 1), (7, 2, 30)])
+@pytest.mark.parametrize("search", ["greedy", "signed"])
+@pytest.mark.parametrize("seed", range(3))
+def test_searches_take_what_adds_the_least_per_cost(
+    seed: int, search: Any, costs: tuple[int, ...]
+) -> None:
+    pairs, sizes = pairs_of(seed), [3, 4, 5]
+    groups, config = bare(sizes), StructureConfig(search=search)
+    matrix = dense_matrix(pairs)
+    if search == "signed":
+        signed = 0.5 * pairs.rows.T @ pairs.rows / pairs.samples
+        matrix = signed + torch.diag(pairs.first_order)
+    order = slow_greedy(matrix, sizes, [1, 2, 3], costs)
+    scores = StructureScores(torch.split(pairs.row_sums(), sizes), pairs)
+    additive = additive_scores(scores, groups, config, costs=costs)
+    for count in range(7):
+        removed = select_count(groups, additive, count)
+        assert chosen(groups, removed) == sorted(order[:count])
 
 
 def test_greedy_with_multiples_keeps_them() -> None:
@@ -399,15 +430,20 @@ def test_scores_per_cost_take_what_saves_most() -> None:
     left = [size.parameters(first) for first in firsts]
     assert [size.dense_parameters - number for number in left] == [63, 54]
     scores = [torch.full((4,), 1.0), torch.full((6,), 0.8)]
-    plain = select_for_size(groups, scores, size, 0.1)
-    assert [len(plain[name]) for name in "01"] == [0, 1]
-    per_cost = StructureConfig(per_cost=True)
-    ratio = select_for_size(groups, scores, size, 0.1, per_cost)
-    assert [len(ratio[name]) for name in "01"] == [1, 0]
+
+    def numbers(**options: Any) -> list[int]:
+        config = StructureConfig(**options)
+        costs = structure_costs(groups, size, config)
+        values = additive_scores(
+            StructureScores(tuple(scores)), groups, config, 1, costs
+        )
+        removed = select_for_size(groups, values, size, 0.1, config)
+        return [len(removed[name]) for name in "01"]
+
+    assert numbers() == [0, 1]
+    assert numbers(per_cost=True) == [1, 0]
     # 1 / 63 > 0.8 / 54, so by parameters the order is that of the scores.
-    per_cost = StructureConfig(per_cost=True, measure="parameters")
-    left = select_for_size(groups, scores, size, 0.1, per_cost)
-    assert [len(left[name]) for name in "01"] == [0, 1]
+    assert numbers(per_cost=True, measure="parameters") == [0, 1]
 
 
 def test_sizes_below_the_floors_are_named() -> None:

@@ -6,9 +6,10 @@ batches into order before anything is added, so that no sum depends on R.
 
 from __future__ import annotations
 
-__all__ = ["Evaluation", "calibration_batches"]
+__all__ = ["Evaluation", "calibration_batches", "second_derivatives"]
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -24,15 +25,20 @@ from lightning_woodfisher.data.losses import (
     differentiable_loss,
     lower_loss_scale,
 )
-from lightning_woodfisher.data.sampled_labels import UnlabeledBatches
+from lightning_woodfisher.data.sampled_labels import (
+    UnlabeledBatch,
+    UnlabeledBatches,
+    count_labels,
+)
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.gradients.hessian_rows import twice_differentiable
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.scores.vectors import StructureVectors
 
-# Takes the function that computes the loss, and its scale; returns rows [r, width].
-ComputeRows = Callable[[Callable[[], Tensor], float], Tensor]
+# Takes the function that computes the loss, its scale and the number of labels of the
+# batch; returns rows [r, width].
+ComputeRows = Callable[[Callable[[], Tensor], float, int], Tensor]
 
 
 class Evaluation:
@@ -46,6 +52,7 @@ class Evaluation:
 
     Attributes:
         source: as given.
+        groups: as given.
         config: as given.
         vectors: the vectors θ_s of the structures.
     """
@@ -59,6 +66,7 @@ class Evaluation:
     ) -> None:
         self.source = source
         self.config = config
+        self.groups = groups
         self.vectors = StructureVectors(source.model, groups, config.structure)
         self._comm = comm
         self._seed = derive_seed(config.seed, "structures")
@@ -82,32 +90,45 @@ class Evaluation:
             yield
 
     def compute_rows(
-        self, compute: ComputeRows, width: int, *, sample_labels: bool = False
+        self,
+        compute: ComputeRows,
+        width: int,
+        *,
+        draw_labels: bool = False,
+        batch_size: int | None = None,
     ) -> Tensor:
         """Compute rows for each batch, shared by the ranks.
 
         Args:
             compute: takes a function that runs the model on the batch and returns its mean
-                loss, and the scale to multiply the loss by; returns a float64 tensor
-                ``[r, width]`` that is linear in the scale.
+                loss, the scale to multiply the loss by, and the number of labels of the
+                batch; returns a float64 tensor ``[r, width]`` that is linear in the scale.
             width: length of a row.
-            sample_labels: draw the labels from the predictions of the model.
+            draw_labels: draw the labels from the predictions of the model.
+            batch_size: largest number of samples in a batch, if it is less than that of the
+                settings and the data can be grouped anew.
 
         Returns:
             float64 ``[M, width]`` on the CPU, the rows of all batches in order, equal on
             every rank.
         """
-        batches = calibration_batches(self.source, self.config, self._seed)
-        if sample_labels:
+        config = self.config
+        batches = calibration_batches(self.source, config, self._seed)
+        # A stream has batches of a size of its own.
+        if batch_size is not None and batches.size is not None:
+            size = min(batch_size, config.batch_size)
+            config = dataclasses.replace(config, batch_size=size)
+            batches = calibration_batches(self.source, config, self._seed)
+        if draw_labels:
             batches = UnlabeledBatches(batches, self._seed, self.source.model)
-        comm, count = self._comm, self.config.num_batches
+        comm, count = self._comm, config.num_batches
         own = comm.run_together(
             lambda: {
                 index: self._rows_of_batch(batches, index, compute)
                 for index in range(comm.rank, count, comm.world_size)
             }
         )
-        return self._gather(own, width)
+        return self._gather(own, count, width)
 
     def _rows_of_batch(
         self, batches: Batches, index: int, compute: ComputeRows
@@ -123,9 +144,12 @@ class Evaluation:
             _require_evaluation_mode(self.source.model)
             return value
 
+        labels = count_labels(
+            batch.batch if isinstance(batch, UnlabeledBatch) else batch
+        )
         while True:
             with seeded(derive_seed(self._seed, "loss", index)):
-                rows = compute(loss, scale) / scale
+                rows = compute(loss, scale, labels) / scale
             if bool(rows.isfinite().all()):
                 return rows.cpu()
             # float16 has overflowed under the scale of the GradScaler.
@@ -138,9 +162,9 @@ class Evaluation:
             scale = lower
 
     @torch.no_grad()
-    def _gather(self, own: dict[int, Tensor], width: int) -> Tensor:
+    def _gather(self, own: dict[int, Tensor], count: int, width: int) -> Tensor:
         """Gather the rows of all batches on every rank, in order."""
-        comm, count = self._comm, self.config.num_batches
+        comm = self._comm
         found = {index: float(len(rows)) for index, rows in own.items()}
         lengths = [int(length) for length in comm.gather_in_order(found, count)]
         ranks = range(comm.world_size)
@@ -178,6 +202,29 @@ def calibration_batches(
         raise ConfigurationError(
             f"num_samples={config.num_samples} ({count} batches of {size}) is more than "
             f"the data provides; lower num_samples. {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Explain why a loss cannot be differentiated twice.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        PruningError: in place of the error of autograd.
+        OutOfMemoryError: as it is.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, PruningError):
+        raise
+    except RuntimeError as error:
+        raise PruningError(
+            "the loss cannot be differentiated twice, which methods 'sosp_h' and 'hap' "
+            "with trace='hutchinson' need; use method='sosp_i' or trace='gauss_newton': "
+            f"{error}"
         ) from error
 
 

@@ -1,7 +1,9 @@
 """Score structures by one of the methods: the expected rise of the loss on removal.
 
 =============  ===========================================================================
-``sosp_i``     pairs of structures by the Gauss-Newton matrix: :mod:`.sosp_i`
+``diagonal``   ``½ Q_ss + |θ_s·g|``: each structure removed alone, the diagonal of SOSP-I's
+               matrix. An addition of ours, published by nobody that we know of.
+``sosp_i``     pairs of structures by the Gauss-Newton matrix: :mod:`.sosp`
 ``sosp_h``     ``|θ_s·g| + ½|θ_s·(H Σ_s' θ_s')|`` (SOSP; Nonnenmacher et al. 2022)
 ``hap``        ``Σ_layers Tr(H_cc) / p_c · ‖w_c‖²`` (HAP; Yu et al. 2022)
 ``magnitude``  root of the mean over layers of the squared L2 norm; not divided by the
@@ -31,12 +33,13 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.scores.evaluation import Evaluation
-from lightning_woodfisher.structured.scores.hessian_products import (
-    score_hap,
+from lightning_woodfisher.structured.scores.hap import score_hap
+from lightning_woodfisher.structured.scores.sosp import (
+    PairScores,
+    score_pairs,
     score_sosp_h,
 )
-from lightning_woodfisher.structured.scores.sosp_i import PairScores, score_pairs
-from lightning_woodfisher.structured.scores.vectors import ROLES
+from lightning_woodfisher.structured.scores.vectors import scored_members
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +50,8 @@ class StructureScores:
         values: float64 ``[group.size]`` for each group, on the CPU; for SOSP-I the row
             sums of A.
         pairs: the matrix A for SOSP-I, otherwise None.
-        notes: numbers for the report: ``share_negative``, and for HAP ``probes`` and
-            ``probe_agreement``.
+        notes: numbers for the report: ``share_negative``, and for HAP with random signs
+            ``probes`` and ``probe_agreement`` (left out if all scores are equal).
     """
 
     values: tuple[Tensor, ...]
@@ -74,7 +77,7 @@ def score_structures(
         The scores.
 
     Raises:
-        PruningError: if a score is not finite, or the ranks differ.
+        PruningError: if a score is not finite, all are zero, or the ranks differ.
     """
     comm = comm or Communicator()
     evaluation = Evaluation(source, groups, config, comm)
@@ -86,25 +89,35 @@ def score_structures(
         generator = torch.Generator().manual_seed(seed)
         values = torch.rand(vectors.size, generator=generator, dtype=torch.float64)
     elif config.method == "magnitude":
-        roles = ROLES[config.structure]
-        layers = [len({m.module for m in g.of_role(*roles)}) for g in groups]
+        layers = [
+            len({m.module for m in scored_members(group, config.structure)})
+            for group in groups
+        ]
         squares = vectors.inner_products(vectors.parameters).cpu()
         values = (
             squares / torch.tensor(layers).repeat_interleave(torch.tensor(sizes))
         ).sqrt()
     else:
         with evaluation.session():
-            if config.method == "sosp_i":
+            if config.method == "diagonal":
+                values = score_pairs(evaluation).diagonal()
+            elif config.method == "sosp_i":
                 pairs = score_pairs(evaluation)
                 values = pairs.row_sums()
             elif config.method == "sosp_h":
                 values = score_sosp_h(evaluation)
             else:
                 seed = derive_seed(config.seed, "hap")
-                values, notes = score_hap(evaluation, config.probes, seed)
+                values, notes = score_hap(evaluation, seed)
     if not bool(values.isfinite().all()):
         raise PruningError(
             f"method={config.method!r} computed scores that are not finite"
+        )
+    if not bool(values.any()):
+        raise PruningError(
+            f"method={config.method!r} computed zero for all structures, so they cannot be "
+            "ranked: the loss does not depend on them, as below a layer that is initialized "
+            "with zeros; train first, or use method='magnitude'"
         )
     comm.require_equal(values, "the scores of structures")
     notes["share_negative"] = float((values < 0).double().mean())

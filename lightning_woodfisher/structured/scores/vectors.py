@@ -7,7 +7,7 @@ Shapes: S structures of all groups, in order of the groups; P parameters.
 
 from __future__ import annotations
 
-__all__ = ["ROLES", "ParameterSlices", "StructureVectors", "sum_products"]
+__all__ = ["ParameterSlices", "StructureVectors", "scored_members", "sum_products"]
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,24 @@ from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.structured.config import StructureKind
 from lightning_woodfisher.structured.graph.groups import Group, Member, Role
 
-#: The roles of the entries that make up a structure.
-ROLES: dict[StructureKind, tuple[Role, ...]] = {
+_ROLES: dict[StructureKind, tuple[Role, ...]] = {
     "conv": ("producer", "bias"),
     "bn": ("norm",),
     "conv+bn": ("producer", "bias", "norm"),
 }
+
+
+def scored_members(group: Group, kind: StructureKind) -> tuple[Member, ...]:
+    """Find the entries that make up the structures of a group.
+
+    Args:
+        group: the group.
+        kind: which entries are wanted.
+
+    Returns:
+        Its members of these roles; the filters of a group without norms for ``"bn"``.
+    """
+    return group.of_role(*_ROLES[kind]) or group.of_role(*_ROLES["conv"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +78,8 @@ class StructureVectors:
         size: S.
 
     Raises:
-        ConfigurationError: if there are no groups, two groups have the same name, a group
-            has no such entry, or a group does not fit the model.
+        ConfigurationError: if there are no groups, two groups have the same name, or a
+            group does not fit the model.
     """
 
     def __init__(
@@ -82,13 +94,7 @@ class StructureVectors:
         self.size = 0
         unique: dict[int, Tensor] = {}
         for group in groups:
-            members = group.of_role(*ROLES[kind])
-            if not any(member.role in {"producer", "norm"} for member in members):
-                raise ConfigurationError(
-                    f"structure={kind!r}: group {group.name!r} has no such layer; use "
-                    "structure='conv' or 'conv+bn', or exclude the group."
-                )
-            for member in members:
+            for member in scored_members(group, kind):
                 owners = member.structure_of.cpu()
                 parameter = member.find_in(model)
                 unique[id(parameter)] = parameter
@@ -129,7 +135,7 @@ class StructureVectors:
 
 def sum_products(
     slices: Iterable[ParameterSlices],
-    left: Sequence[Tensor],
+    left: Sequence[Tensor | None],
     right: Sequence[Tensor | None],
     size: int,
 ) -> Tensor:
@@ -137,19 +143,20 @@ def sum_products(
 
     Args:
         slices: where the entries of the structures are.
-        left: one tensor for each parameter.
-        right: one tensor for each parameter; None for zeros.
+        left: one tensor for each parameter; None for zeros.
+        right: the same.
         size: length of the result.
 
     Returns:
         float64 ``[size]``, on the device of the vectors, by ``structure_of`` of the slices.
     """
-    result = torch.zeros(size, dtype=torch.float64, device=left[0].device)
+    device = next((t.device for t in left if t is not None), torch.device("cpu"))
+    result = torch.zeros(size, dtype=torch.float64, device=device)
     for one in slices:
-        other = right[one.parameter]
-        if other is not None:
+        first, second = left[one.parameter], right[one.parameter]
+        if first is not None and second is not None:
             # The graph of a gradient must not be kept alive.
-            values = left[one.parameter].detach().double() * other.detach().double()
+            values = first.detach().double() * second.detach().double()
             rest = [dim for dim in range(values.dim()) if dim != one.axis]
             sums = values.sum(rest) if rest else values
             result.index_add_(0, one.owners, sums[one.where])

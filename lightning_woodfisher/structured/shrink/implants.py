@@ -170,7 +170,7 @@ def _fit_least_squares(
             products = torch.cat([x.T @ x, x.T @ y], dim=1)
             sums.add_(products.flatten().cpu())
 
-    def compute(loss: Any, scale: float) -> Tensor:
+    def compute(loss: Any, scale: float, labels: int) -> Tensor:
         sums.zero_()
         loss()
         return sums.unsqueeze(0) * scale

@@ -1,0 +1,197 @@
+"""Gates: a factor α_s = 1 on everything that a structure sends to the next layers.
+
+The output of a layer is linear in its weights, channel by channel. So multiplying the
+outputs of all layers of structure s by α_s multiplies its weights θ_s by α_s, and
+derivatives with respect to the gates are those along the vectors θ_s:
+
+    ∂L/∂α_s = θ_s·g      ∂²L/∂α_s∂α_s' = θ_sᵀHθ_s'
+
+One backward pass to the gates gives them for all structures. No gradient of a weight is
+computed, and with one gate for each sample the pass gives θ_s·∂ℓ_n/∂θ of every sample n.
+Shapes: n samples of a batch, S structures, C channels of a layer.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Gates"]
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.data.losses import differentiate, refuse_checkpoints
+from lightning_woodfisher.structured.config import StructureKind
+from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.scores.vectors import scored_members
+
+_CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm)
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
+
+
+class Gates:
+    """One gate for each structure, or one for each structure and sample.
+
+    Args:
+        model: the network.
+        groups: its groups.
+        kind: the entries of a structure: the layers that get gates.
+        per_sample: whether every sample has gates of its own.
+
+    Attributes:
+        size: S.
+
+    Raises:
+        ConfigurationError: for a layer whose output is not known to be linear in its
+            weights, channel by channel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        kind: StructureKind,
+        *,
+        per_sample: bool = False,
+    ) -> None:
+        self._model = model
+        self._per_sample = per_sample
+        self.size = sum(group.size for group in groups)
+        self._owners = _find_owners(model, groups, kind, self.size)
+        self._factors: Tensor | None = None
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Put the gates into the model, and freeze its weights.
+
+        Enter it inside a session, which restores the flags of the weights.
+
+        Yields:
+            Nothing.
+        """
+        for parameter in self._model.parameters():
+            parameter.requires_grad_(False)
+        with contextlib.ExitStack() as hooks:
+            for name, owners in self._owners.items():
+                layer = self._model.get_submodule(name)
+                # Before other hooks, which may replace the output.
+                hook = layer.register_forward_hook(
+                    self._make_hook(owners), prepend=True
+                )
+                hooks.enter_context(hook)
+            yield
+
+    def run(self, loss: Callable[[], Tensor]) -> Tensor:
+        """Compute a loss with new gates.
+
+        Args:
+            loss: runs the model.
+
+        Returns:
+            The loss, with a graph that begins at the gates.
+        """
+        self._factors = None
+        return loss()
+
+    def derivatives(
+        self, value: Tensor, direction: Tensor | None = None, **options: bool
+    ) -> Tensor:
+        """Differentiate with respect to the gates of the last :meth:`run`.
+
+        Args:
+            value: computed in that run, or its derivatives with ``create_graph=True``.
+            direction: factors of the elements of the value; None for a scalar.
+            options: ``create_graph`` and ``retain_graph`` of ``torch.autograd.grad``.
+
+        Returns:
+            float64 ``[n, S]``, or ``[1, S]`` with the same gates for all samples.
+        """
+        refuse_checkpoints(value)
+        if self._factors is None or not value.requires_grad:
+            # Derivatives that are constant, or a network that calls none of the layers.
+            return torch.zeros(1, self.size, dtype=torch.float64, device=value.device)
+        (found,) = differentiate(value, [self._factors], direction, **options)
+        if found is None:
+            found = torch.zeros_like(self._factors)
+        return found[:, :-1]
+
+    def _make_hook(self, owners: Tensor) -> Callable[..., Tensor | None]:
+        def hook(module: Any, inputs: Any, output: Tensor) -> Tensor | None:
+            # Gates of 1 change nothing while labels are drawn.
+            if not torch.is_grad_enabled():
+                return None
+            samples = len(output) if self._per_sample else 1
+            if self._factors is None:
+                # The last one stays 1, for channels without a structure.
+                shape = samples, self.size + 1
+                self._factors = torch.ones(
+                    shape, dtype=torch.float64, device=output.device, requires_grad=True
+                )
+            if len(self._factors) != samples:
+                lengths = sorted({samples, len(self._factors)})
+                raise PruningError(
+                    "this method needs layers whose outputs have the samples on the first "
+                    f"axis, but found the lengths {lengths}; use method='sosp_h'"
+                )
+            channel = output.dim() - 1
+            if not isinstance(module, _CHANNELS_LAST):
+                # A convolution may be called with one sample without a batch.
+                is_conv = isinstance(module, _ConvNd)
+                channel = output.dim() - len(module.kernel_size) - 1 if is_conv else 1
+            sizes = [1] * output.dim()
+            sizes[0], sizes[channel] = samples, len(owners)
+            dtype = torch.promote_types(output.dtype, torch.float32)
+            factors = self._factors.index_select(1, owners).to(dtype).view(sizes)
+            return (output.to(dtype) * factors).to(output.dtype)
+
+        return hook
+
+
+def _find_owners(
+    model: nn.Module, groups: Sequence[Group], kind: StructureKind, size: int
+) -> dict[str, Tensor]:
+    """Find the structure of every output channel of the layers.
+
+    Returns:
+        int64 ``[C]`` by name of the layer; S for channels without a structure.
+    """
+    tensors: dict[str, dict[str, Tensor]] = {}
+    first = 0
+    for group in groups:
+        for member in scored_members(group, kind):
+            parameter = member.find_in(model)
+            owners = member.structure_of.to(parameter.device)
+            by_tensor = tensors.setdefault(member.module, {})
+            free = torch.full_like(owners, size)
+            known = by_tensor.get(member.tensor, free)
+            by_tensor[member.tensor] = torch.where(owners >= 0, owners + first, known)
+        first += group.size
+    for name, by_tensor in tensors.items():
+        _require_linear(name, model.get_submodule(name), by_tensor)
+    return {name: next(iter(found.values())) for name, found in tensors.items()}
+
+
+def _require_linear(name: str, module: nn.Module, by_tensor: dict[str, Tensor]) -> None:
+    own = {key for key, value in module._parameters.items() if value is not None}
+    maps = list(by_tensor.values())
+    channels = getattr(module, "out_channels", len(maps[0]))
+    is_known = isinstance(module, (*_CHANNELS_SECOND, *_CHANNELS_LAST))
+    is_known &= not (
+        isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1
+    )
+    if (
+        not is_known
+        or own != by_tensor.keys()
+        or channels != len(maps[0])
+        or not all(torch.equal(maps[0], other) for other in maps)
+    ):
+        raise ConfigurationError(
+            f"the channels of {name!r} ({type(module).__name__} with {', '.join(own)}) "
+            "cannot be scored, only output channels of Conv, Linear and norm layers with "
+            "all of their parameters; exclude the layer, or use method='hap'."
+        )
