@@ -43,9 +43,6 @@ from lightning_woodfisher.structured.shrink.removal_check import check_implants
 from lightning_woodfisher.structured.tracing import trace_groups
 from lightning_woodfisher.weights.masks import Masks
 
-# Few probes keep the tests quick.
-pytestmark = pytest.mark.filterwarnings("ignore:the scores of two halves:UserWarning")
-
 CONFIG = StructureConfig(
     method="hap", num_samples=24, batch_size=8, probes=20, min_kept=1
 )

@@ -18,9 +18,6 @@ from lightning_woodfisher.structured.graph.groups import zero_structures
 from lightning_woodfisher.structured.selection import select_count, select_for_size
 from lightning_woodfisher.structured.shrink.removal import shrink
 
-# Few probes keep the tests quick.
-pytestmark = pytest.mark.filterwarnings("ignore:the scores of two halves:UserWarning")
-
 
 def settings(**options: Any) -> StructureConfig:
     return StructureConfig(**{"num_samples": 16, "batch_size": 8, **options})
