@@ -421,7 +421,9 @@ def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
             raise
         raise ConfigurationError(
             f"the loss cannot be computed in evaluation mode ({type(error).__name__}: "
-            f"{error}), but in training mode it can; set fisher.model_mode='train'."
+            f"{error}), but in training mode it can; set fisher.model_mode='train'. "
+            "Channels are scored in evaluation mode only: compute the loss in both modes, "
+            "or prune single weights."
         ) from error
 
 

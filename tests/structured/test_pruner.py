@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_woodfisher import ConfigurationError, StructureConfig, prune_structures
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss
-from lightning_woodfisher.structured.graph.groups import zero_structures
+from lightning_woodfisher.structured.graph.groups import add_prefix, zero_structures
 from lightning_woodfisher.structured.selection import select_count, select_for_size
 from lightning_woodfisher.structured.shrink.removal import shrink
 
@@ -310,3 +310,30 @@ def test_few_probes_are_reported() -> None:
 def test_a_cost_needs_a_target_that_costs() -> None:
     with pytest.raises(ConfigurationError, match="measure='macs' or 'parameters'"):
         settings(per_cost=True, measure="structures")
+
+
+def test_a_loss_of_training_mode_only_is_the_reason() -> None:
+    class Detector(nn.Module):
+        """Returns losses in training mode, as torchvision's detectors do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_residual()
+
+        def forward(self, images: Tensor, labels: Tensor) -> Any:
+            outputs = self.net(images)
+            if self.training:
+                return {"loss": nn.functional.cross_entropy(outputs, labels)}
+            return [{"label": output.argmax()} for output in outputs]
+
+    model = Detector()
+    groups = add_prefix(residual_groups(), "net")
+    with pytest.raises(ConfigurationError, match="Channels are scored in evaluation"):
+        prune_structures(
+            model,
+            images(),
+            lambda model, batch: model(*batch)["loss"],
+            target=0.3,
+            config=settings(),
+            groups=groups,
+        )
