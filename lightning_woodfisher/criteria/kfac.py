@@ -24,6 +24,10 @@ from lightning_woodfisher.weights.patterns import GroupRun, Pattern
 # The joint update is solved to this share of the right-hand side, or with this many steps.
 _RESIDUAL = 1e-9
 _MAX_STEPS = 500
+# The host waits for the device once in so many steps, to see which layers are solved.
+_STEPS_BETWEEN_CHECKS = 10
+# Enough to go from the smallest allowed λ to one that exceeds any factor.
+_MAX_RAISES = 120
 
 
 class KFAC(CompensatingCriterion):
@@ -73,8 +77,8 @@ class KFAC(CompensatingCriterion):
     @override
     def score(self, weights: Tensor) -> Tensor:
         scores = torch.zeros_like(weights)
+        _factorize(self._layers, self.fisher.damping)
         for layer in self._layers:
-            layer.factorize(self.fisher.damping)
             own = weights[layer.columns]
             scores[layer.columns] = saliency(own, layer.inverse_diagonal())
         return scores
@@ -88,11 +92,11 @@ class KFAC(CompensatingCriterion):
 
     def _change(self, weights: Tensor, removed: Tensor, update: Update) -> Tensor:
         change = torch.where(removed, -weights, 0.0)
+        if update == "joint":
+            return change + _minimize(self._layers, change, ~removed)
         for layer in self._layers:
             w, gone = weights[layer.columns], removed[layer.columns]
-            if update == "joint" and bool(gone.any()):
-                change[layer.columns] += layer.minimize(change[layer.columns], ~gone)
-            elif update == "independent":
+            if update == "independent":
                 scaled = torch.where(gone, w / layer.inverse_diagonal(), 0.0)
                 moved = layer.inverse_product(scaled)
                 change[layer.columns] -= torch.where(gone, 0.0, moved)
@@ -133,24 +137,28 @@ class _Layer:
     columns: slice
     damping: float = 0.0
 
-    def factorize(self, damping: float) -> None:
-        """Damp and invert the factors; raise λ until both are positive definite."""
+    def factorize(self) -> Tensor:
+        """Invert the factors, damped by ``damping``.
+
+        Returns:
+            0 if both are positive definite, 1 if not, 2 if one is not finite; int64.
+        """
         a, g = self.factors.inputs, self.factors.outputs
-        if not (bool(a.isfinite().all()) and bool(g.isfinite().all())):
-            raise PruningError("a Kronecker factor is not finite")
-        means = [float(matrix.diagonal().mean()) for matrix in (a, g)]
+        means = torch.stack([a.diagonal().mean(), g.diagonal().mean()])
         # Without inputs or gradients there is no scale by which to split the damping.
-        ratio = math.sqrt(means[0] / means[1]) if min(means) > 0 else 1.0
-        while True:
-            root = math.sqrt(damping)
-            pairs = (_inverse(a, ratio * root), _inverse(g, root / ratio))
-            if pairs[0] is not None and pairs[1] is not None:
-                break
-            damping *= 10.0
-        a.diagonal().add_(ratio * root)
-        g.diagonal().add_(root / ratio)
-        self._inverses = pairs[0], pairs[1]
-        self.damping = damping
+        ratio = torch.where((means > 0).all(), (means[0] / means[1]).sqrt(), 1.0)
+        root = math.sqrt(self.damping)
+        self._added = ratio * root, root / ratio
+        pairs = [_inverse(m, d) for m, d in zip((a, g), self._added, strict=True)]
+        self._inverses = pairs[0][0], pairs[1][0]
+        finite = a.isfinite().all() & g.isfinite().all()
+        failed = (pairs[0][1] != 0) | (pairs[1][1] != 0)
+        return torch.where(finite, failed.long(), 2)
+
+    def damp(self) -> None:
+        """Damp the factors themselves, after they were inverted."""
+        self.factors.inputs.diagonal().add_(self._added[0])
+        self.factors.outputs.diagonal().add_(self._added[1])
 
     def inverse_diagonal(self) -> Tensor:
         """Return diag(F⁻¹)."""
@@ -166,36 +174,6 @@ class _Layer:
         inputs, outputs = self._inverses
         return self._sandwich(outputs, vector, inputs)
 
-    def minimize(self, change: Tensor, kept: Tensor) -> Tensor:
-        """Find the best change of the kept weights, given that of the other weights.
-
-        Solves F_RR x = −F_RS δ_S by conjugate gradients with the preconditioner (F⁻¹)_RR.
-        Each step reduces ½δᵀFδ, so that it may stop after any step.
-
-        Args:
-            change: δ_S, zero on the kept weights.
-            kept: R.
-
-        Returns:
-            x, zero on the other weights.
-        """
-        residual = torch.where(kept, -self.product(change), 0.0)
-        goal = _RESIDUAL * float(residual.norm())
-        solution = torch.zeros_like(change)
-        direction, last = solution, math.inf
-        for _ in range(_MAX_STEPS):
-            if float(residual.norm()) <= goal:
-                break
-            better = torch.where(kept, self.inverse_product(residual), 0.0)
-            energy = float(residual @ better)
-            direction = better + (energy / last) * direction
-            ahead = torch.where(kept, self.product(direction), 0.0)
-            length = energy / float(direction @ ahead)
-            solution = solution + length * direction
-            residual = residual - length * ahead
-            last = energy
-        return solution
-
     def _sandwich(self, left: Tensor, vector: Tensor, right: Tensor) -> Tensor:
         matrix = left.new_zeros(len(left), len(right))
         matrix.view(-1)[self.factors.positions] = vector
@@ -207,9 +185,97 @@ class _Layer:
         return 2 * (self.factors.inputs.nbytes + self.factors.outputs.nbytes)
 
 
-def _inverse(matrix: Tensor, damping: float) -> Tensor | None:
-    """Invert a damped matrix; return None if it is not positive definite."""
+def _factorize(layers: Sequence[_Layer], damping: float) -> None:
+    """Invert the factors of all layers; multiply λ of a layer by ten where necessary.
+
+    Raises:
+        PruningError: if a factor is not finite.
+    """
+    for layer in layers:
+        layer.damping = damping
+    pending = list(layers)
+    for _ in range(_MAX_RAISES):
+        if not pending:
+            break
+        verdicts = torch.stack([layer.factorize() for layer in pending]).tolist()
+        if 2 in verdicts:
+            raise PruningError("a Kronecker factor is not finite")
+        pending = [layer for layer, bad in zip(pending, verdicts, strict=True) if bad]
+        for layer in pending:
+            layer.damping *= 10.0
+    for layer in layers:
+        layer.damp()
+
+
+def _minimize(layers: Sequence[_Layer], change: Tensor, kept: Tensor) -> Tensor:
+    """Find the best change of the kept weights, given that of the other weights.
+
+    Solves F_RR x = −F_RS δ_S by conjugate gradients with the preconditioner (F⁻¹)_RR, in all
+    layers at the same time. Each step reduces ½δᵀFδ, so that it may stop after any step.
+
+    Args:
+        layers: the layers of this rank.
+        change: δ_S, zero on the kept weights, float64 ``[D_r]``.
+        kept: R, bool ``[D_r]``.
+
+    Returns:
+        x, zero on the other weights.
+    """
+    solvers = [_Solver(x, change[x.columns], kept[x.columns]) for x in layers]
+    pending = list(solvers)
+    for _ in range(0, _MAX_STEPS, _STEPS_BETWEEN_CHECKS):
+        if not pending:
+            break
+        going = torch.stack([solver.is_going() for solver in pending]).tolist()
+        pending = [solver for solver, goes in zip(pending, going, strict=True) if goes]
+        for solver in pending:
+            for _ in range(_STEPS_BETWEEN_CHECKS):
+                solver.step()
+    solution = torch.zeros_like(change)
+    for layer, solver in zip(layers, solvers, strict=True):
+        solution[layer.columns] = solver.solution
+    return solution
+
+
+class _Solver:
+    """Conjugate gradients in one layer, without waiting for the device."""
+
+    def __init__(self, layer: _Layer, change: Tensor, kept: Tensor) -> None:
+        self._layer, self._kept = layer, kept
+        self._residual = torch.where(kept, -layer.product(change), 0.0)
+        self._goal = _RESIDUAL * self._residual.norm()
+        self.solution = torch.zeros_like(change)
+        self._direction = self.solution
+        self._last = torch.full_like(self._goal, math.inf)
+
+    def is_going(self) -> Tensor:
+        """Return whether the residual is still too large, bool scalar."""
+        length: Tensor = self._residual.norm()
+        return length > self._goal
+
+    def step(self) -> None:
+        """Take a step; does nothing once the residual is small enough."""
+        layer, kept, going = self._layer, self._kept, self.is_going()
+        better = torch.where(kept, layer.inverse_product(self._residual), 0.0)
+        energy = self._residual @ better
+        direction = better + (energy / self._last) * self._direction
+        ahead = torch.where(kept, layer.product(direction), 0.0)
+        length = energy / (direction @ ahead)
+        # Not multiplied by going: 0/0 is NaN once the residual is zero.
+        solution = self.solution + length * direction
+        residual = self._residual - length * ahead
+        self.solution = torch.where(going, solution, self.solution)
+        self._residual = torch.where(going, residual, self._residual)
+        self._direction = torch.where(going, direction, self._direction)
+        self._last = torch.where(going, energy, self._last)
+
+
+def _inverse(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert a damped matrix; the second result is not 0 if it is not positive definite."""
     damped = matrix.clone()
     damped.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(damped)
-    return None if int(info) else torch.cholesky_inverse(factor)
+    # Unlike torch.cholesky_inverse, this does not check for errors on the host.
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    inverse: Tensor = torch.cholesky_solve(identity, factor)
+    return inverse, info
