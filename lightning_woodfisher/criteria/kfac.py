@@ -250,8 +250,8 @@ class _Solver:
 
     def is_going(self) -> Tensor:
         """Return whether the residual is still too large, bool scalar."""
-        length: Tensor = self._residual.norm()
-        return length > self._goal
+        going: Tensor = self._residual.norm() > self._goal
+        return going
 
     def step(self) -> None:
         """Take a step; does nothing once the residual is small enough."""
