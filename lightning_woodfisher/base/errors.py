@@ -23,12 +23,18 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import cast
 
+from lightning_woodfisher.base.printable import printable
+
 # More items than this take hours, at a millisecond each.
 _LARGEST_COUNT = 10_000_000
 
 
 class ConfigurationError(ValueError):
     """Invalid setting. The message names the value, the reason and the remedy."""
+
+    def __str__(self) -> str:
+        """Return the message, which is safe to print."""
+        return printable(super().__str__())
 
 
 class MissingPackageError(ConfigurationError):
@@ -37,6 +43,10 @@ class MissingPackageError(ConfigurationError):
 
 class PruningError(RuntimeError):
     """Failed pruning step. The model and the masks are as they were before the step."""
+
+    def __str__(self) -> str:
+        """Return the message, which is safe to print."""
+        return printable(super().__str__())
 
 
 def first_line(error: BaseException) -> str:

@@ -6,6 +6,8 @@ __all__ = ["format_table"]
 
 from collections.abc import Sequence
 
+from lightning_woodfisher.base.printable import printable
+
 
 def format_table(
     head: Sequence[str],
@@ -16,13 +18,13 @@ def format_table(
 
     Args:
         head: column titles.
-        rows: cells of each row.
+        rows: cells of each row, made printable.
         totals: cells of last rows, below a rule.
 
     Returns:
         Lines of equal width.
     """
-    every = [head, *rows, *totals]
+    every = [[*map(_cell, row)] for row in (head, *rows, *totals)]
     widths = [max(map(len, column)) for column in zip(*every, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -30,6 +32,11 @@ def format_table(
             [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
         )
 
-    rule = "─" * len(line(head))
-    lines = [line(head), rule, *map(line, rows)]
-    return "\n".join([*lines, *([rule] if totals else []), *map(line, totals)])
+    first, *lines = map(line, every)
+    rule = "─" * len(first)
+    last = [rule, *lines[len(rows) :]] if totals else []
+    return "\n".join([first, rule, *lines[: len(rows)], *last])
+
+
+def _cell(text: str) -> str:
+    return " ".join(printable(text).split("\n"))

@@ -403,6 +403,10 @@ class PruningCallback(MaskGuard, ABC):
                 package raises :class:`ConfigurationError`.
         """
         require_readable(state_dict, "the checkpoint")
+        reports = [
+            self._report_class.from_dict(r) for r in state_dict.get("reports", ())
+        ]
+        done = [(unit, position) for unit, position in state_dict["done"]]
         self._restored_masks = state_dict["masks"]
         if self.masks is not None:
             # Outside fit nothing else loads them.
@@ -412,8 +416,7 @@ class PruningCallback(MaskGuard, ABC):
         if self._handles:
             # The learning rate finder loads a state during training.
             self._restored_masks = None
-        self._done = [(unit, position) for unit, position in state_dict["done"]]
-        self.reports = [self._report_class.from_dict(r) for r in state_dict["reports"]]
+        self._done, self.reports = done, reports
 
     # ------------------------------------------------------------------ the step
 

@@ -59,6 +59,7 @@ from lightning_woodfisher.structured.shrink.implants import ImplantConfig, Impla
 from lightning_woodfisher.structured.shrink.removal import RemovalPlan, plan_removal
 from lightning_woodfisher.structured.shrink.removal_check import check_implants
 from lightning_woodfisher.structured.tracing import trace_groups
+from lightning_woodfisher.weights.checkpoint_state import require_readable
 
 
 class StructuredPruningCallback(PruningCallback):
@@ -254,10 +255,13 @@ class StructuredPruningCallback(PruningCallback):
         Args:
             state_dict: result of :meth:`state_dict`.
         """
-        super().load_state_dict(state_dict)
+        require_readable(state_dict, "the checkpoint")
+        plan = None
         if "removal_plan" in state_dict:
-            self._prefix = state_dict["network"]
             plan = RemovalPlan.from_dict(state_dict["removal_plan"])
+        super().load_state_dict(state_dict)
+        if plan is not None:
+            self._prefix = state_dict.get("network", "")
             self._removal_plan = plan.without_prefix(self._module_name(""))
 
     # ------------------------------------------------------------------ training starts

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
+from lightning_woodfisher.base.printable import printable
 from lightning_woodfisher.cli.arguments import SubcommandParser
 from lightning_woodfisher.cli.lightning_cli import load_weights, read_fit
 from lightning_woodfisher.cli.messages import warn_of_missing_steps
@@ -104,7 +105,8 @@ def run_export(options: argparse.Namespace) -> int:
             inputs = _example_inputs(module, network, options)
             summary, note = _write_graph(network, inputs, options)
     if options.format in {"sparse", "dense"} and checkpoint.left_out:
-        note = f"\nNot exported, because not tensors: {', '.join(checkpoint.left_out)}."
+        names = printable(", ".join(checkpoint.left_out))
+        note = f"\nNot exported, because not tensors: {names}."
     sys.stdout.write(f"{summary.to_table()}\n{_describe(checkpoint, options)}{note}\n")
     sys.stdout.write(f"Written: {out}.\n")
     return 0

@@ -8,15 +8,16 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.errors import ConfigurationError, first_line
 from lightning_woodfisher.base.optional_imports import import_optional
+from lightning_woodfisher.base.printable import printable
 from lightning_woodfisher.base.torch_files import load_plain
 from lightning_woodfisher.cli.arguments import SubcommandParser
 from lightning_woodfisher.cli.messages import warn_of_missing_steps
@@ -62,14 +63,14 @@ def run_report(options: argparse.Namespace) -> int:
     sys.stdout.write(f"{record.path}\n")
     for title, reports in record.runs.items():
         if len(record.runs) > 1:
-            sys.stdout.write(f"\n{title}\n")
+            sys.stdout.write(f"\n{printable(title)}\n")
         sys.stdout.write(_describe(reports))
     if record.steps_left:
         warn_of_missing_steps(record.path, record.steps_left)
     if options.html is not None:
         page = Path(options.html)
         page.parent.mkdir(parents=True, exist_ok=True)
-        text = build_page(str(record.path), record.runs, record.masks)
+        text = printable(build_page(str(record.path), record.runs, record.masks))
         page.write_text(text, encoding="utf-8")
         sys.stdout.write(f"\nWritten: {page}.\n")
     return 0
@@ -127,22 +128,21 @@ def _read_file(path: Path) -> _Record:
 def _read_json(path: Path) -> _Record:
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-        reports = _read_reports(plain)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(
-            f"{path} was not written by report_path ({type(error).__name__}: {error})."
+            f"{path} was not written by report_path ({first_line(error)})."
         ) from error
-    return _Record(path, {"": reports})
+    return _Record(path, {"": _read_reports(path, plain)})
 
 
 def _read_checkpoint(path: Path) -> _Record:
     # With mmap only the masks of a large file are read.
     checkpoint = load_plain(path, mmap=True)
     content = checkpoint if isinstance(checkpoint, Mapping) else {}
-    states: Mapping[str, Any] = content.get("callbacks") or {}
+    states = content.get("callbacks")
     ours = {
-        key: state
-        for key, state in states.items()
+        str(key): state
+        for key, state in (states.items() if isinstance(states, Mapping) else ())
         if isinstance(state, Mapping) and state.keys() >= STATE_KEYS
     }
     if not ours:
@@ -154,17 +154,24 @@ def _read_checkpoint(path: Path) -> _Record:
         require_readable(state, str(path))
     return _Record(
         path,
-        {key: _read_reports(state["reports"]) for key, state in ours.items()},
+        {key: _read_reports(path, s.get("reports", [])) for key, s in ours.items()},
         {key: state["masks"] for key, state in ours.items()},
         max(state.get("steps_left", 0) for state in ours.values()),
     )
 
 
-def _read_reports(plain: Sequence[Mapping[str, Any]]) -> Reports:
+def _read_reports(path: Path, plain: Any) -> Reports:
     """Read the reports of one callback, which are all of one kind."""
-    if plain and "groups" in plain[0]:
-        return [StructureReport.from_dict(report) for report in plain]
-    return [PruningReport.from_dict(report) for report in plain]
+    try:
+        if not isinstance(plain, list):
+            raise ConfigurationError("it is not a list of reports.")
+        if plain and isinstance(plain[0], Mapping) and "groups" in plain[0]:
+            return [StructureReport.from_dict(report) for report in plain]
+        return [PruningReport.from_dict(report) for report in plain]
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"{path} is damaged, or was not written by report_path: {error}"
+        ) from error
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -119,14 +119,18 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     entries = state.items() if isinstance(state, dict) else ()
     weights = {name: value for name, value in entries if isinstance(value, Tensor)}
     # Modules may save objects other than tensors; a plain state_dict has only tensors.
-    if not weights or (content is state and len(weights) < len(content)):
+    if (
+        not weights
+        or (content is state and len(weights) < len(content))
+        or not all(isinstance(name, str) for name in state)
+    ):
         raise ConfigurationError(
             f"{path} is not a checkpoint: it neither is nor contains a state_dict."
         )
     states = _pruning_states(path, content)
     steps_left = max((state.get("steps_left", 0) for state in states), default=0)
     plans = [state["removal_plan"] for state in states if "removal_plan" in state]
-    masks = _combine_masks(states)
+    masks = _combine_masks(path, states)
     return Checkpoint(path, weights, masks, content, steps_left, plans)
 
 
@@ -171,10 +175,17 @@ def _pruning_states(path: Path, content: Mapping[str, Any]) -> list[dict[str, An
     return states
 
 
-def _combine_masks(states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+def _combine_masks(
+    path: Path, states: Sequence[Mapping[str, Any]]
+) -> dict[str, Tensor]:
     """Combine the masks of all pruning callbacks."""
     masks: dict[str, Tensor] = {}
     for state in states:
         for name, kept in state["masks"].items():
+            if name in masks and masks[name].shape != kept.shape:
+                raise ConfigurationError(
+                    f"{path} is damaged: it has masks of {name} with shapes "
+                    f"{tuple(masks[name].shape)} and {tuple(kept.shape)}."
+                )
             masks[name] = masks[name] & kept if name in masks else kept
     return masks

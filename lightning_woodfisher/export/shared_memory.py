@@ -75,10 +75,12 @@ def make_view(whole: Tensor, view: View) -> Tensor:
     sizes = (*view.shape, *view.stride, view.offset)
     if (
         min(sizes) < 0
+        # Strides of zero could make a view of any size.
+        or math.prod(view.shape) > whole.numel()
         or not whole.is_contiguous()
         or view.offset + _span(view.shape, view.stride) >= whole.numel()
     ):
-        raise ValueError(f"a view of {view.owner} does not lie in it")
+        raise ValueError(f"a view of {view.owner!r} does not lie in it")
     return whole.as_strided(
         view.shape, view.stride, whole.storage_offset() + view.offset
     )

@@ -159,6 +159,7 @@ def load_sparse(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     with _open_sparse(path) as (file, header):
         layout = json.loads(header[f"{_PREFIX}layout"])
         views = {name: View(**view) for name, view in layout["views"].items()}
+        _require_used_once(layout, views)
         owned: dict[str, Tensor] = {}
         for name in (name for name in layout["order"] if name not in views):
             entry = layout["sparse"].get(name)
@@ -235,11 +236,24 @@ def _open_sparse(
     # From json, missing keys, unpack and make_view, and from torch for impossible shapes.
     except (
         *(ValueError, LookupError, TypeError, AttributeError),
-        *(ArithmeticError, RuntimeError),
+        *(ArithmeticError, MemoryError, RuntimeError),
     ) as error:
         raise ConfigurationError(
             f"{path} is damaged: its layout and its tensors do not match ({error})."
         ) from error
+
+
+def _require_used_once(layout: Mapping[str, Any], views: Mapping[str, View]) -> None:
+    """Check that no tensor of the file is read more than once."""
+    owned = (name for name in layout["order"] if name not in views)
+    sparse = layout["sparse"]
+    used = [
+        key
+        for name in owned
+        for key in ([sparse[name][k] for k in _PACKED] if name in sparse else [name])
+    ]
+    if len({*used}) < len(used):
+        raise ValueError("two entries are the same tensor of the file")
 
 
 def _check_version(path: object, header: Mapping[str, str]) -> None:
@@ -254,6 +268,8 @@ def _check_version(path: object, header: Mapping[str, str]) -> None:
             f"{path} has version {version} of the sparse format, but this package reads "
             f"versions up to {_VERSION}. Update lightning-woodfisher."
         )
+    if version < 1:
+        raise ValueError(f"there is no version {version} of the format")
 
 
 def _check_metadata(name: object, text: object) -> None:

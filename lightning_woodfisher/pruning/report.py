@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_woodfisher.base.plain_data import read_dataclass
 from lightning_woodfisher.base.text_table import format_table
 
 # Quantiles of the saliencies in the report of a layer.
@@ -76,7 +77,7 @@ class LayerReport:
     @property
     def sparsity(self) -> float:
         """Share of pruned weights after the step."""
-        return self.zeros_after / self.weights
+        return self.zeros_after / max(1, self.weights)
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class PruningReport:
     @property
     def sparsity(self) -> float:
         """Share of the selected weights that is pruned after the step."""
-        return self.zeros / self.weights
+        return self.zeros / max(1, self.weights)
 
     @property
     def missing(self) -> int:
@@ -202,14 +203,14 @@ class PruningReport:
         """Share of all parameters of the model that is zero after the step."""
         if self.model_parameters is None or self.model_zeros is None:
             return None
-        return self.model_zeros / self.model_parameters
+        return self.model_zeros / max(1, self.model_parameters)
 
     @property
     def flops_share(self) -> float | None:
         """Share of the dense FLOPs that is left after the step; None if not counted."""
         if self.flops_dense is None or self.flops_after is None:
             return None
-        return self.flops_after / self.flops_dense
+        return self.flops_after / max(1, self.flops_dense)
 
     def damping_of(self, layer: LayerReport) -> float | None:
         """Return the largest λ among the blocks of a layer.
@@ -244,29 +245,13 @@ class PruningReport:
         """Rebuild a report.
 
         Args:
-            plain: result of :meth:`to_dict`.
+            plain: result of :meth:`to_dict`, also of an older version with fewer fields; other
+                data raises a ConfigurationError.
 
         Returns:
             An equal report.
         """
-        layers = tuple(
-            LayerReport(
-                **{
-                    **layer,
-                    "shape": tuple(layer["shape"]),
-                    "saliency_quantiles": tuple(layer.get("saliency_quantiles", ())),
-                    "reconstruction": _reconstruction(layer.get("reconstruction")),
-                }
-            )
-            for layer in plain["layers"]
-        )
-        # Reports of older versions have fewer fields.
-        curves = tuple(
-            tuple(LocalModelPoint(**point) for point in points)
-            for points in plain.get("local_model", ())
-        )
-        tuples = {k: tuple(v) for k, v in plain.items() if isinstance(v, list)}
-        return cls(**{**plain, **tuples, "layers": layers, "local_model": curves})
+        return read_dataclass(cls, plain)
 
     def metrics(self) -> dict[str, float]:
         """Return the scalars for a logger.
@@ -400,10 +385,6 @@ def format_steps(reports: Sequence[PruningReport]) -> str:
         for number, report in enumerate(reports, start=1)
     ]
     return format_table(head + rest, rows)
-
-
-def _reconstruction(plain: Mapping[str, Any] | None) -> Reconstruction | None:
-    return None if plain is None else Reconstruction(**plain)
 
 
 def _with_lists(value: Any) -> Any:

@@ -257,7 +257,7 @@ def _group_rows(report: StructureReport) -> list[dict[str, Any]]:
             "size": group.size,
             "kept": group.kept,
             "implanted": len(group.implanted),
-            "kept_share": group.kept / group.size,
+            "kept_share": group.kept / max(1, group.size),
         }
         for group in report.groups
     ]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_woodfisher.base.plain_data import read_dataclass
 from lightning_woodfisher.base.text_table import format_table
 
 
@@ -105,14 +106,14 @@ class StructureReport:
     @property
     def parameters_left(self) -> float:
         """Share of the dense network's parameters that is left."""
-        return self.parameters / self.parameters_dense
+        return self.parameters / max(1, self.parameters_dense)
 
     @property
     def latency_left(self) -> float | None:
         """Forward time as a share of the dense network's; None if not measured."""
         if self.latency is None or self.latency_dense is None:
             return None
-        return self.latency / self.latency_dense
+        return self.latency / self.latency_dense if self.latency_dense else None
 
     @property
     def removed(self) -> dict[str, tuple[int, ...]]:
@@ -131,11 +132,12 @@ class StructureReport:
             Values by metric name, all under ``pruning/``.
         """
         found: dict[str, float | None] = {
-            "structures_removed": (self.structures - self.kept) / self.structures
+            "structures_removed": (self.structures - self.kept)
+            / max(1, self.structures)
         }
         if self.implanted:
             number = sum(map(len, self.implanted.values()))
-            found["structures_implanted"] = number / self.structures
+            found["structures_implanted"] = number / max(1, self.structures)
         for size in ("parameters", "macs", "latency"):
             for name in (size, f"{size}_dense", f"{size}_left"):
                 found[name] = getattr(self, name)
@@ -157,17 +159,12 @@ class StructureReport:
         """Read the result of :meth:`to_dict`, also after a round trip through JSON.
 
         Args:
-            plain: the numbers.
+            plain: the numbers; other data raises a ConfigurationError.
 
         Returns:
             The report.
         """
-        lists = ("layers", "removed", "implanted")
-        groups = tuple(
-            GroupReport(**{**group, **{name: tuple(group[name]) for name in lists}})
-            for group in plain["groups"]
-        )
-        return cls(**{**plain, "groups": groups})
+        return read_dataclass(cls, plain)
 
     def to_table(self) -> str:
         """Format a table of the groups.
@@ -181,11 +178,11 @@ class StructureReport:
                 str(len(group.layers)),
                 str(group.size),
                 str(group.kept),
-                f"{group.kept / group.size:.0%}",
+                f"{group.kept / max(1, group.size):.0%}",
             )
             for group in self.groups
         ]
-        share = f"{self.kept / self.structures:.0%}"
+        share = f"{self.kept / max(1, self.structures):.0%}"
         total = ("all", "", str(self.structures), str(self.kept), share)
         head = ("channels of", "layers", "dense", "left", "")
         table = format_table(head, rows, total)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 __all__ = ["STATE_KEYS", "STATE_VERSION", "require_readable"]
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,36 +38,45 @@ def require_readable(state: Any, checkpoint: str) -> None:
         ConfigurationError: otherwise.
     """
     fault = _find_fault(state)
+    if not fault and state["version"] > STATE_VERSION:
+        raise ConfigurationError(
+            f"the pruning state of {checkpoint} has version {state['version']}; this "
+            f"package reads up to {STATE_VERSION}. Update lightning-woodfisher."
+        )
+    fault = fault or _find_fault_in_content(state)
     if fault:
         raise ConfigurationError(
             f"the pruning state of {checkpoint} is damaged: {fault}. Use another checkpoint, "
             "or only its weights."
-        )
-    if state["version"] > STATE_VERSION:
-        raise ConfigurationError(
-            f"the pruning state of {checkpoint} has version {state['version']}; this "
-            f"package reads up to {STATE_VERSION}. Update lightning-woodfisher."
         )
 
 
 def _find_fault(state: Any) -> str:
     if not isinstance(state, Mapping) or not state.keys() >= STATE_KEYS:
         return f"it is not a dictionary with {', '.join(sorted(STATE_KEYS))}"
-    version, masks, done = state["version"], state["masks"], state["done"]
+    version = state["version"]
     if type(version) is not int or version < 1:
-        return f"its version is {version!r}"
+        return f"its version is {reprlib.repr(version)}"
+    return ""
+
+
+def _find_fault_in_content(state: Mapping[str, Any]) -> str:
+    masks, done = state["masks"], state["done"]
     if not isinstance(masks, Mapping) or not all(
         isinstance(name, str) and isinstance(mask, Tensor) and mask.dtype == torch.bool
         for name, mask in masks.items()
     ):
         return "its masks are not bool tensors"
     if not isinstance(done, Sequence) or not all(
-        isinstance(step, Sequence) and len(step) == 2 for step in done
+        isinstance(step, Sequence)
+        and [*map(type, step)] == [str, int]
+        and abs(step[1]) < 2**63
+        for step in done
     ):
         return "its finished steps are not pairs of unit and position"
     steps_left, reports = state.get("steps_left", 0), state.get("reports", ())
     if type(steps_left) is not int or steps_left < 0:
-        return f"its number of remaining steps is {steps_left!r}"
+        return f"its number of remaining steps is {reprlib.repr(steps_left)}"
     if not isinstance(reports, Sequence) or not all(
         isinstance(report, Mapping) for report in reports
     ):

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import shutil
 import struct
 import sys
@@ -306,6 +307,18 @@ def test_a_later_version_is_refused(file: Path) -> None:
         load_sparse(file)
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_of_the_umask(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        save_sparse({"w": torch.ones(3)}, tmp_path / "w.safetensors")
+        save_dense({"w": torch.ones(3)}, tmp_path / "w.pt")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {0o666 & ~umask}
+
+
 def test_rewriting_alone_changes_nothing(file: Path) -> None:
     before = load_sparse(file)
     rewrite(file)
@@ -316,6 +329,25 @@ def test_rewriting_alone_changes_nothing(file: Path) -> None:
     "change",
     [
         {"version": "one"},
+        {"version": "-1"},
+        {"version": "0"},
+        {
+            "layout": lambda layout: layout["views"]["part"].update(
+                shape=[2**40], stride=[0]
+            )
+        },
+        {
+            "layout": lambda layout: layout["views"]["part"].update(
+                shape=[2**62, 2**62], stride=[0, 0]
+            )
+        },
+        {
+            "layout": lambda layout: (
+                layout["sparse"].update(v=layout["sparse"]["w"]),
+                layout["order"].append("v"),
+            )
+        },
+        {"layout": lambda layout: layout["order"].append("bias")},
         {"layout": lambda layout: layout["sparse"]["w"].update(shape=[64, 64])},
         {"layout": lambda layout: layout["sparse"]["w"].update(shape=[-64, -32])},
         {"layout": lambda layout: layout["sparse"]["w"].update(shape="64")},

@@ -15,6 +15,7 @@ __all__ = [
     "update_optimizers",
 ]
 
+import reprlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -240,23 +241,24 @@ class RemovalPlan:
         Raises:
             ConfigurationError: if the data is not a plan of this version.
         """
-        if data.get("version") != _VERSION:
+        version = data.get("version")
+        if type(version) is not int or version != _VERSION:
             raise ConfigurationError(
-                f"a plan of version {data.get('version')!r} cannot be read, only version "
+                f"a plan of version {reprlib.repr(version)} cannot be read, only version "
                 f"{_VERSION}."
             )
         try:
             tensors = {
                 str(name): {
                     # A key of a JSON object is a text.
-                    int(axis): Cut(_integer(cut["size"]), _integers(cut["kept"]))
+                    int(str(axis)): Cut(_integer(cut["size"]), _integers(cut["kept"]))
                     for axis, cut in cuts.items()
                 }
                 for name, cuts in data["tensors"].items()
             }
             implants = {str(n): _integer(r) for n, r in data["implants"].items()}
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigurationError(f"not a removal plan: {error!r}.") from error
+            raise ConfigurationError(f"not a removal plan: {error}.") from error
         return cls(tensors, implants)
 
     def _find(self, model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
@@ -303,7 +305,7 @@ class RemovalPlan:
 
 def _integer(value: Any) -> int:
     if type(value) is not int:
-        raise TypeError(f"{value!r} is not a whole number")
+        raise TypeError(f"{reprlib.repr(value)} is not a whole number")
     return value
 
 

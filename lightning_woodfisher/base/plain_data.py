@@ -1,0 +1,95 @@
+"""Rebuild dataclasses from plain data that nobody has vouched for, such as JSON."""
+
+from __future__ import annotations
+
+__all__ = ["read_dataclass"]
+
+import dataclasses
+import reprlib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from lightning_woodfisher.base.errors import ConfigurationError
+
+T = TypeVar("T")
+# Larger numbers could not have been counted.
+_LARGEST = 2**63
+_NAMES = {int: "a count below 2**63", float: "a number below 2**63", str: "a text"}
+
+
+def read_dataclass(cls: type[T], plain: object, where: str = "") -> T:
+    """Rebuild a dataclass from the result of ``dataclasses.asdict``.
+
+    Args:
+        cls: dataclass whose fields are integers, numbers, strings, tuples of one type,
+            mappings from strings, dataclasses, or any of these or None.
+        plain: its fields by name, with lists or tuples; fields with a default may be missing.
+        where: name of the object, for the error.
+
+    Returns:
+        The object.
+
+    Raises:
+        ConfigurationError: for a missing or unknown field, or a value of another type.
+    """
+    if not isinstance(plain, Mapping):
+        raise ConfigurationError(_explain(where, plain, "a dictionary"))
+    hints = typing.get_type_hints(cls)
+    fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = {field.name for field in fields}
+    unknown = [name for name in plain if name not in names]
+    required = [
+        field.name
+        for field in fields
+        if dataclasses.MISSING is field.default is field.default_factory
+    ]
+    missing = [name for name in required if name not in plain]
+    if unknown or missing:
+        fault = "does not have" if missing else "has an unknown field"
+        raise ConfigurationError(
+            f"{where or cls.__name__} {fault} {reprlib.repr([*missing, *unknown][0])}."
+        )
+    return cls(
+        **{name: _read(hints[name], value, name) for name, value in plain.items()}
+    )
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        if value is None and types.NoneType in arguments:
+            return None
+        return _read(arguments[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+            raise ConfigurationError(_explain(where, value, "a list"))
+        return tuple(_read(arguments[0], each, where) for each in value)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigurationError(_explain(where, value, "a dictionary"))
+        key, item = arguments
+        return {
+            _read(key, k, where): _read(item, v, f"{where}[{reprlib.repr(k)}]")
+            for k, v in value.items()
+        }
+    if dataclasses.is_dataclass(kind):
+        return read_dataclass(kind, value, where)  # type: ignore[arg-type]
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if kind is float and isinstance(value, float):
+        return value
+    if kind is float and is_integer and abs(value) < _LARGEST:
+        return float(value)
+    if kind is int and is_integer and 0 <= value < _LARGEST:
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    raise ConfigurationError(_explain(where, value, _NAMES[kind]))
+
+
+def _explain(where: str, value: object, expected: str) -> str:
+    # Short, also for deeply nested lists and numbers of many digits.
+    is_huge = isinstance(value, int) and abs(value) >= _LARGEST
+    shown = "huge" if is_huge else reprlib.repr(value)
+    return f"{where or 'the data'} is {shown}, not {expected}."
