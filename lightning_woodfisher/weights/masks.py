@@ -18,7 +18,7 @@ __all__ = ["Masks"]
 
 import contextlib
 import itertools
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ from lightning_woodfisher.distributed.dtensor import (
     to_local,
 )
 
+# By bytes of a number.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Tensors named in an error; the rest are counted.
 _NAMED = 4
 
@@ -59,18 +61,18 @@ class Masks:
         self.parameters = dict(parameters)
         self.inputs_first = inputs_first
         self.sharded = any(is_sharded(p) for p in self.parameters.values())
-        # True where the weight is pruned, as masked_fill_ needs it. Parameters without
-        # pruned weights have no entry, so that a dense network needs no memory for masks.
-        self._pruned: dict[str, Tensor] = {}
+        # bool; parameters without pruned weights have no entry, so that a dense network needs
+        # no memory for masks.
+        self._kept: dict[str, Tensor] = {}
         self._zeros = dict.fromkeys(self.parameters, 0)
 
     def _marks(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield names and pruned entries, on the devices where the parameters are now."""
-        for name, gone in list(self._pruned.items()):
+        """Yield names and kept entries, on the devices where the parameters are now."""
+        for name, kept in list(self._kept.items()):
             device = self.parameters[name].device
-            if gone.device != device:
-                gone = self._pruned[name] = gone.to(device)
-            yield name, gone
+            if kept.device != device:
+                kept = self._kept[name] = kept.to(device)
+            yield name, kept
 
     def local(self, name: str) -> Tensor:
         """Return this rank's shard of a parameter.
@@ -106,8 +108,8 @@ class Masks:
             bool tensor of the shape and on the device of :meth:`local`, True where the
             weight is kept.
         """
-        if name in self._pruned:
-            return ~self._pruned[name].to(self.parameters[name].device)
+        if name in self._kept:
+            return self._kept[name].to(self.parameters[name].device, copy=True)
         return torch.ones_like(self.local(name), dtype=torch.bool)
 
     def zeros(self) -> dict[str, int]:
@@ -135,20 +137,18 @@ class Masks:
             pruned: bool tensors by parameter name, of the shape of :meth:`local` on any
                 device, True where the weight is removed.
         """
-        marks = dict(self._marks())
+        kept = dict(self._marks())
         for name, gone in pruned.items():
-            gone = gone.to(self.parameters[name].device)
-            marks[name] = gone | marks[name] if name in marks else gone.clone()
-        counts = self._count_local(marks)
-        self._pruned = {name: gone for name, gone in marks.items() if counts[name]}
+            left = ~gone.to(self.parameters[name].device)
+            kept[name] = left & kept[name] if name in kept else left
+        counts = self._count_local({name: ~left for name, left in kept.items()})
+        self._kept = {name: left for name, left in kept.items() if counts[name]}
         self._zeros = self._add_ranks(counts)
 
     @torch.no_grad()
     def apply(self) -> None:
         """Set the pruned weights to zero, in place."""
-        # masked_fill_ and not a product, because 0·∞ is not 0 and −1·0 is −0.
-        for name, gone in self._marks():
-            self.local(name).masked_fill_(gone, 0.0)
+        _set_to_zero([(self.local(name), kept) for name, kept in self._marks()])
 
     @torch.no_grad()
     def apply_to(self, copies: Mapping[str, Tensor]) -> None:
@@ -158,8 +158,9 @@ class Masks:
             copies: tensors of the shape of :meth:`local` on any device, by parameter
                 name; other names are ignored.
         """
-        for name, gone in self._pruned.items():
-            copies[name].masked_fill_(gone.to(copies[name].device), 0.0)
+        _set_to_zero(
+            [(copies[n], kept.to(copies[n].device)) for n, kept in self._kept.items()]
+        )
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
@@ -167,17 +168,19 @@ class Masks:
 
         Otherwise they would contribute to the clipping norm and to momentum.
         """
-        for name, gone in self._marks():
+        dense: list[tuple[Tensor, Tensor]] = []
+        for name, kept in self._marks():
             gradient = self.parameters[name].grad
             if gradient is None:
                 continue
             if gradient.is_sparse:
                 # The gradient of an embedding: some rows, each possibly repeated.
                 rows = gradient.coalesce()
-                rows.values().masked_fill_(gone[rows.indices()[0]], 0.0)
+                rows.values().masked_fill_(~kept[rows.indices()[0]], 0.0)
                 self.parameters[name].grad = rows
             else:
-                to_local(gradient).masked_fill_(gone, 0.0)
+                dense.append((to_local(gradient), kept))
+        _set_to_zero(dense)
 
     @torch.no_grad()
     def apply_to_optimizers(self, optimizers: Iterable[Optimizer]) -> None:
@@ -186,13 +189,13 @@ class Masks:
         Args:
             optimizers: whose state tensors of a parameter's shape are masked.
         """
-        for optimizer, (name, gone) in itertools.product(
-            optimizers, self._pruned.items()
+        for optimizer, (name, kept) in itertools.product(
+            optimizers, self._kept.items()
         ):
             for value in optimizer.state.get(self.parameters[name], {}).values():
                 part = to_local(value) if isinstance(value, Tensor) else None
-                if part is not None and part.shape == gone.shape:
-                    part.masked_fill_(gone.to(part.device), 0.0)
+                if part is not None and part.shape == kept.shape:
+                    part.masked_fill_(~kept.to(part.device), 0.0)
 
     def violations(self) -> dict[str, int]:
         """Count the pruned weights that are not zero. Call on all ranks.
@@ -201,7 +204,7 @@ class Masks:
             Their number by parameter name, for parameters that have any.
         """
         counts = self._count(
-            {name: (self.local(name) != 0) & gone for name, gone in self._marks()}
+            {name: (self.local(name) != 0) & ~kept for name, kept in self._marks()}
         )
         return {name: count for name, count in counts.items() if count}
 
@@ -273,11 +276,11 @@ class Masks:
             Nothing.
         """
         # The tensors are never changed in place and need no copy.
-        pruned, zeros = dict(self._pruned), dict(self._zeros)
+        kept, zeros = dict(self._kept), dict(self._zeros)
         try:
             yield
         except BaseException:
-            self._pruned, self._zeros = pruned, zeros
+            self._kept, self._zeros = kept, zeros
             raise
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -313,11 +316,13 @@ class Masks:
                     f"the checkpoint's mask of {name!r} has shape {tuple(kept.shape)}, "
                     f"the parameter {tuple(shape)}."
                 )
-        self._pruned = {
-            name: ~take_local(kept, self.parameters[name]).to(self.local(name).device)
+        self._kept = {
+            name: take_local(kept, self.parameters[name])
+            .to(self.local(name).device, torch.bool)
+            .clone()
             for name, kept in state.items()
         }
-        self._zeros = self._count(self._pruned)
+        self._zeros = self._count({name: ~kept for name, kept in self._kept.items()})
 
     def _count(self, marks: Mapping[str, Tensor]) -> dict[str, int]:
         """Count the marks of every parameter, over all ranks."""
@@ -357,3 +362,17 @@ class Masks:
             whole = self._communicator().gather_shards(part, local_sizes(parameter))
             kept = whole.bool().view(parameter.shape)
         return kept
+
+
+def _set_to_zero(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Set entries of tensors to zero where a mask is False, in place.
+
+    Args:
+        pairs: tensors and masks, bool, of equal shapes and devices.
+    """
+    if not pairs:
+        return
+    # The bits of the numbers are multiplied by 0 or 1, because 0·∞ is not 0 and −1·0 is −0.
+    # masked_fill_ takes five times as long on a CPU.
+    bits = [values.view(_INTEGERS[values.element_size()]) for values, _ in pairs]
+    torch._foreach_mul_(bits, [kept.view(torch.int8) for _, kept in pairs])

@@ -108,14 +108,14 @@ MUTANTS = (
     ),
     Mutant(
         "weights/masks.py",
-        "marks[name] = gone | marks[name] if",
-        "marks[name] = gone & marks[name] if",
+        "kept[name] = left & kept[name] if",
+        "kept[name] = left | kept[name] if",
         ("weights/test_masks.py",),
     ),
     Mutant(
         "weights/masks.py",
-        "local(gradient).masked_fill_(gone, 0.0)",
-        "local(gradient).mul_(~gone)",
+        "torch._foreach_mul_(bits, [",
+        "torch._foreach_mul_([values for values, _ in pairs], [",
         ("weights/test_masks.py",),
     ),
     Mutant(

@@ -254,7 +254,7 @@ def test_masks_follow_their_weights_to_another_device() -> None:
         weight.grad = torch.ones(3, 4)
         masks = Masks({"weight": weight})
         # Marked during training; prune() would need values.
-        masks._pruned["weight"] = torch.zeros(3, 4, dtype=torch.bool, device="cuda")
+        masks._kept["weight"] = torch.ones(3, 4, dtype=torch.bool, device="cuda")
         assert masks.kept("weight").device.type == "cpu"
         masks.apply()
         masks.apply_to_gradients()

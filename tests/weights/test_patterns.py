@@ -93,6 +93,7 @@ def test_sub_blocks_are_those_of_the_dense_inverse(
             damping=damping,
             block_size=None if form == "full" else block,
             engine="auto" if form == "full" else form,
+            precision="float64",
         ),
         comm,
     )
