@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_woodfisher import FisherConfig, SelectionConfig, StepConfig, prune
+from lightning_woodfisher import (
+    FisherConfig,
+    LayerwiseConfig,
+    SelectionConfig,
+    StepConfig,
+    prune,
+)
 from lightning_woodfisher.base.text_table import format_table
 
 
@@ -90,7 +96,8 @@ def compare(
     Args:
         title: title of the table.
         methods: settings by name: arguments of :func:`prune` and fields of
-            :class:`FisherConfig`, :class:`SelectionConfig` and :class:`StepConfig`.
+            :class:`FisherConfig`, :class:`SelectionConfig`, :class:`StepConfig` and
+            :class:`LayerwiseConfig`.
         make_model: returns the dense network.
         train: samples for gradients.
         test: samples for the accuracy.
@@ -104,6 +111,7 @@ def compare(
         options = {**settings, **arguments.changes}
         fisher = FisherConfig(**_take(options, FisherConfig))
         selection = SelectionConfig(**_take(options, SelectionConfig))
+        layerwise = LayerwiseConfig(**_take(options, LayerwiseConfig))
         step = StepConfig(measure_loss=False, **_take(options, StepConfig))
         for sparsity in arguments.sparsities:
             # Magnitude uses no random numbers, so one seed is enough.
@@ -119,6 +127,7 @@ def compare(
                     fisher=fisher,
                     selection=selection,
                     step=dataclasses.replace(step, seed=seed),
+                    layerwise=layerwise,
                     **options,
                 )
                 found.append(accuracy(model, test))

@@ -19,8 +19,9 @@ from torch import Tensor
 from lightning_woodfisher.layerwise.solver import LayerProblem
 
 #: Sparsities at which the error of a layer is computed.
-SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0)
 _STEPS = 5
+_TINY = 1e-300
 _BISECTIONS = 60
 _TOWARDS_EQUAL = 0.5
 
@@ -108,9 +109,11 @@ def _sparsity_at(
     """Return the sparsity at which the error rises by ``multiplier`` a weight."""
     index = bisect.bisect_right(slopes, multiplier)
     if index == 0:
-        return middles[0] * (multiplier / slopes[0])
+        return middles[0] * (multiplier / max(slopes[0], _TINY))
     if index == len(slopes):
-        return middles[-1]
+        # From the last middle to 1, while the rise doubles.
+        beyond = min(1.0, multiplier / max(slopes[-1], _TINY) - 1.0)
+        return middles[-1] + (1.0 - middles[-1]) * beyond
     below, above = slopes[index - 1], slopes[index]
     part = (multiplier - below) / (above - below)
     return middles[index - 1] + part * (middles[index] - middles[index - 1])

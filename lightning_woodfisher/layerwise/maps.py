@@ -10,7 +10,7 @@ Legend: g groups, o outputs and d inputs of a group, n positions (tokens, pixels
 
 from __future__ import annotations
 
-__all__ = ["LinearCall", "LinearMap", "MapKey", "WeightTable"]
+__all__ = ["LinearCall", "LinearMap", "MapKey", "WeightTable", "drop_padding"]
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -161,14 +161,16 @@ class LinearMap:
         for own, results in zip(
             torch.split(inputs, at_once), torch.split(outputs, at_once), strict=True
         ):
-            windows = self._windows(own, kernel)
-            # [s, g·c, l.., k..] -> [g, s·l, c·k]
-            windows = _in_groups(windows, self.groups).movedim(1, 0)
-            windows = windows.movedim(2, 2 + axes)
-            results = _in_groups(results, self.groups).movedim(1, 0)
+            windows = _in_groups(self._windows(own, kernel), self.groups)
+            results = _in_groups(results, self.groups)
+            # Positions last in memory, where copies of windows are fast:
+            # [s, g, c, l.., k..] -> [g, c·k, s·l] -> [g, s·l, c·k]
+            taps = range(3 + axes, 3 + 2 * axes)
+            windows = windows.permute(1, 2, *taps, 0, *range(3, 3 + axes))
+            results = results.permute(1, 2, 0, *range(3, 3 + axes))
             yield (
-                windows.reshape(self.groups, -1, channels * math.prod(kernel)),
-                results.movedim(2, -1).flatten(1, -2),
+                windows.reshape(self.groups, channels * math.prod(kernel), -1).mT,
+                results.flatten(2).mT,
             )
 
     def _windows(self, inputs: Tensor, kernel: tuple[int, ...]) -> Tensor:
@@ -191,6 +193,24 @@ class LinearMap:
             inputs = inputs.unfold(axis, (taps - 1) * dilation + 1, step)
             inputs = inputs[..., ::dilation]
         return inputs
+
+
+def drop_padding(linear: LinearMap, batch: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Drop the padded tokens of a batch, which an ``attention_mask`` marks with zeros.
+
+    Args:
+        linear: the map.
+        batch: a mini-batch; a mapping with a mask ``[n, t]``, or anything else.
+        tensors: inputs and outputs of the map, ``[n, t, ...]``.
+
+    Returns:
+        The tensors with their tokens ``[m, ...]``; as they are if the mask does not fit.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    fits = isinstance(mask, Tensor) and not linear.is_convolution
+    if not (fits and all(x.shape[:2] == mask.shape for x in tensors)):
+        return tensors
+    return tuple(x[mask.to(x.device).bool()] for x in tensors)
 
 
 @dataclass(frozen=True)

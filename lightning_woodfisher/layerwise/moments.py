@@ -42,21 +42,18 @@ class InputSums:
     """Sums over all positions of all ranks.
 
     Attributes:
-        products: Σ x̃x̃ᵀ with x̃ = (x, 1), float64 ``[g, d + 1, d + 1]``.
-        largest: bound of the sum of squares of one input in a mini-batch.
+        count: number of positions.
+        products: Σ xxᵀ, float64 ``[g, d, d]``.
+        total: Σ x, float64 ``[g, d]``.
     """
 
+    count: int
     products: Tensor
-    largest: float
-
-    @property
-    def count(self) -> float:
-        """Number of positions."""
-        return float(self.products[0, -1, -1])
+    total: Tensor
 
 
 class MomentSums:
-    """Add up the moments of one map.
+    """Add up the moments of one map. Call all methods on all ranks.
 
     Args:
         linear: the map.
@@ -77,72 +74,70 @@ class MomentSums:
         self._batches = batches
         self._comm = comm
 
-    def inputs(self) -> InputSums:
-        """Add up products of inputs. Call on all ranks."""
-        largest = 0.0
-        for sample in self._samples:
-            # A pixel is in each place of a patch at most once.
-            x = sample.inputs
-            axis = -1 - len(self._map.dilation)
-            squares = _wide(x).square().movedim(axis, -1).flatten(0, -2).sum(0)
-            positions = math.prod(self._map.channels_last(sample.targets).shape[:-1])
-            largest = max(largest, float(squares.max()), float(positions))
-        largest = float(self._comm.maximum(self._vector(largest)))
-        groups, _, d = self._map.sides
-        total = self._sum(largest, (groups, d + 1, d + 1))
-        for sample in self._samples:
-            for x, _ in self._pieces(sample):
-                total.add(x.mT @ x)
-        return InputSums(total.result(), largest)
-
-    def moments(self, inputs: InputSums, centered: bool) -> Moments:
-        """Add up products with targets, and make means of all sums. Call on all ranks.
+    def add_up(
+        self, centered: bool, known: InputSums | None = None
+    ) -> tuple[Moments, InputSums]:
+        """Add up products of inputs and targets, and make means of all sums.
 
         Args:
-            inputs: the sums of the inputs.
             centered: subtract the products of means, as for a map with a bias.
+            known: the sums of the inputs, if another map has the same inputs.
 
         Returns:
-            The moments.
+            The moments, and the sums of the inputs.
         """
-        squares = 0.0
+        # The largest sums of squares in a mini-batch, and its positions.
+        x_most, y_most, positions, count = 0.0, 0.0, 0, 0
         for sample in self._samples:
-            y = self._map.channels_last(_wide(sample.targets)).flatten(0, -2)
-            squares = max(squares, float(y.square().sum(0).max()))
-        squares = float(self._comm.maximum(self._vector(squares)))
+            # A pixel is in each place of a patch at most once.
+            x_most = max(x_most, self._largest_square(sample.inputs))
+            y_most = max(y_most, self._largest_square(sample.targets))
+            outputs = self._map.channels_last(sample.targets)
+            here = outputs.numel() // max(1, outputs.shape[-1])
+            positions, count = max(positions, here), count + here
+        most = torch.tensor([x_most, y_most, float(positions)], dtype=torch.float64)
+        x_most, y_most, length = self._comm.maximum(most.to(self._comm.device)).tolist()
         groups, o, d = self._map.sides
         # By the inequality of Cauchy and Schwarz.
-        products = self._sum(math.sqrt(squares * inputs.largest), (groups, o, d + 1))
-        total = self._sum(squares, (groups, o))
+        yx = self._sum(math.sqrt(y_most * x_most), (groups, o, d))
+        yy = self._sum(y_most, (groups, o))
+        y_total = self._sum(math.sqrt(y_most * length), (groups, o))
+        xx = self._sum(x_most, (groups, d, d))
+        x_total = self._sum(math.sqrt(x_most * length), (groups, d))
         for sample in self._samples:
-            for x, y in self._pieces(sample):
-                products.add(y.mT @ x)
-                total.add(y.square().sum(1))
-        count = inputs.count
-        xx, yx, yy = (
-            inputs.products / count,
-            products.result() / count,
-            total.result() / count,
-        )
-        x_mean, y_mean = xx[:, :-1, -1], yx[..., -1]
-        xx, yx = xx[:, :-1, :-1], yx[..., :-1]
+            pieces = self._map.pieces(_wide(sample.inputs), _wide(sample.targets))
+            for x, y in pieces:
+                yx.add(y.mT @ x)
+                yy.add(y.square().sum(1))
+                y_total.add(y.sum(1))
+                if known is None:
+                    xx.add(x.mT @ x)
+                    x_total.add(x.sum(1))
+        if known is None:
+            number = torch.tensor([count], device=self._comm.device)
+            number = self._comm.sum_integers(number)
+            known = InputSums(int(number), xx.result(), x_total.result())
+        n = known.count
+        inputs, products, squares = known.products / n, yx.result() / n, yy.result() / n
+        x_mean, y_mean = known.total / n, y_total.result() / n
         if centered:
-            xx = xx - x_mean.unsqueeze(-1) * x_mean.unsqueeze(-2)
-            yx = yx - y_mean.unsqueeze(-1) * x_mean.unsqueeze(-2)
-            yy = (yy - y_mean.square()).clamp(min=0.0)
-        return Moments(xx, yx, yy, x_mean, y_mean)
+            inputs = inputs - x_mean.unsqueeze(-1) * x_mean.unsqueeze(-2)
+            products = products - y_mean.unsqueeze(-1) * x_mean.unsqueeze(-2)
+            squares = (squares - y_mean.square()).clamp(min=0.0)
+        return Moments(inputs, products, squares, x_mean, y_mean), known
 
-    def _pieces(self, sample: Sample) -> list[tuple[Tensor, Tensor]]:
-        found = []
-        for x, y in self._map.pieces(_wide(sample.inputs), _wide(sample.targets)):
-            found.append((torch.cat([x, x.new_ones(*x.shape[:2], 1)], dim=2), y))
-        return found
+    def _largest_square(self, values: Tensor) -> float:
+        """Return the largest sum of squares of a channel."""
+        channels = self._map.channels_last(_wide(values))
+        return float(channels.square().flatten(0, -2).sum(0).max())
 
     def _sum(self, bound: float, shape: Sequence[int]) -> ExactSum:
-        return ExactSum(self._comm, self._vector(_SLACK * self._batches * bound), shape)
-
-    def _vector(self, value: float) -> Tensor:
-        return torch.tensor([value], dtype=torch.float64, device=self._comm.device)
+        bounds = torch.tensor(
+            [_SLACK * self._batches * bound],
+            dtype=torch.float64,
+            device=self._comm.device,
+        )
+        return ExactSum(self._comm, bounds, shape)
 
 
 def _wide(values: Tensor) -> Tensor:

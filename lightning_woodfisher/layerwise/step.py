@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["LayerResult", "LayerwiseStep", "StageSamples"]
 
+import operator
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from lightning_woodfisher.layerwise.maps import (
     LinearMap,
     MapKey,
     WeightTable,
+    drop_padding,
 )
 from lightning_woodfisher.layerwise.moments import InputSums, MomentSums, Sample
 from lightning_woodfisher.layerwise.residuals import Trail
@@ -252,9 +254,10 @@ class LayerwiseStep:
         pairs, has_skip = [], False
         for one, other in zip(dense, pruned, strict=True):
             target, found = one.target(other)
-            pairs.append(Sample(other.call.inputs, target))
+            x, target = drop_padding(linear, one.batch, other.call.inputs, target)
+            pairs.append(Sample(x, target))
             has_skip |= found
-            if not bool(other.call.inputs.isfinite().all() & target.isfinite().all()):
+            if not bool(x.isfinite().all() & target.isfinite().all()):
                 raise PruningError(
                     f"inputs or outputs of {linear.name} are not finite in mini-batch "
                     f"{one.index} ({samples.batches.describe(one.index)})"
@@ -265,8 +268,8 @@ class LayerwiseStep:
             mean = None
         has_bias = bias is not None or mean is not None
         sums = MomentSums(linear, pairs if counted else [], samples.count, comm)
-        inputs = shared.sums(linear, [pair.inputs for pair in pairs], sums.inputs)
-        moments = sums.moments(inputs, has_bias)
+        known = shared.find(linear, [half.call.inputs for half in pruned])
+        moments, shared.known = sums.add_up(has_bias, known)
         curvature = shared.curvature(moments, has_bias, self._damping(linear))
         old = linear.to_matrix(linear.rows_of(self._dense[linear.name])).double()
         parameter = self._masks.parameters[linear.name]
@@ -417,6 +420,7 @@ class _Half:
         is_dense: bool,
     ) -> None:
         self.index = index
+        self.batch = batch
         self.call: LinearCall = None  # type: ignore[assignment]
         self._step = step
         self._trail: Trail | None = None
@@ -489,20 +493,16 @@ class _SharedInputs:
     """Sums and curvature of the inputs of the last map, which the next one may share."""
 
     def __init__(self) -> None:
+        self.known: InputSums | None = None
         self._inputs: list[Tensor] = []
         self._versions: list[int] = []
         self._geometry: tuple[object, ...] = ()
-        self._sums: InputSums | None = None
         self._curvatures: dict[tuple[bool, float], Curvature] = {}
         #: Addresses of the running means that have been shifted in this stage.
         self.means: set[int] = set()
 
-    def sums(
-        self,
-        linear: LinearMap,
-        inputs: list[Tensor],
-        compute: Callable[[], InputSums],
-    ) -> InputSums:
+    def find(self, linear: LinearMap, inputs: list[Tensor]) -> InputSums | None:
+        """Return the sums if a map has the inputs of the last one."""
         geometry = (
             linear.shape[2:],
             linear.groups,
@@ -511,17 +511,14 @@ class _SharedInputs:
             linear.dilation,
             linear.transposed,
         )
-        same = (
-            self._sums is not None
-            and geometry == self._geometry
-            and all(a is b for a, b in zip(inputs, self._inputs, strict=True))
-            and [x._version for x in inputs] == self._versions
+        versions = [x._version for x in inputs]
+        same = len(inputs) == len(self._inputs) and all(
+            map(operator.is_, inputs, self._inputs)
         )
-        if not same or self._sums is None:
-            self._inputs, self._geometry = inputs, geometry
-            self._versions = [x._version for x in inputs]
-            self._sums, self._curvatures = compute(), {}
-        return self._sums
+        if not (same and versions == self._versions and geometry == self._geometry):
+            self._curvatures, self.known = {}, None
+        self._inputs, self._versions, self._geometry = inputs, versions, geometry
+        return self.known
 
     def curvature(self, moments: Moments, centered: bool, damping: float) -> Curvature:
         key = (centered, damping)

@@ -30,6 +30,7 @@ from lightning_woodfisher.layerwise.maps import (
     LinearMap,
     MapKey,
     WeightTable,
+    drop_padding,
 )
 
 # Mini-batches that are looked at.
@@ -45,13 +46,11 @@ class Surveyed:
     Attributes:
         map: the map.
         output_weights: mean squared gradient of each output, float64 ``[g, o]``.
-        positions: mean number of positions of a mini-batch.
         inputs: Σxxᵀ of the mini-batches, float64 ``[g, d, d]``; None if not wanted.
     """
 
     map: LinearMap
     output_weights: Tensor
-    positions: float = 0.0
     inputs: Tensor | None = None
 
 
@@ -99,9 +98,9 @@ def survey(
         if output_weights and not torch.is_grad_enabled():
             return output
         first.append(surveyed)
-        surveyed.positions += linear.channels_last(output)[..., 0].numel() / number
         if inputs:
-            _add_inputs(surveyed, call.inputs.detach(), output.detach())
+            seen = drop_padding(linear, batch, call.inputs.detach(), output.detach())
+            _add_inputs(surveyed, *seen)
         if output_weights:
             # The gradient of a zero that is added, whatever is frozen.
             leaf = torch.zeros_like(output, requires_grad=True)

@@ -48,6 +48,7 @@ def run_by_layer(
     Yields:
         The result of each stage.
     """
+    evaluator.require_whole_parameters("criterion='layerwise'")
     clock, step = evaluator.clock, config.step
     pattern = parse_pattern(config.selection.pattern)
     work = LayerwiseStep(

@@ -257,9 +257,9 @@ class Evaluator:
         if self._masks.sharded:
             if fisher.max_nonfinite:
                 setting = f"fisher.max_nonfinite={fisher.max_nonfinite}"
-                self._require_whole_parameters(setting, "set it to 0")
+                self.require_whole_parameters(setting, "set it to 0")
             if hessian:
-                self._require_whole_parameters("criterion='hessian_diagonal'")
+                self.require_whole_parameters("criterion='hessian_diagonal'")
             record.notes.append("loop: the model is sharded")
             divisible = fisher.model_mode == "eval"
             return collect_sharded_gradients(
@@ -306,7 +306,7 @@ class Evaluator:
         Returns:
             The factors of this rank's layers, in order.
         """
-        self._require_whole_parameters("criterion='kfac'")
+        self.require_whole_parameters("criterion='kfac'")
         count, size = self._groups(seed)
         with (
             self.clock("collect"),
@@ -338,7 +338,6 @@ class Evaluator:
         Returns:
             The batches and their number.
         """
-        self._require_whole_parameters("criterion='layerwise'")
         count, size = self._groups(seed)
         choose = self._batches if labels_of_data else self._batches_of_gradients
         return choose(count, size, seed), count
@@ -363,11 +362,20 @@ class Evaluator:
         for _ in self.rows(active, seed, hessian=criterion.needs == "hessian rows"):
             pass
 
-    def _require_whole_parameters(
+    def require_whole_parameters(
         self,
         setting: str,
         remedy: str = "use DDP, or criterion='woodfisher' or 'diagonal_fisher'",
     ) -> None:
+        """Refuse sharded parameters.
+
+        Args:
+            setting: the setting that needs whole ones.
+            remedy: what to do.
+
+        Raises:
+            ConfigurationError: if the parameters are sharded.
+        """
         if self._masks.sharded:
             raise ConfigurationError(
                 f"{setting} needs whole parameters on every rank, but these are sharded "

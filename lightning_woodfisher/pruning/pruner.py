@@ -217,6 +217,7 @@ class Pruner:
                 quotas = make_quotas(config.selection, layers_of(self.masks), 0.0)
                 self._selector(evaluator, quotas, config.flops_target, None)
             if config.by_layer:
+                evaluator.require_whole_parameters("criterion='layerwise'")
                 batches, count = evaluator.calibration(config.step.seed, False)
                 samples = StageSamples(batches, min(count, 1), config.step.seed)
                 LayerwiseStep(
