@@ -207,8 +207,9 @@ def drop_padding(linear: LinearMap, batch: Any, *tensors: Tensor) -> tuple[Tenso
         The tensors with their tokens ``[m, ...]``; as they are if the mask does not fit.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    fits = isinstance(mask, Tensor) and not linear.is_convolution
-    if not (fits and all(x.shape[:2] == mask.shape for x in tensors)):
+    if not isinstance(mask, Tensor) or linear.is_convolution:
+        return tensors
+    if any(x.shape[:2] != mask.shape for x in tensors):
         return tensors
     return tuple(x[mask.to(x.device).bool()] for x in tensors)
 
