@@ -25,6 +25,7 @@ COMMON: dict[str, Any] = {
     "gradient_batch_size": 1,
     "damping": 1e-5,
     "model_mode": "eval",
+    "batchnorm_recalibration_batches": 0,
     # Published results for this network prune only the convolutions.
     "exclude": [r"^\d+\.weight$"],
 }

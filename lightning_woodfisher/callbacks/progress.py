@@ -27,17 +27,16 @@ def describe_step(report: PruningReport) -> str:
     Returns:
         A line, and a second one if damping was raised.
     """
-    rises = {
-        "predicted": report.predicted_increase,
-        "measured": report.measured_increase,
-    }
-    known = [f"{name} {rise:.3g}" for name, rise in rises.items() if rise is not None]
+    loss = "loss not measured"
+    if report.loss_before is not None and report.loss_after is not None:
+        loss = f"loss {report.loss_before:.3g} before, {report.loss_after:.3g} after"
+    if report.loss_recalibrated is not None:
+        loss += f", {report.loss_recalibrated:.3g} with new BatchNorm statistics"
     whole = report.model_sparsity
     model = "" if whole is None else f" ({whole:.2%} of the whole model)"
     text = (
         f"Pruned to {report.sparsity:.2%}{model} by {report.criterion} in "
-        f"{sum(report.seconds.values()):.1f} s; loss rise "
-        f"{', '.join(known) or 'not measured'}"
+        f"{sum(report.seconds.values()):.1f} s; {loss}"
     )
     if report.left_dense:
         text += (

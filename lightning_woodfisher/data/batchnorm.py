@@ -12,10 +12,11 @@ __all__ = [
     "BatchNormStatistics",
     "batchnorm_layers",
     "estimate_statistics",
+    "frozen_layers",
 ]
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.losses import LossSource, compute_loss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import reshard
@@ -46,6 +48,21 @@ def batchnorm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
+
+
+def frozen_layers(model: nn.Module) -> frozenset[str]:
+    """Find the layers that keep their statistics while the rest of the model trains.
+
+    Args:
+        model: the network; in evaluation mode no layer is frozen.
+
+    Returns:
+        Names of the layers in evaluation mode.
+    """
+    if not model.training:
+        return frozenset()
+    layers = batchnorm_layers(model).items()
+    return frozenset(name for name, layer in layers if not layer.training)
 
 
 @dataclass(frozen=True)
@@ -90,11 +107,19 @@ class BatchNormStatistics:
 
 @torch.no_grad()
 def estimate_statistics(
-    source: LossSource, count: int, size: int, comm: Communicator, seed: int
+    source: LossSource,
+    count: int,
+    size: int,
+    comm: Communicator,
+    seed: int,
+    *,
+    batches: Batches | None = None,
+    frozen: Container[str] = (),
 ) -> BatchNormStatistics:
     """Estimate the running statistics at the current weights.
 
-    Samples may repeat if the data has too few.
+    Samples may repeat if the data has too few. Layers that get one value for each channel,
+    which has no variance, keep their statistics.
 
     Args:
         source: source of losses, inside its session.
@@ -102,21 +127,24 @@ def estimate_statistics(
         size: samples in a batch; at least 64 are taken.
         comm: the ranks.
         seed: seed of the samples.
+        batches: at least ``count`` batches; None draws new ones.
+        frozen: names of layers that keep their statistics.
 
     Returns:
         The statistics of the layers that were used; bit-identical on every rank and for
         any number of ranks.
 
     Raises:
-        PruningError: if a statistic is not finite, or a batch has one value per channel.
+        PruningError: if a statistic is not finite.
     """
     model = source.model
-    layers = batchnorm_layers(model)
+    layers = {n: x for n, x in batchnorm_layers(model).items() if n not in frozen}
     if not layers:
         return BatchNormStatistics({})
     # Other buffers may differ between ranks in the middle of training.
     comm.broadcast(model.buffers())
-    batches = source.batches(count, max(size, _FEWEST_SAMPLES), seed, True)
+    if batches is None:
+        batches = source.batches(count, max(size, _FEWEST_SAMPLES), seed, True)
     model.eval()
     # Of each layer: whether it was used, its means and its variances.
     widths = [1 + 2 * _mean(layer).numel() for layer in layers.values()]
@@ -157,11 +185,7 @@ def _batch_statistics(
             dimensions = [d for d in range(inputs.dim()) if d != 1]
             values = inputs.numel() // inputs.shape[1]
             if values < 2:
-                raise PruningError(
-                    f"BatchNorm layer {name} got one value for each channel, which has no "
-                    "variance; give larger batches or set "
-                    "batchnorm_recalibration_batches=0"
-                )
+                return
             wide = inputs if inputs.dtype == torch.float64 else inputs.float()
             variance, mean = torch.var_mean(wide, dimensions, correction=1)
             records[name].copy_(torch.cat([mean.new_ones(1), mean, variance]))

@@ -150,6 +150,8 @@ class StepConfig:
         batchnorm_recalibration_batches: number of batches (of 64 samples or
             ``gradient_batch_size``, whichever is larger) from which the running statistics
             of BatchNorm layers are re-estimated after the step; 0 keeps the statistics.
+            Batches of an iterable are those of the gradients. Layers in evaluation mode
+            inside a model in training mode are frozen and keep their statistics.
         seed: seed of the choice of samples and of random operations in the module.
 
     Raises:
@@ -166,7 +168,7 @@ class StepConfig:
     trust_ratio: float | None = None
     measure_loss: bool = True
     local_model_points: int = 0
-    batchnorm_recalibration_batches: int = 0
+    batchnorm_recalibration_batches: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -17,7 +17,12 @@ from lightning_woodfisher.base.clock import PhaseClock, Progress, no_progress
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.data.batches import Batches, CachedBatches
-from lightning_woodfisher.data.batchnorm import BatchNormStatistics, estimate_statistics
+from lightning_woodfisher.data.batchnorm import (
+    BatchNormStatistics,
+    batchnorm_layers,
+    estimate_statistics,
+    frozen_layers,
+)
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import LossSource, compute_losses
 from lightning_woodfisher.data.sampled_labels import UnlabeledBatches
@@ -103,6 +108,8 @@ class Evaluator:
         self._regroupable: bool | None = None
         # Tensors whose weights had no gradient but zero in the last collection.
         self.without_gradient: list[str] = []
+        self._frozen: frozenset[str] = frozenset()
+        self._seed = 0
         # Gradients that were left out, by seed, N and m.
         self._skipped: dict[tuple[int, int, int], SkippedGradients] = {}
 
@@ -118,6 +125,7 @@ class Evaluator:
         Yields:
             Nothing.
         """
+        self._frozen = frozen_layers(self._source.model)
         with self._source.session(self._fisher.model_mode):
             yield
 
@@ -135,6 +143,7 @@ class Evaluator:
             The losses before the step (empty if they are not measured), and how gradients
             were computed.
         """
+        self._seed = seed
         if criterion.needs == "nothing":
             return self.measure(seed), None
         if criterion.needs == "factors":
@@ -400,6 +409,8 @@ class Evaluator:
     def batchnorm_statistics(self, count: int, seed: int) -> BatchNormStatistics:
         """Estimate the running statistics of BatchNorm layers at the present weights.
 
+        Batches of samples are new; those of other data are those of the last gradients.
+
         Args:
             count: number of batches; 0 estimates nothing.
             seed: seed of the samples.
@@ -409,9 +420,23 @@ class Evaluator:
         """
         if not count:
             return BatchNormStatistics({})
+        number, size = self._fisher.num_gradients, self._fisher.gradient_batch_size
+        batches: Batches | None = None
+        if batchnorm_layers(self._source.model) and not self._are_regroupable(
+            self._seed
+        ):
+            batches, seed = self._batches(number, size, self._seed), self._seed
+            count = min(count, number)
         with self.clock("recalibrate"):
-            size = self._fisher.gradient_batch_size
-            return estimate_statistics(self._source, count, size, self._comm, seed)
+            return estimate_statistics(
+                self._source,
+                count,
+                size,
+                self._comm,
+                seed,
+                batches=batches,
+                frozen=self._frozen,
+            )
 
     def measure(self, seed: int) -> list[float]:
         """Measure the losses on samples of the gradients, at the present weights.
@@ -565,15 +590,55 @@ class Evaluator:
         """Return how many mini-batches are evaluated as one."""
         fisher = self._fisher
         count, size = fisher.num_gradients, fisher.gradient_batch_size
-        if self._regroupable is None:
-            batches = self._fresh_batches(count, size, seed)
-            self._regroupable = batches.regroupable
-        if not self._regroupable:
+        if not self._are_regroupable(seed):
             return 1
         # A group could only be left out as a whole.
         if self._left_out(seed, count, size):
             return 1
         return mini_batches_in_group(fisher)
+
+    def _are_regroupable(self, seed: int) -> bool:
+        """Return whether samples can be drawn in batches of any size."""
+        if self._regroupable is None:
+            count, size = self._fisher.num_gradients, self._fisher.gradient_batch_size
+            self._regroupable = self._fresh_batches(count, size, seed).regroupable
+        return self._regroupable
+
+    def measure_again(
+        self, statistics: BatchNormStatistics | None = None
+    ) -> list[float]:
+        """Measure the losses on the samples of the last gradients.
+
+        Args:
+            statistics: new statistics of BatchNorm, which the model then has until the
+                session ends.
+
+        Returns:
+            As :meth:`measure`.
+        """
+        if statistics is not None:
+            statistics.write(self._source.model)
+        return self.measure(self._seed)
+
+    def measure_without_weights(self) -> float:
+        """Measure the mean loss with all selected weights zero.
+
+        Returns:
+            About the loss of a network that has learned nothing; may be NaN.
+        """
+        masks = self._masks
+        tensors = [masks.local(name) for name in masks.parameters]
+        saved = [tensor.clone() for tensor in tensors]
+        try:
+            with torch.no_grad():
+                for tensor in tensors:
+                    tensor.zero_()
+            losses = self.measure_trial(self._seed)
+        finally:
+            with torch.no_grad():
+                for tensor, before in zip(tensors, saved, strict=True):
+                    tensor.copy_(before)
+        return sum(losses) / len(losses)
 
 
 def _in_context(

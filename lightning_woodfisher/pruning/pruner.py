@@ -12,7 +12,7 @@ __all__ = ["Pruner"]
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,13 +47,20 @@ from lightning_woodfisher.pruning.selector import (
     is_too_sparse,
     layers_of,
 )
-from lightning_woodfisher.pruning.stage_results import StageResult, summarize
+from lightning_woodfisher.pruning.stage_results import (
+    StageResult,
+    mean_loss,
+    summarize,
+)
 from lightning_woodfisher.pruning.stages import Stages
 from lightning_woodfisher.pruning.step_length import StepLength
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import parse_pattern
 from lightning_woodfisher.weights.rollback import rollback_on_error
+
+# Share of the rise to the loss of a network without weights that calls for a warning.
+_WRECKED = 0.5
 
 
 @dataclass
@@ -172,6 +179,10 @@ class Pruner:
                     derive_seed(self.config.step.seed, position, "batchnorm"),
                 )
                 self._warn_of_left_dense(selector.left_dense)
+                recalibrated = None
+                if statistics.layers and self.config.step.measure_loss:
+                    recalibrated = mean_loss(evaluator.measure_again(statistics))
+                self._warn_if_wrecked(evaluator, results, recalibrated)
             # After the session, which restores the statistics that it has found.
             shifted.write(source.model)
             statistics.write(source.model)
@@ -189,6 +200,7 @@ class Pruner:
                 nonfinite_gradients=evaluator.nonfinite,
                 batchnorm_layers=len(statistics.layers),
                 left_dense=selector.left_dense,
+                loss_recalibrated=recalibrated,
                 **selector.flops_before_and_after(),
             )
             with clock("check"):
@@ -321,6 +333,35 @@ class Pruner:
         idle = others.intersection(evaluator.without_gradient)
         if idle != others:
             selector.leave_dense(idle, "all gradients of its weights are zero")
+
+    def _warn_if_wrecked(
+        self,
+        evaluator: Evaluator,
+        results: Sequence[StageResult],
+        recalibrated: float | None,
+    ) -> None:
+        """Warn if most of what the network has learned is lost.
+
+        The loss is compared with that of a network without any of the selected weights,
+        which is measured only if the loss has doubled.
+        """
+        before = mean_loss(results[0].losses_before)
+        after = mean_loss(results[-1].losses_after)
+        if recalibrated is not None:
+            after = recalibrated
+        if before is None or after is None or after <= 2.0 * before:
+            return
+        nothing = evaluator.measure_without_weights()
+        # False for NaN.
+        if after - before >= _WRECKED * (nothing - before) and self.comm.rank == 0:
+            stages = self.config.step.recompute_steps
+            warnings.warn(
+                f"this pruning step raised the loss from {before:.3g} to {after:.3g}; with "
+                f"all selected weights zero it is {nothing:.3g}, so most of what the network "
+                "has learned is lost. Reach the sparsity in smaller steps: a schedule with "
+                f"more steps, step.recompute_steps={max(8, 2 * stages)}, or a lower target.",
+                stacklevel=3,
+            )
 
     def _warn_of_left_dense(self, left_dense: Mapping[str, str]) -> None:
         if left_dense and self.comm.rank == 0:

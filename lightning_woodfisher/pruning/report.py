@@ -112,7 +112,10 @@ class PruningReport:
         measured_increase: rise of the mean loss on the samples of the gradients, summed
             over stages like ``predicted_increase``; None when not measured.
         loss_before: mean loss before the first stage, on the samples of its gradients.
-        loss_after: mean loss after the last stage, on the samples of its gradients.
+        loss_after: mean loss after the last stage, on the samples of its gradients, with
+            the old statistics of BatchNorm.
+        loss_recalibrated: the same with the new statistics of BatchNorm; None if they have
+            not changed or the loss is not measured.
         stages: number of stages: ``recompute_steps``, or more after halving.
         num_gradients: number of gradients of each stage.
         seconds: wall-clock seconds by phase.
@@ -177,6 +180,7 @@ class PruningReport:
     model_parameters: int | None = None
     model_zeros: int | None = None
     left_dense: Mapping[str, str] = field(default_factory=dict)
+    loss_recalibrated: float | None = None
 
     @property
     def weights(self) -> int:
@@ -269,6 +273,7 @@ class PruningReport:
             "nonfinite_gradients": float(self.nonfinite_gradients),
             "predicted_loss_increase": self.predicted_increase,
             "measured_loss_increase": self.measured_increase,
+            "loss_recalibrated": self.loss_recalibrated,
             "bytes_exchanged": float(self.bytes_exchanged),
             "flops_share": self.flops_share,
             "update_scale": next(reversed(self.update_scales), None),

@@ -36,15 +36,11 @@ def fit_to_data(config: PruningConfig, source: LossSource) -> tuple[PruningConfi
     except ConfigurationError as error:
         if needs_data:
             raise
-        step = replace(
-            config.step,
-            measure_loss=False,
-            local_model_points=0,
-            batchnorm_recalibration_batches=0,
-        )
-        return replace(config, step=step), f"the loss is not measured: {error}"
+        return _without_data(config, str(error))
     if data is None or data.available is None:
         return config, ""
+    if not data.available and not needs_data:
+        return _without_data(config, "the data has no batches")
     old, by_sample = config.fisher, data.regroupable
     new = fit_samples(old, data.available, by_sample=by_sample, keep_set=needs_data)
     if new == old:
@@ -57,3 +53,14 @@ def fit_to_data(config: PruningConfig, source: LossSource) -> tuple[PruningConfi
         f"not {old.num_gradients} of {old.gradient_batch_size}"
     )
     return replace(config, fisher=new), note
+
+
+def _without_data(config: PruningConfig, reason: str) -> tuple[PruningConfig, str]:
+    step = replace(
+        config.step,
+        measure_loss=False,
+        local_model_points=0,
+        batchnorm_recalibration_batches=0,
+    )
+    note = f"the loss is not measured: {reason}" if config.step.measure_loss else ""
+    return replace(config, step=step), note

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["StageResult", "summarize"]
+__all__ = ["StageResult", "mean_loss", "summarize"]
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class StageResult:
     @property
     def measured(self) -> float | None:
         """Rise of the mean loss; None when it was not measured."""
-        before, after = _mean(self.losses_before), _mean(self.losses_after)
+        before, after = mean_loss(self.losses_before), mean_loss(self.losses_after)
         return None if before is None or after is None else after - before
 
     def exceeds(self, trust_ratio: float) -> bool:
@@ -105,8 +105,8 @@ def summarize(
         raised_damping={k: v for r in results for k, v in r.raised_damping.items()},
         predicted_increase=_total(r.predicted and sum(r.predicted) for r in results),
         measured_increase=_total(r.measured for r in results),
-        loss_before=_mean(results[0].losses_before),
-        loss_after=_mean(last.losses_after),
+        loss_before=mean_loss(results[0].losses_before),
+        loss_after=mean_loss(last.losses_after),
         stages=len(results),
         num_gradients=config.fisher.num_gradients,
         bytes_exchanged=int(sum(row[0] for row in numbers)),
@@ -123,7 +123,8 @@ def summarize(
     )
 
 
-def _mean(losses: Sequence[float]) -> float | None:
+def mean_loss(losses: Sequence[float]) -> float | None:
+    """Return the mean; None without losses."""
     return sum(losses) / len(losses) if losses else None
 
 

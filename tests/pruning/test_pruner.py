@@ -1153,6 +1153,7 @@ def accuracy(model: nn.Module, data: TensorDataset) -> float:
         return float((model(inputs).argmax(dim=1) == labels).float().mean())
 
 
+@pytest.mark.filterwarnings("ignore:this pruning step raised the loss")
 def test_second_order_beats_magnitude_on_digits() -> None:
     dense, train, test = trained_digits()
 

@@ -84,3 +84,39 @@ def test_fewer_samples_than_a_mini_batch_are_one_mini_batch() -> None:
     )
     assert {len(inputs) for inputs in recorder.measured} == {80}
     assert len(recorder.measured) == 4
+
+
+def trained() -> nn.Sequential:
+    model, data = network(), samples()
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        F.cross_entropy(model(data.tensors[0]), data.tensors[1]).backward()
+        optimizer.step()
+    return model
+
+
+def test_a_step_that_ruins_the_network_is_said() -> None:
+    model = trained()
+    dense = [p.detach().clone() for p in model.parameters()]
+    data = samples()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[2].weight.zero_()
+        nothing = F.cross_entropy(model(data.tensors[0]), data.tensors[1]).item()
+        for parameter, weights in zip(model.parameters(), dense, strict=True):
+            parameter.copy_(weights)
+    fisher, step = FisherConfig(40, 4, 64), StepConfig(line_search=False)
+    told = rf"all selected weights zero it is {nothing:.3g}, .*recompute_steps=8"
+    with pytest.warns(UserWarning, match=told):
+        report = prune(
+            model, data, Recorder(), target_sparsity=0.97, fisher=fisher, step=step
+        )
+    assert report.loss_after > 0.5 * nothing
+    assert report.sparsity == pytest.approx(0.97, abs=0.005)
+
+
+def test_a_step_that_the_network_survives_is_not() -> None:
+    fisher = FisherConfig(40, 4, 64)
+    report = prune(trained(), samples(), Recorder(), target_sparsity=0.3, fisher=fisher)
+    assert report.loss_after is not None

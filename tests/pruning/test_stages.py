@@ -67,6 +67,8 @@ def pruned(model: nn.Module, loss: Any = None, **options: Any) -> PruningReport:
     )
 
 
+OPTION = "batchnorm_recalibration_batches"
+
 # --- the same gradients, a new inverse --------------------------------------------------
 
 
@@ -307,8 +309,12 @@ def test_recalibrated_statistics_are_those_of_torch(
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_without_recalibration_the_statistics_stay() -> None:
-    model = convolutional()
+@pytest.mark.parametrize("count", [0, None])
+@pytest.mark.parametrize("frozen", ["nothing", "one layer"])
+def test_frozen_layers_keep_their_statistics(count: int | None, frozen: str) -> None:
+    model = convolutional().train()
+    if frozen == "one layer":
+        model[1].eval()
     before = {name: value.clone() for name, value in model.named_buffers()}
     report = prune(
         model,
@@ -316,10 +322,40 @@ def test_without_recalibration_the_statistics_stay() -> None:
         Counted(),
         target_sparsity=0.6,
         fisher=FisherConfig(num_gradients=8, gradient_batch_size=2),
+        step=StepConfig() if count is None else StepConfig(**{OPTION: count}),
     )
-    assert report.batchnorm_layers == 0
-    for name, value in model.named_buffers():
-        assert torch.equal(value, before[name])
+    changed = {n for n, value in model.named_buffers() if not value.equal(before[n])}
+    expected = [] if count == 0 else [1, 5] if frozen == "nothing" else [5]
+    assert report.batchnorm_layers == len(expected)
+    # By default they are estimated anew.
+    names = ("running_mean", "running_var")
+    assert changed == {f"{layer}.{name}" for layer in expected for name in names}
+    assert (report.loss_recalibrated is None) == (not expected)
+
+
+def test_the_loss_with_new_statistics_is_that_of_the_network() -> None:
+    model, data = convolutional(), images(48)
+    report = prune(
+        model,
+        data,
+        Counted(),
+        target_sparsity=0.6,
+        fisher=FisherConfig(num_gradients=24, gradient_batch_size=2, block_size=16),
+    )
+    with torch.no_grad():
+        loss = Counted()(model.eval(), data.tensors)
+    assert report.loss_recalibrated == pytest.approx(loss.item(), rel=1e-5)
+    assert report.loss_recalibrated != report.loss_after
+
+
+def test_an_iterator_needs_no_more_batches_for_the_statistics() -> None:
+    model = convolutional()
+    batches = list(DataLoader(images(64), 8))
+    fisher = FisherConfig(8, block_size=16)
+    prune(model, iter(batches), Counted(), target_sparsity=0.6, fisher=fisher)
+    other = copy.deepcopy(model)
+    update_bn([pixels for pixels, _ in batches], other)
+    torch.testing.assert_close(model[5].running_var, other[5].running_var)
 
 
 def test_recalibration_of_a_network_without_batchnorm_does_nothing() -> None:
@@ -392,16 +428,16 @@ def test_batches_of_one_value_have_no_variance() -> None:
     model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
     model = model.double()
     ones = DataLoader(Subset(samples(dtype=torch.float64), range(30)), batch_size=1)
-    data = list(ones)
-    with pytest.raises(PruningError, match="one value for each channel"):
-        prune(
-            model,
-            data,
-            Counted(),
-            target_sparsity=0.5,
-            fisher=FisherConfig(num_gradients=20),
-            step=StepConfig(batchnorm_recalibration_batches=3),
-        )
+    report = prune(
+        model,
+        list(ones),
+        Counted(),
+        target_sparsity=0.5,
+        fisher=FisherConfig(num_gradients=20),
+        step=StepConfig(batchnorm_recalibration_batches=3),
+    )
+    assert report.batchnorm_layers == 0
+    assert torch.equal(model[1].running_mean, torch.zeros(6).double())
 
 
 # --- bad values -------------------------------------------------------------------------

@@ -12,8 +12,15 @@ from lightning_woodfisher import StepConfig
 _FIELDS = {field.name for field in dataclasses.fields(StepConfig)}
 
 
+# So that weights and counts of passes are those of the setting that a test is about.
+_DEFAULTS = {"batchnorm_recalibration_batches": 0}
+
+
 def in_step(**options: Any) -> dict[str, Any]:
     """Group the options that are fields of ``StepConfig`` under ``step``."""
     step = {name: value for name, value in options.items() if name in _FIELDS}
     others = {name: value for name, value in options.items() if name not in _FIELDS}
-    return {**others, "step": StepConfig(**step)} if step else others
+    if "step" in others:
+        assert not step
+        return others
+    return {**others, "step": StepConfig(**{**_DEFAULTS, **step})}
