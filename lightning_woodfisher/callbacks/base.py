@@ -36,6 +36,7 @@ from lightning_woodfisher.callbacks.checks import (
     require_same_settings,
     require_supported,
     require_weight_decay,
+    require_writable,
     training_samples,
 )
 from lightning_woodfisher.callbacks.mask_guard import MaskGuard
@@ -46,6 +47,7 @@ from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import reshard
+from lightning_woodfisher.export.state_dict_files import write_atomically
 from lightning_woodfisher.pruning.schedule import PlannedStep, PruningSchedule, Unit
 from lightning_woodfisher.reporting.loggers import log_step
 from lightning_woodfisher.weights.checkpoint_state import (
@@ -228,6 +230,8 @@ class PruningCallback(MaskGuard, ABC):
         comm = Communicator(pl_module.device)
         with comm.failing_together(lambda: "check"):
             samples = {"length of the training data": training_samples(trainer)}
+            if trainer.is_global_zero:
+                self._require_writable()
         require_same_settings(samples, comm)
         if self._removes_channels:
             self._create_masks(trainer, pl_module)
@@ -523,13 +527,21 @@ class PruningCallback(MaskGuard, ABC):
         masks = None if self._removes_channels else self._get_masks()
         log_step(trainer, self.reports, masks)
         if self.report_path is not None and trainer.is_global_zero:
-            path = Path(self.report_path)
-            path.parent.mkdir(parents=True, exist_ok=True)
             reports = [report.to_dict() for report in self.reports]
-            # Atomic: a run that is killed here leaves the old file or the new one.
-            unfinished = path.with_name(f"{path.name}.part")
-            unfinished.write_text(json.dumps(reports, indent=1))
-            unfinished.replace(path)
+            try:
+                # A run that is killed here leaves the old file or the new one.
+                with write_atomically(Path(self.report_path)) as unfinished:
+                    unfinished.write_text(json.dumps(reports, indent=1))
+            except OSError as error:
+                # Hours of training are worth more than the file.
+                rank_zero_warn(
+                    f"report_path={self.report_path} could not be written ({error}); the "
+                    "reports are in the checkpoints as well."
+                )
+
+    def _require_writable(self) -> None:
+        """Check before training that what is written later can be written."""
+        require_writable("report_path", self.report_path)
 
     def _source(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> LossSource:
         return TrainingStepLoss(trainer, pl_module, self.loss_method, self.dataloader)

@@ -10,6 +10,7 @@ __all__ = [
     "require_same_settings",
     "require_supported",
     "require_weight_decay",
+    "require_writable",
     "training_horizon",
     "training_samples",
 ]
@@ -17,7 +18,10 @@ __all__ = [
 import dataclasses
 import json
 import math
+import os
+import tempfile
 from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -50,6 +54,9 @@ from lightning_woodfisher.pruning.schedule import (
     Unit,
 )
 from lightning_woodfisher.weights.masks import Masks
+
+# As much as a report of a large network takes.
+_PROBE_BYTES = 2**18
 
 
 def training_horizon(trainer: pl.Trainer, schedule: PruningSchedule) -> Horizon:
@@ -305,3 +312,32 @@ def _flatten(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{field}", inner
         else:
             yield name, value
+
+
+def require_writable(name: str, path: str | os.PathLike[str] | None) -> None:
+    """Check that a file can be written, and leave nothing but missing folders behind.
+
+    Args:
+        name: name of the setting.
+        path: path of the file; None if none is to be written.
+
+    Raises:
+        ConfigurationError: if it is a folder, or its folder is read-only or full.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigurationError(
+            f"{name}={str(path)!r} is a folder; give the path of a file in it."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            probe.write(bytes(_PROBE_BYTES))
+            probe.flush()
+    except OSError as error:
+        raise ConfigurationError(
+            f"{name}={str(path)!r} cannot be written ({error.strerror}); give the path of a "
+            "file in a folder that can be written and has space left."
+        ) from error

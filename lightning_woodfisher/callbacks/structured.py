@@ -16,6 +16,7 @@ __all__ = [
 import copy
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -26,8 +27,9 @@ from lightning_woodfisher.base.errors import (
     require_choice,
     require_integer,
 )
+from lightning_woodfisher.base.wording import count_of
 from lightning_woodfisher.callbacks.base import PruningCallback
-from lightning_woodfisher.callbacks.checks import training_horizon
+from lightning_woodfisher.callbacks.checks import require_writable, training_horizon
 from lightning_woodfisher.callbacks.progress import announce
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.data.batches import require_rereadable
@@ -316,9 +318,10 @@ class StructuredPruningCallback(PruningCallback):
         )
         announce(
             trainer,
-            f"Removing channels by {self.config.method}: {structures:,} structures in "
-            f"{len(self._groups)} groups; share of {self.config.measure} to remove: "
-            f"{steps or 'no step is left'}.",
+            f"Removing channels by {self.config.method}: "
+            f"{count_of(structures, 'structure')} in "
+            f"{count_of(len(self._groups), 'group')}; share of {self.config.measure} to "
+            f"remove: {steps or 'no step is left'}.",
         )
         settings = {
             "class": type(self).__name__,
@@ -386,6 +389,11 @@ class StructuredPruningCallback(PruningCallback):
     ) -> tuple[float, float]:
         network = module.get_submodule(self._prefix)
         return measure_latency(network, self.shrunk_model(module), self._inputs, runs)
+
+    def _require_writable(self) -> None:
+        super()._require_writable()
+        if self.export_path is not None:
+            require_writable("export_path", Path(self.export_path, "plan.json"))
 
     def _rehearse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         target = max(step.sparsity for step in self._ahead())

@@ -24,6 +24,7 @@ from lightning_woodfisher.base.errors import (
     first_line,
     nearest,
 )
+from lightning_woodfisher.base.wording import count_of
 from lightning_woodfisher.callbacks.structured import (
     HAPPruningCallback,
     SOSPPruningCallback,
@@ -226,6 +227,6 @@ def warn_of_missing_steps(path: Path, steps_left: int) -> None:
         steps_left: planned pruning steps that were not done when it was saved.
     """
     sys.stderr.write(
-        f"warning: {path} was saved before {steps_left} planned pruning step(s), so it is not "
-        "at the target sparsity.\n"
+        f"warning: {path} was saved before {count_of(steps_left, 'planned pruning step')}, "
+        "so it is not at the target sparsity.\n"
     )

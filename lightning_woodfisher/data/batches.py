@@ -8,6 +8,7 @@ __all__ = [
     "DatasetBatches",
     "RepeatableStream",
     "StreamBatches",
+    "TooFewSamplesError",
     "leaves_of",
     "loader_batches",
     "require_rereadable",
@@ -48,6 +49,20 @@ _COMPLETE_SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler)
 _IMMUTABLE = (bool, int, float, complex, str, bytes, type(None))
 # Generator states of torch, Python and NumPy that are cached with a batch.
 _BYTES_OF_GENERATORS = 2**15
+
+
+class TooFewSamplesError(ConfigurationError):
+    """The data ends before all batches are drawn; the message names the Fisher's settings.
+
+    Args:
+        message: what is wrong.
+        available: number of samples or batches that there are.
+        unit: what is counted.
+    """
+
+    def __init__(self, message: str, available: int = 0, unit: str = "samples") -> None:
+        super().__init__(message)
+        self.available, self.unit = available, unit
 
 
 class Batches(ABC):
@@ -130,14 +145,15 @@ class DatasetBatches(Batches):
         samples = len(dataset) if indices is None else len(indices)
         where = "the dataset" if indices is None else "the sampler"
         if samples < count * size and not (repeat and samples):
-            raise ConfigurationError(
+            raise TooFewSamplesError(
                 f"num_gradients={count} times gradient_batch_size={size} needs "
                 f"{count * size} samples, but {where} has {samples}; lower one of "
                 f"them (num_gradients={max(1, samples // size)} would fit), or set "
                 "fisher.repeat_samples."
                 if samples >= size
                 else f"gradient_batch_size={size} exceeds the {samples} samples of "
-                f"{where}; lower it."
+                f"{where}; lower it.",
+                samples,
             )
         generator = torch.Generator().manual_seed(seed)
         rounds = -(-count * size // samples)
@@ -354,7 +370,7 @@ class StreamBatches(Batches):
             The batch.
 
         Raises:
-            ConfigurationError: if the iterable ends too early.
+            TooFewSamplesError: if the iterable ends too early.
         """
         while True:
             with seeded(derive_seed(self._seed, "batch", self._next)):
@@ -371,11 +387,12 @@ class StreamBatches(Batches):
             self._since_opened += 1
             if self._next > index:
                 return batch
-        raise ConfigurationError(
+        raise TooFewSamplesError(
             f"the data ended after {self._next} batches, but num_gradients="
-            f"{self._count} (for channels: num_samples / batch_size) needs one batch each; "
-            "lower it or give more batches. For gradients you can also set "
-            "fisher.repeat_samples, unless the data is an iterator."
+            f"{self._count} needs one batch each; lower it or give more batches, or set "
+            "fisher.repeat_samples, unless the data is an iterator.",
+            self._next,
+            "batches",
         )
 
     def describe(self, index: int) -> str:

@@ -20,6 +20,7 @@ from torch import nn
 from lightning_woodfisher.base.byte_sizes import format_bytes, format_count, parse_bytes
 from lightning_woodfisher.base.errors import require_integer, require_number
 from lightning_woodfisher.base.text_table import format_table
+from lightning_woodfisher.base.wording import count_of
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.layerwise.config import LayerwiseConfig
 from lightning_woodfisher.pruning.config import (
@@ -190,7 +191,8 @@ class ResourceEstimate:
         count, size = self.fisher.num_gradients, self.fisher.gradient_batch_size
         title = (
             f"{self.weights:,} weights, {share:.2%} pruned, N={count} m={size} B={block}, "
-            f"{self.engine}, {self.world_size} rank(s), {self.blocks:,} blocks"
+            f"{self.engine}, {count_of(self.world_size, 'rank')}, "
+            f"{count_of(self.blocks, 'block')}"
         )
         columns = (*_COLUMNS, "total")
         rows = [
@@ -209,7 +211,7 @@ class ResourceEstimate:
             losses += f", search {trials} times"
         facts = {
             "in host memory": self.host_bytes and format_bytes(self.host_bytes),
-            "without a block": self.idle_ranks and f"{self.idle_ranks} rank(s)",
+            "without a block": self.idle_ranks and count_of(self.idle_ranks, "rank"),
             "gradients": gradients,
             "losses": losses,
             "sent": _format_counts(self.bytes_sent, format_bytes),

@@ -44,6 +44,7 @@ from lightning_woodfisher.structured.report import GroupReport, StructureReport
 from lightning_woodfisher.structured.scores.evaluation import (
     Evaluation,
     calibration_batches,
+    enough_samples,
 )
 from lightning_woodfisher.structured.scores.hap import count_probes
 from lightning_woodfisher.structured.scores.methods import (
@@ -128,6 +129,7 @@ class StructurePruner:
         # Outermost, so that an error on another rank at the very end is rolled back, too.
         with (
             rollback_on_error(self.masks, source.model),
+            enough_samples(self.config),
             self.comm.failing_together(lambda: clock.phase),
         ):
             with clock("check"):
@@ -198,7 +200,7 @@ class StructurePruner:
         config = dataclasses.replace(
             self.config, num_samples=few, batch_size=1, probes=2
         )
-        with self.comm.failing_together():
+        with enough_samples(self.config), self.comm.failing_together():
             size = self._size(source, 0)
             scores = score_structures(source, self.groups, config, self.comm)
             self._choose(scores, size, target)

@@ -49,12 +49,12 @@ class SweepReport:
     """The results of a sweep.
 
     Attributes:
-        dense: metrics of the given network.
+        before: metrics of the given network, before any step.
         results: one result for each setting, in the order of the grid.
         collections: number of times that shared gradients were collected.
     """
 
-    dense: Mapping[str, float]
+    before: Mapping[str, float]
     results: tuple[SweepResult, ...]
     collections: int
 
@@ -99,11 +99,11 @@ class SweepReport:
             ConfigurationError: if the evaluation does not return this metric.
         """
         if metric is None:
-            return next(iter(self.dense))
-        if metric not in self.dense:
+            return next(iter(self.before))
+        if metric not in self.before:
             raise ConfigurationError(
-                f"the evaluation has no metric {metric!r}; it has {', '.join(self.dense)}."
-                f"{nearest(metric, self.dense)}"
+                f"the evaluation has no metric {metric!r}; it has {', '.join(self.before)}."
+                f"{nearest(metric, self.before)}"
             )
         return metric
 
@@ -121,14 +121,14 @@ class SweepReport:
         """
         best = self.best(metric, larger_is_better)
         names = list(dict.fromkeys([TARGET, *self.varying()]))
-        head = ("", *names, *self.dense, "measured rise", "predicted rise", "seconds")
-        metrics = map(_format_number, self.dense.values())
-        rows = [("dense", *[""] * len(names), *metrics, *["–"] * 3)]
+        head = ("", *names, *self.before, "measured rise", "predicted rise", "seconds")
+        metrics = map(_format_number, self.before.values())
+        rows = [("before", *[""] * len(names), *metrics, *["–"] * 3)]
         rows += [
             (
                 "best" if any(result is one for one in best) else "",
                 *(str(result.setting.get(name, "–")) for name in names),
-                *(_format_number(result.metrics.get(name)) for name in self.dense),
+                *(_format_number(result.metrics.get(name)) for name in self.before),
                 _format_number(result.measured_increase),
                 _format_number(result.predicted_increase),
                 "–" if result.seconds is None else f"{result.seconds:.1f}",

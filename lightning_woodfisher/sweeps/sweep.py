@@ -228,7 +228,7 @@ def run_sweep(
     results: dict[int, SweepResult] = {}
     try:
         with progress("Trying settings", len(settings)) as tick:
-            dense = _metrics(evaluate(source.model))
+            before = _metrics(evaluate(source.model))
             # Settings that share gradients follow each other.
             for i in sorted(range(len(settings)), key=lambda i: _sort_key(settings[i])):
                 start.restore()
@@ -240,7 +240,7 @@ def run_sweep(
         start.restore()
         store.close()
     ordered = tuple(results[i] for i in range(len(settings)))
-    return SweepReport(dense, ordered, store.collections)
+    return SweepReport(before, ordered, store.collections)
 
 
 def _try_setting(

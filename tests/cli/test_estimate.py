@@ -112,7 +112,7 @@ def test_the_command_line_wins_over_the_file(
     assert run("--config", config, *options, "--model.init_args.width", "24") == 0
     out = capsys.readouterr().out
     assert "480 weights, 50.00% pruned" in out
-    assert "8 rank(s)" in out
+    assert "8 ranks" in out
     assert "recompute_steps=2" in out
 
 

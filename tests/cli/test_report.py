@@ -79,6 +79,20 @@ def test_the_newest_of_a_folder_that_has_reports(
     assert "run/old/report.json" in printed(capsys, "run")
 
 
+def test_a_truncated_newest_checkpoint_is_named_and_the_next_one_read(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_checkpoint("run/epoch=1.ckpt", [step(1)])
+    write_checkpoint("run/last.ckpt", [step(5)])
+    last = Path("run/last.ckpt")
+    last.write_bytes(last.read_bytes()[:-300])
+    os.utime("run/epoch=1.ckpt", (1e9, 1e9))
+    assert main(["report", "run"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("run/epoch=1.ckpt\n")
+    assert "run/last.ckpt is not a checkpoint, or it is cut off" in shown.err
+
+
 def test_two_callbacks_make_two_tables(capsys: pytest.CaptureFixture[str]) -> None:
     plain = [
         {"reports": [step(e).to_dict()], "masks": {}, "version": 1, "done": []}

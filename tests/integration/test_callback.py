@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
 import pickle
 import re
+import resource
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -551,6 +554,58 @@ def test_a_fit_of_a_raw_manual_module_goes_on() -> None:
 
 
 # ---------------------------------------------------------------- the object
+
+
+@contextlib.contextmanager
+def no_space() -> Iterator[None]:
+    """Let no file grow, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+class FullDisk(pl.Callback):
+    """The disk is full from the first epoch on."""
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.full = no_space()
+        self.full.__enter__()
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        self.full.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (".", r"report_path='\.' is a folder; give the path of a file"),
+        ("file/r.json", "'file/r.json' cannot be written .*; give the path of a file"),
+        ("/proc/r.json", "'/proc/r.json' cannot be written"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_found_before_training(
+    path: str, message: str
+) -> None:
+    Path("file").touch()
+    with pytest.raises(ConfigurationError, match=message):
+        trainer(pruning(report_path=path)).fit(Classifier(), loader())
+    with no_space(), pytest.raises(ConfigurationError, match="File too large"):
+        trainer(pruning(report_path="r.json")).fit(Classifier(), loader())
+    assert [file.name for file in Path().iterdir()] == ["file"]
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+def test_a_disk_that_is_full_later_ends_no_training() -> None:
+    pruner = pruning(report_path="r.json")
+    with pytest.warns(match=r"report_path=r.json could not be written .*checkpoints"):
+        trainer(FullDisk(), pruner).fit(Classifier(), loader())
+    assert len(pruner.reports) == 1
+    assert [*Path().iterdir()] == []
 
 
 def test_report_path() -> None:

@@ -165,7 +165,7 @@ def test_commands_warn_of_a_missed_target(
         path = tmp_path / f"{last}.ckpt"
         fitted = fit(ramp(), Stopper(last), enable_checkpointing=False)
         fitted.save_checkpoint(path)
-        warning = f"{path} was saved before {missing} planned pruning step(s)"
+        warning = f"{path} was saved before {missing} planned pruning step"
         out = f"--out={tmp_path / str(last)}.safetensors"
         for command in (["report"], ["export", "--format=sparse", out]):
             assert main([*command, str(path)]) == 0

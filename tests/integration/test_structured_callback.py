@@ -101,6 +101,13 @@ def assert_equals_removal(callback: Any, module: Any) -> None:
         assert getattr(net, layer).out_channels == before - gone
 
 
+# The settings of unstructured pruning are not named.
+TOO_MANY = (
+    r"^num_samples=49 is more than the 48 samples that the data has; lower num_samples to "
+    r"at most 48, or give more data\.$"
+)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_channels_stay_away_and_can_be_cut_out(method: str) -> None:
     callback = structured(**METHODS[method])
@@ -434,7 +441,9 @@ class TwoCalls(Module):
         ({}, TwoCalls, "no module of TwoCalls that is called holds all"),
         ({"config": config(only=["fc"])}, Module, "fc"),
         ({"target": 0.95}, Module, "the limits of the groups allow"),
-        ({"config": config(num_samples=49)}, Module, "num_samples=49"),
+        ({"config": config(num_samples=49)}, Module, TOO_MANY),
+        ({"report_path": "."}, Module, "report_path='.' is a folder"),
+        ({"export_path": "/dev/null"}, Module, "/plan.json' cannot be written"),
         ({"loss_method": "absent"}, Module, "loss_method='absent'"),
     ],
 )

@@ -159,7 +159,7 @@ def test_the_command_under_ddp(ranks: RankPool, tmp_path: Path) -> None:
         found.append(json.loads(Path(output).read_text()))
     one, two = found
     assert len(one["results"]) == 4
-    assert two["dense"] == pytest.approx(one["dense"], rel=1e-5)
+    assert two["before"] == pytest.approx(one["before"], rel=1e-5)
     for mine, theirs in zip(one["results"], two["results"], strict=True):
         assert mine["setting"] == theirs["setting"]
         assert mine["predicted_increase"] == theirs["predicted_increase"]

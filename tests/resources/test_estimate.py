@@ -426,7 +426,7 @@ def test_the_table_and_the_dict_say_the_same() -> None:
     assert plain["peak_bytes"] == cost.peak_bytes
     assert plain["state_bytes"] == cost.state_bytes
     table = cost.to_table()
-    for word in ("25,502,912", "N=400", "8 rank(s)", "peak", "dual", *cost.phases):
+    for word in ("25,502,912", "N=400", "8 ranks", "peak", "dual", *cost.phases):
         assert word in table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from typing import Any
 
@@ -144,7 +145,11 @@ def test_what_cannot_work_is_refused() -> None:
     for data, options, message in (
         (images(), {}, "pass example_inputs, or groups"),
         (iter(batches), {"groups": residual_groups()}, "read only once"),
-        (batches, {"groups": residual_groups()}, "ended after 1 batches.*num_samples"),
+        (
+            batches,
+            {"groups": residual_groups()},
+            "batch_size=8 is more than the 1 batches that the data has; lower num_samples",
+        ),
     ):
         with pytest.raises(ConfigurationError, match=message):
             prune_structures(
@@ -312,28 +317,46 @@ def test_a_cost_needs_a_target_that_costs() -> None:
         settings(per_cost=True, measure="structures")
 
 
-def test_a_loss_of_training_mode_only_is_the_reason() -> None:
-    class Detector(nn.Module):
-        """Returns losses in training mode, as torchvision's detectors do."""
+class Detector(nn.Module):
+    """Returns losses in training mode, as torchvision's detectors do."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = make_residual()
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_residual()
 
-        def forward(self, images: Tensor, labels: Tensor) -> Any:
-            outputs = self.net(images)
-            if self.training:
-                return {"loss": nn.functional.cross_entropy(outputs, labels)}
-            return [{"label": output.argmax()} for output in outputs]
+    def forward(self, images: Tensor, labels: Tensor) -> Any:
+        outputs = self.net(images)
+        if self.training:
+            return {"loss": nn.functional.cross_entropy(outputs, labels)}
+        return [{"label": output.argmax()} for output in outputs]
 
+
+def prune_detector(loss: Any) -> Any:
     model = Detector()
     groups = add_prefix(residual_groups(), "net")
+    return prune_structures(
+        model,
+        images(),
+        loss,
+        target=0.3,
+        config=settings(method="sosp_h"),
+        groups=groups,
+    )
+
+
+def test_a_loss_of_training_mode_only_is_the_reason() -> None:
     with pytest.raises(ConfigurationError, match="Channels are scored in evaluation"):
-        prune_structures(
-            model,
-            images(),
-            lambda model, batch: model(*batch)["loss"],
-            target=0.3,
-            config=settings(),
-            groups=groups,
-        )
+        prune_detector(lambda model, batch: model(*batch)["loss"])
+
+
+def test_training_mode_is_allowed_where_it_changes_no_layer() -> None:
+    def loss(model: Any, batch: Any, mode: bool = False) -> Tensor:
+        model.training = True
+        model.net.bn1.train(mode)
+        return model(*batch)["loss"]
+
+    report, _ = prune_detector(loss)
+    assert report.removed
+    message = "the BatchNorm2d 'net.bn1' is in training mode"
+    with pytest.raises(ConfigurationError, match=message):
+        prune_detector(functools.partial(loss, mode=True))

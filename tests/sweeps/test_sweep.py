@@ -111,7 +111,7 @@ def test_metrics_belong_to_their_setting() -> None:
         model = batchnorm_network()
         model.load_state_dict(pruned_alone(result.setting))
         assert result.metrics == {"metric": Evaluation()(model)}
-    assert report.dense == {"metric": Evaluation()(batchnorm_network())}
+    assert report.before == {"metric": Evaluation()(batchnorm_network())}
     assert [r.setting["damping"] for r in report.results] == [1e-4, 1.0, 1e-4, 1.0]
 
 
@@ -191,6 +191,12 @@ def made_by_hand() -> SweepReport:
         result(0.9, 1e-3, 0.5, 0.75),
     )
     return SweepReport({"val_loss": 0.1, "acc": 0.95}, results, 1)
+
+
+def test_the_given_network_may_be_pruned_already() -> None:
+    table = made_by_hand().to_table()
+    assert table.splitlines()[2].split()[:3] == ["before", "0.1", "0.95"]
+    assert "dense" not in table
 
 
 def test_the_best_of_each_sparsity() -> None:
@@ -377,8 +383,8 @@ def test_the_command_from_end_to_end(
 
     state = torch.load("best.ckpt", weights_only=True)["state_dict"]
     accuracy, loss = validate(state)
-    assert found["dense"]["val_acc"] == pytest.approx(accuracy)
-    assert found["dense"]["val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["before"]["val_acc"] == pytest.approx(accuracy)
+    assert found["before"]["val_loss"] == pytest.approx(loss, rel=1e-5)
     assert found["collections"] == 1
     assert len(found["results"]) == 6
     assert table.count("best") == 2

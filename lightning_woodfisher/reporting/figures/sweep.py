@@ -27,7 +27,7 @@ def draw_sweep(report: SweepReport, metric: str | None = None) -> Figure:
 
     Returns:
         A line for each combination of the other settings, and a dashed line for the
-        dense network.
+        given network.
     """
     metric = report.choose_metric(metric)
     done = [result for result in report.results if metric in result.metrics]
@@ -45,7 +45,7 @@ def draw_sweep(report: SweepReport, metric: str | None = None) -> Figure:
         x = [result.setting.get(across, "–") for result in results]
         y = [result.metrics[metric] for result in results]
         axes.plot(x if numeric else [*map(str, x)], y, "o-", label=label or None)
-    axes.axhline(report.dense[metric], color="grey", linestyle="--", label="dense")
+    axes.axhline(report.before[metric], color="grey", linestyle="--", label="before")
     if across == "damping":
         axes.set_xscale("log")
     axes.set_xlabel(across)

@@ -6,7 +6,12 @@ batches into order before anything is added, so that no sum depends on R.
 
 from __future__ import annotations
 
-__all__ = ["Evaluation", "calibration_batches", "second_derivatives"]
+__all__ = [
+    "Evaluation",
+    "calibration_batches",
+    "enough_samples",
+    "second_derivatives",
+]
 
 import contextlib
 import dataclasses
@@ -15,10 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
-from lightning_woodfisher.data.batches import Batches
+from lightning_woodfisher.data.batches import Batches, TooFewSamplesError
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import (
     LossSource,
@@ -190,18 +196,35 @@ def calibration_batches(
 
     Returns:
         ``config.num_batches`` batches of nearly equal size; a remainder is left out.
-
-    Raises:
-        ConfigurationError: if the data has fewer samples.
     """
     count = config.num_batches
     size = config.num_samples // count
+    return source.batches(count, size, seed)
+
+
+@contextlib.contextmanager
+def enough_samples(config: StructureConfig) -> Iterator[None]:
+    """Explain in the settings of structured pruning that there are too few samples.
+
+    Args:
+        config: these settings.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigurationError: in place of an error that names those of the Fisher.
+    """
     try:
-        return source.batches(count, size, seed)
-    except ConfigurationError as error:
+        yield
+    except TooFewSamplesError as error:
+        needs, fits = f"num_samples={config.num_samples}", error.available
+        if error.unit == "batches":
+            needs += f" with batch_size={config.batch_size}"
+            fits *= config.batch_size
         raise ConfigurationError(
-            f"num_samples={config.num_samples} ({count} batches of {size}) is more than "
-            f"the data provides; lower num_samples. {error}"
+            f"{needs} is more than the {error.available:,} {error.unit} that the data has; "
+            f"lower num_samples to at most {fits}, or give more data."
         ) from error
 
 
@@ -229,13 +252,28 @@ def second_derivatives() -> Iterator[None]:
 
 
 def _require_evaluation_mode(model: torch.nn.Module) -> None:
-    training = [name for name, module in model.named_modules() if module.training]
+    # Other modules compute the same in both modes, or their losses need training mode.
+    training = [
+        (name, type(module).__name__)
+        for name, module in model.named_modules()
+        if module.training and _depends_on_mode(module)
+    ]
     if training:
+        name, kind = training[0]
         raise ConfigurationError(
-            "structures must be scored in evaluation mode, but "
-            f"{training[0] or 'the model'!r} is in training mode, where BatchNorm cancels "
-            "the scale of the channel before it; do not call train() in the loss."
+            f"structures must be scored in evaluation mode, but the {kind} {name!r} is in "
+            "training mode, where BatchNorm cancels the scale of the channel before it and "
+            "dropout changes the loss. If the loss calls train(), let it put these layers "
+            "back with eval()."
         )
+
+
+def _depends_on_mode(module: torch.nn.Module) -> bool:
+    rate = getattr(module, "dropout", 0.0)
+    has_dropout = isinstance(module, _DropoutNd) or (
+        isinstance(rate, float) and rate > 0.0
+    )
+    return has_dropout or isinstance(module, _BatchNorm)
 
 
 def _require_statistics(model: torch.nn.Module) -> None:
