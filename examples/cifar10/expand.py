@@ -14,7 +14,12 @@ import lightning.pytorch as pl
 
 from examples.cifar10.fitting import fit_and_test, load_data
 from examples.cifar10.model import CIFAR10, CIFAR10Classifier
-from lightning_woodfisher import SOSPPruningCallback, StructureConfig, StructureReport
+from lightning_woodfisher import (
+    OneShotSchedule,
+    SOSPPruningCallback,
+    StructureConfig,
+    StructureReport,
+)
 from lightning_woodfisher.base.text_table import format_table
 from lightning_woodfisher.structured.expand import find_bottlenecks, target_for_size
 
@@ -49,6 +54,7 @@ def train_and_prune(
         target,
         options.variant,
         StructureConfig(num_samples=options.samples, measure="parameters"),
+        schedule=OneShotSchedule(epoch=0),
         network="net",
     )
     module.learning_rate = options.learning_rate / 4

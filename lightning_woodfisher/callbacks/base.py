@@ -56,6 +56,7 @@ from lightning_woodfisher.weights.checkpoint_state import (
 )
 from lightning_woodfisher.weights.layers import find_inputs_first
 from lightning_woodfisher.weights.masks import Masks
+from lightning_woodfisher.weights.untrained import looks_untrained
 
 
 class PruningCallback(MaskGuard, ABC):
@@ -247,6 +248,7 @@ class PruningCallback(MaskGuard, ABC):
         self._register_hooks(trainer, pl_module)
         mask_averages(trainer, self._get_masks())
         self._publish_progress(trainer)
+        self._tell_if_untrained(trainer, pl_module)
         held = self._monitors.describe(trainer)
         if held and self._holds_monitors(trainer):
             last = self._plan[-1]
@@ -254,6 +256,22 @@ class PruningCallback(MaskGuard, ABC):
                 trainer,
                 f"{held}: scores count from {last.unit} {last.position} on, when the last "
                 "pruning step is done, so that the best checkpoint is a pruned one.",
+            )
+
+    def _tell_if_untrained(
+        self, trainer: pl.Trainer, module: pl.LightningModule
+    ) -> None:
+        """Say before training that the first step would prune an untrained network."""
+        starts_now = bool(self._plan) and self._plan[0].position == 0
+        if self._done or not starts_now or getattr(trainer, "fast_dev_run", False):
+            return
+        if looks_untrained(module):
+            announce(
+                trainer,
+                "WARNING: the first pruning step happens before any training, and the "
+                "network seems to be untrained. What its weights are worth is not known "
+                "yet. Load trained weights, or let the schedule begin later, such as after "
+                f"a tenth of training ({type(self.schedule).__name__}).",
             )
 
     # ------------------------------------------------------------------ training

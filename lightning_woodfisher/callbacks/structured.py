@@ -70,7 +70,8 @@ class StructuredPruningCallback(PruningCallback):
     Args:
         target: share of ``config.measure`` that is removed at the end, in [0, 1).
         config: how channels are scored and chosen, and which layers may be pruned.
-        schedule: when to prune and how far; by default once, at the start of training.
+        schedule: when to prune and how far; by default once, after a tenth of training. For
+            a trained network give ``OneShotSchedule(epoch=0)``.
         network: name of the submodule to prune; by default the first module that is called
             and holds all Conv and Linear layers.
         loss_method: name of a method ``(batch, batch_idx) -> loss`` of the module to take
@@ -110,7 +111,7 @@ class StructuredPruningCallback(PruningCallback):
             "latency_runs", latency_runs, least=0, hint="use 0 to time nothing"
         )
         super().__init__(
-            schedule if schedule is not None else OneShotSchedule(epoch=0),
+            schedule if schedule is not None else OneShotSchedule(share=0.1),
             loss_method,
             dataloader,
             report_path,

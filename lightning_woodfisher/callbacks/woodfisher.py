@@ -87,8 +87,8 @@ class WoodFisherPruningCallback(PruningCallback):
 
     Args:
         target_sparsity: share of the selected weights that is zero at the end, in [0, 1).
-        schedule: when to prune and how far; by default a cubic ramp over the first three
-            quarters of training, with a step at every epoch.
+        schedule: when to prune and how far; by default a cubic ramp with a step at every
+            epoch, from a tenth to three quarters of training.
         criterion: saliency of a weight: ``"woodfisher"``; ``"woodtaylor"``, which also
             follows the gradient of the loss, for networks that have not converged;
             ``"layerwise"``, which reconstructs the outputs of layer after layer

@@ -28,7 +28,9 @@ from lightning_woodfisher.base.errors import (
 
 Unit = Literal["epoch", "step"]
 
-# With no end given, the last quarter of training is left to recover accuracy.
+# Without a start, pruning begins when the network has learned something; without an end,
+# the last quarter of training is left to recover accuracy.
+_SHARE_BEFORE_PRUNING = 0.1
 _SHARE_OF_TRAINING_THAT_PRUNES = 0.75
 _MOST_STEPS = 1_000_000
 
@@ -120,16 +122,27 @@ class OneShotSchedule(PruningSchedule):
     Args:
         epoch: the step happens at the start of this epoch (the first epoch is 0).
         step: give this instead of ``epoch`` to prune after that many optimizer steps.
+        share: give this instead of ``epoch`` to prune at the start of the first epoch after
+            this share of training, in [0, 1); at epoch 1 if training has no known length.
 
     Raises:
-        ConfigurationError: for a negative position or when both are given.
+        ConfigurationError: for a negative position, or when more than one is given.
     """
 
-    def __init__(self, epoch: int | None = None, step: int | None = None) -> None:
-        if epoch is not None and step is not None:
+    def __init__(
+        self,
+        epoch: int | None = None,
+        step: int | None = None,
+        share: float | None = None,
+    ) -> None:
+        if sum(value is not None for value in (epoch, step, share)) > 1:
             raise ConfigurationError(
-                f"OneShotSchedule got epoch={epoch} and step={step}; give only one."
+                f"OneShotSchedule got epoch={epoch}, step={step} and share={share}; give "
+                "only one."
             )
+        if share is not None:
+            require_number("OneShotSchedule: share", share, "[0, 1)")
+        self.share = share
         self.unit: Unit = "epoch" if step is None else "step"
         self.position = (0 if epoch is None else epoch) if step is None else step
         require_integer(f"OneShotSchedule: {self.unit}", self.position, least=0)
@@ -144,10 +157,16 @@ class OneShotSchedule(PruningSchedule):
         Returns:
             A tuple of one step.
         """
-        _require_within(self, self.position, self.unit, horizon)
-        return (PlannedStep(self.unit, self.position, target_sparsity),)
+        position = self.position
+        if self.share is not None:
+            length = horizon.max_epochs
+            position = 1 if length is None else _after(self.share, length)
+        _require_within(self, position, self.unit, horizon)
+        return (PlannedStep(self.unit, position, target_sparsity),)
 
     def __repr__(self) -> str:
+        if self.share is not None:
+            return f"OneShotSchedule(share={self.share})"
         return f"OneShotSchedule({self.unit}={self.position})"
 
 
@@ -159,7 +178,8 @@ class PolynomialSchedule(PruningSchedule):
     first step prunes and the last lands on the target exactly.
 
     Args:
-        start_epoch: epoch at whose start the first step happens.
+        start_epoch: epoch at whose start the first step happens; None begins after a tenth
+            of training.
         end_epoch: epoch of the last step; None leaves the last quarter of training
             free of pruning.
         every_n_epochs: distance between two steps.
@@ -195,24 +215,25 @@ class PolynomialSchedule(PruningSchedule):
             )
         self.unit: Unit = "step" if counts_steps else "epoch"
         start, end, every = steps if counts_steps else epochs
-        self.start = 0 if start is None else start
+        self.start = start
         self.end = end
         self.every = 1 if every is None else every
         self.degree = degree
         self.initial_sparsity = initial_sparsity
         name = "PolynomialSchedule: "
-        require_integer(f"{name}start_{self.unit}", self.start, least=0)
+        if start is not None:
+            require_integer(f"{name}start_{self.unit}", start, least=0)
         require_integer(f"{name}every_n_{self.unit}s", self.every, least=1)
         require_number(f"{name}degree", degree, "(0, inf)", "3 is usual")
         require_number(
             f"{name}initial_sparsity", initial_sparsity, "[0, 1)", "90 % is 0.9"
         )
         if end is not None:
-            require_integer(f"{name}end_{self.unit}", end)
-        if end is not None and end < self.start:
+            require_integer(f"{name}end_{self.unit}", end, least=0)
+        if end is not None and start is not None and end < start:
             raise ConfigurationError(
                 f"PolynomialSchedule ends before it starts: end_{self.unit}={end} < "
-                f"start_{self.unit}={self.start}; raise the end or lower the start."
+                f"start_{self.unit}={start}; raise the end or lower the start."
             )
 
     def plan(self, target_sparsity: float, horizon: Horizon) -> tuple[PlannedStep, ...]:
@@ -234,37 +255,43 @@ class PolynomialSchedule(PruningSchedule):
                 f"target_sparsity={target_sparsity} is below initial_sparsity="
                 f"{self.initial_sparsity}; pruning can only add zeros."
             )
-        end = self._end(horizon)
+        start, end = self._ends(horizon)
         _require_within(self, end, self.unit, horizon)
-        number = (end - self.start) // self.every + 1
+        number = (end - start) // self.every + 1
         if number > _MOST_STEPS:
             raise ConfigurationError(
                 f"{self} plans {number} pruning steps; raise every_n_{self.unit}s."
             )
-        positions = [*range(self.start, end, self.every), end]
-        span = end - self.start + self.every
+        positions = [*range(start, end, self.every), end]
+        span = end - start + self.every
         return tuple(
             PlannedStep(
                 self.unit,
                 position,
                 target_sparsity
                 + (self.initial_sparsity - target_sparsity)
-                * (1 - (position - self.start + self.every) / span) ** self.degree,
+                * (1 - (position - start + self.every) / span) ** self.degree,
             )
             for position in positions
         )
 
-    def _end(self, horizon: Horizon) -> int:
-        if self.end is not None:
-            return self.end
-        length = horizon.length(self.unit)
+    def _ends(self, horizon: Horizon) -> tuple[int, int]:
+        """Return the positions of the first and of the last step."""
+        length, start, end = horizon.length(self.unit), self.start, self.end
+        if start is None:
+            # Training without a known length has the end of the ramp.
+            known = length if length is not None else end
+            start = 0 if known is None else _after(_SHARE_BEFORE_PRUNING, known)
+        if end is not None:
+            return min(start, end), end
         if length is None:
             why = f" ({horizon.why_unknown})" if horizon.why_unknown else ""
             raise ConfigurationError(
                 f"PolynomialSchedule has no end_{self.unit} and training has no known "
                 f"number of {self.unit}s{why}; set end_{self.unit} or limit the training."
             )
-        return max(self.start, math.ceil(_SHARE_OF_TRAINING_THAT_PRUNES * length) - 1)
+        end = math.ceil(_SHARE_OF_TRAINING_THAT_PRUNES * length) - 1
+        return start, max(start, end)
 
     def __repr__(self) -> str:
         return (
@@ -272,6 +299,11 @@ class PolynomialSchedule(PruningSchedule):
             f"end_{self.unit}={self.end}, every_n_{self.unit}s={self.every}, "
             f"degree={self.degree}, initial_sparsity={self.initial_sparsity})"
         )
+
+
+def _after(share: float, length: int) -> int:
+    """Return the first position after a share of training, but within it."""
+    return max(0, min(math.ceil(share * length), length - 1))
 
 
 def _require_within(

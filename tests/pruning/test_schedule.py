@@ -83,6 +83,28 @@ def test_default_end_leaves_a_quarter_of_training_free(length: int, last: int) -
     assert steps[-1] == PlannedStep("step", last, 0.9)
 
 
+@pytest.mark.parametrize(
+    ("length", "first"), [(1, 0), (2, 1), (4, 1), (10, 1), (11, 2), (30, 3), (100, 10)]
+)
+def test_default_start_is_after_a_tenth_of_training(length: int, first: int) -> None:
+    horizon = Horizon(max_epochs=length, max_steps=length)
+    for schedule in (
+        PolynomialSchedule(),
+        PolynomialSchedule(end_epoch=length - 1),
+        PolynomialSchedule(every_n_steps=1),
+        OneShotSchedule(share=0.1),
+    ):
+        assert schedule.plan(0.9, horizon)[0].position == first
+
+
+def test_default_start_without_a_known_length_or_before_an_early_end() -> None:
+    forever = PolynomialSchedule(end_epoch=20).plan(0.9, Horizon())
+    assert (forever[0].position, forever[-1].position) == (2, 20)
+    early = PolynomialSchedule(end_epoch=1).plan(0.9, Horizon(max_epochs=100))
+    assert early == (PlannedStep("epoch", 1, 0.9),)
+    assert OneShotSchedule(share=0.5).plan(0.9, Horizon())[0].position == 1
+
+
 def test_default_end_is_not_before_the_start() -> None:
     steps = PolynomialSchedule(start_epoch=9).plan(0.9, Horizon(max_epochs=10))
     assert steps == (PlannedStep("epoch", 9, 0.9),)
@@ -197,7 +219,7 @@ def test_bad_ramps_are_refused(arguments: dict[str, float], shown: str) -> None:
     [
         ({"epoch": -1}, "epoch=-1"),
         ({"step": -2}, "step=-2"),
-        ({"epoch": 0, "step": 0}, "epoch=0 and step=0"),
+        ({"epoch": 0, "step": 0}, "epoch=0, step=0"),
     ],
 )
 def test_bad_one_shots_are_refused(arguments: dict[str, int], shown: str) -> None:
@@ -224,7 +246,7 @@ def test_schedules_that_do_not_fit_into_training_are_refused(
 
 
 def test_a_target_below_the_initial_sparsity_is_refused() -> None:
-    schedule = PolynomialSchedule(end_epoch=3, initial_sparsity=0.5)
+    schedule = PolynomialSchedule(start_epoch=0, end_epoch=3, initial_sparsity=0.5)
     with pytest.raises(ConfigurationError, match=r"target_sparsity=0.4.*=0.5"):
         schedule.plan(0.4, FOREVER)
     assert sparsities(schedule, 0.5, FOREVER) == [0.5] * 4
