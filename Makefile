@@ -97,8 +97,6 @@ mutants: export OMP_NUM_THREADS = 1
 mutants: $(VENV)/.dev  ## break lines of the core one by one; the tests must notice
 	$(BIN)/python tests/support/mutation.py
 
-# Threads that wander between cores would be measured, too.
-bench: export OMP_PROC_BIND ?= true
 bench: $(VENV)/.demo  ## measure the engines against the recursion of the literature
 	$(BIN)/lightning-woodfisher benchmark $(BENCH_ARGS)
 

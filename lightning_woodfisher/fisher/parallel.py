@@ -3,18 +3,28 @@
 On a CPU each call runs in one thread, and as many calls run at once as torch has threads.
 That is faster than threads within each product, because LAPACK factorizes the matrices of a
 batch one after another. A call gives the same bits for any number of threads.
+
+Where OpenMP binds its threads to cores (``OMP_PROC_BIND``), a new thread would inherit the one
+core of the thread that starts it. The threads here may use the cores of all threads of the
+process, and not more, because a launcher may have given the others to other ranks.
 """
 
 from __future__ import annotations
 
 __all__ = ["run_in_threads"]
 
+import contextlib
+import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from lightning_woodfisher.base.full_float32 import full_float32
+
+# torch splits work of this size between all of its threads.
+_NUMBERS_FOR_ALL_THREADS = 2**20
 
 
 def run_in_threads(
@@ -35,9 +45,8 @@ def run_in_threads(
                 work(index)
             return
         try:
-            with ThreadPoolExecutor(
-                min(threads, count), initializer=_use_one_thread
-            ) as pool:
+            start = functools.partial(_start_thread, _find_cores(threads))
+            with ThreadPoolExecutor(min(threads, count), initializer=start) as pool:
                 # The list raises the first error of a call.
                 list(pool.map(work, range(count)))
         finally:
@@ -45,5 +54,23 @@ def run_in_threads(
             torch.set_num_threads(threads)
 
 
-def _use_one_thread() -> None:
+def _find_cores(threads: int) -> set[int]:
+    """Find the cores of all threads of this process; empty if this one has enough."""
+    # Not every platform has these calls, and not every container allows them.
+    with contextlib.suppress(AttributeError, OSError):
+        if len(os.sched_getaffinity(0)) < threads:
+            # OpenMP binds its threads when it starts them.
+            torch.ones(_NUMBERS_FOR_ALL_THREADS).sum()
+            cores: set[int] = set()
+            for task in os.listdir("/proc/self/task"):
+                with contextlib.suppress(ProcessLookupError):
+                    cores |= os.sched_getaffinity(int(task))
+            return cores
+    return set()
+
+
+def _start_thread(cores: set[int]) -> None:
     torch.set_num_threads(1)
+    if cores:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, cores)
