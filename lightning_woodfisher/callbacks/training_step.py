@@ -27,7 +27,7 @@ from lightning_woodfisher.callbacks.stand_ins import (
     unwrap_optimizer,
 )
 from lightning_woodfisher.data.batches import Batches, RepeatableStream, loader_batches
-from lightning_woodfisher.data.losses import LossSource, scalar_loss
+from lightning_woodfisher.data.losses import LossSource, map_tensors, scalar_loss
 from lightning_woodfisher.data.sampled_labels import UnlabeledBatch, draw_labels
 
 
@@ -143,6 +143,9 @@ class TrainingStepLoss(LossSource):
             batch if drawn is None else drawn.batch
         )
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        if trainer.strategy.root_device.type == "cuda":
+            # Lightning copies without waiting, but only pinned memory allows that.
+            batch = map_tensors(_pin, batch)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         more = is_param_in_hook_signature(self._method, "batch_idx", min_args=2)
         self._backward.clear()
@@ -243,3 +246,7 @@ class TrainingStepLoss(LossSource):
         if not module.automatic_optimization:
             stand_ins["manual_backward"] = backward.capture
         return stand_ins
+
+
+def _pin(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor

@@ -93,6 +93,17 @@ class Batches(ABC):
             The batch, on the device of the data.
         """
 
+    def fetch_parts(self, index: int) -> list[Any]:
+        """Return one batch, in parts if its samples cannot be collated.
+
+        Args:
+            index: index of the batch; callers ask in increasing order.
+
+        Returns:
+            The batch, or one batch for each of its samples.
+        """
+        return [self.fetch(index)]
+
     @abstractmethod
     def describe(self, index: int) -> str:
         """Name the samples of a batch for an error message.
@@ -172,6 +183,15 @@ class DatasetBatches(Batches):
     def fetch(self, index: int) -> Any:
         """Return the collated samples of one batch."""
         return self._collate(self._samples(index))
+
+    def fetch_parts(self, index: int) -> list[Any]:
+        """Return one batch, in parts if its samples cannot be collated."""
+        try:
+            return [self.fetch(index)]
+        except Exception:
+            if self.size == 1:
+                raise
+            return [self._collate([sample]) for sample in self._samples(index)]
 
     def _samples(self, index: int) -> list[Any]:
         indices = self._indices[index]
@@ -282,6 +302,13 @@ class CachedBatches(Batches):
             self._bytes_left -= size
             self._cache[index] = _copy(batch), RandomStates.capture()
         return batch
+
+    def fetch_parts(self, index: int) -> list[Any]:
+        """Return one batch, in parts if its samples cannot be collated."""
+        try:
+            return [self.fetch(index)]
+        except Exception:
+            return self._batches.fetch_parts(index)
 
     def describe(self, index: int) -> str:
         """Name the samples of a batch."""

@@ -175,6 +175,17 @@ class RandomStates:
             None if numpy is None else numpy.random.get_state(),
         )
 
+    def have_changed(self) -> bool:
+        """Return whether a generator of torch or Python has been used since."""
+        now = RandomStates.capture()
+        same = len(self.cuda) == len(now.cuda) and all(
+            torch.equal(one, other)
+            for one, other in zip(
+                [self.cpu, *self.cuda], [now.cpu, *now.cuda], strict=True
+            )
+        )
+        return not same or self.python != now.python
+
     def restore(self) -> None:
         """Set all generators to these states."""
         torch.set_rng_state(self.cpu)

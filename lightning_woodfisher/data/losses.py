@@ -9,7 +9,9 @@ __all__ = [
     "compute_losses",
     "differentiable_loss",
     "differentiate",
+    "loss_with_graph",
     "lower_loss_scale",
+    "map_tensors",
     "refuse_checkpoints",
     "run_loss",
     "scalar_loss",
@@ -27,6 +29,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.base.host_copy import upload
 from lightning_woodfisher.base.types import ModelMode
 from lightning_woodfisher.data.batches import (
     Batches,
@@ -42,7 +45,7 @@ from lightning_woodfisher.data.isolation import (
 )
 from lightning_woodfisher.data.sampled_labels import UnlabeledBatch, draw_labels
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.distributed.dtensor import reshard
+from lightning_woodfisher.distributed.dtensor import is_sharded, reshard
 
 # Gradients that overflow at this loss scale do not overflow because of the scale.
 _SMALLEST_LOSS_SCALE = 1.0
@@ -161,7 +164,10 @@ class FunctionLoss(LossSource):
         """Call the loss function with the batch on the device of the model."""
         device = next(self.model.parameters()).device
         unlabeled = batch if isinstance(batch, UnlabeledBatch) else None
-        batch = _to_device(batch if unlabeled is None else unlabeled.batch, device)
+        batch = map_tensors(
+            lambda tensor: upload(tensor, device),
+            batch if unlabeled is None else unlabeled.batch,
+        )
         result = self._loss_fn(self.model, draw_labels(self.model, batch, unlabeled))
         return scalar_loss(
             result, index, "loss_fn", "return the mean loss of the batch"
@@ -300,13 +306,28 @@ def differentiable_loss(
         kind: kind of the error if the loss is not finite.
 
     Returns:
-        The loss: a finite scalar tensor with a graph.
+        The loss: a finite scalar tensor with a graph; otherwise an error of that kind.
+    """
+    loss = loss_with_graph(source, batch, index)
+    _require_finite(float(loss.detach()), batches, index, kind)
+    return loss
+
+
+def loss_with_graph(source: LossSource, batch: Any, index: int) -> Tensor:
+    """Compute a loss that can be differentiated, whether or not it is finite.
+
+    Args:
+        source: source of losses, inside its session.
+        batch: the samples of a mini-batch.
+        index: index of the mini-batch.
+
+    Returns:
+        Scalar tensor with a graph.
 
     Raises:
-        PruningError: if it is not finite or has no graph.
+        PruningError: if it has no graph.
     """
     loss = run_loss(source, batch, index)
-    _require_finite(float(loss.detach()), batches, index, kind)
     if not loss.requires_grad:
         raise PruningError(
             f"the loss of gradient {index} has no graph: it was detached or computed "
@@ -340,13 +361,15 @@ def compute_losses(
         The losses in order, the same on every rank.
     """
     indices = [index for index in range(count) if index not in skip]
-    own: dict[int, float] = {}
+    own: dict[int, Tensor] = {}
     for first in range(0, len(indices), comm.world_size):
         # A rank without a mini-batch of its own runs the last one.
         place = min(first + comm.rank, len(indices) - 1)
         own[place] = compute_loss(source, batches, indices[place], comm, seed)
     reshard(source.model)
-    losses = comm.gather_in_order(own, len(indices))
+    # Read at once, because a GPU waits for each number that the host reads.
+    values = torch.stack([*own.values()]).tolist() if own else []
+    losses = comm.gather_in_order(dict(zip(own, values, strict=True)), len(indices))
     if finite:
         for index, loss in zip(indices, losses, strict=True):
             _require_finite(loss, batches, index)
@@ -355,7 +378,7 @@ def compute_losses(
 
 def compute_loss(
     source: LossSource, batches: Batches, index: int, comm: Communicator, seed: int
-) -> float:
+) -> Tensor:
     """Compute the loss of one mini-batch without gradients. Call on all ranks.
 
     Each rank may have another mini-batch, but all of them run the model at the same time,
@@ -369,22 +392,29 @@ def compute_loss(
         seed: the one given to :func:`.collect_gradients`.
 
     Returns:
-        The loss. Any error is raised on all ranks.
+        The loss, float64 ``[]``. Any error is raised on all ranks.
     """
 
-    def compute() -> float:
+    def fetch() -> list[Any]:
+        # All ranks run a sharded model equally often.
+        if any(map(is_sharded, source.model.parameters())):
+            return [batches.fetch(index)]
+        return batches.fetch_parts(index)
+
+    def compute() -> Tensor:
         try:
             with preserve_random_states(), torch.no_grad():
-                return float(run_loss(source, batch, index))
+                losses = [run_loss(source, part, index).double() for part in parts]
         except RuntimeError as error:
             if "not require grad" not in str(error):
                 raise
-        # A loss that differentiates inside, such as a gradient penalty. Each mini-batch is
-        # decided alone, so that the result does not depend on the rank that computes it.
-        return float(run_loss(source, batch, index).detach())
+            # A loss that differentiates inside, such as a gradient penalty. Each mini-batch
+            # is decided alone, so that the result does not depend on the rank.
+            losses = [run_loss(source, part, index).detach().double() for part in parts]
+        return torch.stack(losses).mean()
 
     with seeded(derive_seed(seed, index)):
-        batch = comm.run_together(lambda: batches.fetch(index))
+        parts = comm.run_together(fetch)
         return comm.run_together(compute)
 
 
@@ -415,8 +445,8 @@ def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
         if (
             source.model.training
             or isinstance(error, torch.OutOfMemoryError)
-            or _works(source, batch, index, training=False)
-            or not _works(source, batch, index, training=True)
+            or _works(source, batch, index, "eval")
+            or not _works(source, batch, index, "train")
         ):
             raise
         raise ConfigurationError(
@@ -427,17 +457,13 @@ def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
         ) from error
 
 
-def _works(source: LossSource, batch: Any, index: int, *, training: bool) -> bool:
-    """Return whether the loss can be computed in training or in evaluation mode."""
-    flags = [(module, module.training) for module in source.model.modules()]
-    source.model.train(training)
+def _works(source: LossSource, batch: Any, index: int, mode: ModelMode) -> bool:
+    """Return whether the loss can be computed in a mode; change nothing."""
     try:
-        source.loss(batch, index)
+        with isolated(source.model, mode):
+            source.loss(batch, index)
     except Exception:
         return False
-    finally:
-        for module, flag in flags:
-            module.training = flag
     return True
 
 
@@ -455,13 +481,23 @@ def lower_loss_scale(scale: float) -> float | None:
     return max(scale / _LOSS_SCALE_STEP, _SMALLEST_LOSS_SCALE)
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
+def map_tensors(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """Replace the tensors in lists, tuples and mappings.
+
+    Args:
+        change: returns the new tensor for one.
+        batch: the batch.
+
+    Returns:
+        The batch in new containers; other objects are the same.
+    """
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return change(batch)
     if isinstance(batch, Mapping):
-        return type(batch)({k: _to_device(v, device) for k, v in batch.items()})  # type: ignore[call-arg]
+        items = {key: map_tensors(change, value) for key, value in batch.items()}
+        return type(batch)(items)  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to_device(v, device) for v in batch))
+        return type(batch)(*(map_tensors(change, value) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(_to_device(v, device) for v in batch)
+        return type(batch)(map_tensors(change, value) for value in batch)
     return batch

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.base.host_copy import upload
 from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, preserve_random_states
 
@@ -123,7 +124,8 @@ def draw_labels(
             )
             for index in range(len(labels))
         ]
-    ).to(logits.device)
+    )
+    uniform = upload(uniform, logits.device)
     # Inverse of the distribution function; rounding must not lead to a class C.
     ends = logits.double().softmax(dim=1).cumsum(dim=1)
     chosen = (ends <= uniform.unsqueeze(1)).sum(dim=1).clamp(max=logits.shape[1] - 1)

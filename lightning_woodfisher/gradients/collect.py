@@ -8,54 +8,21 @@ each rank receives its own columns.
 
 from __future__ import annotations
 
-__all__ = ["Derivative", "collect_gradients", "iterate_chunks", "micro_batch_size"]
+__all__ = ["collect_gradients", "iterate_chunks"]
 
+import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import PruningError
-from lightning_woodfisher.data.batches import Batches, leaves_of
-from lightning_woodfisher.data.isolation import (
-    RandomStates,
-    derive_seed,
-    preserve_random_states,
-    reseed,
-)
-from lightning_woodfisher.data.losses import (
-    differentiable_loss,
-    differentiate,
-)
+from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.distributed.communicator import Pending
 from lightning_woodfisher.fisher.config import Collection, RowDtype
-from lightning_woodfisher.gradients.lockstep import Lockstep, SharedPass
-from lightning_woodfisher.gradients.nonfinite import (
-    NonFiniteError,
-    SkippedGradients,
-)
-from lightning_woodfisher.gradients.per_sample import fill_rows, find_obstacle
+from lightning_woodfisher.gradients.nonfinite import SkippedGradients
+from lightning_woodfisher.gradients.row_computer import Derivative, RowComputer
 from lightning_woodfisher.gradients.task import GradientTask
-
-# Limits of a micro-batch: gradients, samples, and bytes of rows.
-_MAX_GRADIENTS = 32
-_MAX_SAMPLES = 128
-_MAX_BYTES = 2**28
-# Fewer micro-batches would be shared unevenly by the ranks, but tiny ones are no faster than
-# a loop.
-_MICRO_BATCHES_WANTED = 8
-_FEWEST_GRADIENTS = 8
-# One gradient in this number is also computed alone and compared with the one from the
-# micro-batch. They must be equal except for rounding.
-_GRADIENTS_PER_CHECK = 128
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_TOLERANCE_16_BIT = 1e-1
-# The rounding error of a batch does not shrink with the gradient of a well-fitted sample.
-_SHARE_OF_LARGEST = 1e-2
-
-# Maps a scalar loss and its number to one tensor (or None for zeros) for each parameter.
-Derivative = Callable[[Tensor, int], Sequence[Tensor | None]]
 
 
 def collect_gradients(
@@ -91,22 +58,13 @@ def collect_gradients(
     _require_trainable(task.parameters)
     comm, count, width = task.comm, task.count, sum(shard_sizes)
     skipped = skipped or SkippedGradients(0, comm)
-    computer = _RowComputer(task, batches, derivative, skipped)
+    computer = RowComputer(task, batches, derivative, skipped)
     at_once = computer.choose_micro_batch_size(collection, width)
     sent_dtype = torch.bfloat16 if row_dtype == "bfloat16" else task.dtype
     started: list[tuple[Pending, Tensor | None]] = []
     # BatchNorm statistics differ between ranks in the middle of training.
     comm.broadcast(task.source.model.buffers())
-    for start in range(0, count, comm.world_size * at_once):
-        firsts = [start + rank * at_once for rank in range(comm.world_size)]
-        counts = [max(0, min(at_once, count - first)) for first in firsts]
-        first, number = firsts[comm.rank], counts[comm.rank]
-        # After an error here this rank would have nothing to send to the others.
-        with comm.failing_alone():
-            rows = torch.empty(number, width, dtype=task.dtype, device=comm.device)
-        computer.fill(first, rows)
-        if start == 0 and at_once > 1:
-            computer.agree_on_method(first, rows)
+    for start, counts, rows in _compute_rounds(computer, task, at_once, width):
         kept = skipped.find_kept(start, sum(counts))
         computer.failure = computer.failure or skipped.failure
         if comm.world_size == 1 and computer.failure is not None:
@@ -125,6 +83,49 @@ def collect_gradients(
         loss for i, loss in enumerate(losses) if i not in skipped.indices
     )
     note(computer.describe())
+
+
+def _compute_rounds(
+    computer: RowComputer, task: GradientTask, at_once: int, width: int
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """Compute the rows of this rank, a micro-batch in each round.
+
+    Yields:
+        The first gradient of a round, the gradients of each rank, and those of this one.
+    """
+    comm, count = task.comm, task.count
+    # A GPU computes the next micro-batch while the host checks one.
+    ahead = int(comm.device.type == "cuda")
+    unchecked: collections.deque[tuple[int, list[int], Tensor, Callable[[], object]]]
+    unchecked = collections.deque()
+    for start in range(0, count, comm.world_size * at_once):
+        firsts = [start + rank * at_once for rank in range(comm.world_size)]
+        counts = [max(0, min(at_once, count - first)) for first in firsts]
+        first, number = firsts[comm.rank], counts[comm.rank]
+        # After an error here this rank would have nothing to send to the others.
+        with comm.failing_alone():
+            rows = torch.empty(number, width, dtype=task.dtype, device=comm.device)
+        check = computer.start(first, rows)
+        if start == 0 and at_once > 1:
+            check()
+            computer.agree_on_method(first, rows)
+            check = _nothing
+        unchecked.append((start, counts, rows, check))
+        if len(unchecked) > ahead:
+            yield _checked(*unchecked.popleft())
+    for waiting in unchecked:
+        yield _checked(*waiting)
+
+
+def _checked(
+    start: int, counts: list[int], rows: Tensor, check: Callable[[], object]
+) -> tuple[int, list[int], Tensor]:
+    check()
+    return start, counts, rows
+
+
+def _nothing() -> None:
+    pass
 
 
 def iterate_chunks(rows: Iterable[Tensor], size: int) -> Iterator[Tensor]:
@@ -155,246 +156,6 @@ def iterate_chunks(rows: Iterable[Tensor], size: int) -> Iterator[Tensor]:
         yield chunk[:count]
 
 
-def micro_batch_size(count: int, size: int, weights: int) -> int:
-    """Choose how many gradients are computed in one pass.
-
-    Args:
-        count: N.
-        size: m.
-        weights: D.
-
-    Returns:
-        A number that does not depend on the ranks.
-    """
-    wanted = max(_FEWEST_GRADIENTS, count // _MICRO_BATCHES_WANTED)
-    by_memory = _MAX_BYTES // (4 * max(1, weights))
-    return max(1, min(wanted, count, _MAX_GRADIENTS, _MAX_SAMPLES // size, by_memory))
-
-
-class _RowComputer:
-    """Computes the gradients of micro-batches, in one pass if possible.
-
-    Attributes:
-        reason: why all gradients are computed one by one; ``""`` if they are not.
-        losses: losses of the gradients computed here, by number.
-        failure: the first error; nothing is computed afterwards.
-    """
-
-    def __init__(
-        self,
-        task: GradientTask,
-        batches: Batches,
-        derivative: Derivative | None,
-        skipped: SkippedGradients,
-    ) -> None:
-        self._task = task
-        self._batches = batches
-        self._skipped = skipped
-        self._derivative = derivative
-        self.reason = ""
-        self.losses: dict[int, float] = {}
-        self.failure: Exception | None = None
-        self._redone = 0
-        self._lockstep = Lockstep(task.source.model, task.parameters)
-        # With a pattern, all weights of a tensor may come in another order.
-        self._whole = {
-            name
-            for name, parameter in task.parameters.items()
-            if len(where := task.positions[name]) == parameter.numel()
-            and torch.equal(where, torch.arange(len(where), device=where.device))
-        }
-
-    def choose_micro_batch_size(self, collection: Collection, width: int) -> int:
-        """Return how many gradients of D = ``width`` weights form a micro-batch."""
-        self.reason = self._reason_for_loop(collection)
-        if self.reason:
-            return 1
-        at_once = micro_batch_size(self._task.count, self._batches.size or 1, width)
-        self.reason = "" if at_once > 1 else "one gradient fills a micro-batch"
-        return at_once
-
-    def _reason_for_loop(self, collection: Collection) -> str:
-        """Return why gradients must be computed one by one, if known in advance, or ``""``."""
-        model, batches = self._task.source.model, self._batches
-        if self._derivative is not None:
-            return "Hessian products"
-        if collection == "loop":
-            return "requested"
-        if any(module.training for module in model.modules()):
-            return "in training mode samples of a batch may influence each other"
-        if not batches.regroupable or batches.size is None:
-            return batches.why_not_regroupable
-        return find_obstacle(model, self._task.parameters) or ""
-
-    def agree_on_method(self, first: int, rows: Tensor) -> None:
-        """Use the method of the first micro-batch, which rank 0 has, on all ranks."""
-        was_together = not self.reason
-        self.reason = self._task.comm.broadcast_text(self.reason)
-        if self.reason and was_together:
-            self.fill(first, rows)
-
-    def fill(self, first: int, rows: Tensor) -> None:
-        """Compute a micro-batch; an error is stored in ``failure``.
-
-        Args:
-            first: number of the first gradient.
-            rows: ``[n, D]``; receives gradients ``first`` .. ``first + n - 1``.
-        """
-        # After a failure the other ranks still wait for rows from this one.
-        if self.failure is not None:
-            rows.zero_()
-            return
-        if not self.reason and len(rows) > 1:
-            losses, problem = self._try_together(first, rows)
-            if not problem:
-                self.losses |= dict(enumerate(losses, start=first))
-                return
-            if first == 0:
-                self.reason = problem
-            else:
-                self._redone += 1
-        try:
-            for index, row in enumerate(rows, start=first):
-                self._fill_one(index, row)
-        except Exception as error:
-            self.failure = error
-            rows.zero_()
-
-    def _fill_one(self, index: int, row: Tensor) -> None:
-        """Compute a gradient; one that may be left out is recorded, and its row is zero."""
-        problem: NonFiniteError | None = None
-        try:
-            self.losses[index] = self._alone(index, row)
-        except NonFiniteError as error:
-            problem = error
-            row.zero_()
-        self._skipped.record(index, problem)
-
-    def describe(self) -> str:
-        """Describe how gradients were computed; the same text on every rank."""
-        counts = self._task.comm.gather_numbers([self._redone])
-        redone = int(sum(row[0] for row in counts))
-        if self.reason:
-            return f"loop: {self.reason}"
-        return "per-sample" + f", but {redone} micro-batches by loop" * (redone > 0)
-
-    def _try_together(self, first: int, rows: Tensor) -> tuple[list[float], str]:
-        """Fill rows in one pass; return the losses and the problem found, or ``""``."""
-        try:
-            losses, dtype = self._together(first, rows)
-            return losses, self._mismatch(first, rows, dtype)
-        except PruningError as error:
-            return [], str(error)
-        except Exception as error:
-            # An error that does not come from the single pass is raised again in the loop.
-            return [], f"{type(error).__name__}: {error}"
-
-    def _together(self, first: int, rows: Tensor) -> tuple[list[float], torch.dtype]:
-        """Fill all rows; return the losses and the dtype of the backward pass."""
-        task, count = self._task, len(rows)
-        positions = {name: task.positions[name] for name in task.parameters}
-        batches: list[Any] = []
-        states: list[RandomStates] = []
-        versions: list[int] = []
-
-        def compute(number: int) -> Tensor:
-            if number < len(batches):
-                states[number].restore()
-            else:
-                reseed(derive_seed(task.seed, first + number))
-                batches.append(self._batches.fetch(first + number))
-                versions.extend(_versions(batches[-1]))
-                states.append(RandomStates.capture())
-            return task.source.loss(batches[number], first + number)
-
-        with preserve_random_states():
-            for scale in task.loss_scales():
-                # Another one is compared in each micro-batch.
-                compared = first // count % (count - 1)
-                found = self._lockstep.run(count, compute, compared)
-                if _versions(batches) != versions:
-                    raise PruningError("the loss changes its batch in place")
-                losses = torch.stack([loss.detach().double() for loss in found.losses])
-                if not bool(losses.isfinite().all()):
-                    raise PruningError("a loss is not finite")
-                dtype = fill_rows(
-                    found.layers, found.losses, positions, self._whole, rows, scale
-                )
-                self._require_exact(found, dtype)
-                if _all_finite(rows):
-                    return losses.tolist(), dtype
-        raise PruningError("a gradient is not finite")
-
-    def _require_exact(self, found: SharedPass, dtype: torch.dtype) -> None:
-        """Raise an error if the losses cannot be those of a loop."""
-        if found.unequal and bool(torch.stack(found.unequal).any()):
-            raise PruningError(
-                "a loss that is computed twice calls the network with other inputs"
-            )
-        for distance, norm in found.distances:
-            error = float(distance / norm.clamp(min=torch.finfo(torch.float64).tiny))
-            if error > _tolerance(dtype):
-                raise PruningError(
-                    f"the outputs of the network alone differ by {error:.1e} of their "
-                    "norm, so samples of a batch influence each other"
-                )
-
-    def _alone(self, index: int, row: Tensor) -> float:
-        """Write one gradient into ``row`` and return its loss."""
-        task, batches = self._task, self._batches
-        # Other errors must stay errors if non-finite gradients are left out.
-        kind = NonFiniteError if self._skipped.allowed else PruningError
-        positions = [task.positions[name] for name in task.parameters]
-        targets = torch.split(row, [len(where) for where in positions])
-        gradients: Sequence[Tensor | None] = ()
-        with task.seeded(index):
-            batch = batches.fetch(index)
-            for scale in task.loss_scales():
-                loss = differentiable_loss(task.source, batches, index, batch, kind)
-                if self._derivative is not None:
-                    gradients = self._derivative(loss * scale, index)
-                else:
-                    gradients = differentiate(loss * scale, [*task.parameters.values()])
-                for target, where, gradient in zip(
-                    targets, positions, gradients, strict=True
-                ):
-                    if gradient is None:
-                        target.zero_()
-                        continue
-                    if gradient.is_sparse:
-                        gradient = gradient.to_dense()
-                    # Converted before it is unscaled: float16 would underflow.
-                    target.copy_(gradient.detach().reshape(-1)[where]).div_(scale)
-                if _all_finite(row):
-                    return float(loss.detach())
-        bad = [
-            name
-            for name, gradient in zip(task.parameters, gradients, strict=True)
-            if gradient is not None and not bool(gradient.isfinite().all())
-        ]
-        raise kind(
-            f"gradient {index} ({batches.describe(index)}) is not finite in "
-            f"{', '.join(bad)}"
-        )
-
-    def _mismatch(self, first: int, rows: Tensor, dtype: torch.dtype) -> str:
-        """Compare some rows with gradients computed alone; return a difference, or ``""``."""
-        if first % _GRADIENTS_PER_CHECK >= len(rows):
-            return ""
-        largest = float(torch.linalg.vector_norm(rows, dim=1).max())
-        alone = torch.empty_like(rows[0])
-        for index in (0, len(rows) - 1) if first == 0 else (0,):
-            self._alone(first + index, alone)
-            norm = max(float(alone.norm()), _SHARE_OF_LARGEST * largest)
-            error = float((alone - rows[index]).norm())
-            if error > _tolerance(dtype) * norm:
-                return (
-                    f"gradient {first + index} alone differs by {error / norm:.1e} of its "
-                    "norm, so samples of a batch influence each other"
-                )
-        return ""
-
-
 def _require_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
     if frozen:
@@ -409,17 +170,3 @@ def _received(pending: Pending, kept: Tensor | None) -> Tensor:
     """Wait for the rows of a round, and drop those that are left out."""
     rows = pending.wait()
     return rows if kept is None else rows[kept]
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return _TOLERANCE.get(dtype, _TOLERANCE_16_BIT)
-
-
-def _versions(batches: Any) -> list[int]:
-    """Count the changes in place of each tensor."""
-    return [leaf._version for leaf in leaves_of(batches) if isinstance(leaf, Tensor)]
-
-
-def _all_finite(values: Tensor) -> bool:
-    # The sum is fast, but may overflow although all values are finite.
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())

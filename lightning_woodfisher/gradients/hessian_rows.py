@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.base.host_copy import upload
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import differentiate
 
@@ -86,6 +87,6 @@ def _signs(
             0, 2, (len(where),), generator=generator, dtype=torch.int8
         )
         sign = torch.zeros_like(parameter, requires_grad=False)
-        sign.view(-1)[where] = (2 * drawn - 1).to(sign)
+        sign.view(-1)[where] = upload(2 * drawn - 1, sign.device).to(sign.dtype)
         signs.append(sign)
     return signs

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.data.isolation import RandomStates
 from lightning_woodfisher.gradients.per_sample import (
     LayerCall,
     make_layer_call,
@@ -294,11 +295,11 @@ class _Run:
         self._samples = self._count * size
         args, kwargs = self._waiting[0].rebuild(leaves)
         layers, ends = len(self.result.layers), _nodes(leaves)
-        state = torch.get_rng_state()
+        states = RandomStates.capture()
         with self._running():
             output = forward(*args, **kwargs)
             self._record(module, args, kwargs, output)
-        if not torch.equal(state, torch.get_rng_state()):
+        if states.have_changed():
             raise PruningError("the network draws random numbers")
         pieces = _split(output, self._count, size)
         if pieces is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.base.host_copy import upload
 from lightning_woodfisher.distributed.communicator import Communicator
 
 
@@ -58,7 +59,7 @@ class SkippedGradients:
             count: gradients of the round, on all ranks.
 
         Returns:
-            bool tensor ``[count]``, True where a gradient is kept; None if all are.
+            int64 tensor, the places of the gradients that are kept; None if all are.
         """
         if not self.allowed:
             return None
@@ -66,7 +67,8 @@ class SkippedGradients:
         for index in self._own:
             if first <= index < first + count:
                 flags[index - first] = 1
-        flags = self._comm.sum_integers(flags.to(self._comm.device))
+        if self._comm.world_size > 1:
+            flags = self._comm.sum_integers(flags.to(self._comm.device)).cpu()
         skipped = flags.nonzero().squeeze(1).tolist()
         self.indices.extend(first + place for place in skipped)
         if len(self.indices) > self._limit and self.failure is None:
@@ -76,4 +78,5 @@ class SkippedGradients:
                     f"{beyond}; that is one more than fisher.max_nonfinite={self._limit} "
                     "allows to be left out"
                 )
-        return flags == 0 if skipped else None
+        kept = (flags == 0).nonzero().squeeze(1)
+        return upload(kept, self._comm.device) if skipped else None

@@ -7,6 +7,7 @@ __all__ = ["CollectionRecord", "Evaluator"]
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -33,11 +34,7 @@ from lightning_woodfisher.fisher.config import (
     mini_batches_in_group,
     rows_in_chunk,
 )
-from lightning_woodfisher.gradients.collect import (
-    collect_gradients,
-    iterate_chunks,
-    micro_batch_size,
-)
+from lightning_woodfisher.gradients.collect import collect_gradients, iterate_chunks
 from lightning_woodfisher.gradients.hessian_rows import (
     make_hessian_derivative,
     twice_differentiable,
@@ -55,6 +52,8 @@ from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import Pattern
 
 _ROWS_ADDED_AT_ONCE = 8
+# Rounding of the loss of a batch of another size.
+_SAME_LOSS = 1e-3
 # Samples are kept in memory up to this size, because losses on them are measured several
 # times: before the step, for every trial of the line search and after the step.
 _BYTES_OF_SAMPLES_KEPT = 2**28
@@ -180,8 +179,7 @@ class Evaluator:
                 criterion.leave_out(len(left_out))
             self._observe_first_order(criterion, active, seed)
         note = "; ".join(found.notes)
-        known = self._known_losses(found.losses, note, active.partition.size, seed)
-        return known or self.measure(seed), note
+        return self._known_losses(found.losses, seed) or self.measure(seed), note
 
     def _find_without_gradient(self, active: ActiveWeights, seen: Tensor) -> list[str]:
         """Return the tensors with active weights of which none is in ``seen``."""
@@ -194,33 +192,39 @@ class Evaluator:
             if not count and zeros[name] < parameter.numel()
         ]
 
-    def _known_losses(
-        self, losses: list[float], note: str, weights: int, seed: int
-    ) -> list[float]:
+    def _known_losses(self, losses: list[float], seed: int) -> list[float]:
         """Return the losses before the step from the collection of gradients.
 
         They must be means over the samples, and on the labels, of the losses after it.
 
         Args:
             losses: of the gradients, in order; stored rows have none.
-            note: how gradients were computed.
-            weights: D.
             seed: seed of the samples.
 
         Returns:
             The losses of some gradients; empty if they must be measured.
         """
-        if self._fisher.sample_labels:
-            return []
         count, _, group = self._groups_measured(seed)
-        known = losses[: count * group]
-        if group == 1 and note.startswith("loop"):
-            return known
-        # Of a micro-batch only the mean over its gradients is known.
-        number = self._fisher.num_gradients
-        together = micro_batch_size(number, self._fisher.gradient_batch_size, weights)
-        whole = len(known) % together == 0 or len(known) == number
-        return known if note == "per-sample" and whole else []
+        if self._fisher.sample_labels or not losses:
+            return []
+        if group > 1 and not (
+            self._measure_loss and self._is_mean(losses[:group], seed)
+        ):
+            return []
+        return losses[: count * group]
+
+    def _is_mean(self, losses: list[float], seed: int) -> bool:
+        """Return whether the loss of the first group is the mean of its mini-batches'.
+
+        Class weights and masks divide by something of the whole batch.
+        """
+        count, size = self._groups(seed)
+        batches = self._batches(count, size, seed)
+        (loss,) = compute_losses(
+            self._source, batches, 1, self._comm, seed, finite=False
+        )
+        mean = math.fsum(losses) / len(losses)
+        return math.isclose(loss, mean, rel_tol=_SAME_LOSS)
 
     def rows(
         self,
@@ -471,22 +475,15 @@ class Evaluator:
         count = self._fisher.num_gradients // group
         left_out = self._left_out(seed, count, size)
         measured = [i for i in range(count) if i not in left_out][:most]
-        try:
-            return compute_losses(
-                self._source,
-                self._batches(count, size, seed),
-                measured[-1] + 1,
-                self._comm,
-                seed,
-                finite=finite,
-                skip=left_out,
-            )
-        except Exception:
-            if group == 1:
-                raise
-            # Samples of different mini-batches need not have a common shape.
-            self._regroupable = False
-            return self._losses(seed, finite)
+        return compute_losses(
+            self._source,
+            self._batches(count, size, seed),
+            measured[-1] + 1,
+            self._comm,
+            seed,
+            finite=finite,
+            skip=left_out,
+        )
 
     def _left_out(self, seed: int, count: int, size: int) -> list[int]:
         """Return the indices of the mini-batches whose gradients were left out."""

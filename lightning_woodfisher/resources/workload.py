@@ -15,7 +15,7 @@ from lightning_woodfisher.fisher.config import (
     first_order_batches,
     mini_batches_in_group,
 )
-from lightning_woodfisher.gradients.collect import micro_batch_size
+from lightning_woodfisher.gradients.row_computer import micro_batch_size
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.line_search import count_trials
 from lightning_woodfisher.weights.partition import Partition

@@ -107,5 +107,7 @@ def test_a_loss_that_changes_its_batch_in_place(collate: Callable[..., Any]) -> 
         )
 
     one, other = step(True), step(False)
-    assert (one.loss_before, one.loss_after) == (other.loss_before, other.loss_after)
+    # Not all gradients at once, because the loss would be computed twice.
+    assert one.loss_before == pytest.approx(other.loss_before, rel=1e-6)
+    assert one.loss_after == pytest.approx(other.loss_after, rel=1e-6)
     assert one.updates == other.updates != ("none",)

@@ -787,6 +787,10 @@ def test_losses_are_measured_on_the_samples_of_the_gradients(
     if mode == "train":
         assert gradients == taken[True]
     assert len(gradients) == (number * 4 if criterion == "woodfisher" else 0)
+    if (mode, criterion, number) == ("eval", "woodfisher", 24):
+        # A group of 12 mini-batches is compared with the mean of their losses.
+        assert measured[: 12 * 4] == measured[12 * 4 :][: 12 * 4]
+        measured = measured[12 * 4 :]
     once = measured[: number * 4]
     assert once in (gradients, measured[number * 4 :])
     assert measured == once * (len(measured) // len(once))

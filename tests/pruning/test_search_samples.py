@@ -35,20 +35,19 @@ def mean_loss(model: nn.Module, inputs: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("count", "size", "collection", "is_known"),
+    ("count", "size", "collection", "checked"),
     [
-        # Of two mini-batches in one pass only the mean loss is known, and 192 are three.
-        (8, 64, "auto", False),
-        (8, 64, "loop", True),
-        (512, 1, "auto", True),
-        (64, 8, "auto", True),
-        # Eight mini-batches are measured together, and their loss may be no mean.
-        (64, 8, "loop", False),
+        (8, 64, "auto", 0),
+        (8, 64, "loop", 0),
+        # Mini-batches are measured together, and their loss might be no mean.
+        (512, 1, "auto", 64),
+        (64, 8, "auto", 64),
+        (64, 8, "loop", 64),
     ],
 )
 @pytest.mark.parametrize("line_search", [True, False])
 def test_losses_are_measured_on_some_samples_of_the_gradients(
-    count: int, size: int, collection: Any, is_known: bool, line_search: bool
+    count: int, size: int, collection: Any, checked: int, line_search: bool
 ) -> None:
     data, recorder, model, dense = samples(640), Recorder(), network(), network()
     report = prune(
@@ -60,16 +59,44 @@ def test_losses_are_measured_on_some_samples_of_the_gradients(
         step=StepConfig(search_samples=200, line_search=line_search),
     )
     number = 192
-    inputs = torch.cat(recorder.measured)
+    inputs = torch.cat(recorder.measured)[checked:]
     # Three scales and the independent update; the loss of the last weights is known.
     trials = 4 if line_search else 1
-    assert len(inputs) == (trials + (not is_known)) * number
+    assert len(inputs) == trials * number
     parts = inputs.split(number)
     assert all(torch.equal(part, parts[0]) for part in parts)
     assert len(parts[0].unique(dim=0)) == number
     before, after = (mean_loss(m, parts[0]) for m in (dense, model))
     assert report.loss_before == pytest.approx(before, rel=1e-5)
     assert report.loss_after == pytest.approx(after, rel=1e-5)
+
+
+def test_a_loss_that_is_no_mean_is_measured_in_the_same_batches_before_and_after() -> (
+    None
+):
+    weights = torch.tensor([1.0, 40.0, 1.0, 5.0])
+    groups: list[Any] = []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            groups.append(batch)
+        return F.cross_entropy(model(batch[0]), batch[1], weights)
+
+    model, dense = network(), network()
+    report = prune(
+        model,
+        samples(640),
+        loss,
+        target_sparsity=0.5,
+        fisher=FisherConfig(64, 8, 64),
+        step=StepConfig(search_samples=200),
+    )
+    # One that is compared with the mean of the gradients' losses, and four trials more.
+    assert [len(group[0]) for group in groups] == [64] * (1 + 3 + 4 * 3)
+    assert report.collection == "per-sample"
+    for network_, expected in ((dense, report.loss_before), (model, report.loss_after)):
+        losses = [float(loss(network_, group).detach()) for group in groups[1:4]]
+        assert sum(losses) / 3 == pytest.approx(expected, rel=1e-5)
 
 
 def test_fewer_samples_than_a_mini_batch_are_one_mini_batch() -> None:

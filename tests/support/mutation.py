@@ -131,9 +131,9 @@ MUTANTS = (
         ("weights/test_partition.py",),
     ),
     Mutant(
-        "gradients/collect.py",
-        "target.copy_(gradient.detach().reshape(-1)[where]).div_(scale)",
-        "target.copy_(gradient.detach().reshape(-1)[where])",
+        "gradients/row_computer.py",
+        "target.div_(scale)",
+        "pass",
         ("gradients/test_collect.py",),
     ),
     Mutant(
