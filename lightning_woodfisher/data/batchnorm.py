@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.batches import Batches
@@ -145,7 +146,11 @@ def estimate_statistics(
     comm.broadcast(model.buffers())
     if batches is None:
         batches = source.batches(count, max(size, _FEWEST_SAMPLES), seed, True)
-    model.eval()
+    training = model.training
+    for module in model.modules():
+        # Some networks return a loss in training mode only.
+        if not training or isinstance(module, _BatchNorm | _DropoutNd):
+            module.eval()
     # Of each layer: whether it was used, its means and its variances.
     widths = [1 + 2 * _mean(layer).numel() for layer in layers.values()]
     own = torch.zeros(-(-count // comm.world_size), sum(widths), device=comm.device)
