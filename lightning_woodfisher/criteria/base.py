@@ -68,6 +68,15 @@ class CriterionBase(ABC):
             The partition.
         """
 
+    def count_arithmetics(self) -> Mapping[str, int]:
+        """Count the weights of this rank by the arithmetic of their curvature.
+
+        Returns:
+            Numbers of weights by name: ``"float32"``, ``"split"`` or ``"float64"``; empty
+            for a criterion without a choice.
+        """
+        return {}
+
     @property
     def engine(self) -> str:
         """Representation of the curvature, as named in estimates; ``"none"`` for none."""

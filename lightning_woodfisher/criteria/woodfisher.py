@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["WoodFisher"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -134,6 +134,10 @@ class WoodFisher(CompensatingCriterion):
     @override
     def raised_damping(self) -> dict[int, float]:
         return self.inverse_fisher.raised_damping()
+
+    @override
+    def count_arithmetics(self) -> Mapping[str, int]:
+        return self.inverse_fisher.count_arithmetics()
 
     @property
     @override

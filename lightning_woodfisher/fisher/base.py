@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.fisher.config import FisherConfig
+from lightning_woodfisher.fisher.config import FisherConfig, count_kept_factors
 from lightning_woodfisher.fisher.linalg import Arithmetic, choose_arithmetics
 from lightning_woodfisher.fisher.parallel import run_in_threads
 from lightning_woodfisher.weights.partition import Partition, Unit
@@ -91,6 +91,22 @@ class InverseFisher(ABC):
     @abstractmethod
     def state_bytes(self) -> int:
         """Bytes on the device of the state that this rank keeps for its blocks."""
+
+    def count_arithmetics(self) -> dict[str, int]:
+        """Count the weights of this rank by the arithmetic of their units.
+
+        Returns:
+            Numbers of weights, after :meth:`factorize`.
+        """
+        counts: dict[str, int] = {}
+        for index, unit in enumerate(self.units):
+            kind = self._final_arithmetic(index)
+            counts[kind] = counts.get(kind, 0) + unit.size * unit.count
+        return counts
+
+    @abstractmethod
+    def _final_arithmetic(self, index: int) -> Arithmetic:
+        """Return the arithmetic in which a unit was computed."""
 
     def observe(self, rows: Tensor) -> None:
         """Add the next gradients.
@@ -287,11 +303,28 @@ class BlockwiseInverseFisher(InverseFisher):
     ) -> None:
         # By unit, how many arithmetics have turned out to have too few digits.
         self._refined: dict[int, int] = {}
+        self._factors: dict[int, Tensor] = {}
         super().__init__(partition, fisher, communicator)
+        sizes = [(unit.size, unit.count) for unit in self.units]
+        self._keeping, _ = count_kept_factors(fisher, sizes)
+
+    def _keep_factor(self, index: int, factor: Tensor) -> None:
+        """Keep a factor of all columns for :meth:`matvec`, if there is memory for it."""
+        if index < self._keeping:
+            self._factors[index] = factor
+
+    def _start_again(self) -> None:
+        """Forget what was found out about the weights before some were dropped."""
+        self._refined.clear()
+        self._factors.clear()
 
     def _arithmetic(self, index: int) -> Arithmetic:
         """Return the arithmetic of a unit."""
         return self._arithmetics[self._refined.get(index, 0)]
+
+    @override
+    def _final_arithmetic(self, index: int) -> Arithmetic:
+        return self._arithmetic(index)
 
     def _judge(self, index: int, singular: Tensor, coarse: Tensor) -> Tensor:
         """Judge the blocks of a unit.
@@ -394,6 +427,7 @@ class BlockwiseInverseFisher(InverseFisher):
             verdict_of = dict(zip(pending, worst, strict=True))
             pending = [index for index in pending if verdict_of[index] != _FINE]
             for index in pending:
+                self._factors.pop(index, None)
                 if verdict_of[index] == _TOO_COARSE:
                     self._refined[index] = self._refined.get(index, 0) + 1
                 else:

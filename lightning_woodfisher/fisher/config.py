@@ -9,12 +9,14 @@ __all__ = [
     "Precision",
     "RowDtype",
     "choose_engine",
+    "count_kept_factors",
     "first_order_batches",
     "fit_samples",
     "mini_batches_in_group",
     "rows_in_chunk",
 ]
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -36,6 +38,8 @@ RowDtype = Literal["float32", "bfloat16"]
 
 # Largest number of entries in a chunk of gradients.
 _ENTRIES_IN_CHUNK = 2**26
+# Cholesky factors of blocks are kept for the update of the weights up to this size.
+_BYTES_OF_FACTORS = 2**30
 # Samples in a mini-batch of the mean gradient (``first_order_samples``).
 _FIRST_ORDER_BATCH = 256
 _SAMPLES_EVALUATED_AT_ONCE = 64
@@ -192,6 +196,35 @@ def choose_engine(fisher: FisherConfig) -> Literal["primal", "dual", "full"]:
     if fisher.engine != "auto":
         return fisher.engine
     return "primal" if fisher.num_gradients >= fisher.block_size else "dual"
+
+
+def count_kept_factors(
+    fisher: FisherConfig, blocks: Iterable[tuple[int, int]]
+) -> tuple[int, int]:
+    """Count the units whose Cholesky factors are kept after the saliencies.
+
+    Other units are factorized again for an update that needs them, with the same bits.
+
+    Args:
+        fisher: the settings.
+        blocks: size and number of the blocks of each unit of a rank, in order.
+
+    Returns:
+        Number of the units, and the bytes of their factors; ``"auto"`` is counted as
+        float32.
+    """
+    engine = choose_engine(fisher)
+    if engine == "full":
+        return 0, 0
+    item = 4 if fisher.precision == "auto" else 8
+    units = total = 0
+    for size, count in blocks:
+        side = size if engine == "primal" else fisher.num_gradients
+        added = item * count * side**2
+        if total + added > _BYTES_OF_FACTORS:
+            break
+        units, total = units + 1, total + added
+    return units, total
 
 
 def rows_in_chunk(fisher: FisherConfig, weights: int) -> int:

@@ -112,10 +112,11 @@ class DualInverseFisher(RowsInverseFisher, BlockwiseInverseFisher):
 
     def _restrict(self, kept: Tensor) -> None:
         super()._restrict(kept)
-        self._refined.clear()
+        self._start_again()
 
     def _factorize_unit(self, index: int) -> Tensor:
         factor, rows, singular, coarse = self._factor(index)
+        self._keep_factor(index, factor)
         arithmetic = self._arithmetic(index)
         complement = complement_of(factor, rows, arithmetic == "split")
         self._blocks(self._diagonal, self.units[index]).copy_(
@@ -160,7 +161,12 @@ class DualInverseFisher(RowsInverseFisher, BlockwiseInverseFisher):
         return (complements / damping).flatten(0, 1), verdicts
 
     def _solve(self, index: int, blocks: Tensor) -> Tensor:
-        factor, rows, _, _ = self._factor(index)
+        if index in self._factors:
+            factor = self._factors[index]
+            dtype = self._dtype_of(self._arithmetic(index))
+            rows = self._blocks_of_rows(index, dtype)
+        else:
+            factor, rows, _, _ = self._factor(index)
         product = _project(factor, rows, blocks.unsqueeze(-1)).squeeze(-1)
         return (blocks - product) / self._dampings[index].unsqueeze(-1)
 

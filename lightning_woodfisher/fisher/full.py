@@ -44,6 +44,10 @@ class FullInverseFisher(RowsInverseFisher):
     def _arithmetic(self) -> Arithmetic:
         return self._arithmetics[0]
 
+    @override
+    def _final_arithmetic(self, index: int) -> Arithmetic:
+        return self._arithmetic
+
     @property
     def _dtype(self) -> torch.dtype:
         return self._dtype_of(self._arithmetic)

@@ -17,6 +17,7 @@ float32 (:func:`split_product`).
 from __future__ import annotations
 
 __all__ = [
+    "ARITHMETICS",
     "LARGEST_SPREAD",
     "Arithmetic",
     "add_half_product",
@@ -41,6 +42,8 @@ from torch import Tensor
 from lightning_woodfisher.fisher.config import Precision
 
 Arithmetic = Literal["float32", "split", "float64"]
+# By the number of digits.
+ARITHMETICS: tuple[Arithmetic, ...] = ("float32", "split", "float64")
 
 # Rows in a strip. Products of thinner strips are slow.
 _STRIP = 96
@@ -72,7 +75,7 @@ def choose_arithmetics(
     if precision == "split":
         return "split", "float64"
     slow = _has_slow_float64(device)
-    return ("float32", "split", "float64") if slow else ("float32", "float64")
+    return ARITHMETICS if slow else ("float32", "float64")
 
 
 def _has_slow_float64(device: torch.device) -> bool:
@@ -172,6 +175,8 @@ def split_product(left: Tensor, right: Tensor | None = None) -> Tensor:
     """
     own = left.mT if right is None else right
     total = left.new_zeros(*left.shape[:-1], own.shape[-1])
+    if not left.shape[-1]:
+        return total
     pieces = torch.split(left, _EXACT_LENGTH, dim=-1)
     others = torch.split(own, _EXACT_LENGTH, dim=-2)
     for piece, other in zip(pieces, others, strict=True):

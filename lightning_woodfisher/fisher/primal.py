@@ -15,6 +15,7 @@ from lightning_woodfisher.fisher.base import (
     group_products,
 )
 from lightning_woodfisher.fisher.linalg import (
+    ARITHMETICS,
     LARGEST_SPREAD,
     Arithmetic,
     add_half_product,
@@ -117,6 +118,12 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
         else:
             add_half_product(gram, columns, self._products[index] == "split")
 
+    @override
+    def _final_arithmetic(self, index: int) -> Arithmetic:
+        products, factor = self._products[index], self._arithmetic(index)
+        # Whichever has more digits; the factors of split products are float64.
+        return max(products, factor, key=ARITHMETICS.index)
+
     def _columns(self, rows: Tensor, index: int) -> Tensor:
         """View a unit's part of the rows, minus c, as ``[K, B, n]``."""
         unit = self.units[index]
@@ -144,10 +151,11 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
             self._gram[index].masked_fill_(~blocks.unsqueeze(-1), 0.0)
             self._gram[index].masked_fill_(~blocks.unsqueeze(-2), 0.0)
 
-        self._refined.clear()
+        self._start_again()
 
     def _factorize_unit(self, index: int) -> Tensor:
         factor, verdicts = self._factor(index)
+        self._keep_factor(index, factor)
         diagonal = invert_lower(factor).square_().sum(dim=-2)
         self._blocks(self._diagonal, self.units[index]).copy_(diagonal)
         return verdicts
@@ -158,7 +166,9 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
         return products.flatten(0, 1).double(), verdicts
 
     def _solve(self, index: int, blocks: Tensor) -> Tensor:
-        factor, _ = self._factor(index)
+        factor = self._factors.get(index)
+        if factor is None:
+            factor, _ = self._factor(index)
         target = blocks.to(factor.dtype).unsqueeze(-1)
         return torch.cholesky_solve(target, factor).squeeze(-1).double()
 

@@ -449,6 +449,7 @@ class Pruner:
             damping=criterion.damping,
             raised_damping=active.name_blocks(criterion.raised_damping()),
             fisher_bytes=criterion.state_bytes,
+            arithmetics=criterion.count_arithmetics(),
             losses_before=observed.losses,
             losses_after=losses_after,
             local_model=local_model.check(

@@ -122,6 +122,9 @@ class PruningReport:
         bytes_exchanged: number of bytes that all ranks together have sent.
         fisher_bytes: bytes of Fisher state on each rank, in the largest stage.
         world_size: number of ranks.
+        arithmetics: share of the active weights by the arithmetic of their inverse Fisher
+            in the last stage (``fisher.precision``): ``"float32"``, ``"split"`` or
+            ``"float64"``; empty without an inverse.
         epoch: epoch at whose start the step happened; None outside a Trainer.
         step: number of optimizer steps before it; None outside a Trainer.
         collection: how gradients were computed: ``"per-sample"``, many in one pass, or
@@ -181,6 +184,7 @@ class PruningReport:
     model_zeros: int | None = None
     left_dense: Mapping[str, str] = field(default_factory=dict)
     loss_recalibrated: float | None = None
+    arithmetics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -271,6 +275,9 @@ class PruningReport:
             "damping": self.damping,
             "blocks_with_raised_damping": float(len(self.raised_damping)),
             "nonfinite_gradients": float(self.nonfinite_gradients),
+            "float64_share": self.arithmetics.get("float64", 0.0)
+            if self.arithmetics
+            else None,
             "predicted_loss_increase": self.predicted_increase,
             "measured_loss_increase": self.measured_increase,
             "loss_recalibrated": self.loss_recalibrated,

@@ -5,12 +5,13 @@ from __future__ import annotations
 __all__ = ["StageResult", "mean_loss", "summarize"]
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.fisher.linalg import ARITHMETICS
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.report import (
     LayerReport,
@@ -39,6 +40,7 @@ class StageResult:
     scales: Sequence[float]
     update: str
     reconstructions: Sequence[Reconstruction] = ()
+    arithmetics: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def measured(self) -> float | None:
@@ -80,7 +82,10 @@ def summarize(
         The report; equal on all ranks except for the seconds.
     """
     last, zeros_after = results[-1], masks.zeros()
-    numbers = communicator.gather_numbers([sent, max(r.fisher_bytes for r in results)])
+    largest = max(r.fisher_bytes for r in results)
+    counts = [last.arithmetics.get(kind, 0) for kind in ARITHMETICS]
+    numbers = communicator.gather_numbers([sent, largest, *counts])
+    totals = [sum(row[2 + i] for row in numbers) for i in range(len(ARITHMETICS))]
     layers = tuple(
         LayerReport(
             name=name,
@@ -111,6 +116,11 @@ def summarize(
         num_gradients=config.fisher.num_gradients,
         bytes_exchanged=int(sum(row[0] for row in numbers)),
         fisher_bytes=tuple(int(row[1]) for row in numbers),
+        arithmetics={
+            kind: total / sum(totals)
+            for kind, total in zip(ARITHMETICS, totals, strict=True)
+            if total
+        },
         world_size=communicator.world_size,
         collection="; ".join(notes) or None,
         update_scales=tuple(r.scales[0] for r in results if r.scales),

@@ -20,14 +20,18 @@ __all__ = [
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lightning_woodfisher.fisher.config import mini_batches_in_group, rows_in_chunk
+from lightning_woodfisher.fisher.config import (
+    count_kept_factors,
+    mini_batches_in_group,
+    rows_in_chunk,
+)
 from lightning_woodfisher.gradients.kronecker_factors import factor_sides
 from lightning_woodfisher.resources.workload import Workload
 from lightning_woodfisher.weights.partition import Unit
 from lightning_woodfisher.weights.patterns import numbers_at_once
 
 # Bytes of one number of GᵀG; "auto" starts in float32 and is counted as float32.
-_GRAM_ITEMSIZE = {"auto": 4, "float32": 4, "float64": 8}
+_GRAM_ITEMSIZE = {"auto": 4, "float32": 4, "split": 8, "float64": 8}
 # float64 copies of the matrices of a unit while it is processed.
 _PRIMAL_MATRICES = 4
 _DUAL_GRAMS, _DUAL_ROWS = 4, 2
@@ -67,7 +71,7 @@ class Memory:
         rows: gradient rows that the Fisher has not observed yet.
         workspace: matrices of the units that are being processed.
         copies: vectors over all weights: copies of weights and masks, positions,
-            saliencies and gathered values.
+            saliencies and gathered values; and the Cholesky factors that are kept.
     """
 
     state: int
@@ -122,6 +126,8 @@ def count_memory(workload: Workload, rank: int) -> dict[str, Memory]:
         phases[phase] = max(phases.get(phase, memory), memory, key=lambda m: m.total)
 
     inverting, solving = _count_workspace(workload, units)
+    # Those are kept until the end of the stage.
+    kept += _count_factor_bytes(workload, units)
     # Layers are processed one after the other, each with its own vectors.
     vectors = 1 if has_factors else _VECTORS["factorize"]
     gathered = value_bytes * active
@@ -296,6 +302,14 @@ def _count_workspace(workload: Workload, units: Sequence[Unit]) -> tuple[int, in
         size += workload.row_bytes * count * longest
     size *= _count_units_at_once(workload, units)
     return size, size
+
+
+def _count_factor_bytes(workload: Workload, units: Sequence[Unit]) -> int:
+    """Count the bytes of the Cholesky factors that are kept for the update."""
+    if workload.engine not in {"primal", "dual"}:
+        return 0
+    sizes = [(unit.size, unit.count) for unit in units]
+    return count_kept_factors(workload.fisher, sizes)[1]
 
 
 def _count_group_bytes(workload: Workload, units: Sequence[Unit]) -> int:

@@ -25,11 +25,13 @@ def matrix(rows: int, columns: int, kind: str, seed: int = 0) -> Tensor:
 
 def scales(rows: Tensor) -> Tensor:
     """The power of two above the largest entry of each row."""
+    if not rows.shape[-1]:
+        return torch.ones(*rows.shape[:-1], 1, dtype=rows.dtype)
     return torch.exp2(rows.abs().amax(dim=-1, keepdim=True).log2().floor() + 1)
 
 
 @pytest.mark.parametrize("kind", ["normal", "constant", "scaled"])
-@pytest.mark.parametrize("length", [1, 40, 256])
+@pytest.mark.parametrize("length", [0, 1, 40, 256])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_split_products_keep_their_bound(
     kind: str, length: int, symmetric: bool

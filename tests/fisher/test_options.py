@@ -227,3 +227,38 @@ def test_restricting_too_early_or_wrongly_is_refused(form: Form) -> None:
     fed(inverse, gradients(2))
     with pytest.raises(ValueError, match=r"restrict to \(82,\)"):
         inverse.restrict(torch.ones(SIZE - 1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("precision", ["auto", "float64"])
+def test_kept_factors_save_a_factorization_and_change_no_bit(
+    form: Form, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, (_, vector, _) = gradients(12 if form == "dual" else 30), vectors()
+    kept = fed(make(form, len(rows), 1e-3, precision=precision), rows)
+    monkeypatch.setattr("lightning_woodfisher.fisher.config._BYTES_OF_FACTORS", 0)
+    again = fed(make(form, len(rows), 1e-3, precision=precision), rows)
+    expected = again.matvec(vector)
+    name = f"lightning_woodfisher.fisher.{form}.cholesky"
+    monkeypatch.setattr(name, lambda _: pytest.fail("factorized again"))
+    assert torch.equal(kept.matvec(vector), expected)
+    with pytest.raises(pytest.fail.Exception, match="factorized again"):
+        again.matvec(vector)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("precision", "damping", "expected"),
+    [
+        ("auto", 1.0, {"float32": SIZE}),
+        ("auto", 1e-12, {"float64": SIZE}),
+        ("split", 1.0, {"split": SIZE}),
+        ("float64", 1.0, {"float64": SIZE}),
+    ],
+)
+def test_weights_are_counted_by_arithmetic(
+    form: Form, precision: str, damping: float, expected: dict[str, int]
+) -> None:
+    rows = gradients(12 if form == "dual" else 100, 1.0)
+    inverse = fed(make(form, len(rows), damping, precision=precision), rows)
+    assert inverse.count_arithmetics() == expected

@@ -25,6 +25,7 @@ from lightning_woodfisher import (
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.base import raise_until_definite
+from lightning_woodfisher.fisher.config import Precision
 from lightning_woodfisher.fisher.inverse import make_inverse_fisher
 from lightning_woodfisher.gradients.collect import collect_gradients
 from lightning_woodfisher.gradients.nonfinite import NonFiniteError, SkippedGradients
@@ -649,3 +650,60 @@ def test_skipped_gradients_count_by_round(comm: Communicator) -> None:
     skipped.find_kept(10, 1)
     assert skipped.indices == [1, 9, 10]
     assert "third" in str(skipped.failure)
+
+
+# --- precision ------------------------------------------------------------------------
+
+
+def trained_digits() -> tuple[nn.Sequential, TensorDataset]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    data = TensorDataset(
+        torch.tensor(digits.data / 16, dtype=torch.float32),
+        torch.tensor(digits.target),
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        F.cross_entropy(model(data.tensors[0]), data.tensors[1]).backward()
+        optimizer.step()
+    return model, data
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_gradients": 300, "block_size": 64, "damping": 1e-3},
+        {"num_gradients": 64, "block_size": 256, "damping": 1e-4},
+        {"num_gradients": 150, "block_size": None, "damping": 1e-4},
+    ],
+    ids=["primal", "dual", "full"],
+)
+@pytest.mark.parametrize("precision", ["auto", "split"])
+def test_a_trained_network_loses_the_same_weights_in_every_precision(
+    settings: dict[str, Any], precision: Precision
+) -> None:
+    dense, data = trained_digits()
+
+    def pruned(precision: Precision) -> tuple[Tensor, PruningReport]:
+        model = copy.deepcopy(dense)
+        report = prune(
+            model,
+            data,
+            lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]),
+            target_sparsity=0.7,
+            fisher=FisherConfig(gradient_batch_size=4, precision=precision, **settings),
+        )
+        weights = [model.get_parameter(layer.name) for layer in report.layers]
+        return torch.cat([w.detach().reshape(-1) for w in weights]), report
+
+    exact, _ = pruned("float64")
+    found, report = pruned(precision)
+    fastest = "float32" if precision == "auto" else "split"
+    assert report.arithmetics == {fastest: 1.0}
+    assert torch.equal(found == 0, exact == 0)
+    # The promise is 1e-3 of F⁻¹, and so of the change of the kept weights.
+    assert float((found - exact).abs().max()) < 1e-3 * float(exact.abs().max())
