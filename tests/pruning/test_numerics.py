@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
+from trained_digits import trained_digits
 
 from lightning_woodfisher import (
     ConfigurationError,
@@ -655,24 +656,6 @@ def test_skipped_gradients_count_by_round(comm: Communicator) -> None:
 # --- precision ------------------------------------------------------------------------
 
 
-def trained_digits() -> tuple[nn.Sequential, TensorDataset]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    data = TensorDataset(
-        torch.tensor(digits.data / 16, dtype=torch.float32),
-        torch.tensor(digits.target),
-    )
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 10))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        optimizer.zero_grad()
-        F.cross_entropy(model(data.tensors[0]), data.tensors[1]).backward()
-        optimizer.step()
-    return model, data
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -686,7 +669,7 @@ def trained_digits() -> tuple[nn.Sequential, TensorDataset]:
 def test_a_trained_network_loses_the_same_weights_in_every_precision(
     settings: dict[str, Any], precision: Precision
 ) -> None:
-    dense, data = trained_digits()
+    dense, data, _ = trained_digits()
 
     def pruned(precision: Precision) -> tuple[Tensor, PruningReport]:
         model = copy.deepcopy(dense)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from torch.utils.data import (
     TensorDataset,
     default_collate,
 )
+from trained_digits import trained_digits
 
 from lightning_woodfisher import (
     ConfigurationError,
@@ -1129,26 +1129,6 @@ def test_prediction_is_the_measured_rise_of_a_quadratic_loss(
         report.measured_increase, rel=1e-6
     )
     assert report.predicted_increase != 0.0
-
-
-@functools.cache
-def trained_digits() -> tuple[nn.Sequential, TensorDataset, TensorDataset]:
-    """A small network trained on scikit-learn's digits."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    inputs = torch.tensor(digits.data / 16, dtype=torch.float32)
-    labels = torch.tensor(digits.target)
-    train = TensorDataset(inputs[:1200], labels[:1200])
-    test = TensorDataset(inputs[1200:], labels[1200:])
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 10))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        optimizer.zero_grad()
-        cross_entropy(model, train.tensors).backward()  # type: ignore[arg-type]
-        optimizer.step()
-    return model, train, test
 
 
 def accuracy(model: nn.Module, data: TensorDataset) -> float:
