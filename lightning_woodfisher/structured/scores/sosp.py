@@ -27,6 +27,9 @@ from lightning_woodfisher.structured.scores.evaluation import (
     Evaluation,
     second_derivatives,
 )
+from lightning_woodfisher.structured.scores.frozen_convolutions import (
+    FrozenConvolutions,
+)
 from lightning_woodfisher.structured.scores.gates import Gates
 
 _ROWS_PER_PRODUCT = 256
@@ -167,7 +170,7 @@ def score_sosp_h(evaluation: Evaluation) -> Tensor:
             product = gates.derivatives(gradient.sum())
         return torch.cat([gradient.detach(), product])
 
-    with gates.attached():
+    with gates.attached(), FrozenConvolutions():
         rows = evaluation.compute_rows(compute, gates.size)
     means = rows.view(-1, 2, gates.size).mean(dim=0)
     return means[0].abs() + 0.5 * means[1].abs()
