@@ -75,7 +75,7 @@ METHODS: dict[str, dict[str, Any]] = {
 IMAGE = torch.zeros(1, 3, 32, 32)
 
 
-def recalibrate(model: nn.Module, images: TensorDataset, batches: int = 30) -> None:
+def recalibrate(model: nn.Module, images: TensorDataset, batches: int) -> None:
     """Estimate the BatchNorm statistics of a network anew."""
     source = FunctionLoss(model, images, loss_fn)
     with source.session("eval"):
@@ -136,7 +136,7 @@ def compare(options: argparse.Namespace, data: CIFAR10, test: TensorDataset) -> 
                 chosen = select_for_size(groups, values, size, removed, config)
                 model = copy.deepcopy(dense)
                 shrink(model, groups, chosen)
-                recalibrate(model, data.train)
+                recalibrate(model, data.train, options.batches)
                 label = f"{name} per cost" if per_cost else name
                 key = (label, measure, f"{removed:.0%}")
                 shares[key] = (
@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--removed", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--measures", nargs="+", default=["macs", "parameters"])
     parser.add_argument("--steps", type=int, default=350, help="of fine-tuning")
+    parser.add_argument("--batches", type=int, default=30, help="for BatchNorm")
     parser.add_argument("--test-images", type=int, default=10_000)
     options = parser.parse_args()
     data = load_data(options.data, options.images_per_epoch)

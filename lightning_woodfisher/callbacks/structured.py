@@ -435,8 +435,8 @@ class SOSPPruningCallback(StructuredPruningCallback):
 
     Args:
         target: as for :class:`StructuredPruningCallback`.
-        variant: ``"H"`` computes one Hessian-vector product for all channels, ``"I"`` the
-            Gauss-Newton matrix of pairs of channels.
+        variant: ``"I"`` uses the Gauss-Newton matrix of pairs of channels, ``"H"`` one
+            Hessian-vector product for all channels.
         config: as for :class:`StructuredPruningCallback`; ``method`` is set here.
         options: other arguments of :class:`StructuredPruningCallback`.
     """
@@ -444,7 +444,7 @@ class SOSPPruningCallback(StructuredPruningCallback):
     def __init__(
         self,
         target: float = 0.5,
-        variant: Literal["I", "H"] = "H",
+        variant: Literal["I", "H"] = "I",
         config: StructureConfig = StructureConfig(),
         **options: Any,
     ) -> None:

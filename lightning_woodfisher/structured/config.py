@@ -67,6 +67,7 @@ class StructureConfig:
             FLOPs), ``"parameters"`` or ``"structures"`` (channels).
         per_cost: divide the score of a structure by what it costs in the dense network, in
             units of ``measure``. The target is then reached at a smaller sum of scores.
+            None does so for ``measure="macs"`` and methods that estimate the loss.
         only: class paths of layers, or regular expressions on their names, that may be
             pruned; empty for all layers. Used when the network is traced.
         exclude: class paths or regular expressions of layers that are not pruned.
@@ -81,7 +82,7 @@ class StructureConfig:
     """
 
     method: ScoringMethod = "sosp_i"
-    structure: StructureKind = "conv+bn"
+    structure: StructureKind = "bn"
     num_samples: int = 1000
     batch_size: int = 128
     labels: ScoreLabels = "sampled"
@@ -89,7 +90,7 @@ class StructureConfig:
     trace: Trace = "hutchinson"
     probes: int = 300
     measure: Measure = "macs"
-    per_cost: bool = False
+    per_cost: bool | None = None
     only: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
     min_kept: int = 2
@@ -126,6 +127,13 @@ class StructureConfig:
                 "structure costs one; use measure='macs' or 'parameters', or "
                 "per_cost=False."
             )
+
+    @property
+    def is_per_cost(self) -> bool:
+        """Whether scores are divided by costs."""
+        if self.per_cost is not None:
+            return self.per_cost
+        return self.measure == "macs" and self.method not in {"magnitude", "random"}
 
     @property
     def num_batches(self) -> int:

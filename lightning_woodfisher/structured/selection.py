@@ -112,9 +112,9 @@ def structure_costs(
         config: the measure.
 
     Returns:
-        At least 1 for each group; None without ``config.per_cost``.
+        At least 1 for each group; None if scores are not divided by costs.
     """
-    if not config.per_cost:
+    if not config.is_per_cost:
         return None
     count_left = size.parameters if config.measure == "parameters" else size.macs
     first = torch.tensor([0])
