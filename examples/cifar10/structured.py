@@ -54,6 +54,7 @@ from lightning_woodfisher.structured.tracing import trace_groups
 # Scores of the gates behind norms were better than those of filters in each method; HAP has
 # the filters and about the number of images of the paper, and its probes are expensive.
 METHODS: dict[str, dict[str, Any]] = {
+    "magnitude": {"method": "magnitude", "structure": "conv"},
     "diagonal": {"method": "diagonal", "structure": "bn"},
     "SOSP-I": {"method": "sosp_i", "structure": "bn"},
     "SOSP-I, signed": {"method": "sosp_i", "structure": "bn", "search": "signed"},
@@ -63,14 +64,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "structure": "conv",
         "trace": "gauss_newton",
     },
+    "random": {"method": "random"},
     "HAP, 20 probes": {
         "method": "hap",
         "structure": "conv",
         "num_samples": 320,
         "probes": 20,
     },
-    "magnitude": {"method": "magnitude", "structure": "conv"},
-    "random": {"method": "random"},
 }
 IMAGE = torch.zeros(1, 3, 32, 32)
 
