@@ -28,8 +28,8 @@ from lightning_woodfisher.structured.tracing import trace_groups
 
 _REFERENCE = "gradient pass"
 METHODS: Mapping[str, StructureConfig] = {
-    "SOSP-H": StructureConfig(method="sosp_h"),
-    "SOSP-H of norms": StructureConfig(method="sosp_h", structure="bn"),
+    "SOSP-H": StructureConfig(method="sosp_h", structure="conv"),
+    "SOSP-H of norms": StructureConfig(method="sosp_h"),
     "SOSP-I, labels of the data": StructureConfig(method="sosp_i", labels="true"),
     "SOSP-I, sampled labels": StructureConfig(method="sosp_i"),
 }
