@@ -360,6 +360,7 @@ def test_implants_are_trained_exported_and_resumed(init: Any, tmp_path: Path) ->
         seed_all(1)
         callback = structured(
             HAPPruningCallback,
+            config=config(structure="conv+bn"),
             schedule=PolynomialSchedule(1, 2),
             implant_ratio=0.5,
             implant_init=init,
