@@ -10,6 +10,7 @@ __all__ = ["PruningCallback"]
 
 import dataclasses
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import reshard
 from lightning_woodfisher.export.state_dict_files import write_atomically
 from lightning_woodfisher.pruning.schedule import PlannedStep, PruningSchedule, Unit
-from lightning_woodfisher.reporting.loggers import log_step
+from lightning_woodfisher.reporting.loggers import log_figures, log_step
 from lightning_woodfisher.weights.checkpoint_state import (
     STATE_VERSION,
     require_readable,
@@ -73,6 +74,7 @@ class PruningCallback(MaskGuard, ABC):
         report_path: JSON file for the reports of all steps.
         weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
             zero after the last planned step.
+        log_figures: draw figures for W&B and TensorBoard after the last planned step.
 
     Attributes:
         masks: masks of the selected parameters, from ``on_fit_start`` on.
@@ -96,15 +98,18 @@ class PruningCallback(MaskGuard, ABC):
         dataloader: Iterable[Any] | None,
         report_path: str | None,
         weight_decay_off_after_last_step: bool,
+        log_figures: bool,
     ) -> None:
         require_text("loss_method", loss_method)
         require_text("report_path", report_path)
         require_flag(
             "weight_decay_off_after_last_step", weight_decay_off_after_last_step
         )
+        require_flag("log_figures", log_figures)
         super().__init__()
         self.schedule = schedule
         self.weight_decay_off_after_last_step = weight_decay_off_after_last_step
+        self.log_figures = log_figures
         self.loss_method = loss_method
         self.dataloader = dataloader
         self.report_path = report_path
@@ -356,6 +361,9 @@ class PruningCallback(MaskGuard, ABC):
         super().on_train_end(trainer, pl_module)
         self._monitors.restore_thresholds()
         self._get_masks().verify()
+        if self.reports and self._ahead():
+            # Training has ended before the step that draws them.
+            self._log_figures(trainer)
         self._log_end(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -539,11 +547,15 @@ class PruningCallback(MaskGuard, ABC):
     def _publish(self, trainer: pl.Trainer, report: Any) -> None:
         """Print the result of a step, log it, and write ``report_path``."""
         announce(trainer, self._describe(report))
+        start = time.perf_counter()
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(report.metrics(), step=trainer.global_step)
-        masks = None if self._removes_channels else self._get_masks()
-        log_step(trainer, self.reports, masks)
+        log_step(trainer, self.reports)
+        if not self._ahead():
+            self._log_figures(trainer)
+        seconds = {**report.seconds, "log": time.perf_counter() - start}
+        self.reports[-1] = dataclasses.replace(report, seconds=seconds)
         if self.report_path is not None and trainer.is_global_zero:
             reports = [report.to_dict() for report in self.reports]
             try:
@@ -556,6 +568,11 @@ class PruningCallback(MaskGuard, ABC):
                     f"report_path={self.report_path} could not be written ({error}); the "
                     "reports are in the checkpoints as well."
                 )
+
+    def _log_figures(self, trainer: pl.Trainer) -> None:
+        if self.log_figures:
+            masks = None if self._removes_channels else self._get_masks()
+            log_figures(trainer, self.reports, masks)
 
     def _require_writable(self) -> None:
         """Check before training that what is written later can be written."""

@@ -84,6 +84,7 @@ class StructuredPruningCallback(PruningCallback):
             are timed on rank 0 after each step, for the report; 0 times nothing.
         weight_decay_off_after_last_step: set ``weight_decay`` of all parameter groups to
             zero after the last planned step.
+        log_figures: draw figures for W&B and TensorBoard after the last planned step.
 
     Raises:
         ConfigurationError: for a value that cannot work.
@@ -104,6 +105,7 @@ class StructuredPruningCallback(PruningCallback):
         export_path: str | None = None,
         latency_runs: int = 0,
         weight_decay_off_after_last_step: bool = False,
+        log_figures: bool = True,
     ) -> None:
         require_target(target)
         require_rereadable(dataloader)
@@ -116,6 +118,7 @@ class StructuredPruningCallback(PruningCallback):
             dataloader,
             report_path,
             weight_decay_off_after_last_step,
+            log_figures,
         )
         self.target = target
         self.config = config

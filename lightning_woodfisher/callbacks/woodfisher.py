@@ -111,6 +111,7 @@ class WoodFisherPruningCallback(PruningCallback):
             zero after the last planned step.
         log_masks: log the masks to W&B as an artifact when training ends: ``masks.pt``,
             bool tensors by parameter name, True where kept.
+        log_figures: draw figures for W&B and TensorBoard after the last planned step.
 
     Raises:
         ConfigurationError: for a value that cannot work.
@@ -133,6 +134,7 @@ class WoodFisherPruningCallback(PruningCallback):
         report_path: str | None = None,
         weight_decay_off_after_last_step: bool = False,
         log_masks: bool = False,
+        log_figures: bool = True,
     ) -> None:
         check_sparsity(target_sparsity)
         self.target_sparsity = target_sparsity
@@ -142,6 +144,7 @@ class WoodFisherPruningCallback(PruningCallback):
             dataloader,
             report_path,
             weight_decay_off_after_last_step,
+            log_figures,
         )
         self.config = PruningConfig(
             criterion, fisher, selection, step, flops_target, layerwise

@@ -5,7 +5,7 @@ Call every function on all ranks; only rank 0 writes.
 
 from __future__ import annotations
 
-__all__ = ["log_end", "log_settings", "log_step"]
+__all__ = ["log_end", "log_figures", "log_settings", "log_step"]
 
 import csv
 import json
@@ -59,14 +59,45 @@ def log_settings(
             _add_text(logger, f"{prefix}settings", text, trainer.global_step)
 
 
-def log_step(trainer: pl.Trainer, reports: Reports, masks: Masks | None = None) -> None:
-    """Write the tables and figures of the last pruning step.
+def log_step(trainer: pl.Trainer, reports: Reports) -> None:
+    """Write the tables of the last pruning step.
 
     Args:
         trainer: Trainer with the loggers.
         reports: reports of all steps so far.
+    """
+    if not trainer.is_global_zero:
+        return
+    contents = collect_contents(reports, {})
+    points = contents.local_model_points
+    for logger in trainer.loggers:
+        if isinstance(logger, either_name(WandbLogger)):
+            tables = [contents.layers, *([points] if points else [])]
+            _log_to_wandb(logger, tables, {}, trainer.global_step)
+        elif isinstance(logger, either_name(TensorBoardLogger)):
+            _add_text(
+                logger, contents.layers.name, contents.layers.text, trainer.global_step
+            )
+        elif isinstance(logger, either_name(CSVLogger)):
+            _write_csv(logger, contents.layers.name, contents.layer_history)
+            _write_csv(logger, contents.steps.name, contents.steps.rows)
+
+
+def log_figures(
+    trainer: pl.Trainer, reports: Reports, masks: Masks | None = None
+) -> None:
+    """Draw the figures of a run and write them to W&B and TensorBoard.
+
+    Args:
+        trainer: Trainer with the loggers.
+        reports: reports of all steps so far; at least one.
         masks: masks after the last step; None for steps that remove channels.
     """
+    visual = either_name(WandbLogger, TensorBoardLogger)
+    if not figures.has_matplotlib() or not any(
+        isinstance(logger, visual) for logger in trainer.loggers
+    ):
+        return
     small: dict[str, Tensor] = {}
     if masks is not None:
         shapes = {name: tuple(p.shape) for name, p in masks.parameters.items()}
@@ -74,30 +105,18 @@ def log_step(trainer: pl.Trainer, reports: Reports, masks: Masks | None = None) 
         small = {name: masks.whole(name) for name in figures.small_layers(shapes)}
     if not trainer.is_global_zero:
         return
-    contents = collect_contents(reports, small)
-    images: dict[str, Any] = {}
-    visual = either_name(WandbLogger, TensorBoardLogger)
-    if figures.has_matplotlib() and any(isinstance(x, visual) for x in trainer.loggers):
-        images = {
-            f"pruning/figures/{name}": figures.to_pixels(draw())
-            for name, draw in contents.figures.items()
-        }
-    points = contents.local_model_points
+    images = {
+        f"pruning/figures/{name}": figures.to_pixels(draw())
+        for name, draw in collect_contents(reports, small).figures.items()
+    }
     for logger in trainer.loggers:
         if isinstance(logger, either_name(WandbLogger)):
-            tables = [contents.layers, *([points] if points else [])]
-            _log_to_wandb(logger, tables, images, trainer.global_step)
+            _log_to_wandb(logger, [], images, trainer.global_step)
         elif isinstance(logger, either_name(TensorBoardLogger)):
             for name, pixels in images.items():
                 logger.experiment.add_image(
                     name, pixels, trainer.global_step, dataformats="HWC"
                 )
-            _add_text(
-                logger, contents.layers.name, contents.layers.text, trainer.global_step
-            )
-        elif isinstance(logger, either_name(CSVLogger)):
-            _write_csv(logger, contents.layers.name, contents.layer_history)
-            _write_csv(logger, contents.steps.name, contents.steps.rows)
 
 
 def log_end(trainer: pl.Trainer, reports: Reports, masks: Masks | None = None) -> None:

@@ -6,9 +6,12 @@ import csv
 import logging
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import wandb
@@ -28,6 +31,7 @@ from rank_pool import RankPool
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_woodfisher import PolynomialSchedule, PruningReport, StepConfig
+from lightning_woodfisher.reporting import figures
 
 # Steps of the Trainer at which the callback below prunes: 6 batches make an epoch.
 AT = {1: (6, 12), 2: (3, 6)}
@@ -101,13 +105,53 @@ def test_scalars_reach_files(tmp_path: Path) -> None:
     require_sheets(Path(sheet.log_dir), reports)
 
 
+@pytest.mark.parametrize("log_figures", [True, False])
+def test_figures_are_drawn_once_counted_and_optional(
+    log_figures: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[float] = []
+
+    def draw(figure: Any) -> Any:
+        drawn.append(time.perf_counter())
+        time.sleep(0.02)
+        return np.zeros((4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(figures, "to_pixels", draw)
+    pruner = pruning(schedule=PolynomialSchedule(0, 2), log_figures=log_figures)
+    trainer(pruner, logger=TensorBoardLogger("."), max_epochs=3).fit(
+        Classifier(), loader()
+    )
+    assert len(pruner.reports) == 3
+    assert len(drawn) == (len(FIGURES) if log_figures else 0)
+    seconds = [report.seconds["log"] for report in pruner.reports]
+    assert all(spent > 0 for spent in seconds)
+    assert (seconds[-1] > 0.02 * len(FIGURES)) or not log_figures
+    stored = pruner.state_dict()["reports"]
+    assert [report["seconds"]["log"] for report in stored] == seconds
+
+
+@pytest.mark.filterwarnings("ignore:training ended at")
+def test_figures_of_a_run_that_ends_early() -> None:
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = True
+
+    board = TensorBoardLogger(".")
+    pruner = pruning(schedule=PolynomialSchedule(0, 2))
+    trainer(pruner, Stop(), logger=board, max_epochs=3).fit(Classifier(), loader())
+    assert len(pruner.reports) == 1
+    events = EventAccumulator(board.log_dir)
+    events.Reload()
+    assert f"pruning/figures/{FIGURES[0]}" in events.Tags()["images"]
+
+
 def require_figures_in_tensorboard(
     events: EventAccumulator, reports: list[PruningReport]
 ) -> None:
     assert set(events.Tags()["images"]) == {f"pruning/figures/{n}" for n in FIGURES}
     for name in FIGURES:
         images = events.Images(f"pruning/figures/{name}")
-        assert [image.step for image in images] == list(AT[1])
+        assert [image.step for image in images] == list(AT[1])[-1:]
         for image in images:
             assert image.encoded_image_string[:4] == b"\x89PNG"
             assert min(image.width, image.height) > 200
@@ -169,9 +213,10 @@ def require_wandb(run: OfflineRun, reports: list[PruningReport], at: Any) -> Non
         assert [(bar["layer"], bar["sparsity"]) for bar in bars] == [
             (row["layer"], row["sparsity"]) for row in rows
         ]
-        for name in FIGURES:
-            picture = run.folder / "files" / other[f"pruning/figures/{name}"]["path"]
-            assert picture.read_bytes()[:4] == b"\x89PNG"
+    (drawn,) = (e for e in run.history if "pruning/figures/layers" in e)
+    for name in FIGURES:
+        picture = run.folder / "files" / drawn[f"pruning/figures/{name}"]["path"]
+        assert picture.read_bytes()[:4] == b"\x89PNG"
     chart = run.charts["pruning/sparsity_per_layer"]["panel_config"]
     assert chart["panelDefId"] == "wandb/bar/v0"
     assert chart["fieldSettings"] == {"label": "layer", "value": "sparsity"}
@@ -231,8 +276,9 @@ def test_the_local_model_reaches_wandb(tmp_path: Path) -> None:
             for number, stage in enumerate(report.local_model)
             for point in stage
         ]
-        picture = run.folder / "files" / entry["pruning/figures/local_model"]["path"]
-        assert picture.read_bytes()[:4] == b"\x89PNG"
+    (drawn,) = (e for e in run.history if "pruning/figures/local_model" in e)
+    picture = run.folder / "files" / drawn["pruning/figures/local_model"]["path"]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
 def fit_with_wandb(folder: str) -> list[dict[str, Any]]:
