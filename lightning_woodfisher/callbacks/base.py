@@ -78,7 +78,9 @@ class PruningCallback(MaskGuard, ABC):
 
     Attributes:
         masks: masks of the selected parameters, from ``on_fit_start`` on.
-        reports: reports of the completed steps.
+        reports: reports of the completed steps. With ``ddp_spawn``, ``ddp_fork`` and
+            ``ddp_notebook`` they and the masks stay in the processes that train; read them
+            from ``report_path`` or a checkpoint.
     """
 
     #: Whether ModelCheckpoint(monitor=...) and EarlyStopping count only scores from the

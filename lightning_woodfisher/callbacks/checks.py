@@ -36,6 +36,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_woodfisher.base.errors import ConfigurationError
@@ -255,6 +256,15 @@ def require_supported(trainer: pl.Trainer) -> None:
             "Lightning's ModelPruning replaces weights by parameters with other names during "
             "training, so it cannot be combined with this callback; remove it. "
             "criterion='magnitude' prunes by magnitude as well."
+        )
+    # "popen" starts the whole script again, so that every process has its callbacks.
+    method = getattr(strategy, "_start_method", "popen")
+    if isinstance(strategy, either_name(DDPStrategy)) and method != "popen":
+        rank_zero_info(
+            f"Training runs in processes that are started by {method!r}. After fit the "
+            "weights are back in this process, but reports, masks and removed channels "
+            "are not: read them from report_path or from a checkpoint, with "
+            "lightning-woodfisher report and load_shrunk."
         )
 
 

@@ -183,8 +183,8 @@ class StructuredPruningCallback(PruningCallback):
         """
         if self._removal_plan is None:
             raise ConfigurationError(
-                "the channels to cut out are not known: call fit first, or load a "
-                "checkpoint of a run that has removed channels."
+                "the channels to cut out are not known: call fit first, or load_shrunk with a "
+                "checkpoint of a run that has removed channels, also after ddp_spawn."
             )
         return self._removal_plan
 

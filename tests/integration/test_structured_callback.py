@@ -578,3 +578,41 @@ def test_what_has_no_smaller_network(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["export", "epoch=0.ckpt", "--format", "shrunk", "--out", "small"]) == 0
     assert "not at the target" in capsys.readouterr().err
     load_shrunk("small", Module())
+
+
+IN_FORKED_PROCESSES = """
+import sys, warnings
+sys.path[:0] = [{support!r}]
+import pytest, torch
+from fits import loader, trainer
+from structured_fits import Module, ResidualNet, structured
+from lightning_woodfisher import ConfigurationError, load_shrunk
+
+callback = structured(report_path="r.json", export_path="small")
+fitted = trainer(callback, max_epochs=1, devices=1, strategy="ddp_fork")
+module = Module()
+fitted.fit(module, loader())
+assert callback.reports == [] and callback.masks is None
+with pytest.raises(ConfigurationError, match="load_shrunk .* also after ddp_spawn"):
+    callback.shrunk_model(module)
+pixels = torch.rand(2, 1, 8, 8)
+small = load_shrunk("small", ResidualNet()).eval()
+torch.testing.assert_close(small(pixels), module.eval().net(pixels), rtol=0, atol=1e-5)
+"""
+
+
+@pytest.mark.spawns
+@pytest.mark.slow
+def test_what_stays_in_forked_processes_is_said() -> None:
+    support = str(Path(structured_fits.__file__).parent)
+    script = IN_FORKED_PROCESSES.format(support=support)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "read them from report_path or from a checkpoint" in done.stderr
+    assert len(json.loads(Path("r.json").read_text())) == 1
