@@ -44,6 +44,7 @@ from lightning_woodfisher.pruning.config import (
     SelectionConfig,
     StepConfig,
     check_sparsity,
+    choose_update,
     require_target_fits,
 )
 from lightning_woodfisher.pruning.pruner import Pruner
@@ -146,6 +147,8 @@ class WoodFisherPruningCallback(PruningCallback):
             weight_decay_off_after_last_step,
             log_figures,
         )
+        if isinstance(step, StepConfig):
+            step = choose_update(step, criterion, trains_on=True)
         self.config = PruningConfig(
             criterion, fisher, selection, step, flops_target, layerwise
         )

@@ -74,6 +74,7 @@ _CHOICE = re.compile(
     r"Expected a typing\.Literal\[(?P<known>.*)\]\. Got value: (?P<value>.*)"
     r"|invalid choice: '(?P<word>.*)' \(choose from (?P<words>.*)\)"
 )
+_OPTIONAL_CHOICE = re.compile(r"(typing\.Literal\[.*\])\n\s*Given value: ")
 # Remedies for messages that only say what is missing.
 _REMEDIES = {
     r"arguments are required: (?:\w+\.)?model$": (
@@ -138,6 +139,8 @@ def condense_error(message: str) -> str:
     """
     lines = [line for line in message.splitlines() if line.strip()]
     lines = [line for line in lines if not _NOISE.match(line)] or message.splitlines()
+    # The choices and the value of an optional setting are on lines of their own.
+    lines = _OPTIONAL_CHOICE.sub(r"\1. Got value: ", "\n".join(lines)).splitlines()
     indents = [len(line) - len(line.lstrip()) for line in lines]
     levels = sorted(set(indents))
     kept, owner = [], ""

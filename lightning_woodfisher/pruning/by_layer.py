@@ -52,7 +52,7 @@ def run_by_layer(
     clock, step = evaluator.clock, config.step
     pattern = parse_pattern(config.selection.pattern)
     work = LayerwiseStep(
-        source, masks, config.layerwise, step.update != "none", pattern, comm
+        source, masks, config.layerwise, config.update != "none", pattern, comm
     )
     start = list(masks.zeros().values())
     sizes = [parameter.numel() for parameter in masks.parameters.values()]
@@ -94,7 +94,7 @@ def run_by_layer(
             local_model=(),
             collection=_describe(results),
             scales=(),
-            update=step.update,
+            update=config.update,
             reconstructions=[_merge(results, name) for name in masks.parameters],
         )
 

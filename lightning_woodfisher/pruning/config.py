@@ -8,12 +8,13 @@ __all__ = [
     "SelectionConfig",
     "StepConfig",
     "check_sparsity",
+    "choose_update",
     "require_target_fits",
 ]
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from lightning_woodfisher.base.errors import (
@@ -124,12 +125,15 @@ class StepConfig:
     Args:
         update: how the kept weights compensate for the removed ones: ``"joint"`` minimizes
             the quadratic model, ``"independent"`` sums the single-weight updates as
-            published, ``"none"`` leaves the kept weights unchanged.
+            published, ``"none"`` leaves the kept weights unchanged. None chooses
+            ``"independent"`` in the callback, where training repairs the rest, and
+            ``"joint"`` in ``prune()``; in both ``"joint"`` for a criterion that needs it.
         update_scale: share of the update that is applied, in [0, 1]; with ``line_search``
             the largest share. 0 is Optimal Brain Damage, like ``update="none"``.
         line_search: choose the share of each update by the loss measured on the samples, so
             that no update raises the loss; also replace the joint update by the independent
-            one where that gives a smaller loss.
+            one where that gives a smaller loss. None searches, except in the callback for
+            the independent update that it has chosen.
         search_samples: number of samples on which the line search measures losses, and
             those before and after the step: the first of the gradients' samples, in whole
             mini-batches and at least one.
@@ -158,9 +162,9 @@ class StepConfig:
         ConfigurationError: for a value that cannot work.
     """
 
-    update: Update = "joint"
+    update: Update | None = None
     update_scale: float = 1.0
-    line_search: bool = True
+    line_search: bool | None = None
     search_samples: int = 1024
     recompute_steps: int = 1
     recompute_spacing: Spacing = "geometric"
@@ -172,11 +176,14 @@ class StepConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_choice("step.update", self.update, get_args(Update))
+        if self.update is not None:
+            require_choice("step.update", self.update, get_args(Update))
+        if self.line_search is not None:
+            require_flag("step.line_search", self.line_search)
         require_choice(
             "step.recompute_spacing", self.recompute_spacing, get_args(Spacing)
         )
-        for name in ("line_search", "reuse_gradients", "measure_loss"):
+        for name in ("reuse_gradients", "measure_loss"):
             require_flag(f"step.{name}", getattr(self, name))
         require_number(
             "step.update_scale", self.update_scale, "[0, 1]", "1 is the whole update"
@@ -206,6 +213,32 @@ class StepConfig:
                     f"step.trust_ratio={self.trust_ratio} shortens the stages that follow, "
                     "but step.recompute_steps=1 has none; set recompute_steps to 2 or more."
                 )
+
+
+def choose_update(step: StepConfig, criterion: str, trains_on: bool) -> StepConfig:
+    """Choose the update and the line search where the settings leave them open.
+
+    A long step that nothing repairs is best with the joint update, at a length that is
+    searched. Where training goes on, masks matter more than the update, and the smaller
+    change of the independent one is at least as good and costs no search.
+
+    Args:
+        step: the settings.
+        criterion: name of the saliency.
+        trains_on: whether the network is trained after the step.
+
+    Returns:
+        The settings without None in the two fields.
+    """
+    update, search = step.update, step.line_search
+    kind = CRITERIA.get(criterion)
+    # WoodTaylor diverges without the search; layer-wise updates are always joint.
+    plain = kind is not None and kind.needs != "layer inputs" and not kind.first_order
+    if update is None:
+        independent = trains_on and plain and search is not True
+        update = "independent" if independent else "joint"
+        search = not independent if search is None else search
+    return replace(step, update=update, line_search=search is not False)
 
 
 @dataclass(frozen=True)
@@ -243,10 +276,15 @@ class PruningConfig:
         return self.flops_target is not None or self.selection.flops_power > 0
 
     @property
+    def update(self) -> Update:
+        """How the kept weights compensate."""
+        return self.step.update or "joint"
+
+    @property
     def searches(self) -> bool:
         """Whether a line search chooses the scale of an update."""
-        updates = self.step.update != "none" and CRITERIA[self.criterion].compensates
-        return self.step.line_search and updates and not self.by_layer
+        updates = self.update != "none" and CRITERIA[self.criterion].compensates
+        return self.step.line_search is not False and updates and not self.by_layer
 
     @property
     def reads_data(self) -> bool:
@@ -272,6 +310,8 @@ class PruningConfig:
                     f"{kind.__name__}(...)."
                 )
         require_choice("criterion", self.criterion, CRITERIA)
+        step = choose_update(self.step, self.criterion, trains_on=False)
+        object.__setattr__(self, "step", step)
         if self.flops_target is not None:
             self._check_flops_target(self.flops_target)
         self._check_reuse()

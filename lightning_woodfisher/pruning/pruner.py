@@ -241,7 +241,7 @@ class Pruner:
                     comm=comm,
                 ).survey(samples, competing=False)
                 return
-            criterion = make_criterion(config.criterion, fisher, config.step.update)
+            criterion = make_criterion(config.criterion, fisher, config.update)
             pattern = parse_pattern(config.selection.pattern)
             evaluator.rehearse(criterion, config.step.seed, pattern)
 
@@ -378,7 +378,7 @@ class Pruner:
     ) -> _Observed:
         """Collect gradients of the active weights for a fresh criterion."""
         config, comm = self.config, self.comm
-        criterion = make_criterion(config.criterion, config.fisher, config.step.update)
+        criterion = make_criterion(config.criterion, config.fisher, config.update)
         active = ActiveWeights(self.masks, criterion.layout, comm, selector.pattern)
         criterion.begin(active.partition, comm)
         losses, collection = evaluator.observe(criterion, active, seed)

@@ -146,7 +146,7 @@ def count_memory(workload: Workload, rank: int) -> dict[str, Memory]:
     gathered = value_bytes * (active + buffers) + weight_bytes * largest
     if workload.config.searches:
         vectors = _VECTORS["search"] + _VECTORS_DESCENT * first_order
-        vectors += _VECTORS_ALTERNATIVE * (workload.config.step.update == "joint")
+        vectors += _VECTORS_ALTERNATIVE * (workload.config.update == "joint")
         add("search", vectors, gathered)
     add("write", _VECTORS["write"], gathered + 2 * (active + total))
     if workload.config.step.local_model_points:
@@ -376,7 +376,7 @@ def count_traffic(workload: Workload, rank: int) -> dict[str, int]:
         exchange = rows * others * workload.row_bytes
         rows = _count_rows(workload, rank, *workload.first_order_batches)
         exchange += rows * others * workload.value_bytes
-    sums = (1 + (workload.config.step.update == "joint")) * (workload.engine == "full")
+    sums = (1 + (workload.config.update == "joint")) * (workload.engine == "full")
     gathered = (ranks - 1) * max(sizes)
     return {
         "exchange": exchange,
@@ -409,12 +409,12 @@ def count_flops(workload: Workload, rank: int) -> dict[str, int]:
         Operations by phase; a multiplication and an addition count as two.
     """
     units, engine = workload.partition.owned(rank), workload.engine
-    n, joint = workload.fisher.num_gradients, workload.config.step.update == "joint"
+    n, joint = workload.fisher.num_gradients, workload.config.update == "joint"
     # Products with F⁻¹ that factorize blocks again: with the mean gradient, and for the
     # independent update if it is configured or tried by the line search.
     solves = int(workload.criterion.first_order)
     searches_joint = workload.config.searches and joint
-    independent = int(workload.config.step.update == "independent" or searches_joint)
+    independent = int(workload.config.update == "independent" or searches_joint)
     gram = factorize = update = 0
     if engine == "layers":
         steps = _SWEEP_STEPS + 2 * workload.config.layerwise.admm_iterations

@@ -57,7 +57,7 @@ class Workload:
     def criterion(self) -> CriterionBase:
         """The criterion of the step."""
         criterion = CRITERIA[self.config.criterion]
-        return criterion(self.fisher, self.config.step.update)
+        return criterion(self.fisher, self.config.update)
 
     @property
     def engine(self) -> str:
@@ -108,7 +108,7 @@ class Workload:
         if not self.config.searches:
             return 0, 0
         fewest, most = count_trials(self.criterion.first_order)
-        others = int(self.config.step.update == "joint")
+        others = int(self.config.update == "joint")
         return fewest + others, most + others
 
     @property

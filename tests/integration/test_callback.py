@@ -92,10 +92,10 @@ def test_polynomial() -> None:
     assert zeros(module) == round(0.75 * WEIGHTS)
 
 
-def test_the_default_schedule_leaves_the_last_quarter_alone() -> None:
+def test_the_default_schedule_leaves_a_tenth_and_the_last_quarter_alone() -> None:
     pruner = pruning(schedule=None)
     trainer(pruner, max_epochs=8).fit(Classifier(), loader())
-    assert [report.epoch for report in pruner.reports] == [0, 1, 2, 3, 4, 5]
+    assert [report.epoch for report in pruner.reports] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -13,7 +13,11 @@ _FIELDS = {field.name for field in dataclasses.fields(StepConfig)}
 
 
 # So that weights and counts of passes are those of the setting that a test is about.
-_DEFAULTS = {"batchnorm_recalibration_batches": 0}
+_DEFAULTS: dict[str, Any] = {
+    "batchnorm_recalibration_batches": 0,
+    "update": "joint",
+    "line_search": True,
+}
 
 
 def in_step(**options: Any) -> dict[str, Any]:
