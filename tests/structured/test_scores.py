@@ -31,7 +31,10 @@ from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group, Member
-from lightning_woodfisher.structured.scores.evaluation import Evaluation
+from lightning_woodfisher.structured.scores.evaluation import (
+    Evaluation,
+    enough_samples,
+)
 from lightning_woodfisher.structured.scores.hap import (
     count_probes,
     score_hap,
@@ -719,12 +722,13 @@ def test_bad_settings_are_named() -> None:
     ):
         with pytest.raises(ConfigurationError, match=next(iter(change))):
             settings(**change)
-    with pytest.raises(ConfigurationError, match="num_samples=50"):
-        score_structures(
-            FunctionLoss(make_residual(), images(20), cross_entropy),
-            residual_groups(),
-            settings(num_samples=50),
-        )
+    many = settings(num_samples=50)
+    source = FunctionLoss(make_residual(), images(20), cross_entropy)
+    with (
+        pytest.raises(ConfigurationError, match="num_samples=50"),
+        enough_samples(many),
+    ):
+        score_structures(source, residual_groups(), many)
     with pytest.raises(ConfigurationError, match="trace the groups again"):
         score(make_residual(), residual_groups(outer=5))
     model = make_plain()
