@@ -116,7 +116,7 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, text: Tensor, windows: int = 1024) -> float:
+def held_out_loss(model: nn.Module, text: Tensor, windows: int = 512) -> float:
     """Compute the loss on windows that are spread over a text."""
     model.eval()
     data = Windows(text)

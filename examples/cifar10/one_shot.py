@@ -32,6 +32,7 @@ COMMON: dict[str, Any] = {
 PAPER = {"block_size": 36_864, "update": "independent", "line_search": False}
 FULL = {"block_size": None, "update": "joint"}
 WOODTAYLOR = {"damping": 3e-4, "first_order_samples": 4_096, "criterion": "woodtaylor"}
+LAYERWISE = {"criterion": "layerwise"}
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
     "diagonal Fisher": {"criterion": "diagonal_fisher", "line_search": False},
@@ -41,6 +42,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "joint, full Fisher, line search": FULL,
     "joint, full Fisher, 8 stages": {**FULL, "recompute_steps": 8},
     "WoodTaylor, full Fisher, 8 stages": {**FULL, **WOODTAYLOR, "recompute_steps": 8},
+    "layerwise": LAYERWISE,
+    "layerwise, 2,560 images": {**LAYERWISE, "num_gradients": 2_560},
 }
 
 
@@ -48,6 +51,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--width", type=int, default=16, help="of the first stage")
     parser.add_argument("--pattern", default="unstructured", help="such as 2:4")
     arguments = parse_arguments(parser, [0.5, 0.6, 0.7, 0.8, 0.9])
     state = torch.load(arguments.weights, weights_only=True)
@@ -55,7 +59,7 @@ def main() -> None:
     data.setup("test")
 
     def make_dense() -> nn.Module:
-        model = resnet20().to(memory_format=torch.channels_last)
+        model = resnet20(arguments.width).to(memory_format=torch.channels_last)
         model.load_state_dict(state)
         return model
 

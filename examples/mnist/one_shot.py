@@ -43,6 +43,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "joint, full Fisher, 8 stages": {**FULL_ALONE, "recompute_steps": 8},
     "joint, full Fisher, 16 stages": {**FULL_ALONE, "recompute_steps": 16},
     "joint, full Fisher, line search": FULL,
+    "layerwise": {
+        "criterion": "layerwise",
+        "num_gradients": 4096,
+        "relative_damping": 1e-2,
+    },
     # Shorter stages need less damping.
     "WoodTaylor, line search, 16 stages": {
         **WOODTAYLOR,

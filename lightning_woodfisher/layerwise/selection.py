@@ -50,8 +50,10 @@ class MaskRule:
             order = each.sort(dim=1, stable=True)
             costs = order.values[:, : self._leaving].sum(1)
             leaving = self._places.gather(1, order.indices[:, : self._leaving])
+        # No indices, for which a GPU would wait.
+        chosen = _smallest(costs, self._groups).unsqueeze(1).expand_as(leaving)
         removed = torch.zeros_like(self._pruned)
-        removed[leaving[_smallest(costs, self._groups)].flatten()] = True
+        removed.scatter_(0, leaving.flatten(), chosen.flatten())
         return removed.view(scores.shape)
 
 
@@ -60,7 +62,5 @@ def _smallest(costs: Tensor, count: int) -> Tensor:
     if not count:
         return torch.zeros_like(costs, dtype=torch.bool)
     threshold = costs.kthvalue(count).values
-    marked = costs < threshold
-    ties = (costs == threshold).nonzero().squeeze(1)
-    marked[ties[: count - int(marked.sum())]] = True
-    return marked
+    below, ties = costs < threshold, costs == threshold
+    return below | (ties & (ties.cumsum(0) <= count - below.sum()))
