@@ -156,6 +156,7 @@ class StepConfig:
             of BatchNorm layers are re-estimated after the step; 0 keeps the statistics.
             Batches of an iterable are those of the gradients. Layers in evaluation mode
             inside a model in training mode are frozen and keep their statistics.
+            ``criterion="layerwise"`` fits the means itself and re-estimates nothing.
         seed: seed of the choice of samples and of random operations in the module.
 
     Raises:
@@ -271,6 +272,11 @@ class PruningConfig:
         return CRITERIA[self.criterion].needs == "layer inputs"
 
     @property
+    def recalibration_batches(self) -> int:
+        """Number of batches from which BatchNorm statistics are re-estimated."""
+        return 0 if self.by_layer else self.step.batchnorm_recalibration_batches
+
+    @property
     def counts_flops(self) -> bool:
         """Whether a step counts FLOPs."""
         return self.flops_target is not None or self.selection.flops_power > 0
@@ -292,7 +298,7 @@ class PruningConfig:
         return (
             self.step.measure_loss
             or self.counts_flops
-            or self.step.batchnorm_recalibration_batches > 0
+            or self.recalibration_batches > 0
             or self.searches
             or CRITERIA[self.criterion].needs != "nothing"
         )

@@ -175,7 +175,7 @@ class Pruner:
                     results = list(self._run(stages, evaluator, selector, position))
                 self.masks.verify()
                 statistics = evaluator.batchnorm_statistics(
-                    self.config.step.batchnorm_recalibration_batches,
+                    self.config.recalibration_batches,
                     derive_seed(self.config.step.seed, position, "batchnorm"),
                 )
                 self._warn_of_left_dense(selector.left_dense)
