@@ -4,8 +4,8 @@ Written from the papers: Wanda (Sun et al., ICLR 2024): score |w|·‖x‖ withi
 update; SparseGPT (Frantar & Alistarh, ICML 2023): columns one after another in blocks of
 128, saliency w²/[H⁻¹]_jj with the mask of a block chosen when the sweep reaches it, damping
 0.01 of the mean diagonal. Both go through the blocks in order, with inputs of the network as
-pruned so far. SparseGPT chooses the smallest saliencies of a whole block of columns, which
-was better here than within each output.
+pruned so far. SparseGPT chooses the smallest saliencies of each output within a block of
+columns; over all outputs of the block together the loss was higher here.
 """
 
 from __future__ import annotations
@@ -20,13 +20,6 @@ _DAMPING = 0.01
 
 # Returns the new weight for a weight [o, d], inputs [n, d] and a sparsity; None for 2:4.
 Method = Callable[[Tensor, Tensor, "float | None"], Tensor]
-
-
-def _smallest(scores: Tensor, share: float) -> Tensor:
-    removed = torch.zeros(scores.numel(), dtype=torch.bool)
-    count = round(share * scores.numel())
-    removed[scores.flatten().argsort()[:count]] = True
-    return removed.view(scores.shape)
 
 
 def _two_of_four(scores: Tensor) -> Tensor:
@@ -61,7 +54,10 @@ def sparsegpt(weight: Tensor, inputs: Tensor, sparsity: float | None) -> Tensor:
         part, factor = weight[:, start:stop].clone(), upper[start:stop, start:stop]
         errors = torch.zeros_like(part)
         if sparsity is not None:
-            removed = _smallest(part.square() / factor.diagonal().square(), sparsity)
+            scores = part.square() / factor.diagonal().square()
+            removed = torch.zeros_like(part, dtype=torch.bool)
+            count = round(sparsity * stop) - round(sparsity * start)
+            removed.scatter_(1, scores.argsort(1)[:, :count], True)
         else:
             removed = torch.zeros_like(part, dtype=torch.bool)
         for i in range(stop - start):
