@@ -93,7 +93,7 @@ class WoodFisherPruningCallback(PruningCallback):
         criterion: saliency of a weight: ``"woodfisher"``; ``"woodtaylor"``, which also
             follows the gradient of the loss, for networks that have not converged;
             ``"layerwise"``, which reconstructs the outputs of layer after layer
-            (:class:`~.criteria.layerwise.Layerwise`) and loses least without training; or a
+            (:class:`~.criteria.layerwise.Layerwise`), for pruning without training; or a
             baseline: ``"kfac"``, ``"diagonal_fisher"``, ``"hessian_diagonal"`` or
             ``"magnitude"``.
         fisher: how the Fisher is estimated.
