@@ -85,6 +85,8 @@ class ResourceEstimate:
             no B fits, or the step fits.
         largest_num_gradients: the same for N.
         world_size_needed: the same for the smallest number of ranks.
+        training_steps: number of forward and backward passes of one mini-batch of the
+            gradients that take as long as all gradients and losses of a rank.
     """
 
     weights: int
@@ -109,6 +111,7 @@ class ResourceEstimate:
     largest_block_size: int | None = None
     largest_num_gradients: int | None = None
     world_size_needed: int | None = None
+    training_steps: float = 0.0
 
     @property
     def state_bytes(self) -> int:
@@ -214,13 +217,21 @@ class ResourceEstimate:
             "without a block": self.idle_ranks and count_of(self.idle_ranks, "rank"),
             "gradients": gradients,
             "losses": losses,
+            "both together": f"as long as {self.training_steps:,.0f} training steps on "
+            f"mini-batches of {size}",
             "sent": _format_counts(self.bytes_sent, format_bytes),
             "operations": _format_counts(self.flops, format_count),
-            "seconds": self.seconds and _format_counts(self.seconds, "{:.3g}".format),
+            "seconds": self.seconds and self._format_seconds(),
             "memory": self.verdict,
         }
         lines += [f"{name:<17} {fact}" for name, fact in facts.items() if fact]
         return "\n".join(lines)
+
+    def _format_seconds(self) -> str:
+        counted = _format_counts(self.seconds, "{:.3g}".format)
+        if "gradients" in self.seconds:
+            return f"{counted}, together {sum(self.seconds.values()):.3g}"
+        return f"{counted}, without gradients and losses (--seconds_per_gradient)"
 
 
 def estimate(
@@ -293,19 +304,22 @@ def estimate(
     )
     result = estimate_workload(workload, memory)
     seconds: dict[str, float] = {}
+    # A Hessian product takes about as long as two gradients.
+    gradients: float = result.gradient_passes * (2 if workload.uses_hessian else 1)
+    ratio = workload.first_order_batches[1] / config.fisher.gradient_batch_size
+    gradients += result.first_order_passes * ratio
+    # The backward pass takes twice as long as the forward pass.
+    losses = result.loss_passes / 3
     if seconds_per_gradient is not None:
-        # A Hessian product takes about as long as two gradients.
-        gradients = result.gradient_passes * (2 if workload.uses_hessian else 1)
-        ratio = workload.first_order_batches[1] / config.fisher.gradient_batch_size
-        first_order = result.first_order_passes * ratio
-        seconds["gradients"] = (gradients + first_order) * seconds_per_gradient
-        # The backward pass takes twice as long as the forward pass.
-        seconds["losses"] = result.loss_passes * seconds_per_gradient / 3
+        seconds["gradients"] = gradients * seconds_per_gradient
+        seconds["losses"] = losses * seconds_per_gradient
     if bytes_per_second is not None:
         seconds["send"] = sum(result.bytes_sent.values()) / bytes_per_second
     if flops_per_second is not None:
         seconds |= {name: n / flops_per_second for name, n in result.flops.items()}
-    return dataclasses.replace(result, seconds=seconds)
+    return dataclasses.replace(
+        result, seconds=seconds, training_steps=gradients + losses
+    )
 
 
 def estimate_workload(

@@ -582,3 +582,21 @@ def test_resnet50_is_that_of_torchvision() -> None:
         parameters = prunable_parameters(models.resnet50())
     found = sorted(tuple(p.shape) for p in parameters.values())
     assert found == sorted(SHAPES["resnet50"].values())
+
+
+def test_the_passes_are_counted_in_training_steps_and_are_in_the_total() -> None:
+    shapes = {"w": (64, 64)}
+    fisher = FisherConfig(num_gradients=12, gradient_batch_size=4, block_size=16)
+    cost = estimate(shapes, fisher=fisher, flops_per_second=1e9)
+    assert cost.loss_passes > 0
+    # A loss is a forward pass, a third of a training step.
+    assert cost.training_steps == pytest.approx(12 + cost.loss_passes / 3)
+    assert f"as long as {12 + cost.loss_passes / 3:,.0f} training" in cost.to_table()
+    assert "without gradients and losses (--seconds_per_gradient)" in cost.to_table()
+    timed = estimate(
+        shapes, fisher=fisher, flops_per_second=1e9, seconds_per_gradient=0.5
+    )
+    passes = timed.seconds["gradients"] + timed.seconds["losses"]
+    assert passes == pytest.approx(0.5 * cost.training_steps)
+    total = passes + sum(cost.seconds.values())
+    assert f"together {total:.3g}" in timed.to_table()
