@@ -117,12 +117,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--update", action="store_true", help="also measure the joint update")
     add(
-        "--as-published",
+        "--as_published",
         action="store_true",
         help="also measure the recursion as in published code, which is slow",
     )
     add(
-        "--max-weights",
+        "--max_weights",
         type=_read_count,
         help="measure only a slice of larger networks (default: 300000 on a CPU; the most "
         "that fits into memory on a GPU)",
