@@ -137,8 +137,8 @@ class OneShotSchedule(PruningSchedule):
     ) -> None:
         if sum(value is not None for value in (epoch, step, share)) > 1:
             raise ConfigurationError(
-                f"OneShotSchedule got epoch={epoch}, step={step} and share={share}; give "
-                "only one."
+                f"OneShotSchedule got epoch={epoch} and step={step} and share={share}; give "
+                "only one of them."
             )
         if share is not None:
             require_number("OneShotSchedule: share", share, "[0, 1)")

@@ -219,7 +219,7 @@ def test_bad_ramps_are_refused(arguments: dict[str, float], shown: str) -> None:
     [
         ({"epoch": -1}, "epoch=-1"),
         ({"step": -2}, "step=-2"),
-        ({"epoch": 0, "step": 0}, "epoch=0, step=0"),
+        ({"epoch": 0, "step": 0}, "epoch=0 and step=0"),
     ],
 )
 def test_bad_one_shots_are_refused(arguments: dict[str, int], shown: str) -> None:
