@@ -89,3 +89,9 @@ def test_waits_depend_on_neither_tensors_nor_blocks(
     assert own[0] <= most, str(few)
     # Conjugate gradients take more steps in some layers than in others.
     assert own[1] <= own[0] + 6 * (criterion == "kfac"), str(many)
+
+
+@pytest.mark.parametrize("widths", [[64, 64, 48, 40, 10], [32] * 20 + [10]])
+def test_a_whole_step_waits_at_most_fifty_times(widths: list[int]) -> None:
+    waits = waits_of_a_step(widths, "woodfisher", FisherConfig(32, 8))
+    assert waits.total() <= 50, str(waits)
