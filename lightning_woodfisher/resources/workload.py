@@ -177,15 +177,14 @@ class Workload:
         group = mini_batches_in_group(fisher)
         size = fisher.gradient_batch_size * group
         groups = min(fisher.num_gradients // group, max(1, step.search_samples // size))
+        checked = 0
         if step.measure_loss:
             # The last measurement of the line search is the loss of the new weights.
             passes += not self.expected_trials
             # The loss before the step is known from the gradients if these are computed
-            # with the labels of the data, and no pass is cut by the last sample measured.
-            count, size = fisher.num_gradients, fisher.gradient_batch_size
-            together = self.rows_at_once(count, size)
-            whole = groups * group in {count, groups * group // together * together}
-            known = whole and (group == 1 or together > 1)
-            known |= self.criterion.needs == "factors"
-            passes += not (known and self.uses_gradients and not fisher.sample_labels)
-        return passes * -(-groups // self.exchange_ranks) * group
+            # with the labels of the data; one group shows whether the loss is a mean.
+            known = self.uses_gradients and not fisher.sample_labels
+            passes += not known
+            if known and group > 1 and self.criterion.needs != "factors":
+                checked = group
+        return passes * -(-groups // self.exchange_ranks) * group + checked
