@@ -32,17 +32,18 @@ from examples.plain_pytorch.digits import (
 )
 from lightning_woodfisher import FisherConfig, StepConfig, prune
 
-SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SEEDS = range(3)
-FISHER = FisherConfig(num_gradients=512, gradient_batch_size=1, block_size=None)
+FISHER = FisherConfig(num_gradients=256, gradient_batch_size=1, block_size=None)
 METHODS: dict[str, dict[str, Any]] = {
     "WoodFisher, 8 stages": {"fisher": FISHER, "step": StepConfig(recompute_steps=8)},
     "WoodFisher, 1 stage": {"fisher": FISHER},
+    "layer-wise": {"criterion": "layerwise"},
     "global magnitude": {"criterion": "magnitude"},
 }
 COLORS = {
-    "light": ("#1f6fb2", "#7db4e0", "#d9822b", "#222222"),
-    "dark": ("#6cb6ff", "#3d78ab", "#f0a050", "#dddddd"),
+    "light": ("#1f6fb2", "#7db4e0", "#2e8b57", "#d9822b", "#222222"),
+    "dark": ("#6cb6ff", "#3d78ab", "#5fc48f", "#f0a050", "#dddddd"),
 }
 
 

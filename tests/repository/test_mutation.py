@@ -16,8 +16,8 @@ def test_the_line_is_still_there_once_and_so_are_its_tests(mutant: Mutant) -> No
     assert all((ROOT / "tests" / name).is_file() for name in mutant.tests)
 
 
-def test_there_are_25_in_every_part_of_the_core() -> None:
-    assert len(set(MUTANTS)) == 25
+def test_there_are_25_or_more_in_all_parts_of_the_core() -> None:
+    assert len(set(MUTANTS)) == len(MUTANTS) >= 25
     files = {mutant.file.partition("/")[0] for mutant in MUTANTS}
     assert files >= {
         "callbacks", "criteria", "data", "distributed", "fisher", "gradients", "pruning",

@@ -120,8 +120,8 @@ MUTANTS = (
     ),
     Mutant(
         "pruning/schedule.py",
-        "* (1 - (position - self.start + self.every) / span) ** self.degree,",
-        "* (1 - (position - self.start) / span) ** self.degree,",
+        "* (1 - (position - start + self.every) / span) ** self.degree,",
+        "* (1 - (position - start) / span) ** self.degree,",
         ("pruning/test_schedule.py",),
     ),
     Mutant(
