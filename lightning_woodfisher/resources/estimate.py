@@ -278,7 +278,7 @@ def estimate(
         The estimate for the rank with the highest cost.
 
     Examples:
-        >>> cost = estimate({"fc": (1000, 512)}, memory="1GB")
+        >>> cost = estimate({"fc": (1000, 512)}, memory="2GB")
         >>> cost.fits
         True
     """

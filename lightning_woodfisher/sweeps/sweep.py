@@ -11,6 +11,7 @@ __all__ = ["SweepReport", "SweepResult", "expand_grid", "run_sweep", "sweep"]
 import dataclasses
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -247,7 +248,10 @@ def _try_setting(
     setting: Setting, pruner: Pruner, source: LossSource, evaluate: Evaluate
 ) -> SweepResult:
     try:
-        report: PruningReport = pruner.step(source, setting.target_sparsity)
+        with warnings.catch_warnings():
+            # The metrics show it, and other settings may be meant to go too far.
+            warnings.filterwarnings("ignore", "this pruning step raised the loss")
+            report: PruningReport = pruner.step(source, setting.target_sparsity)
     except PruningError as error:
         # A setting that fails must not discard the results of the others.
         return SweepResult(setting.values, {}, error=str(error))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conv1d import Conv1D
 from devices import DEVICE, called_from_cpu
+from step_options import in_step
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -125,7 +126,7 @@ def test_a_step_prunes_exactly_and_leaves_no_trace(name: str, update: Update) ->
         target_sparsity=0.6,
         fisher=fisher,
         criterion=name,
-        step=StepConfig(update=update, recompute_steps=2),
+        **in_step(update=update, recompute_steps=2),
     )
     total = model[0].weight.numel() + model[-1].weight.numel()
     zeros = sum(int((m.weight == 0).sum()) for m in (model[0], model[-1]))
@@ -157,6 +158,7 @@ def test_the_loss_before_is_that_of_the_samples(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*BASELINES, "woodfisher"])
+@pytest.mark.filterwarnings("ignore:this pruning step raised the loss")
 def test_curvature_keeps_small_weights_of_large_inputs(name: str) -> None:
     # Least squares: weight j costs w_j² s_j² / 2, and the large weights have small s.
     torch.manual_seed(0)

@@ -207,6 +207,7 @@ def test_a_searched_step_is_never_worse_than_zeroing(
     )
 
 
+@pytest.mark.filterwarnings("ignore:this pruning step raised the loss")
 def test_the_plain_first_order_step_diverges_where_the_searched_one_does_not() -> None:
     fisher = dataclasses.replace(FISHER, num_gradients=8, damping=1e-9)
     plain = pruned(mlp(), criterion="woodtaylor", fisher=fisher, line_search=False)

@@ -402,6 +402,7 @@ def test_the_cases_prune_what_they_were_asked_for(pruned: Pruned, case: str) -> 
         "magnitude": None,
         "kfac": "factors of layers",
         "hessian_diagonal": "loop: Hessian products",
+        "layerwise": f"{len(names)} layers, 0 of them with residual targets",
     }
     expected = by_criterion.get(CASES[case].criterion, expected)
     assert reports[-1]["collection"] == expected
@@ -597,7 +598,7 @@ def exhausted(kind: str) -> Iterator[None]:
 
 FAILURES = {
     **dict.fromkeys(PLACES, ("MemoryError", "no room left")),
-    "short data": ("ConfigurationError", "7 times gradient_batch_size"),
+    "short data": ("TooFewSamplesError", "7 times gradient_batch_size"),
     "raises": ("LookupError", "a book is missing"),
     "raises at once": ("LookupError", "a book is missing"),
     "raises while measuring": ("LookupError", "a book is missing"),

@@ -281,7 +281,7 @@ def test_limits_that_cannot_work(
         ({"seed": 2**63}, "at most 9223372036854775807"),
         ({"seed": "1"}, "whole number"),
         ({"criterion": []}, r"criterion=\[\] is unknown"),
-        ({"update": None}, "update=None is unknown"),
+        ({"update": 1}, "update=1 is unknown"),
         ({"line_search": 1}, "neither true nor false"),
     ],
     ids=str,
