@@ -200,8 +200,9 @@ def split_product(left: Tensor, right: Tensor | None = None) -> Tensor:
 def _split(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Split rows into integers up to 2⁸ and a rest, float32, times a scale ``[K, n, 1]``."""
     largest = rows.abs().amax(dim=-1, keepdim=True)
-    exponent = torch.frexp(largest).exponent - _EXACT_BITS
-    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    # The power of two above a float64 has the next exponent in its bits.
+    exponent = (largest.view(torch.int64) >> 52) + 1 - _EXACT_BITS
+    scale = (exponent.clamp_(min=1) << 52).view(torch.float64)
     scaled = rows / scale
     high = scaled.round()
     return scale, high.float(), (scaled - high).float()

@@ -469,7 +469,7 @@ class Adapted(nn.Module):
 )
 def test_a_layer_without_gradient_is_not_pruned(criterion: str) -> None:
     torch.manual_seed(0)
-    model = Adapted()
+    model = Adapted().to(DEVICE)
     masks = Masks(prunable_parameters(model))
     with pytest.warns(
         UserWarning, match=r"not pruned in this step.*up\.weight: "

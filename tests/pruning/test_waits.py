@@ -66,7 +66,7 @@ def waits_of_a_step(widths: list[int], criterion: str, fisher: FisherConfig) -> 
 @pytest.mark.parametrize(
     ("criterion", "num_gradients", "block_size", "most"),
     [
-        ("woodfisher", 32, 256, 26),
+        ("woodfisher", 32, 256, 28),
         ("woodfisher", 32, 16, 28),
         ("woodfisher", 8, None, 50),
         ("kfac", 32, 256, 40),
