@@ -182,14 +182,15 @@ class Evaluator:
         return self._known_losses(found.losses, seed) or self.measure(seed), note
 
     def _find_without_gradient(self, active: ActiveWeights, seen: Tensor) -> list[str]:
-        """Return the tensors with active weights of which none is in ``seen``."""
+        """Return the tensors that are still dense and have no weight in ``seen``.
+
+        A tensor that was pruned before has had gradients; its layer may be dead by now.
+        """
         counts, zeros = active.count_by_layer(seen), self._masks.zeros()
         return [
             name
-            for (name, parameter), count in zip(
-                self._masks.parameters.items(), counts, strict=True
-            )
-            if not count and zeros[name] < parameter.numel()
+            for name, count in zip(self._masks.parameters, counts, strict=True)
+            if not count and not zeros[name]
         ]
 
     def _known_losses(self, losses: list[float], seed: int) -> list[float]:
