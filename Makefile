@@ -67,7 +67,7 @@ test-oldest: $(OLDEST)/.dev  ## run the core tests with the oldest supported ver
 	$(OLDEST)/bin/python -m pytest -m 'not soak' $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 # Those that start several ranks run on the CPU: one GPU cannot hold them under NCCL.
-GPU_TESTS := $(addprefix tests/,base criteria data fisher gradients integration pruning \
+GPU_TESTS := $(addprefix tests/,base criteria data fisher gradients integration layerwise pruning \
 	structured weights)
 test-gpu: export OMP_NUM_THREADS = 1
 test-gpu: export WOODFISHER_TEST_DEVICE = cuda
