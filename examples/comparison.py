@@ -68,19 +68,27 @@ def parse_arguments(
         action="store_true",
         help="print the scales and seconds of each step",
     )
+    add_settings(parser)
+    arguments = parser.parse_args()
+    arguments.changes = dict(arguments.set)
+    return arguments
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--set``, a list of names and values."""
     parser.add_argument(
         "--set",
         nargs="+",
         default=[],
+        type=_read_setting,
         metavar="NAME=VALUE",
         help="settings that override those of the methods, such as damping=3e-4",
     )
-    arguments = parser.parse_args()
-    arguments.changes = {
-        name: ast.literal_eval(value)
-        for name, value in (text.split("=", 1) for text in arguments.set)
-    }
-    return arguments
+
+
+def _read_setting(text: str) -> tuple[str, Any]:
+    name, value = text.split("=", 1)
+    return name, ast.literal_eval(value)
 
 
 def compare(

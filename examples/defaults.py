@@ -11,7 +11,6 @@ changes settings of all methods.
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
 import time
 import warnings
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from examples.cifar10.model import CIFAR10, resnet20, shift_and_mirror
-from examples.comparison import format_accuracies
+from examples.comparison import add_settings, format_accuracies
 from examples.mnist.one_shot import load as load_mnist
 from examples.mnist.one_shot import mlpnet
 from lightning_woodfisher import (
@@ -136,6 +135,15 @@ NETWORKS = {
 }
 
 
+def add_networks(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose the networks and their data, and the seeds."""
+    parser.add_argument("--data", default="data", help="folder of the images")
+    parser.add_argument("--weights", default="runs/cifar10/dense.pt")
+    parser.add_argument("--width", type=int, default=16, help="of ResNet-20")
+    parser.add_argument("--networks", nargs="+", default=[*NETWORKS], choices=NETWORKS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+
+
 def fit(
     module: Retrained, task: Task, steps: int, callbacks: list[pl.Callback]
 ) -> None:
@@ -199,26 +207,15 @@ def run(
 def main() -> None:
     """Print a table for each network and mode."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="data", help="folder of the images")
-    parser.add_argument("--weights", default="runs/cifar10/dense.pt")
-    parser.add_argument("--width", type=int, default=16, help="of ResNet-20")
-    parser.add_argument("--networks", nargs="+", default=[*NETWORKS], choices=NETWORKS)
+    add_networks(parser)
     modes = ["one-shot", "gradual"]
     parser.add_argument("--modes", nargs="+", default=modes, choices=modes)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.9])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--only", nargs="+", default=[*METHODS], metavar="METHOD")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="settings that override those of the methods, such as damping=3e-4",
-    )
+    add_settings(parser)
     options = parser.parse_args()
-    pairs = (text.split("=", 1) for text in options.set)
-    changes = {name: ast.literal_eval(value) for name, value in pairs}
+    changes = dict(options.set)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     for network in options.networks:
         task = NETWORKS[network](options)

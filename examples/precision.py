@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples.defaults import NETWORKS, accuracy, loss_fn
+from examples.defaults import NETWORKS, accuracy, add_networks, loss_fn
 from lightning_woodfisher import FisherConfig, StepConfig, prune
 from lightning_woodfisher.base.text_table import format_table
 
@@ -45,12 +45,8 @@ def zeros(model: nn.Module) -> Tensor:
 def main() -> None:
     """Print a table for each network."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="data", help="folder of the images")
-    parser.add_argument("--weights", default="runs/cifar10/dense.pt")
-    parser.add_argument("--width", type=int, default=16, help="of ResNet-20")
-    parser.add_argument("--networks", nargs="+", default=[*NETWORKS], choices=NETWORKS)
+    add_networks(parser)
     parser.add_argument("--sparsity", type=float, default=0.8)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args()
     for network in options.networks:
         task = NETWORKS[network](options)
