@@ -306,9 +306,19 @@ class PruningReport:
         Returns:
             Lines of equal width; last the selected weights and the whole model.
         """
+        head = ["layer", "shape", "weights", "zeros", "sparsity"]
+        more: list[tuple[str, ...]]
+        last: tuple[str, ...]
         if any(layer.reconstruction is not None for layer in self.layers):
-            return self._reconstruction_table()
-        head = ("layer", "shape", "weights", "zeros", "sparsity", "predicted rise")
+            head += ["error, masked", "error", "target"]
+            more = [
+                _reconstruction_cells(layer.reconstruction) for layer in self.layers
+            ]
+            last = ("", "", "")
+        else:
+            head += ["predicted rise"]
+            more = [(_number(layer.predicted_increase),) for layer in self.layers]
+            last = (_number(self.predicted_increase),)
         rows = [
             (
                 layer.name,
@@ -316,58 +326,26 @@ class PruningReport:
                 f"{layer.weights:,}",
                 f"{layer.zeros_after:,}",
                 f"{layer.sparsity:.2%}",
-                _number(layer.predicted_increase),
+                *cells,
             )
-            for layer in self.layers
+            for layer, cells in zip(self.layers, more, strict=True)
         ]
-        totals = [
-            (
-                "selected",
-                "",
-                f"{self.weights:,}",
-                f"{self.zeros:,}",
-                f"{self.sparsity:.2%}",
-                _number(self.predicted_increase),
-            )
-        ]
+        counts = f"{self.weights:,}", f"{self.zeros:,}", f"{self.sparsity:.2%}"
+        totals = [("selected", "", *counts, *last)]
         if self.model_sparsity is not None:
-            totals.append(
-                (
-                    "whole model",
-                    "",
-                    f"{self.model_parameters:,}",
-                    f"{self.model_zeros:,}",
-                    f"{self.model_sparsity:.2%}",
-                    "",
-                )
+            whole = (
+                f"{self.model_parameters:,}",
+                f"{self.model_zeros:,}",
+                f"{self.model_sparsity:.2%}",
             )
+            totals.append(("whole model", "", *whole, *("" for _ in last)))
         return format_table(head, rows, *totals)
 
-    def _reconstruction_table(self) -> str:
-        head = ("layer", "shape", "weights", "zeros", "sparsity")
-        rows = [
-            (
-                layer.name,
-                "×".join(map(str, layer.shape)),
-                f"{layer.weights:,}",
-                f"{layer.zeros_after:,}",
-                f"{layer.sparsity:.2%}",
-                _number(found.error_masked if found else None),
-                _number(found.error if found else None),
-                found.target if found else "–",
-            )
-            for layer in self.layers
-            for found in (layer.reconstruction,)
-        ]
-        selected = (
-            "selected",
-            "",
-            f"{self.weights:,}",
-            f"{self.zeros:,}",
-            f"{self.sparsity:.2%}",
-            *("",) * 3,
-        )
-        return format_table((*head, "error, masked", "error", "target"), rows, selected)
+
+def _reconstruction_cells(found: Reconstruction | None) -> tuple[str, str, str]:
+    if found is None:
+        return _number(None), _number(None), "–"
+    return _number(found.error_masked), _number(found.error), found.target
 
 
 def format_steps(reports: Sequence[PruningReport]) -> str:
