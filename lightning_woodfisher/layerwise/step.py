@@ -52,7 +52,6 @@ class LayerResult:
 
     Attributes:
         name: name of the parameter.
-        weights: number of its weights.
         variance: mean square of the targets, summed over outputs.
         error_masked: error of the dense weights with the mask, a share of ``variance``.
         error: error of the new weights, a share of ``variance``.
@@ -62,7 +61,6 @@ class LayerResult:
     """
 
     name: str
-    weights: int
     variance: float
     error_masked: float
     error: float
@@ -295,7 +293,6 @@ class LayerwiseStep:
         unit = variance or 1.0
         result = LayerResult(
             linear.name,
-            old.numel(),
             variance,
             float(moments.errors(masked).sum()) / unit,
             float(moments.errors(new).sum()) / unit,

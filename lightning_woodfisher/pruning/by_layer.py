@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["run_by_layer"]
+__all__ = ["rehearse_by_layer", "run_by_layer"]
 
 from collections.abc import Iterator, Sequence
 
@@ -51,9 +51,7 @@ def run_by_layer(
     evaluator.require_whole_parameters("criterion='layerwise'")
     clock, step = evaluator.clock, config.step
     pattern = parse_pattern(config.selection.pattern)
-    work = LayerwiseStep(
-        source, masks, config.layerwise, config.update != "none", pattern, comm
-    )
+    work = _make_step(source, masks, config, comm)
     start = list(masks.zeros().values())
     sizes = [parameter.numel() for parameter in masks.parameters.values()]
     caps = sizes
@@ -97,6 +95,36 @@ def run_by_layer(
             update=config.update,
             reconstructions=[_merge(results, name) for name in masks.parameters],
         )
+
+
+def rehearse_by_layer(
+    source: LossSource,
+    masks: Masks,
+    config: PruningConfig,
+    comm: Communicator,
+    evaluator: Evaluator,
+) -> None:
+    """Run the dense network on one mini-batch and look for its layers.
+
+    Args:
+        source: source of losses, inside its session.
+        masks: masks with the parameters.
+        config: settings of the step.
+        comm: the ranks.
+        evaluator: chooses the samples.
+    """
+    evaluator.require_whole_parameters("criterion='layerwise'")
+    batches, count = evaluator.calibration(config.step.seed, False)
+    samples = StageSamples(batches, min(count, 1), config.step.seed)
+    _make_step(source, masks, config, comm).survey(samples, competing=False)
+
+
+def _make_step(
+    source: LossSource, masks: Masks, config: PruningConfig, comm: Communicator
+) -> LayerwiseStep:
+    pattern = parse_pattern(config.selection.pattern)
+    updates = config.update != "none"
+    return LayerwiseStep(source, masks, config.layerwise, updates, pattern, comm)
 
 
 def _describe(results: Sequence[LayerResult]) -> str:

@@ -25,8 +25,7 @@ from lightning_woodfisher.data.batchnorm import BatchNormStatistics
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
-from lightning_woodfisher.layerwise.step import LayerwiseStep, StageSamples
-from lightning_woodfisher.pruning.by_layer import run_by_layer
+from lightning_woodfisher.pruning.by_layer import rehearse_by_layer, run_by_layer
 from lightning_woodfisher.pruning.config import (
     PruningConfig,
     check_sparsity,
@@ -155,24 +154,23 @@ class Pruner:
                     dict.fromkeys(untrained, "(nearly) all weights are exactly zero")
                 )
                 stages = Stages(self.config.step.recompute_steps)
+                run = self._run(stages, evaluator, selector, position)
+                if self.config.by_layer:
+                    run = run_by_layer(
+                        source,
+                        self.masks,
+                        self.config,
+                        self.comm,
+                        evaluator,
+                        quotas,
+                        stages,
+                        position,
+                        self._progress,
+                    )
+                results = list(run)
                 shifted = BatchNormStatistics({})
                 if self.config.by_layer:
-                    results = list(
-                        run_by_layer(
-                            source,
-                            self.masks,
-                            self.config,
-                            self.comm,
-                            evaluator,
-                            quotas,
-                            stages,
-                            position,
-                            self._progress,
-                        )
-                    )
                     shifted = BatchNormStatistics.of(source.model)
-                else:
-                    results = list(self._run(stages, evaluator, selector, position))
                 self.masks.verify()
                 statistics = evaluator.batchnorm_statistics(
                     self.config.recalibration_batches,
@@ -229,17 +227,7 @@ class Pruner:
                 quotas = make_quotas(config.selection, layers_of(self.masks), 0.0)
                 self._selector(evaluator, quotas, config.flops_target, None)
             if config.by_layer:
-                evaluator.require_whole_parameters("criterion='layerwise'")
-                batches, count = evaluator.calibration(config.step.seed, False)
-                samples = StageSamples(batches, min(count, 1), config.step.seed)
-                LayerwiseStep(
-                    source,
-                    self.masks,
-                    config.layerwise,
-                    updates=True,
-                    pattern=parse_pattern(config.selection.pattern),
-                    comm=comm,
-                ).survey(samples, competing=False)
+                rehearse_by_layer(source, self.masks, config, comm, evaluator)
                 return
             criterion = make_criterion(config.criterion, fisher, config.update)
             pattern = parse_pattern(config.selection.pattern)
