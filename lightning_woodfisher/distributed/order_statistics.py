@@ -119,7 +119,8 @@ class SortedGroups:
             comm: the ranks.
 
         Returns:
-            Keys, int64 ``[G, n]``; meaningless where a group has fewer values.
+            Keys, int64 ``[G, n]``; where a group has fewer values, 2⁶³ − 1, which is above all
+            keys.
         """
         found, shift = torch.zeros_like(places), sum(_DIGITS)
         for bits in _DIGITS:

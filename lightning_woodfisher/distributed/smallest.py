@@ -50,15 +50,13 @@ def select_smallest(
     invalid = (~(scores >= 0)).sum().reshape(1)
     totals = ordered.count(largest, equal=True).squeeze(1)
     invalid, totals = comm.sum_integers(torch.cat([invalid, totals])).tensor_split([1])
-    # The threshold is the first score that is not marked. A group that is marked completely
-    # has no such score, so its threshold is not used.
-    everything = totals <= wanted
+    # The first score that is not marked; above all scores if a group is marked completely.
     threshold = ordered.find(wanted.unsqueeze(1), comm)
     below = comm.sum_integers(ordered.count(threshold, equal=False)).squeeze(1)
     left, threshold = wanted - below, threshold.squeeze(1)
     if groups is not None:
-        threshold, everything = threshold[groups], everything[groups]
-    marked = (keys < threshold) | everything
+        threshold = threshold[groups]
+    marked = keys < threshold
     ties = (keys == threshold) & ~marked
     weight = ties.long() if sizes is None else torch.where(ties, sizes, 0)
     marked |= ties & _fits(weight, left, ordered, comm)

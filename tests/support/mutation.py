@@ -96,8 +96,8 @@ MUTANTS = (
     ),
     Mutant(
         "distributed/smallest.py",
-        "marked = (keys < threshold) | everything",
         "marked = keys < threshold",
+        "marked = keys <= threshold",
         ("distributed/test_smallest.py",),
     ),
     Mutant(
