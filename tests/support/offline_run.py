@@ -111,6 +111,8 @@ def _records(content: bytes) -> Iterator[Any]:
         if kind == 0:
             return
         position += _FRAGMENT.size
+        if position + length > len(content):  # it is being written
+            return
         if kind in {_FULL, _FIRST}:
             pieces = []
         pieces.append(content[position : position + length])
