@@ -23,6 +23,7 @@ from documentation import (
     read_blocks,
     read_commands,
     read_links,
+    read_prose,
 )
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -384,6 +385,17 @@ def test_links_lead_somewhere(tmp_path: Path) -> None:
         "absent.md leads nowhere",
         "page.md has no heading #three",
     ]
+
+
+def test_prose_has_short_lines() -> None:
+    """Tables, figures and blocks cannot be wrapped."""
+    long = [
+        f"{page.name}: {line}"
+        for page in PAGES
+        for line in read_prose(page).splitlines()
+        if len(line) > 100 and not re.match(r"\||\s*<|!\[[^]]*\]\(\S*\)$", line)
+    ]
+    assert long == []
 
 
 def test_what_is_not_run_has_a_reason() -> None:
