@@ -302,7 +302,8 @@ def _survey(
     for parameter, owners in _tensors(model):
         key = owners[0][0].rpartition(".")[2]
         why = "" if only else _why_not_by_default(owners)
-        if parameter.dim() < 2 or key in _BIASES:
+        # A layer without outputs has a weight without elements.
+        if parameter.dim() < 2 or key in _BIASES or not parameter.numel():
             why = _VECTOR
         elif not parameter.requires_grad and not frozen:
             why = _FROZEN

@@ -235,6 +235,13 @@ def test_a_module_used_twice_counts_once() -> None:
     assert names(nn.Sequential(layer, nn.ReLU(), layer)) == ["0.weight"]
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_weight_without_elements_is_left_out() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 0))
+    assert names(model) == ["0.weight"]
+    assert "1.weight" in describe_selection(model)
+
+
 def test_equal_empty_or_meta_tensors_are_not_mistaken_for_tied_ones() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
