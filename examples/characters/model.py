@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sysconfig
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from torch.utils.data import Dataset
 
 SYMBOLS = 256
 CONTEXT = 128
+# Width of an attention head.
+HEAD = 32
 
 
 class Block(nn.Module):
@@ -50,21 +53,28 @@ class CharacterModel(nn.Module):
     """A decoder with LayerNorm before its layers, as in GPT-2.
 
     Args:
-        width: width of the residual stream.
+        width: width of the residual stream, a multiple of the 32 of a head.
         depth: number of blocks.
-        heads: number of heads.
     """
 
-    def __init__(self, width: int = 192, depth: int = 6, heads: int = 6) -> None:
+    def __init__(self, width: int = 288, depth: int = 6) -> None:
         super().__init__()
         self.symbols = nn.Embedding(SYMBOLS, width)
         self.positions = nn.Embedding(CONTEXT, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, width // HEAD) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, SYMBOLS)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> CharacterModel:
+        """Build the network of a ``state_dict``."""
+        depth = sum(name.endswith("contract.weight") for name in state)
+        model = cls(state["symbols.weight"].shape[1], depth)
+        model.load_state_dict(state)
+        return model
 
     def forward(self, text: Tensor) -> Tensor:
         """Map bytes ``[n, t]`` to logits of the next bytes, ``[n, t, 256]``."""

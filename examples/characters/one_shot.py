@@ -54,8 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     state = torch.load(arguments.weights, weights_only=True)
     train, held_out = read_sources()
-    model = CharacterModel()
-    model.load_state_dict(state)
+    model = CharacterModel.from_state(state)
     print(f"dense: {held_out_loss(model, held_out):.4f}", flush=True)
     rows = []
     for name, method in METHODS.items():

@@ -27,6 +27,8 @@ _STEPS_BETWEEN_SAVES = 100
 def main() -> None:
     """Train with AdamW and one cosine cycle of the learning rate."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--width", type=int, default=288)
+    parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -35,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     train, held_out = read_sources()
-    model = CharacterModel()
+    model = CharacterModel(arguments.width, arguments.depth)
     optimizer = torch.optim.AdamW(
         model.parameters(), arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.1
     )

@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_woodfisher.layerwise.solver import LayerProblem
@@ -61,7 +62,7 @@ def error_curve(
     found: list[float] = []
     for sparsity in SPARSITIES:
         removed, _ = problem.find_mask(functools.partial(choose, sparsity), 0)
-        error = errors(problem.solve(removed, _STEPS))
+        error = errors(problem.solve(removed, _STEPS, torch.float32))
         found.append(max(error, found[-1] if found else 0.0))
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["MaskRule"]
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ class MaskRule:
         self, places: Tensor, pattern: Pattern, pruned: Tensor, groups: int
     ) -> None:
         self._places = places
+        self._pattern = pattern
         self._leaving = places.shape[1] - pattern.kept
         self._pruned = pruned
         self._groups = groups
@@ -43,6 +45,8 @@ class MaskRule:
         """
         # Earlier zeros sort before all others.
         flat = scores.reshape(-1).masked_fill(self._pruned, -1.0)
+        if not self._pattern.is_grouped:
+            return _smallest(flat, self._groups).view(scores.shape)
         each = flat[self._places]
         if each.shape[1] == self._leaving:
             costs, leaving = each.sum(1), self._places
@@ -61,6 +65,11 @@ def _smallest(costs: Tensor, count: int) -> Tensor:
     """Mark the smallest costs; of equal ones, the first."""
     if not count:
         return torch.zeros_like(costs, dtype=torch.bool)
-    threshold = costs.kthvalue(count).values
+    if costs.device.type == "cpu":
+        # Ten times faster than kthvalue, which would take as long as the products.
+        found = np.partition(costs.numpy(), count - 1)[count - 1]
+        threshold = torch.from_numpy(found.reshape(1))
+    else:
+        threshold = costs.kthvalue(count).values
     below, ties = costs < threshold, costs == threshold
     return below | (ties & (ties.cumsum(0) <= count - below.sum()))

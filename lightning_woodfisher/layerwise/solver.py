@@ -26,6 +26,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lightning_woodfisher.layerwise.rows import RowShare
+
 # Steps of conjugate gradients for the kept weights.
 _STEPS = 20
 # Share of the first squared residual of a row at which it has converged.
@@ -58,19 +60,25 @@ class Moments:
     input_means: Tensor
     target_means: Tensor
 
-    def errors(self, weights: Tensor) -> Tensor:
-        """Return the reconstruction error of each output.
+    def errors(self, weights: Tensor, rows: RowShare) -> Tensor:
+        """Return the reconstruction error of the outputs of a rank.
 
         Args:
-            weights: W, float64 ``[g, o, d]``.
+            weights: own rows of W, float64 ``[g, o_r, d]``.
+            rows: the rows of the rank.
 
         Returns:
-            E[(y − W x)²], float64 ``[g, o]``, not negative.
+            E[(y − W x)²], float64 ``[g, o_r]``, not negative.
         """
-        quadratic = ((weights @ self.inputs) * weights).sum(-1)
-        errors = quadratic - 2 * (weights * self.products).sum(-1) + self.targets
-        clamped: Tensor = errors.clamp(min=0.0)
-        return clamped
+
+        def compute(weights: Tensor, products: Tensor, targets: Tensor) -> Tensor:
+            quadratic = ((weights @ self.inputs) * weights).sum(-1)
+            errors = quadratic - 2 * (weights * products).sum(-1) + targets
+            return errors.clamp(min=0.0)
+
+        return rows.each(
+            compute, weights, rows.own(self.products), rows.own(self.targets)
+        )
 
     def bias(self, weights: Tensor) -> Tensor:
         """Return the bias with the smallest error, float64 ``[g, o]``."""
@@ -124,6 +132,7 @@ class LayerProblem:
         products: R = E[yxᵀ], float64 ``[g, o, d]``.
         dense: W_d, float64 ``[g, o, d]``.
         output_weights: weight of the squared error of each output, float64 ``[g, o]``.
+        rows: the rows that this rank solves.
         dtype: dtype of the search for the mask.
     """
 
@@ -133,86 +142,127 @@ class LayerProblem:
         products: Tensor,
         dense: Tensor,
         output_weights: Tensor,
+        rows: RowShare,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._curvature = curvature
-        scale = curvature.scale.unsqueeze(-2)
-        self._products = (products + curvature.damping * dense) / scale
-        rotated = (self._products @ curvature.vectors) / curvature.values.unsqueeze(-2)
-        self._target = rotated @ curvature.vectors.mT
-        rows = output_weights.clamp(min=0.0).sqrt()
-        mean = rows.mean()
-        rows = torch.where(mean > 0, rows / mean, 1.0)
-        # A weight of zero would make all weights of an output equally cheap.
-        self._rows = rows.clamp(min=1e-6).unsqueeze(-1)
+        self._rows = rows
         self._dtype = dtype
+        scale, vectors = curvature.scale.unsqueeze(-2), curvature.vectors
+        values = curvature.values.unsqueeze(-2)
+        self._products = rows.own(products) + curvature.damping * rows.own(dense)
+        self._products /= scale
+        self._target = rows.each(
+            lambda products: ((products @ vectors) / values) @ vectors.mT,
+            self._products,
+        )
+        gains = output_weights.clamp(min=0.0).sqrt()
+        mean = gains.mean()
+        gains = torch.where(mean > 0, gains / mean, 1.0)
+        # A weight of zero would make all weights of an output equally cheap.
+        self._gains = rows.own(gains.clamp(min=1e-6).unsqueeze(-1))
 
     def find_mask(self, choose: Choose, iterations: int) -> tuple[Tensor, int]:
-        """Find the weights to remove by ADMM.
+        """Find the weights to remove by ADMM. Call on all ranks that share the rows.
 
         The weights W and a copy D with the wanted zeros are made equal by a multiplier V
         and a growing penalty ρ. The search ends when the mask no longer changes.
 
         Args:
-            choose: marks the weights that are removed from scores.
+            choose: marks the weights that are removed from scores of all rows.
             iterations: the largest number of iterations; 0 for the saliencies w²/[A⁻¹]_ii.
 
         Returns:
             bool ``[g, o, d]``, True where removed, and the number of iterations.
         """
-        curvature, dtype = self._curvature, self._dtype
+        curvature, dtype, rows = self._curvature, self._dtype, self._rows
+        start = self._target * self._gains
         if not iterations:
             inverse = curvature.inverse_diagonal.unsqueeze(-2)
-            return choose((self._target * self._rows).square() / inverse), 0
+            return choose(rows.gather((start.square() / inverse).to(dtype))), 0
         vectors, values = curvature.vectors.to(dtype), curvature.values.to(dtype)
         values = values.unsqueeze(-2)
-        start = (self._target * self._rows).to(dtype)
-        rotated = (start @ vectors) * values
+        start = start.to(dtype)
+        rotated = rows.each(lambda start: (start @ vectors) * values, start)
         copy, multiplier = start, torch.zeros_like(start)
         penalty, last = _FIRST_PENALTY, None
-        removed = torch.zeros_like(start, dtype=torch.bool)
-        for iteration in range(1, iterations + 1):
+
+        def minimize(rotated: Tensor, copy: Tensor, multiplier: Tensor) -> Tensor:
             pull = (penalty * copy - multiplier) @ vectors
-            weights = ((rotated + pull) / (values + penalty)) @ vectors.mT
+            product: Tensor = ((rotated + pull) / (values + penalty)) @ vectors.mT
+            return product
+
+        for iteration in range(1, iterations + 1):
+            weights = rows.each(minimize, rotated, copy, multiplier)
             shifted = weights + multiplier / penalty
-            removed = choose(shifted.square())
-            copy = shifted.masked_fill(removed, 0.0)
+            removed = choose(rows.gather(shifted.square()))
+            copy = shifted.masked_fill(rows.own(removed), 0.0)
             multiplier = multiplier + penalty * (weights - copy)
             if iteration % _INTERVAL == 0:
                 if last is not None:
                     changed = float((removed != last).sum()) / removed.numel()
                     if not changed:
-                        return removed, iteration
+                        break
                     penalty *= next(f for share, f in _GROWTH if changed > share)
                 last = removed
-        return removed, iterations
+        return removed, iteration
 
-    def solve(self, removed: Tensor, steps: int = _STEPS) -> Tensor:
-        """Minimize over the kept weights by conjugate gradients, all rows at once.
+    def solve(
+        self,
+        removed: Tensor,
+        steps: int = _STEPS,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        """Minimize over the kept weights of the rows of this rank.
 
         Args:
-            removed: bool ``[g, o, d]``.
-            steps: number of steps.
+            removed: own rows, bool ``[g, o_r, d]``.
+            steps: number of steps of conjugate gradients.
+            dtype: dtype of the steps.
 
         Returns:
-            W, float64 ``[g, o, d]``, zero where removed.
+            Own rows of W, float64 ``[g, o_r, d]``, zero where removed.
         """
-        matrix = self._curvature.scaled
-        weights = self._target.masked_fill(removed, 0.0)
-        residual = (self._products - weights @ matrix).masked_fill(removed, 0.0)
-        direction = residual.clone()
-        squared = residual.square().sum(-1, keepdim=True)
-        # A row that has converged stops: what is left of its residual is rounding.
-        least = _CONVERGED * squared
-        for _ in range(steps):
-            product = (direction @ matrix).masked_fill(removed, 0.0)
-            curvature = (direction * product).sum(-1, keepdim=True)
-            moving = squared > least
-            length = torch.where(moving, squared / curvature, 0.0)
-            weights = weights + length * direction
-            residual = residual - length * product
-            before, squared = squared, residual.square().sum(-1, keepdim=True)
-            growth = torch.where(moving, squared / before, 0.0)
-            direction = residual + growth * direction
-        solution: Tensor = weights / self._curvature.scale.unsqueeze(-2)
-        return solution
+        matrix = self._curvature.scaled.to(dtype)
+
+        def run(products: Tensor, target: Tensor, removed: Tensor) -> Tensor:
+            return _solve_rows(matrix, products, target, removed, steps)
+
+        solution = self._rows.each(
+            run, self._products.to(dtype), self._target.to(dtype), removed
+        )
+        return solution.double() / self._curvature.scale.unsqueeze(-2)
+
+
+def _solve_rows(
+    matrix: Tensor, products: Tensor, start: Tensor, removed: Tensor, steps: int
+) -> Tensor:
+    """Solve W·A = R over the kept weights by conjugate gradients, all rows at once.
+
+    Args:
+        matrix: A, ``[g, d, d]`` with a unit diagonal.
+        products: R, ``[g, u, d]``.
+        start: W to start from, ``[g, u, d]``.
+        removed: bool ``[g, u, d]``.
+        steps: number of steps.
+
+    Returns:
+        W, ``[g, u, d]``, zero where removed.
+    """
+    weights = start.masked_fill(removed, 0.0)
+    residual = (products - weights @ matrix).masked_fill_(removed, 0.0)
+    direction = residual.clone()
+    squared = residual.square().sum(-1, keepdim=True)
+    # A row that has converged stops: what is left of its residual is rounding.
+    least = _CONVERGED * squared
+    for _ in range(steps):
+        product = (direction @ matrix).masked_fill_(removed, 0.0)
+        curvature = (direction * product).sum(-1, keepdim=True)
+        moving = squared > least
+        length = torch.where(moving, squared / curvature, 0.0)
+        weights = weights.addcmul_(length, direction)
+        residual = residual.addcmul_(length, product, value=-1)
+        before, squared = squared, residual.square().sum(-1, keepdim=True)
+        growth = torch.where(moving, squared / before, 0.0)
+        direction = direction.mul_(growth).add_(residual)
+    return weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LayerResult", "LayerwiseStep", "StageSamples"]
+__all__ = ["LayerResult", "LayerwiseStep", "StageSamples", "share_out"]
 
 import operator
 from collections.abc import Callable, Sequence, Set
@@ -18,6 +18,7 @@ from lightning_woodfisher.data.isolation import RandomStates, derive_seed, seede
 from lightning_woodfisher.data.losses import LossSource, run_loss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.layerwise.allocation import (
+    SPARSITIES,
     Share,
     error_curve,
     fill,
@@ -34,6 +35,7 @@ from lightning_woodfisher.layerwise.maps import (
 )
 from lightning_woodfisher.layerwise.moments import InputSums, MomentSums, Sample
 from lightning_woodfisher.layerwise.residuals import Trail
+from lightning_woodfisher.layerwise.rows import RowShare
 from lightning_woodfisher.layerwise.selection import MaskRule
 from lightning_woodfisher.layerwise.solver import Curvature, LayerProblem, Moments
 from lightning_woodfisher.layerwise.streams import NetworkRun, open_runs
@@ -168,7 +170,7 @@ class LayerwiseStep:
             sparsity = total / sum(weights)
             wanted = [sparsity] * len(members)
             if all(maps[i].inputs is not None for i in members) and len(members) > 1:
-                curves = [self._curve(maps[i]) for i in members]
+                curves = self._curves([maps[i] for i in members])
                 wanted = propose(curves, weights, sparsity)
             for i, number in zip(members, fill(own, wanted, total), strict=True):
                 counts[i] = number
@@ -218,8 +220,6 @@ class LayerwiseStep:
                     half.require(each.map)
                 if number == 0:
                     self._require_repeatable(dense, pruned)
-                for half in dense:
-                    half.run.advance()
                 result, removed = self._solve(
                     each, count, dense, pruned, samples, counted, shared
                 )
@@ -251,6 +251,8 @@ class LayerwiseStep:
         linear, comm = each.map, self._comm
         pairs, has_skip = [], False
         for one, other in zip(dense, pruned, strict=True):
+            # One mini-batch after another, because to follow outputs takes much memory.
+            one.run.advance()
             target, found = one.target(other)
             x, target = drop_padding(linear, one.batch, other.call.inputs, target)
             pairs.append(Sample(x, target))
@@ -260,7 +262,7 @@ class LayerwiseStep:
                     f"inputs or outputs of {linear.name} are not finite in mini-batch "
                     f"{one.index} ({samples.batches.describe(one.index)})"
                 )
-        bias, mean = pruned[0].call.bias, dense[0].batchnorm()
+        bias, mean = pruned[0].call.bias, dense[0].batchnorm
         # A mean that another map has shifted cannot be shifted again in this stage.
         if bias is not None or (mean is not None and mean.data_ptr() in shared.means):
             mean = None
@@ -268,24 +270,33 @@ class LayerwiseStep:
         sums = MomentSums(linear, pairs if counted else [], samples.count, comm)
         known = shared.find(linear, [half.call.inputs for half in pruned])
         moments, shared.known = sums.add_up(has_bias, known)
+        # The targets are not needed any more.
+        del sums, pairs, target
         curvature = shared.curvature(moments, has_bias, self._damping(linear))
         old = linear.to_matrix(linear.rows_of(self._dense[linear.name])).double()
         parameter = self._masks.parameters[linear.name]
         double = parameter.dtype == torch.float64
+        groups, outputs, _ = linear.sides
+        rows = RowShare(groups, outputs, comm.device, comm)
         problem = LayerProblem(
             curvature,
             moments.products,
             old,
             each.output_weights,
+            rows,
             torch.float64 if double else torch.float32,
         )
         rule = self._rule(linear, count)
         removed, iterations = problem.find_mask(rule, self._config.admm_iterations)
-        masked = old.masked_fill(removed, 0.0)
-        kept = linear.to_matrix(linear.rows_of(parameter.detach())).double()
-        new = (
-            problem.solve(removed) if self._updates else kept.masked_fill(removed, 0.0)
-        )
+        masked = rows.own(old).masked_fill(rows.own(removed), 0.0)
+        if self._updates:
+            own = problem.solve(rows.own(removed))
+        else:
+            kept = linear.to_matrix(linear.rows_of(parameter.detach())).double()
+            own = rows.own(kept).masked_fill(rows.own(removed), 0.0)
+        errors = torch.stack([moments.errors(w, rows) for w in (masked, own)], -1)
+        before, after = rows.gather(errors).sum((0, 1)).tolist()
+        new = rows.gather(own)
         self._write(linear, new)
         if self._updates and has_bias:
             self._write_bias(moments.bias(new).flatten(), bias, mean, shared)
@@ -294,8 +305,8 @@ class LayerwiseStep:
         result = LayerResult(
             linear.name,
             variance,
-            float(moments.errors(masked).sum()) / unit,
-            float(moments.errors(new).sum()) / unit,
+            before / unit,
+            after / unit,
             iterations,
             float(curvature.damping),
             "residual sum" if has_skip else "outputs",
@@ -311,9 +322,6 @@ class LayerwiseStep:
                 "layerwise.relative_damping"
             )
         rows.copy_(values)
-        if self._comm.world_size > 1 and rows.device.type != "cpu":
-            # Products on a GPU may round differently on each rank.
-            self._comm.broadcast([rows])
 
     def _write_bias(
         self,
@@ -369,6 +377,20 @@ class LayerwiseStep:
         least = int(pruned.sum())
         return Share(number, leaving, least, max(least, most))
 
+    def _curves(self, maps: Sequence[Surveyed]) -> list[list[float]]:
+        """Compute the error curve of each map on one rank."""
+        comm = self._comm
+        owners = share_out([each.map.sides for each in maps], comm.world_size)
+        own = [
+            self._curve(each) if owner == comm.rank else [0.0] * len(SPARSITIES)
+            for each, owner in zip(maps, owners, strict=True)
+        ]
+        rows = comm.gather_numbers([error for curve in own for error in curve])
+        return [
+            rows[owner][i * len(SPARSITIES) : (i + 1) * len(SPARSITIES)]
+            for i, owner in enumerate(owners)
+        ]
+
     def _curve(self, each: Surveyed) -> list[float]:
         """Compute the errors of a map alone, in units of the loss."""
         linear, inputs = each.map, each.inputs
@@ -378,7 +400,9 @@ class LayerwiseStep:
         curvature = Curvature(inputs, self._damping(linear))
         dense = linear.to_matrix(linear.rows_of(self._dense[linear.name])).double()
         products = dense @ inputs
-        problem = LayerProblem(curvature, products, dense, each.output_weights)
+        groups, outputs, _ = linear.sides
+        rows = RowShare(groups, outputs, inputs.device)
+        problem = LayerProblem(curvature, products, dense, each.output_weights, rows)
 
         def choose(sparsity: float, scores: Tensor) -> Tensor:
             number = max(int(pruned.sum()), round(sparsity * pruned.numel()))
@@ -419,6 +443,8 @@ class _Half:
         self.index = index
         self.batch = batch
         self.call: LinearCall = None  # type: ignore[assignment]
+        #: Running mean of the BatchNorm layer after the last map of :meth:`target`.
+        self.batchnorm: Tensor | None = None
         self._step = step
         self._trail: Trail | None = None
         self._output: Tensor | None = None
@@ -471,19 +497,15 @@ class _Half:
         output, trail = self._output, self._trail
         if output is None or trail is None:
             raise PruningError("no map has run")
-        self._output = None
         found = False
         for skip in trail.skips:
             other = pruned._interception.named(skip.key)
             if other is not None and other.shape == skip.dense.shape:
                 output = output + skip.difference(other, output.shape)
                 found = True
-        trail.skips.clear()
+        self.batchnorm = trail.batchnorm
+        self._output = self._trail = self._interception.trail = None
         return output, found
-
-    def batchnorm(self) -> Tensor | None:
-        """Return the running mean of the BatchNorm layer after the last map."""
-        return None if self._trail is None else self._trail.batchnorm
 
 
 class _SharedInputs:
@@ -522,6 +544,24 @@ class _SharedInputs:
         if key not in self._curvatures:
             self._curvatures[key] = Curvature(moments.inputs, damping)
         return self._curvatures[key]
+
+
+def share_out(sides: Sequence[tuple[int, int, int]], ranks: int) -> list[int]:
+    """Choose the rank that computes the error curve of each map.
+
+    Args:
+        sides: g, o and d of each map.
+        ranks: number of ranks.
+
+    Returns:
+        The rank of each map: the most expensive first, to the rank with the least work.
+    """
+    work, owners = [0] * ranks, [0] * len(sides)
+    costs = [g * (o + d) * d**2 for g, o, d in sides]
+    for index in sorted(range(len(sides)), key=lambda i: -costs[i]):
+        owners[index] = work.index(min(work))
+        work[owners[index]] += costs[index]
+    return owners
 
 
 def _address(bias: Tensor) -> tuple[int, int]:

@@ -72,6 +72,10 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 23), nn.Tanh(), nn.Linear(23, 4))
 
 
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 150), nn.Tanh(), nn.Linear(150, 4))
+
+
 def make(build: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(7)
     model = build()
@@ -204,6 +208,9 @@ CASES = {
     ),
     "layerwise, step by step, on a stream": Case(
         build=convolutional, criterion="layerwise", targets=(0.4, 0.9), stream="list"
+    ),
+    "layerwise, rows on several ranks": Case(
+        build=wide, criterion="layerwise", num_gradients=50
     ),
     "layerwise, sampled labels": Case(
         criterion="layerwise", num_gradients=50, fisher={"sample_labels": True}

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_woodfisher.layerwise.rows import RowShare
 from lightning_woodfisher.layerwise.selection import MaskRule
 from lightning_woodfisher.layerwise.solver import Curvature, LayerProblem, Moments
 from lightning_woodfisher.weights.patterns import Pattern, parse_pattern
@@ -54,14 +55,20 @@ def make_rule(
     )
 
 
+def share_of(dense: Tensor) -> RowShare:
+    return RowShare(*dense.shape[:2], torch.device("cpu"))
+
+
 def make_problem(
     moments: Moments, dense: Tensor, relative_damping: float
 ) -> tuple[LayerProblem, Curvature]:
     curvature = Curvature(moments.inputs, relative_damping)
     ones = torch.ones(dense.shape[:2], dtype=torch.float64)
-    return LayerProblem(
-        curvature, moments.products, dense, ones, torch.float64
-    ), curvature
+    rows = share_of(dense)
+    problem = LayerProblem(
+        curvature, moments.products, dense, ones, rows, torch.float64
+    )
+    return problem, curvature
 
 
 def solve_row_by_row(
@@ -111,7 +118,9 @@ def test_errors_and_bias_are_those_of_the_samples() -> None:
     moments, x, y, dense = make_moments()
     bias = moments.bias(dense)
     gap = y - x @ dense.mT - bias.unsqueeze(1)
-    torch.testing.assert_close(moments.errors(dense), gap.square().mean(1))
+    torch.testing.assert_close(
+        moments.errors(dense, share_of(dense)), gap.square().mean(1)
+    )
     # The bias is the best one: the mean error of each output is zero.
     torch.testing.assert_close(gap.mean(1), torch.zeros_like(bias), atol=1e-12, rtol=0)
 
@@ -174,7 +183,9 @@ def test_outputs_of_larger_weight_keep_more() -> None:
     kept = []
     for weight in (1e-4, 1.0, 1e4):
         rows = torch.tensor([[weight, 1.0]], dtype=torch.float64)
-        problem = LayerProblem(curvature, moments.products, dense, rows, torch.float64)
+        problem = LayerProblem(
+            curvature, moments.products, dense, rows, share_of(dense), torch.float64
+        )
         removed, _ = problem.find_mask(rule, 30)
         kept.append(int((~removed[0, 0]).sum()))
     assert kept == sorted(kept)
