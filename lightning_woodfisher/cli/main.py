@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
+from lightning_woodfisher import __version__
 from lightning_woodfisher.benchmark import command as benchmark
 from lightning_woodfisher.benchmark import gpu_check
 from lightning_woodfisher.callbacks.presets import PRESETS, to_yaml
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ``--help`` and rejected arguments raise SystemExit, as in argparse.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given == ["--version"]:
+        sys.stdout.write(f"lightning-woodfisher {__version__}\n")
+        return 0
     # Like `python -m`: classes of a config are often in the working folder.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_woodfisher import __version__
 from lightning_woodfisher.cli.main import main
 
 MODULE = """
@@ -155,6 +156,11 @@ def status(*arguments: str) -> object:
 
 
 # ---------------------------------------------------------------- whole runs
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lightning-woodfisher {__version__}\n"
 
 
 def test_fit_reaches_the_sparsity_and_validate_reads_its_checkpoint() -> None:
