@@ -13,7 +13,7 @@ import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_woodfisher.layerwise.maps import LinearCall, WeightTable
+from lightning_woodfisher.layerwise.padding import Side
 from lightning_woodfisher.layerwise.residuals import Key, Trail
 
 _CHECKS = (
@@ -43,6 +44,8 @@ class Interception(TorchFunctionMode):
         visit: called with each map, in order; returns its result.
         means: running means of BatchNorm layers to use in place of those of the model, by
             address.
+        sources: tensors of the mini-batch with their sides. A result has the side of the
+            first argument that has one: keys and values of attention come after queries.
     """
 
     def __init__(
@@ -50,8 +53,11 @@ class Interception(TorchFunctionMode):
         table: WeightTable,
         visit: Callable[[LinearCall], Tensor],
         means: Mapping[int, Tensor] | None = None,
+        sources: Iterable[tuple[Tensor, Side]] = (),
     ) -> None:
         super().__init__()
+        self._sides: MutableMapping[Tensor, Side] = WeakIdKeyDictionary()
+        self._sides.update(sources)
         self._means = means
         self._table = table
         self._visit = visit
@@ -61,6 +67,17 @@ class Interception(TorchFunctionMode):
         self._named: dict[Key, weakref.ref[Tensor]] = {}
         #: Of the last call, if its outputs are followed.
         self.trail: Trail | None = None
+
+    def side(self, *values: Any) -> Side | None:
+        """Return the side of the first tensor that has one."""
+        for value in values:
+            if isinstance(value, Tensor):
+                found = self._sides.get(value)
+            else:
+                found = self.side(*value) if isinstance(value, list | tuple) else None
+            if found is not None:
+                return found
+        return None
 
     def named(self, key: Key) -> Tensor | None:
         """Return the tensor of a name if it is still in use."""
@@ -80,12 +97,13 @@ class Interception(TorchFunctionMode):
         if plain is not None:
             with self:
                 return plain(*args, **kwargs)
+        side = self.side(*args, *kwargs.values()) if self._sides else None
         call = self._table.match(func, args, kwargs)
         if call is not None:
             self.trail = None
             result = self._visit(call)
             self._calls, self._tensors = self._calls + 1, 0
-            self._name(result)
+            self._name(result, side)
             return result
         trail = self.trail
         if trail is None:
@@ -96,7 +114,7 @@ class Interception(TorchFunctionMode):
             result = func(*self._replace_mean(func, args), **kwargs)
             trail.after(func, args, kwargs, result, place)
         for each in result if isinstance(result, tuple | list) else (result,):
-            self._name(each)
+            self._name(each, side)
         return result
 
     def _replace_mean(
@@ -107,8 +125,12 @@ class Interception(TorchFunctionMode):
         mean = self._means.get(args[3].data_ptr(), args[3])
         return (*args[:3], mean, *args[4:])
 
-    def _name(self, value: Any) -> None:
-        if isinstance(value, Tensor) and value.is_floating_point():
+    def _name(self, value: Any, side: Side | None) -> None:
+        if not isinstance(value, Tensor):
+            return
+        if side is not None:
+            self._sides[value] = side
+        if value.is_floating_point():
             key = (self._calls, self._tensors)
             self._tensors += 1
             self._keys[value] = key

@@ -10,7 +10,7 @@ Legend: g groups, o outputs and d inputs of a group, n positions (tokens, pixels
 
 from __future__ import annotations
 
-__all__ = ["LinearCall", "LinearMap", "MapKey", "WeightTable", "drop_padding"]
+__all__ = ["LinearCall", "LinearMap", "MapKey", "WeightTable"]
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -193,25 +193,6 @@ class LinearMap:
             inputs = inputs.unfold(axis, (taps - 1) * dilation + 1, step)
             inputs = inputs[..., ::dilation]
         return inputs
-
-
-def drop_padding(linear: LinearMap, batch: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Drop the padded tokens of a batch, which an ``attention_mask`` marks with zeros.
-
-    Args:
-        linear: the map.
-        batch: a mini-batch; a mapping with a mask ``[n, t]``, or anything else.
-        tensors: inputs and outputs of the map, ``[n, t, ...]``.
-
-    Returns:
-        The tensors with their tokens ``[m, ...]``; as they are if the mask does not fit.
-    """
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or linear.is_convolution:
-        return tensors
-    if any(x.shape[:2] != mask.shape for x in tensors):
-        return tensors
-    return tuple(x[mask.to(x.device).bool()] for x in tensors)
 
 
 @dataclass(frozen=True)

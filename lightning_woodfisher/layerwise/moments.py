@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.exact_sum import ExactSum
 from lightning_woodfisher.layerwise.maps import LinearMap
@@ -85,6 +86,9 @@ class MomentSums:
 
         Returns:
             The moments, and the sums of the inputs.
+
+        Raises:
+            PruningError: if all positions are padding.
         """
         # The largest sums of squares in a mini-batch, and its positions.
         x_most, y_most, positions, count = 0.0, 0.0, 0, 0
@@ -118,6 +122,11 @@ class MomentSums:
             number = self._comm.sum_integers(number)
             known = InputSums(int(number), xx.result(), x_total.result())
         n = known.count
+        if not n:
+            raise PruningError(
+                f"{self._map.name} has no inputs that count: the attention_mask marks all "
+                "tokens as padding, or the mini-batches are empty"
+            )
         inputs, products, squares = known.products / n, yx.result() / n, yy.result() / n
         x_mean, y_mean = known.total / n, y_total.result() / n
         if centered:

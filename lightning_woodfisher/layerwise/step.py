@@ -31,9 +31,9 @@ from lightning_woodfisher.layerwise.maps import (
     LinearMap,
     MapKey,
     WeightTable,
-    drop_padding,
 )
 from lightning_woodfisher.layerwise.moments import InputSums, MomentSums, Sample
+from lightning_woodfisher.layerwise.padding import Side, TokenMasks
 from lightning_woodfisher.layerwise.residuals import Trail
 from lightning_woodfisher.layerwise.rows import RowShare
 from lightning_woodfisher.layerwise.selection import MaskRule
@@ -254,7 +254,7 @@ class LayerwiseStep:
             # One mini-batch after another, because to follow outputs takes much memory.
             one.run.advance()
             target, found = one.target(other)
-            x, target = drop_padding(linear, one.batch, other.call.inputs, target)
+            x, target = other.tokens.drop(linear, other.side, other.call.inputs, target)
             pairs.append(Sample(x, target))
             has_skip |= found
             if not bool(x.isfinite().all() & target.isfinite().all()):
@@ -441,7 +441,9 @@ class _Half:
         is_dense: bool,
     ) -> None:
         self.index = index
-        self.batch = batch
+        self.tokens = TokenMasks(batch)
+        # Of the inputs of the last call.
+        self.side: Side | None = None
         self.call: LinearCall = None  # type: ignore[assignment]
         #: Running mean of the BatchNorm layer after the last map of :meth:`target`.
         self.batchnorm: Tensor | None = None
@@ -451,7 +453,9 @@ class _Half:
         self._left = set(keys)
         self._is_dense = is_dense
         means = step._means if is_dense else None
-        self._interception = Interception(step._table, self._visit, means)
+        self._interception = Interception(
+            step._table, self._visit, means, self.tokens.sources()
+        )
         self._pause: Callable[[], None] = lambda: None
 
         def work(pause: Callable[[], None]) -> None:
@@ -467,6 +471,7 @@ class _Half:
         if is_new:
             self._left.remove(call.map.key)
             self.call = call
+            self.side = self._interception.side(call.inputs)
             self._pause()
         if not self._is_dense:
             parameter = self._step._masks.parameters[call.map.name].detach()

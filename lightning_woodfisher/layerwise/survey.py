@@ -30,8 +30,8 @@ from lightning_woodfisher.layerwise.maps import (
     LinearMap,
     MapKey,
     WeightTable,
-    drop_padding,
 )
+from lightning_woodfisher.layerwise.padding import Side, TokenMasks
 
 # Mini-batches that are looked at.
 _BATCHES = 4
@@ -81,7 +81,7 @@ def survey(
     """
     table = WeightTable(parameters)
     found: dict[MapKey, Surveyed] = {}
-    leaves: list[tuple[Surveyed, Tensor]] = []
+    leaves: list[tuple[Surveyed, Tensor, Side | None]] = []
     scale = 0.0
 
     def visit(call: LinearCall) -> Tensor:
@@ -98,13 +98,14 @@ def survey(
         if output_weights and not torch.is_grad_enabled():
             return output
         first.append(surveyed)
+        side = interception.side(call.inputs)
         if inputs:
-            seen = drop_padding(linear, batch, call.inputs.detach(), output.detach())
-            _add_inputs(surveyed, *seen)
+            seen = call.inputs.detach(), output.detach()
+            _add_inputs(surveyed, *tokens.drop(linear, side, *seen))
         if output_weights:
             # The gradient of a zero that is added, whatever is frozen.
             leaf = torch.zeros_like(output, requires_grad=True)
-            leaves.append((surveyed, leaf))
+            leaves.append((surveyed, leaf, side))
             output = output + leaf
         return output
 
@@ -114,16 +115,20 @@ def survey(
         leaves.clear()
         with seeded(derive_seed(seed, index)):
             batch = batches.fetch(index)
-            with Interception(table, visit):
+            tokens = TokenMasks(batch)
+            interception = Interception(table, visit, sources=tokens.sources())
+            with interception:
                 if output_weights:
                     loss = differentiable_loss(source, batches, index, batch)
                 else:
                     with torch.no_grad():
                         run_loss(source, batch, index)
         if leaves:
-            gradients = differentiate(loss, [leaf for _, leaf in leaves])
-            pairs = zip(leaves, gradients, strict=True)
-            scale += sum(_add_gradient(s, g) for (s, _), g in pairs if g is not None)
+            gradients = differentiate(loss, [leaf for _, leaf, _ in leaves])
+            for (surveyed, _, side), gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    (kept,) = tokens.drop(surveyed.map, side, gradient)
+                    scale += _add_gradient(surveyed, kept)
             scale -= _SMALLEST_GRADIENT * (1e-3 + abs(float(loss.detach())))
     _require_all(parameters, list(found.values()), number)
     if output_weights and not scale > 0:
@@ -157,7 +162,7 @@ def _add_gradient(surveyed: Surveyed, gradient: Tensor) -> float:
             f"the gradient of the outputs of {surveyed.map.name} is not finite; set "
             "layerwise.output_weights=False"
         )
-    each = squares.mean(dim=0)
+    each = squares.sum(dim=0) / max(1, len(squares))
     surveyed.output_weights += each.view(surveyed.output_weights.shape)
     return float(squares.sum().sqrt())
 
