@@ -10,7 +10,7 @@ from __future__ import annotations
 __all__ = ["make_hessian_derivative", "twice_differentiable"]
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -66,13 +66,20 @@ def make_hessian_derivative(
     return products
 
 
-def twice_differentiable() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[None]:
     """Compute attention by operations that can be differentiated twice.
 
-    Returns:
-        A context manager inside which no fused attention kernel is used.
+    Yields:
+        Nothing; inside, no fused kernel of attention or of encoder layers is used.
     """
-    return sdpa_kernel(SDPBackend.MATH)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _signs(

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,6 +25,7 @@ from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import LossSource, run_loss
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.gradients.hessian_rows import twice_differentiable
 from lightning_woodfisher.weights.masks import Masks
 
 
@@ -95,7 +95,7 @@ def count_flops(
         )
     with seeded(derive_seed(seed, "flops")):
         batch = batches.fetch(0)
-        total, flops = flops_by_tensor(
+        total, flops, _ = flops_by_tensor(
             lambda: run_loss(source, batch, 0),
             {name: masks.local(name) for name in masks.parameters},
         )
@@ -117,20 +117,39 @@ def count_flops(
 
 
 def flops_by_tensor(
-    run: Callable[[], object], tensors: Mapping[str, Tensor]
-) -> tuple[int, dict[str, int]]:
+    run: Callable[[], object],
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module] | None = None,
+) -> tuple[int, dict[str, int], dict[str, int]]:
     """Count the FLOPs of a forward pass.
 
     Args:
         run: computes it.
         tensors: the weights to tell apart, by name.
+        modules: those whose products of activations (attention) are told apart, by name.
 
     Returns:
-        All FLOPs, and those of the products with each weight, by its name.
+        All FLOPs, those of the products with each weight, by its name, and those of the
+        products without a weight in each of the modules, by its name.
     """
-    with _separate_operations(), _Counter(tensors) as mode:
+    with (
+        _separate_operations(),
+        contextlib.ExitStack() as hooks,
+        _Counter(tensors) as mode,
+    ):
+        for name, module in (modules or {}).items():
+            mode.flops_inside[name] = 0
+
+            def enter(*_: object, name: str = name) -> None:
+                mode.inside.append(name)
+
+            def leave(*_: object) -> None:
+                mode.inside.pop()
+
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
         run()
-    return mode.total, mode.flops
+    return mode.total, mode.flops, mode.flops_inside
 
 
 @contextlib.contextmanager
@@ -142,15 +161,12 @@ def _separate_operations() -> Iterator[None]:
     """
     libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
     enabled = [library.enabled for library in libraries]
-    fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
         for library in libraries:
             library.enabled = False
-        with sdpa_kernel(SDPBackend.MATH):
+        with twice_differentiable():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for library, was in zip(libraries, enabled, strict=True):
             library.enabled = was
 
@@ -166,6 +182,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
         self.flops = dict.fromkeys(weights, 0)
+        # Modules that are running, innermost last, and their products without a weight.
+        self.inside: list[str] = []
+        self.flops_inside: dict[str, int] = {}
         # Ranges of bytes by the address of their memory, which several weights may share.
         self._ranges: dict[int, list[tuple[int, int, str]]] = {}
         for name, tensor in weights.items():
@@ -185,6 +204,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.total += flops
         if used and flops:
             self.flops[used[0]] += flops
+        elif flops and self.inside:
+            self.flops_inside[self.inside[-1]] += flops
         elif used and isinstance(result, Tensor):
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             # Autocast multiplies by a copy of the weight, or of a part, in another dtype.

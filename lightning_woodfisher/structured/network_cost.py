@@ -18,6 +18,7 @@ from lightning_woodfisher.data.isolation import derive_seed, isolated, seeded
 from lightning_woodfisher.data.losses import LossSource, run_loss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.pruning.flops import flops_by_tensor
+from lightning_woodfisher.structured.graph.attention import attention_modules
 from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.graph.inputs import run_model, tensors_in
 
@@ -64,14 +65,21 @@ class NetworkSize:
                 name = names.get(id(member.find_in(model)))
                 if name is not None:
                     axes = self._axes.setdefault(name, {})
-                    axes[member.axis, group.name] = member.structure_of.cpu()
+                    owners = member.structure_of.cpu()
+                    # Values, queries and keys may be rows of one tensor.
+                    known = axes.get((member.axis, group.name), owners)
+                    axes[member.axis, group.name] = torch.maximum(known, owners)
         self._implants = {
             names[id(model.get_submodule(layer).weight)]: group
             for group, layers in (implants or {}).items()
             for layer in layers
         }
-        self._other_macs, self._macs = _count_macs(
-            source, comm, derive_seed(seed, "size")
+        self._sizes = {group.name: group.size for group in groups}
+        self._other_macs, self._macs, self._head_macs = _count_macs(
+            source,
+            comm,
+            derive_seed(seed, "size"),
+            attention_modules(model, groups),
         )
         self.dense_parameters = self.parameters({})
         self.dense_macs = self.macs({})
@@ -104,6 +112,9 @@ class NetworkSize:
             name: macs * self._numel(name, removed, implanted) / self._numel(name, {})
             for name, macs in self._macs.items()
         }
+        for group, macs in self._head_macs.items():
+            gone = len(removed[group]) if group in removed else 0
+            left[group] = macs * (1 - gone / self._sizes[group])
         return round(self._other_macs + sum(left.values()))
 
     def _numel(
@@ -121,22 +132,28 @@ class NetworkSize:
 
 
 def _count_macs(
-    source: LossSource, comm: Communicator, seed: int
-) -> tuple[float, dict[str, float]]:
-    """Count the MACs of one sample: without a weight, and by the weight's name."""
+    source: LossSource, comm: Communicator, seed: int, heads: Mapping[str, nn.Module]
+) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Count the MACs of one sample: of the rest, by weight, and between heads by group."""
     model = source.model
     # A product with a bias in it counts for its matrix.
     weights = {n: p for n, p in model.named_parameters() if p.dim() > 1}
     with source.session("eval"), torch.enable_grad(), seeded(seed):
         batches = source.batches(1, 1, seed)
         batch = batches.fetch(0)
-        total, flops = flops_by_tensor(lambda: run_loss(source, batch, 0), weights)
+        total, flops, inside = flops_by_tensor(
+            lambda: run_loss(source, batch, 0), weights, heads
+        )
     # The size of a batch of a stream is known once it is read.
     samples = batches.size or next((len(t) for t in tensors_in(batch) if t.dim()), 1)
-    numbers = comm.gather_numbers([samples, total, *flops.values()])[0]
-    left, *each = (number / numbers[0] / 2 for number in numbers[1:])
-    by_name = {name: macs for name, macs in zip(flops, each, strict=True) if macs}
-    return left - sum(by_name.values()), by_name
+    counts = [samples, total, *flops.values(), *inside.values()]
+    numbers = comm.gather_numbers(counts)[0]
+    macs = iter(number / numbers[0] / 2 for number in numbers[1:])
+    dense = next(macs)
+    by_name = {name: next(macs) for name in flops}
+    by_group = {name: next(macs) for name in inside}
+    rest = dense - sum(by_name.values()) - sum(by_group.values())
+    return rest, {name: number for name, number in by_name.items() if number}, by_group
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
+from lightning_woodfisher.structured.graph.attention import find_heads
 from lightning_woodfisher.structured.graph.coupling import Coupling, find_groups
 from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.graph.torch_pruning import trace_coupling
@@ -51,9 +52,9 @@ def trace_groups(
     layer that matches ``only`` and ``exclude`` is excluded.
 
     Groups in which removing a channel differs from setting it to zero are left out, and the
-    result says why: outputs of the network, LayerNorm and GroupNorm, attention, an
-    activation with f(0) ≠ 0, channels split into pieces of fixed size. Only layers that run
-    in evaluation mode are found.
+    result says why: outputs of the network, LayerNorm and GroupNorm, an activation with
+    f(0) ≠ 0, channels split into pieces of fixed size. The heads of an attention are a
+    group of its own. Only layers that run in evaluation mode are found.
 
     Args:
         model: the network; unchanged afterwards.
@@ -74,11 +75,18 @@ def trace_groups(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example_inputs = tree_map_only(Tensor, lambda t: t.to(device), example_inputs)
     coupling, suspects = trace_coupling(model, example_inputs)
-    groups = find_groups(coupling)
-    pruned = {layer for group in groups for layer in group.layers}
+    heads, no_heads = find_heads(model, example_inputs)
+    pruned = {
+        m.module for group in heads for m in group.members if m.role != "consumer"
+    }
+    groups = (
+        *(group for group in find_groups(coupling) if pruned.isdisjoint(group.layers)),
+        *heads,
+    )
+    pruned |= {layer for group in groups for layer in group.layers}
     left_out = {
-        name: _reason(name, coupling)
-        for name in _conv_and_linear(model)
+        name: no_heads.get(name) or _reason(name, coupling)
+        for name in _layers(model)
         if name not in pruned
     }
     failed = check_removal(model, groups, example_inputs, seed=seed)
@@ -93,7 +101,13 @@ def trace_groups(
     for group in groups:
         if any(p.is_complex() for n in group.layers for p in _own_parameters(model, n)):
             left_out |= dict.fromkeys(group.layers, "its weights are complex")
-    groups = tuple(g for g in groups if left_out.keys().isdisjoint(g.layers))
+    order = [name for name, _ in model.named_modules()]
+    groups = tuple(
+        sorted(
+            (g for g in groups if left_out.keys().isdisjoint(g.layers)),
+            key=lambda group: order.index(group.layers[0]),
+        )
+    )
     chosen = _choose(model, groups, left_out, only, exclude)
     if not chosen:
         raise ConfigurationError(
@@ -103,11 +117,11 @@ def trace_groups(
     return TraceResult(chosen, left_out)
 
 
-def _conv_and_linear(model: nn.Module) -> dict[str, nn.Module]:
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (_ConvNd, nn.Linear))
+        if isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention))
     }
 
 
@@ -164,7 +178,7 @@ def _choose(
 
 
 def _matching_layers(pattern: str, model: nn.Module) -> set[str]:
-    layers = _conv_and_linear(model)
+    layers = _layers(model)
     found = {
         name
         for name, module in layers.items()
@@ -172,7 +186,7 @@ def _matching_layers(pattern: str, model: nn.Module) -> set[str]:
     }
     if not found:
         raise ConfigurationError(
-            f"The pattern {pattern!r} matches no Conv or Linear layer of "
+            f"The pattern {pattern!r} matches no Conv, Linear or attention layer of "
             f"{type(model).__name__}.{nearest(pattern, layers)}"
         )
     return found

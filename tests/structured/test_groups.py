@@ -173,7 +173,7 @@ def test_torchvision(name: str) -> None:
         "mobilenet_v2": 24,
         "vgg16_bn": 7,
         "densenet121": 21,
-        "vit_b_16": 2,
+        "vit_b_16": 4,
     }
     scramble(model.double().eval())
     batch = images(size=32)
@@ -387,8 +387,8 @@ def test_only_and_exclude() -> None:
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        ({"only": ["frist"]}, "matches no Conv or Linear layer"),
-        ({"exclude": ["nothing"]}, "matches no Conv or Linear layer"),
+        ({"only": ["frist"]}, "matches no Conv, Linear or attention"),
+        ({"exclude": ["nothing"]}, "matches no Conv, Linear or attention"),
         ({"only": ["("]}, "not a regular expression"),
         ({"only": [r"^7$"]}, "output of the network"),
         ({"only": [r"4\.second"], "exclude": ["shortcut"]}, "pruned together"),

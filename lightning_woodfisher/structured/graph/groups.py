@@ -38,11 +38,13 @@ from lightning_woodfisher.base.errors import ConfigurationError, nearest
 
 #: ``producer``: the filter, an output slice of a Conv or Linear weight; ``bias``: of that
 #: layer; ``norm``: weight and bias of a norm that follows it; ``statistics``: running mean
-#: and variance of that norm; ``consumer``: the input slice of a layer that reads it.
-Role = Literal["producer", "bias", "norm", "statistics", "consumer"]
+#: and variance of that norm; ``query_key``: of an attention head, its rows of queries and
+#: keys, which count for nothing once those of its values are zero; ``consumer``: the input
+#: slice of a layer that reads it.
+Role = Literal["producer", "bias", "norm", "statistics", "query_key", "consumer"]
 
 #: The roles that a mask sets to zero.
-_MASKED_ROLES: tuple[Role, ...] = ("producer", "bias", "norm")
+_MASKED_ROLES: tuple[Role, ...] = ("producer", "bias", "norm", "query_key")
 
 #: Structure indices by group name.
 StructureIndices = Mapping[str, Sequence[int] | Tensor]

@@ -27,6 +27,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.losses import differentiate, refuse_checkpoints
 from lightning_woodfisher.structured.config import StructureKind
+from lightning_woodfisher.structured.graph.attention import separate_heads
 from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.scores.vectors import scored_members
 
@@ -79,10 +80,16 @@ class Gates:
         with contextlib.ExitStack() as hooks:
             for name, owners in self._owners.items():
                 layer = self._model.get_submodule(name)
-                # Before other hooks, which may replace the output.
-                hook = layer.register_forward_hook(
-                    self._make_hook(owners), prepend=True
-                )
+                gate = self._make_hook(owners)
+                if isinstance(layer, nn.MultiheadAttention):
+                    # A head is linear in its values, and no layer returns them.
+                    hooks.enter_context(separate_heads(layer))
+                    hook: Any = layer.out_proj.register_forward_pre_hook(
+                        lambda module, inputs, gate=gate: gate(module, None, *inputs)
+                    )
+                else:
+                    # Before other hooks, which may replace the output.
+                    hook = layer.register_forward_hook(gate, prepend=True)
                 hooks.enter_context(hook)
             yield
 
@@ -171,9 +178,16 @@ def _find_owners(
             known = by_tensor.get(member.tensor, free)
             by_tensor[member.tensor] = torch.where(owners >= 0, owners + first, known)
         first += group.size
+    owners_of = {}
     for name, by_tensor in tensors.items():
-        _require_linear(name, model.get_submodule(name), by_tensor)
-    return {name: next(iter(found.values())) for name, found in tensors.items()}
+        module = model.get_submodule(name)
+        owners_of[name] = next(iter(by_tensor.values()))
+        if isinstance(module, nn.MultiheadAttention):
+            # Queries and keys come before the values.
+            owners_of[name] = owners_of[name][-module.out_proj.in_features :]
+        else:
+            _require_linear(name, module, by_tensor)
+    return owners_of
 
 
 def _require_linear(name: str, module: nn.Module, by_tensor: dict[str, Tensor]) -> None:

@@ -29,6 +29,10 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.distributed.dtensor import is_sharded
+from lightning_woodfisher.structured.graph.attention import (
+    PrunedAttention,
+    update_heads,
+)
 from lightning_woodfisher.structured.graph.groups import (
     Group,
     StructureIndices,
@@ -126,8 +130,17 @@ class RemovalPlan:
                 else:
                     done[id(old)] = _cut(old, kept)
             tensors[key] = done[id(old)]
-        for path in {name.rpartition(".")[0] for name in self.tensors}:
+        paths = {name.rpartition(".")[0] for name in self.tensors}
+        for path in paths | {path.rpartition(".")[0] for path in paths}:
+            update_heads(model.get_submodule(path))
+        for path in paths:
             _update_sizes(model.get_submodule(path))
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder) and any(
+                isinstance(part, PrunedAttention) for part in module.modules()
+            ):
+                # Nested tensors are for the fused kernel, which wants all heads.
+                module.use_nested_tensor = False
         for name, rows in self.implants.items():
             replacements = _implant(model, name, rows, replacements)
         return tuple(replacements)
