@@ -99,6 +99,7 @@ def run_estimate(options: argparse.Namespace) -> int:
             bytes_per_second=options.bytes_per_second,
             seconds_per_gradient=options.seconds_per_gradient,
             sharded=options.sharded or run.sharded,
+            positions=options.positions,
         )
         for sparsity in sparsities
     ]
@@ -224,6 +225,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--flops_per_second", type=float, help="speed of a rank (default: measured)")
     add("--bytes_per_second", type=float, help="bytes per second that a rank can send")
     add("--seconds_per_gradient", type=float, help="seconds for one mini-batch")
+    add("--positions", type=int, default=0, help="tokens in a sample, for layerwise")
     add("--json", action="store_true", help="print JSON")
     add("--preset", choices=list(SHAPES), help="a known network instead of a config")
     add("--num_gradients", type=int, default=256, help="N, with --preset")

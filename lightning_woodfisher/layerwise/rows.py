@@ -7,8 +7,9 @@ of ranks and threads. Each rank owns a run of consecutive units.
 
 from __future__ import annotations
 
-__all__ = ["RowShare"]
+__all__ = ["RowShare", "split_rows"]
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,27 @@ from lightning_woodfisher.fisher.parallel import run_in_threads
 # are a multiple of its 64 bytes.
 _UNITS_WANTED = 32
 _FEWEST_ROWS, _MULTIPLE = 64, 16
+
+
+def _rows_of_unit(outputs: int) -> int:
+    rows = max(_FEWEST_ROWS, -(-outputs // _UNITS_WANTED))
+    return rows + -rows % _MULTIPLE
+
+
+def split_rows(outputs: int, ranks: int) -> list[int]:
+    """Count the rows of a layer that each rank owns.
+
+    Args:
+        outputs: number of rows.
+        ranks: number of ranks.
+
+    Returns:
+        Whole units of rows, but for the last one; zero for a rank without a unit.
+    """
+    unit = _rows_of_unit(outputs)
+    units = -(-outputs // unit)
+    ends = [units * r // ranks * unit for r in range(ranks)]
+    return [b - a for a, b in itertools.pairwise([*ends, outputs])]
 
 
 class RowShare:
@@ -48,16 +70,10 @@ class RowShare:
     ) -> None:
         self._device = device
         self._comm = comm
-        self._sizes = [outputs]
-        unit = max(_FEWEST_ROWS, -(-outputs // _UNITS_WANTED))
-        self._unit = unit + -unit % _MULTIPLE
-        rank = 0
+        self._unit = _rows_of_unit(outputs)
+        self._sizes, rank = [outputs], 0
         if comm is not None and groups == 1:
-            units, ranks = -(-outputs // self._unit), comm.world_size
-            ends = [min(outputs, units * r // ranks * self._unit) for r in range(ranks)]
-            ends.append(outputs)
-            self._sizes = [ends[r + 1] - ends[r] for r in range(ranks)]
-            rank = comm.rank
+            self._sizes, rank = split_rows(outputs, comm.world_size), comm.rank
         self._first, self.count = sum(self._sizes[:rank]), self._sizes[rank]
         # A batch of small matrices, or a GPU, is faster with all rows at once.
         if groups > 1 or device.type != "cpu":

@@ -249,6 +249,8 @@ class LayerwiseStep:
         shared: _SharedInputs,
     ) -> tuple[LayerResult, Tensor]:
         linear, comm = each.map, self._comm
+        # First, because it frees the inputs of the last map.
+        known = shared.find(linear, [half.call.inputs for half in pruned])
         pairs, has_skip = [], False
         for one, other in zip(dense, pruned, strict=True):
             # One mini-batch after another, because to follow outputs takes much memory.
@@ -268,7 +270,6 @@ class LayerwiseStep:
             mean = None
         has_bias = bias is not None or mean is not None
         sums = MomentSums(linear, pairs if counted else [], samples.count, comm)
-        known = shared.find(linear, [half.call.inputs for half in pruned])
         moments, shared.known = sums.add_up(has_bias, known)
         # The targets are not needed any more.
         del sums, pairs, target

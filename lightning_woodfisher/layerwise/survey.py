@@ -6,7 +6,7 @@ loss, and, where layers compete, the covariance of their inputs. All ranks compu
 
 from __future__ import annotations
 
-__all__ = ["Surveyed", "survey"]
+__all__ = ["SURVEYED_BATCHES", "Surveyed", "survey"]
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,10 +31,11 @@ from lightning_woodfisher.layerwise.maps import (
     MapKey,
     WeightTable,
 )
+from lightning_woodfisher.layerwise.memory import LayerSize
 from lightning_woodfisher.layerwise.padding import Side, TokenMasks
 
-# Mini-batches that are looked at.
-_BATCHES = 4
+#: Mini-batches that are looked at.
+SURVEYED_BATCHES = 4
 # A first-order change of the loss smaller than this share of it is rounding.
 _SMALLEST_GRADIENT = 1e-6
 
@@ -47,11 +48,22 @@ class Surveyed:
         map: the map.
         output_weights: mean squared gradient of each output, float64 ``[g, o]``.
         inputs: Σxxᵀ of the mini-batches, float64 ``[g, d, d]``; None if not wanted.
+        input_numbers: most numbers in the inputs for one mini-batch.
+        output_numbers: most numbers in the outputs for one mini-batch.
     """
 
     map: LinearMap
     output_weights: Tensor
     inputs: Tensor | None = None
+    input_numbers: int = 0
+    output_numbers: int = 0
+
+    @property
+    def size(self) -> LayerSize:
+        """The sizes that its memory depends on."""
+        groups, outputs, inputs = self.map.sides
+        numbers = self.input_numbers, self.output_numbers
+        return LayerSize(outputs, inputs, groups, *numbers)
 
 
 def survey(
@@ -99,6 +111,8 @@ def survey(
             return output
         first.append(surveyed)
         side = interception.side(call.inputs)
+        surveyed.input_numbers = max(surveyed.input_numbers, call.inputs.numel())
+        surveyed.output_numbers = max(surveyed.output_numbers, output.numel())
         if inputs:
             seen = call.inputs.detach(), output.detach()
             _add_inputs(surveyed, *tokens.drop(linear, side, *seen))
@@ -109,7 +123,7 @@ def survey(
             output = output + leaf
         return output
 
-    number = min(count, _BATCHES)
+    number = min(count, SURVEYED_BATCHES)
     for index in range(number):
         first: list[Surveyed] = []
         leaves.clear()

@@ -10,7 +10,9 @@ from lightning_woodfisher.base.clock import Progress
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.layerwise.memory import require_memory
 from lightning_woodfisher.layerwise.step import LayerResult, LayerwiseStep, StageSamples
+from lightning_woodfisher.layerwise.survey import Surveyed
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.evaluator import Evaluator
 from lightning_woodfisher.pruning.quotas import Quotas
@@ -73,6 +75,7 @@ def run_by_layer(
             # Labels that are drawn would run the network a second time.
             drawn = StageSamples(*evaluator.calibration(seed, False), seed)
             maps = work.survey(drawn, competing)
+            _require_memory(maps, config, masks, comm, competing, drawn.count)
         with clock("select"):
             counts = work.allocate(maps, quotas.group_of_layer, totals, caps)
         with clock("update"), progress("Reconstructing layers", len(maps)) as tick:
@@ -103,6 +106,7 @@ def rehearse_by_layer(
     config: PruningConfig,
     comm: Communicator,
     evaluator: Evaluator,
+    gradients: int,
 ) -> None:
     """Run the dense network on one mini-batch and look for its layers.
 
@@ -112,11 +116,40 @@ def rehearse_by_layer(
         config: settings of the step.
         comm: the ranks.
         evaluator: chooses the samples.
+        gradients: number of gradients that it has samples for, of those of a step.
     """
     evaluator.require_whole_parameters("criterion='layerwise'")
     batches, count = evaluator.calibration(config.step.seed, False)
     samples = StageSamples(batches, min(count, 1), config.step.seed)
-    _make_step(source, masks, config, comm).survey(samples, competing=False)
+    maps = _make_step(source, masks, config, comm).survey(samples, competing=False)
+    pattern = parse_pattern(config.selection.pattern)
+    competing = pattern.sparsity is None and config.selection.scope == "global"
+    mini_batches = -(-config.fisher.num_gradients * count // gradients)
+    _require_memory(maps, config, masks, comm, competing, mini_batches)
+
+
+def _require_memory(
+    maps: Sequence[Surveyed],
+    config: PruningConfig,
+    masks: Masks,
+    comm: Communicator,
+    competing: bool,
+    mini_batches: int,
+) -> None:
+    """Check the budget again, now that the activations are known."""
+    if config.fisher.memory_budget is None:
+        return
+    parameters = masks.parameters.values()
+    require_memory(
+        [each.size for each in maps],
+        mini_batches,
+        comm.world_size,
+        max(parameter.element_size() for parameter in parameters),
+        competing=competing,
+        weights=sum(parameter.numel() for parameter in parameters),
+        samples=config.fisher.num_gradients,
+        budget=config.fisher.memory_budget,
+    )
 
 
 def _make_step(

@@ -227,7 +227,8 @@ class Pruner:
                 quotas = make_quotas(config.selection, layers_of(self.masks), 0.0)
                 self._selector(evaluator, quotas, config.flops_target, None)
             if config.by_layer:
-                rehearse_by_layer(source, self.masks, config, comm, evaluator)
+                count = fisher.num_gradients
+                rehearse_by_layer(source, self.masks, config, comm, evaluator, count)
                 return
             criterion = make_criterion(config.criterion, fisher, config.update)
             pattern = parse_pattern(config.selection.pattern)

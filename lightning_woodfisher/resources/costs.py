@@ -26,6 +26,12 @@ from lightning_woodfisher.fisher.config import (
     rows_in_chunk,
 )
 from lightning_woodfisher.gradients.kronecker_factors import factor_sides
+from lightning_woodfisher.layerwise.memory import (
+    LayerSize,
+    count_copies,
+    count_stages,
+)
+from lightning_woodfisher.layerwise.rows import split_rows
 from lightning_woodfisher.resources.workload import Workload
 from lightning_woodfisher.weights.partition import Unit
 from lightning_woodfisher.weights.patterns import numbers_at_once
@@ -40,13 +46,13 @@ _FULL_GRAMS = 6
 # weights during the update.
 _FACTOR_MATRICES = 2
 _LAYER_MATRICES, _LAYER_VECTORS = 3, 7
-# float64 matrices of the inputs, and of the weights, of the layer that is reconstructed.
-_LAYER_SQUARES, _LAYER_RECTANGLES = 8, 12
 # Approximate number of conjugate gradient steps in the joint update.
 _SOLVER_STEPS = 50
 # Operations of an eigendecomposition, by the cube of the side. Products with a square
 # matrix in the re-solve of the kept weights and around it; ADMM takes two an iteration.
 _EIGH_FLOPS, _SWEEP_STEPS = 10, 26
+# Products with a square matrix for the error curve of a layer.
+_CURVE_STEPS = 93
 # float64 vectors of D_r numbers that exist at the same time in each phase.
 _VECTORS = {"factorize": 5, "select": 9, "update": 7, "search": 6, "write": 8}
 # Additional vectors of the line search for a second update to try, and for a first-order
@@ -68,7 +74,8 @@ class Memory:
 
     Attributes:
         state: GᵀG or the rows that the Fisher stores.
-        rows: gradient rows that the Fisher has not observed yet.
+        rows: gradient rows that the Fisher has not observed yet; activations of the
+            samples for ``criterion="layerwise"``.
         workspace: matrices of the units that are being processed.
         copies: vectors over all weights: copies of weights and masks, positions,
             saliencies and gathered values; and the Cholesky factors that are kept.
@@ -158,21 +165,29 @@ def count_memory(workload: Workload, rank: int) -> dict[str, Memory]:
 def _count_layerwise(workload: Workload) -> dict[str, Memory]:
     """Count the memory of a step that prunes layer after layer, the same on every rank.
 
-    Convolutions are counted as if they had no groups, and patches and activations of the
-    samples not at all.
+    Activations, as ``rows``, are those of linear layers with ``positions`` tokens in each
+    sample. Convolutions are counted as if they had no groups, and without patches.
 
     Returns:
-        One phase, in which all of this exists at the same time.
+        Memory by phase.
     """
-    total = sum(workload.local_weights)
-    # Copies of weights and masks for a rollback, weights of the dense network, new masks.
-    copies = total * (2 * workload.weight_bytes + 2)
-    sides = [factor_sides(shape) for shape in workload.shapes]
-    competing = workload.pattern.sparsity is None and len(sides) > 1
-    competing &= workload.config.selection.scope == "global"
-    state = 8 * sum(i**2 for _, i in sides) * competing
-    each = [8 * (_LAYER_SQUARES * i**2 + _LAYER_RECTANGLES * o * i) for o, i in sides]
-    return {"update": Memory(state, 0, max(each, default=0), copies)}
+    copies = count_copies(sum(workload.local_weights), workload.weight_bytes)
+    tokens = workload.samples_at_once * workload.positions
+    layers = [
+        LayerSize(o, i, 1, tokens * i, tokens * o)
+        for o, i in (factor_sides(shape) for shape in workload.shapes)
+    ]
+    stages = count_stages(
+        layers,
+        workload.mini_batches,
+        workload.exchange_ranks,
+        workload.weight_bytes,
+        competing=workload.layers_compete,
+    )
+    return {
+        name: Memory(stage.state, stage.activations, stage.workspace, copies)
+        for name, stage in stages.items()
+    }
 
 
 def _count_mean_gradient_bytes(workload: Workload, units: Sequence[Unit]) -> int:
@@ -362,7 +377,13 @@ def count_traffic(workload: Workload, rank: int) -> dict[str, int]:
         sides = [factor_sides(shape) for shape in workload.shapes]
         summed = sum((i + 1) * (i + 1 + o) + o for o, i in sides)
         reduced = 2 * (ranks - 1) * 8 * summed // ranks
-        return {"exchange": 0, "gather": 0, "search": 0, "reduce": reduced}
+        # Scores in each iteration, in the end float64 weights and two errors of a row.
+        iterations = max(1, workload.config.layerwise.admm_iterations)
+        width = workload.value_bytes * iterations + 8
+        gathered = (ranks - 1) * sum(
+            max(split_rows(o, ranks)) * (width * i + 16) for o, i in sides
+        )
+        return {"exchange": 0, "gather": gathered, "search": 0, "reduce": reduced}
     sizes = partition.shard_sizes()
     others = partition.size - sizes[rank]
     count = workload.fisher.num_gradients if workload.uses_gradients else 0
@@ -418,9 +439,15 @@ def count_flops(workload: Workload, rank: int) -> dict[str, int]:
     gram = factorize = update = 0
     if engine == "layers":
         steps = _SWEEP_STEPS + 2 * workload.config.layerwise.admm_iterations
+        tokens = workload.samples_at_once * workload.positions
+        tokens *= -(-workload.mini_batches // workload.exchange_ranks)
         for o, i in (factor_sides(shape) for shape in workload.shapes):
+            gram += 2 * tokens * i * (i + o)
             factorize += _EIGH_FLOPS * i**3
-            update += 2 * o * i**2 * steps
+            update += 2 * max(split_rows(o, workload.exchange_ranks)) * i**2 * steps
+            if workload.layers_compete:
+                curves = _EIGH_FLOPS * i**3 + 2 * o * i**2 * _CURVE_STEPS
+                factorize += curves // workload.exchange_ranks
     for unit in units:
         b, k = unit.size, unit.count
         if engine == "primal":

@@ -250,6 +250,7 @@ def estimate(
     seconds_per_gradient: float | None = None,
     threads: int = 1,
     sharded: bool = False,
+    positions: int = 0,
 ) -> ResourceEstimate:
     """Estimate the cost of a pruning step without running it.
 
@@ -273,6 +274,8 @@ def estimate(
         threads: torch threads of each rank. On a CPU each thread processes its own blocks;
             use 1 for a GPU.
         sharded: whether the parameters are sharded over the ranks (FSDP2).
+        positions: tokens in a sample, to count the activations of linear layers with
+            ``criterion="layerwise"``; 0 leaves them out.
 
     Returns:
         The estimate for the rank with the highest cost.
@@ -284,6 +287,7 @@ def estimate(
     """
     require_number("sparsity", sparsity, "[0, 1)")
     require_integer("world_size", world_size, least=1)
+    require_integer("positions", positions, least=0)
     config = PruningConfig(criterion, fisher, selection, step, layerwise=layerwise)
     weight_bytes = 4
     if isinstance(model_or_shapes, nn.Module):
@@ -300,7 +304,7 @@ def estimate(
         shapes = [tuple(shape) for shape in model_or_shapes.values()]
     active = [round(math.prod(shape) * (1 - sparsity)) for shape in shapes]
     workload = Workload(
-        config, shapes, active, world_size, weight_bytes, threads, sharded
+        config, shapes, active, world_size, weight_bytes, threads, sharded, positions
     )
     result = estimate_workload(workload, memory)
     seconds: dict[str, float] = {}
@@ -385,8 +389,11 @@ def _find_remedies(workload: Workload, memory: int) -> dict[str, Any]:
     found = {
         "world_size_needed": _find_first("world_size", range(fewest, most + 1), fits)
     }
+    count = workload.fisher.num_gradients
+    if workload.positions:
+        values = range(count, 0, -1)
+        found["largest_num_gradients"] = _find_first("num_gradients", values, fits)
     if workload.has_blocks:
-        count = workload.fisher.num_gradients
         # A block lies in one tensor; without a block size the largest tensor is the limit.
         size = workload.fisher.block_size or max(workload.active, default=1)
         for name, largest in (("num_gradients", count), ("block_size", max(1, size))):

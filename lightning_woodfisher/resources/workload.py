@@ -16,6 +16,7 @@ from lightning_woodfisher.fisher.config import (
     mini_batches_in_group,
 )
 from lightning_woodfisher.gradients.row_computer import micro_batch_size
+from lightning_woodfisher.layerwise.survey import SURVEYED_BATCHES
 from lightning_woodfisher.pruning.config import PruningConfig
 from lightning_woodfisher.pruning.line_search import count_trials
 from lightning_woodfisher.weights.partition import Partition
@@ -38,6 +39,7 @@ class Workload:
         threads: number of units that a rank processes at the same time.
         sharded: whether every rank holds 1/R of every tensor (FSDP2) and prunes only
             its own part.
+        positions: tokens in a sample, for the activations of ``criterion="layerwise"``.
     """
 
     config: PruningConfig
@@ -47,6 +49,7 @@ class Workload:
     weight_bytes: int = 4
     threads: int = 1
     sharded: bool = False
+    positions: int = 0
 
     @property
     def fisher(self) -> FisherConfig:
@@ -138,6 +141,23 @@ class Workload:
         return 2 if self.fisher.row_dtype == "bfloat16" else self.value_bytes
 
     @property
+    def mini_batches(self) -> int:
+        """Number of mini-batches in which losses and layers are evaluated."""
+        return self.fisher.num_gradients // mini_batches_in_group(self.fisher)
+
+    @property
+    def samples_at_once(self) -> int:
+        """Samples in each of them."""
+        return self.fisher.gradient_batch_size * mini_batches_in_group(self.fisher)
+
+    @property
+    def layers_compete(self) -> bool:
+        """Whether ``criterion="layerwise"`` chooses the sparsity of each layer."""
+        selection = self.config.selection
+        competing = self.pattern.sparsity is None and len(self.shapes) > 1
+        return competing and selection.scope == "global"
+
+    @property
     def first_order_batches(self) -> tuple[int, int]:
         """Number and size of the mini-batches of the first-order sample."""
         if not self.criterion.first_order:
@@ -161,6 +181,11 @@ class Workload:
     @property
     def gradient_passes(self) -> int:
         """Number of mini-batches of m samples whose gradients a rank computes."""
+        if self.engine == "layers":
+            # Every rank computes the weights of all outputs.
+            surveyed = min(SURVEYED_BATCHES, self.mini_batches)
+            group = mini_batches_in_group(self.fisher)
+            return surveyed * group * self.config.layerwise.output_weights
         count = self.fisher.num_gradients if self.uses_gradients else 0
         return -(-count // self.exchange_ranks)
 
@@ -187,4 +212,8 @@ class Workload:
             passes += not known
             if known and group > 1 and self.criterion.needs != "factors":
                 checked = group
-        return passes * -(-groups // self.exchange_ranks) * group + checked
+        passes *= -(-groups // self.exchange_ranks) * group
+        if self.engine == "layers":
+            # The dense and the pruned network.
+            passes += 2 * -(-self.mini_batches // self.exchange_ranks) * group
+        return passes + checked
