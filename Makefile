@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 2
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-ddp examples test test-all test-fast test-oldest test-slurm test-gpu coverage soak \
+.PHONY: help demo demo-ddp demo-transformer examples test test-all test-fast test-oldest test-slurm test-gpu coverage soak \
 	mutants bench gpu-check check format docs clean
 
 help:  ## list the targets
@@ -27,6 +27,9 @@ demo: $(VENV)/.demo  ## train and prune a CNN on scikit-learn's digits, show the
 demo-ddp: export OMP_NUM_THREADS = 1
 demo-ddp: $(VENV)/.demo  ## the same on two processes
 	$(BIN)/python examples/digits/demo.py --trainer.devices 2 --trainer.strategy ddp
+
+demo-transformer: $(VENV)/.demo  ## train and prune a transformer on Python sources, show what it writes
+	$(BIN)/python -m examples.characters.demo
 
 # Those that need no download; the last one reads what the demo has trained, or trains it.
 TRAINED := runs/digits/woodfisher/last.ckpt
@@ -103,11 +106,12 @@ bench: $(VENV)/.demo  ## measure the engines against the recursion of the litera
 gpu-check: $(VENV)/.dev  ## check that pruning works on this GPU, and measure it (8 minutes)
 	$(BIN)/lightning-woodfisher gpu-check --device cuda $(GPU_CHECK_ARGS)
 
-check: $(VENV)/.dev  ## format, lint, import layers, types
+check: $(VENV)/.dev  ## format, lint, import layers, types, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/codespell *.md Makefile docs examples lightning_woodfisher
 
 format: $(VENV)/.dev  ## put the code into shape
 	$(BIN)/ruff format .

@@ -137,3 +137,18 @@ def held_out_loss(model: nn.Module, text: Tensor, windows: int = 512) -> float:
         inputs, targets = (torch.stack(part) for part in zip(*samples, strict=True))
         total += len(samples) * float(loss_fn(model, (inputs, targets)))
     return total / windows
+
+
+@torch.no_grad()
+def continue_text(
+    model: nn.Module, start: str, length: int, temperature: float = 0.6, seed: int = 0
+) -> str:
+    """Write ``length`` more bytes after a text, drawn from the model's predictions."""
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.tensor([list(start.encode())])
+    for _ in range(length):
+        logits = model(text[:, -CONTEXT:])[0, -1] / temperature
+        drawn = torch.multinomial(logits.softmax(0), 1, generator=generator)
+        text = torch.cat([text, drawn[None]], dim=1)
+    return bytes(text[0].tolist()).decode(errors="replace")

@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from examples.characters.model import (
     CONTEXT,
@@ -24,8 +25,44 @@ from examples.characters.model import (
 _STEPS_BETWEEN_SAVES = 100
 
 
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Make AdamW; :func:`take_step` sets the learning rate."""
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
+
+
+def take_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    text: Tensor,
+    step: int,
+    steps: int,
+    *,
+    batch_size: int = 16,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+) -> float:
+    """Train on one batch and return its loss.
+
+    The batch depends on the step, so that it is the same after an interruption. The
+    learning rate follows one cosine cycle over ``steps``.
+    """
+    generator = torch.Generator().manual_seed(seed * 10**9 + step)
+    first = torch.randint(len(text) - CONTEXT, (batch_size, 1), generator=generator)
+    windows = text[first + torch.arange(CONTEXT + 1)].long()
+    warm = min(1.0, (step + 1) / 100)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    optimizer.param_groups[0]["lr"] = learning_rate * warm * cosine
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_fn(model, (windows[:, :-1], windows[:, 1:]))
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
 def main() -> None:
-    """Train with AdamW and one cosine cycle of the learning rate."""
+    """Train, and save the state every 100 steps."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--width", type=int, default=288)
     parser.add_argument("--depth", type=int, default=6)
@@ -38,9 +75,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     train, held_out = read_sources()
     model = CharacterModel(arguments.width, arguments.depth)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.1
-    )
+    optimizer = make_optimizer(model)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     interrupted = arguments.out.with_suffix(".state")
     first_step = 0
@@ -49,24 +84,20 @@ def main() -> None:
         model.load_state_dict(weights)
         optimizer.load_state_dict(moments)
     for step in range(first_step, arguments.steps):
-        # Batches depend on the step, so that they are the same after an interruption.
-        generator = torch.Generator().manual_seed(arguments.seed * 10**9 + step)
-        places = (arguments.batch_size, 1)
-        first = torch.randint(len(train) - CONTEXT, places, generator=generator)
-        windows = train[first + torch.arange(CONTEXT + 1)].long()
-        warm = min(1.0, (step + 1) / 100)
-        cosine = 0.5 * (1 + math.cos(math.pi * step / arguments.steps))
-        optimizer.param_groups[0]["lr"] = arguments.learning_rate * warm * cosine
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_fn(model, (windows[:, :-1], windows[:, 1:]))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss = take_step(
+            model,
+            optimizer,
+            train,
+            step,
+            arguments.steps,
+            batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            seed=arguments.seed,
+        )
         if (step + 1) % _STEPS_BETWEEN_SAVES == 0:
             state = (step + 1, model.state_dict(), optimizer.state_dict())
             torch.save(state, interrupted)
-            print(f"step {step + 1}: {loss.item():.3f}", flush=True)
+            print(f"step {step + 1}: {loss:.3f}", flush=True)
     torch.save(model.state_dict(), arguments.out)
     interrupted.unlink(missing_ok=True)
     print(f"held-out loss {held_out_loss(model, held_out):.4f} nats a byte")

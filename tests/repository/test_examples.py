@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_woodfisher.cli.main import main
 
@@ -125,3 +126,41 @@ def test_plain_pytorch(
     shown = capsys.readouterr().out
     assert "9,520    80.00%" in shown
     assert "dense" in shown
+
+
+def test_parts_of_the_character_demo() -> None:
+    """On a text that a tiny transformer learns in seconds."""
+    from examples.characters.demo import compare
+    from examples.characters.model import CharacterModel, continue_text
+    from examples.characters.train import make_optimizer, take_step
+
+    line = "for index in range(10):\n    print(index)\n"
+    text = torch.tensor(list((line * 1000).encode()), dtype=torch.uint8)
+    torch.manual_seed(0)
+    model = CharacterModel(width=32, depth=1, heads=2)
+    optimizer = make_optimizer(model)
+    losses = [
+        take_step(model, optimizer, text, step, 150, batch_size=8, learning_rate=0.02)
+        for step in range(150)
+    ]
+    assert losses[-1] < 0.5 < 4 < losses[0]
+
+    # Nearly without chance, each byte is the most likely one.
+    written = continue_text(model, "for ", 60, temperature=1e-3)
+    expected = list(b"for ")
+    for _ in range(60):
+        with torch.no_grad():
+            expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
+    assert written.encode() == bytes(expected)
+    assert "range(10)" in written
+
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    results = compare(model, text, text, 0.5)
+    assert [name for name, *_ in results] == ["dense", "magnitude", "layerwise"]
+    assert all(torch.equal(dense[name], v) for name, v in model.state_dict().items())
+    for _, network, _, _ in results[1:]:
+        weights = [m.weight for m in network.modules() if isinstance(m, nn.Linear)]
+        zeros = sum(int((weight == 0).sum()) for weight in weights)
+        assert zeros == round(0.5 * sum(weight.numel() for weight in weights))
+    losses = [loss for _, _, loss, _ in results]
+    assert losses[0] < losses[2] < losses[1]
