@@ -1,4 +1,4 @@
-"""Draw accuracy against sparsity: docs/images/accuracy-light.svg and accuracy-dark.svg.
+"""Draw accuracy against sparsity: docs/images/accuracy.svg.
 
 python docs/draw_accuracy.py
 
@@ -14,11 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import torch
-
-mpl.use("Agg")
 import matplotlib.pyplot as plt
+import themes
+import torch
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -41,10 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "layer-wise": {"criterion": "layerwise"},
     "global magnitude": {"criterion": "magnitude"},
 }
-COLORS = {
-    "light": ("#1f6fb2", "#7db4e0", "#2e8b57", "#d9822b", "#222222"),
-    "dark": ("#6cb6ff", "#3d78ab", "#5fc48f", "#f0a050", "#dddddd"),
-}
+COLORS = (themes.BLUE, themes.PALE_BLUE, themes.GREEN, themes.ORANGE)
 
 
 def measure() -> tuple[float, dict[str, list[float]]]:
@@ -71,31 +67,18 @@ def measure() -> tuple[float, dict[str, list[float]]]:
     return statistics.mean(dense), means
 
 
-def draw(dense: float, means: dict[str, list[float]], theme: str) -> None:
-    """Write the figure for a light or a dark page."""
-    *colors, text = COLORS[theme]
-    keys = (
-        "text.color",
-        "axes.edgecolor",
-        "axes.labelcolor",
-        "xtick.color",
-        "ytick.color",
-    )
-    colored = dict.fromkeys(keys, text)
-    with plt.rc_context({"svg.fonttype": "path", "svg.hashsalt": "", **colored}):
-        figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-        axes.axhline(dense, color=text, linestyle=":", linewidth=1)
-        axes.annotate("dense", (50, dense), (0, 3), textcoords="offset points")
-        percent = [100 * sparsity for sparsity in SPARSITIES]
-        for (name, values), color in zip(means.items(), colors, strict=True):
-            axes.plot(percent, values, marker="o", color=color, label=name)
-        axes.set(xlabel="zeros, %", ylabel="accuracy, %", ylim=(0, 103))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower left")
-        axes.patch.set_alpha(0)
-        path = ROOT / "docs" / "images" / f"accuracy-{theme}.svg"
-        figure.savefig(path, transparent=True, metadata={"Date": None})
-        plt.close(figure)
+def draw(dense: float, means: dict[str, list[float]], colors: dict[str, str]) -> Figure:
+    """Draw a line for each method."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    axes.axhline(dense, color=themes.TEXT, linestyle=":", linewidth=1)
+    axes.annotate("dense", (50, dense), (0, 3), textcoords="offset points")
+    percent = [100 * sparsity for sparsity in SPARSITIES]
+    for (name, values), color in zip(means.items(), COLORS, strict=True):
+        axes.plot(percent, values, marker="o", color=color, label=name)
+    axes.set(xlabel="zeros, %", ylabel="accuracy, %", ylim=(0, 103))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower left")
+    return figure
 
 
 def main() -> None:
@@ -104,8 +87,7 @@ def main() -> None:
     print(f"dense {dense:.1f}")
     for name, values in means.items():
         print(name, " ".join(f"{value:.1f}" for value in values))
-    for theme in COLORS:
-        draw(dense, means, theme)
+    themes.save("accuracy", lambda: draw(dense, means))
 
 
 if __name__ == "__main__":
