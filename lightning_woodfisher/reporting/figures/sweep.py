@@ -45,7 +45,7 @@ def draw_sweep(report: SweepReport, metric: str | None = None) -> Figure:
         x = [result.setting.get(across, "–") for result in results]
         y = [result.metrics[metric] for result in results]
         axes.plot(x if numeric else [*map(str, x)], y, "o-", label=label or None)
-    axes.axhline(report.before[metric], color="grey", linestyle="--", label="before")
+    axes.axhline(report.before[metric], color="gray", linestyle="--", label="before")
     if across == "damping":
         axes.set_xscale("log")
     axes.set_xlabel(across)
