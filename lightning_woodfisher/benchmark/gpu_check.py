@@ -181,11 +181,25 @@ def make_parser() -> argparse.ArgumentParser:
         f"measure it: {parts}. The exit status is 1 if a case fails.",
     )
     add = parser.add_argument
-    add("--parts", type=_read_parts, default=[*_PARTS], help="as 1,4 (default: all)")
-    add("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    add(
+        "--parts",
+        type=_read_parts,
+        default=[*_PARTS],
+        help="parts to run, such as 1,4 (default: all)",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="use tiny sizes, to see that everything runs",
+    )
     add("--device", default="cuda", help="torch device (default: cuda)")
     path = "gpu-check.json"
-    add("--json", metavar="PATH", default=path, help=f"all figures (default: {path})")
+    add(
+        "--json",
+        metavar="PATH",
+        default=path,
+        help=f"file for all figures (default: {path})",
+    )
     return parser
 
 

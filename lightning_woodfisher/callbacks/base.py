@@ -10,6 +10,7 @@ __all__ = ["PruningCallback"]
 
 import dataclasses
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -116,6 +117,7 @@ class PruningCallback(MaskGuard, ABC):
         self.dataloader = dataloader
         self.report_path = report_path
         self.reports: list[Any] = []
+        self._logged: dict[str, float] = {}
         self._plan: tuple[PlannedStep, ...] = ()
         self._needs_rehearsal = False
         self._done: list[tuple[Unit, int]] = []
@@ -204,6 +206,7 @@ class PruningCallback(MaskGuard, ABC):
             # A new run: drop the state of an earlier fit. A checkpoint to resume from is
             # loaded after this.
             self.masks, self.reports, self._done = None, [], []
+            self._logged = {}
             self._restored_masks = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -309,6 +312,30 @@ class PruningCallback(MaskGuard, ABC):
         if trainer.state.fn == "fit" and self._holds_monitors(trainer):
             self._monitors.restart_early_stopping(trainer)
 
+    def on_validation_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Add the logged values to the report of the last step.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+        """
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._note_logged(trainer)
+
+    def on_train_epoch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
+        """Add the logged values to the report of the last step, if nothing is validated.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: its module.
+        """
+        if not trainer.enable_validation:
+            self._note_logged(trainer)
+
     def on_exception(
         self,
         trainer: pl.Trainer,
@@ -366,6 +393,9 @@ class PruningCallback(MaskGuard, ABC):
         if self.reports and self._ahead():
             # Training has ended before the step that draws them.
             self._log_figures(trainer)
+        if self.reports:
+            self._share_logged(pl_module)
+            self._write_reports(trainer)
         self._log_end(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -386,7 +416,8 @@ class PruningCallback(MaskGuard, ABC):
         """Return the state for a checkpoint, in plain types that load without the package.
 
         Returns:
-            Masks (bool tensors, True = kept), the completed steps, and their reports.
+            Masks (bool tensors, True = kept), the completed steps, their reports, and the
+            latest logged values.
         """
         # Restored masks belong to the restored steps, reports and weights.
         masks = self._restored_masks
@@ -398,6 +429,7 @@ class PruningCallback(MaskGuard, ABC):
             "done": [[unit, position] for unit, position in self._done],
             "steps_left": len(self._ahead()),
             "reports": [report.to_dict() for report in self.reports],
+            "logged": dict(self._logged),
         }
 
     def on_load_checkpoint(
@@ -449,6 +481,8 @@ class PruningCallback(MaskGuard, ABC):
             # The learning rate finder loads a state during training.
             self._restored_masks = None
         self._done, self.reports = done, reports
+        logged: Mapping[str, float] = state_dict.get("logged", {})
+        self._logged = dict(logged.items())
 
     # ------------------------------------------------------------------ the step
 
@@ -475,12 +509,16 @@ class PruningCallback(MaskGuard, ABC):
         if not due:
             return
         self._add_masks_of_others(trainer)
+        self._share_logged(pl_module)
         target = due[-1]
         report = None
         if self._has_work(target):
             report = self._step(trainer, pl_module, target)
             report = dataclasses.replace(
-                report, epoch=trainer.current_epoch, step=trainer.global_step
+                report,
+                epoch=trainer.current_epoch,
+                step=trainer.global_step,
+                logged_before=self._logged,
             )
             # Before logging: after an exception a checkpoint may be saved.
             self.reports.append(report)
@@ -558,6 +596,33 @@ class PruningCallback(MaskGuard, ABC):
             self._log_figures(trainer)
         seconds = {**report.seconds, "log": time.perf_counter() - start}
         self.reports[-1] = dataclasses.replace(report, seconds=seconds)
+        self._write_reports(trainer)
+
+    def _note_logged(self, trainer: pl.Trainer) -> None:
+        """Keep the finite values that the module has logged, for the reports."""
+        found = {name: float(x) for name, x in trainer.callback_metrics.items()}
+        # Added to those from before a restart.
+        self._logged = self._logged | {
+            name: value
+            for name, value in found.items()
+            if math.isfinite(value) and not name.startswith("pruning/")
+        }
+        self._report_logged()
+
+    def _share_logged(self, module: pl.LightningModule) -> None:
+        """Take the logged values of rank 0, so that reports are the same on all ranks."""
+        shared = Communicator(module.device).broadcast_text(json.dumps(self._logged))
+        self._logged = json.loads(shared)
+        self._report_logged()
+
+    def _report_logged(self) -> None:
+        """Add the logged values to the report of the last step."""
+        if self.reports:
+            last = dataclasses.replace(self.reports[-1], logged_after=self._logged)
+            self.reports[-1] = last
+
+    def _write_reports(self, trainer: pl.Trainer) -> None:
+        """Write ``report_path``."""
         if self.report_path is not None and trainer.is_global_zero:
             reports = [report.to_dict() for report in self.reports]
             try:

@@ -222,7 +222,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--memory", help="memory of a device for the step, such as 80GB or 24GiB")
     add("--sparsity", type=float, help="sparsity before the step (default: scheduled)")
-    add("--flops_per_second", type=float, help="speed of a rank (default: measured)")
+    add(
+        "--flops_per_second",
+        type=float,
+        help="operations per second of a rank (default: measured)",
+    )
     add("--bytes_per_second", type=float, help="bytes per second that a rank can send")
     add("--seconds_per_gradient", type=float, help="seconds for one mini-batch")
     add("--positions", type=int, default=0, help="tokens in a sample, for layerwise")

@@ -39,13 +39,13 @@ class _Record:
         path: path of the file.
         runs: reports of the steps, in order.
         masks: bool masks of the parameters, True where kept; only in checkpoints.
-        steps_left: planned steps that were not done when a checkpoint was saved.
+        steps_left: numbers of planned steps that were not done when a checkpoint was saved.
     """
 
     path: Path
     runs: dict[str, Reports]
     masks: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    steps_left: int = 0
+    steps_left: dict[str, int] = field(default_factory=dict)
 
 
 def run_report(options: argparse.Namespace) -> int:
@@ -64,23 +64,30 @@ def run_report(options: argparse.Namespace) -> int:
     for title, reports in record.runs.items():
         if len(record.runs) > 1:
             sys.stdout.write(f"\n{printable(title)}\n")
-        sys.stdout.write(_describe(reports))
-    if record.steps_left:
-        warn_of_missing_steps(record.path, record.steps_left)
+        sys.stdout.write(_describe(reports, record.steps_left.get(title, 0)))
+    steps_left = max(record.steps_left.values(), default=0)
+    if steps_left:
+        warn_of_missing_steps(record.path, steps_left)
     if options.html is not None:
         page = Path(options.html)
         page.parent.mkdir(parents=True, exist_ok=True)
-        text = printable(build_page(str(record.path), record.runs, record.masks))
+        text = printable(
+            build_page(str(record.path), record.runs, record.masks, record.steps_left)
+        )
         page.write_text(text, encoding="utf-8")
         sys.stdout.write(f"\nWritten: {page}.\n")
     return 0
 
 
-def _describe(reports: Reports) -> str:
-    steps = collect_contents(reports, {}).steps.text
+def _describe(reports: Reports, steps_left: int) -> str:
+    contents = collect_contents(reports, {}, steps_left)
+    verdict = printable("\n".join(contents.verdict))
     what = "Channels" if isinstance(reports[-1], StructureReport) else "Layers"
     table = reports[-1].to_table()
-    return f"\n{steps}\n\n{what} after the last step:\n\n{table}\n"
+    return (
+        f"\n{verdict}\n\n{contents.steps.text}\n\n{what} after the last step:\n\n"
+        f"{table}\n"
+    )
 
 
 def _read(path: Path) -> _Record:
@@ -156,7 +163,7 @@ def _read_checkpoint(path: Path) -> _Record:
         path,
         {key: _read_reports(path, s.get("reports", [])) for key, s in ours.items()},
         {key: state["masks"] for key, state in ours.items()},
-        max(state.get("steps_left", 0) for state in ours.values()),
+        {key: state.get("steps_left", 0) for key, state in ours.items()},
     )
 
 
@@ -178,8 +185,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the subcommand."""
     parser = SubcommandParser(
         "report",
-        "Print tables of the pruning steps and of the layers of a run. With --html, also "
-        "write a page with figures.",
+        "Print how pruning went in a run: a verdict in words, a table of the steps and one "
+        "of the layers. With --html, also write a page with figures.",
     )
     parser.add_argument(
         "path",

@@ -149,6 +149,10 @@ class PruningReport:
         model_parameters: number of parameters of the whole model, biases, norms and frozen
             ones included; None in reports of older versions.
         model_zeros: number of them that are exactly zero after the step.
+        logged_before: latest values that the LightningModule had logged before the step, by
+            name, on rank 0.
+        logged_after: latest values that it had logged before the next step, or the end of
+            training.
     """
 
     criterion: str
@@ -185,6 +189,8 @@ class PruningReport:
     left_dense: Mapping[str, str] = field(default_factory=dict)
     loss_recalibrated: float | None = None
     arithmetics: Mapping[str, float] = field(default_factory=dict)
+    logged_before: Mapping[str, float] = field(default_factory=dict)
+    logged_after: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def weights(self) -> int:

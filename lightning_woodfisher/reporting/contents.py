@@ -16,6 +16,7 @@ from lightning_woodfisher.pruning.report import (
     format_steps,
 )
 from lightning_woodfisher.reporting import figures
+from lightning_woodfisher.reporting.verdict import describe_result, main_metrics
 from lightning_woodfisher.structured.report import (
     StructureReport,
     format_structure_steps,
@@ -37,6 +38,7 @@ _WEIGHT_STEP_COLUMNS = (
     "measured_increase",
     "loss_before",
     "loss_after",
+    "loss_recalibrated",
     "threshold",
     "damping",
     "flops_share",
@@ -87,6 +89,7 @@ class Contents:
     """Everything to show about the steps of one callback.
 
     Attributes:
+        verdict: sentences that say how the run went.
         key_numbers: formatted values by label.
         figures: functions that draw the figures for which the reports have data, by key
             in loggers, below ``pruning/figures/``.
@@ -97,6 +100,7 @@ class Contents:
         raised_damping: one line for each block whose damping was raised.
     """
 
+    verdict: Sequence[str]
     key_numbers: Mapping[str, str]
     figures: Mapping[str, Callable[[], Figure]]
     steps: Table
@@ -106,34 +110,42 @@ class Contents:
     raised_damping: Sequence[str] = ()
 
 
-def collect_contents(reports: Reports, masks: Mapping[str, Tensor]) -> Contents:
+def collect_contents(
+    reports: Reports, masks: Mapping[str, Tensor], steps_left: int = 0
+) -> Contents:
     """Collect tables, figures and key numbers from the reports of one callback.
 
     Args:
         reports: reports of all steps, in order; at least one.
         masks: bool tensors by parameter name, True where kept; only those of small layers
             are drawn.
+        steps_left: number of planned steps that have not happened.
 
     Returns:
         The contents, with figures that are not drawn yet.
     """
+    verdict = describe_result(reports, steps_left)
     channels = [report for report in reports if isinstance(report, StructureReport)]
     if channels:
-        return _collect_channels(channels)
+        return _collect_channels(channels, verdict)
     weights = [report for report in reports if isinstance(report, PruningReport)]
-    return _collect_weights(weights, masks)
+    return _collect_weights(weights, masks, verdict)
 
 
 def _collect_weights(
-    reports: Sequence[PruningReport], masks: Mapping[str, Tensor]
+    reports: Sequence[PruningReport],
+    masks: Mapping[str, Tensor],
+    verdict: Sequence[str],
 ) -> Contents:
     last = reports[-1]
     key_numbers = {
-        "zeros": f"{last.sparsity:.2%}",
+        f"zeros (target {last.target_sparsity:.2%})": f"{last.sparsity:.2%}",
         "weights pruned": f"{last.zeros:,} of {last.weights:,}",
         "criterion": last.criterion,
         **_common_key_numbers(reports),
     }
+    if last.model_sparsity is not None:
+        key_numbers["zeros in the whole model"] = f"{last.model_sparsity:.2%}"
     if last.flops_share is not None:
         key_numbers["FLOPs left"] = f"{last.flops_share:.1%}"
     if last.damping is not None:
@@ -144,6 +156,7 @@ def _collect_weights(
         for point in stage
     ]
     return Contents(
+        verdict=verdict,
         key_numbers=key_numbers,
         figures=_weight_figures(reports, masks),
         steps=Table(
@@ -166,9 +179,13 @@ def _collect_weights(
     )
 
 
-def _collect_channels(reports: Sequence[StructureReport]) -> Contents:
+def _collect_channels(
+    reports: Sequence[StructureReport], verdict: Sequence[str]
+) -> Contents:
     last = reports[-1]
+    measure = {"macs": "MACs", "structures": "channels"}.get(last.measure, last.measure)
     key_numbers = {
+        f"{measure} removed (target {last.target:.1%})": f"{last.removed_share:.1%}",
         "MACs left": f"{last.macs_left:.1%}",
         "parameters left": f"{last.parameters_left:.1%}",
         "channels left": f"{last.kept:,} of {last.structures:,}",
@@ -181,6 +198,7 @@ def _collect_channels(reports: Sequence[StructureReport]) -> Contents:
         times = f"{1e3 * last.latency_dense:.3g} → {1e3 * last.latency:.3g} ms"
         key_numbers["forward pass of one sample"] = times
     return Contents(
+        verdict=verdict,
         key_numbers=key_numbers,
         figures={
             "channels": lambda: figures.draw_channels(last),
@@ -207,6 +225,11 @@ def _common_key_numbers(reports: Reports) -> dict[str, str]:
     if last.loss_before is not None and last.loss_after is not None:
         losses = f"{last.loss_before:.3g} → {last.loss_after:.3g}"
         numbers["loss in the last step"] = losses
+    for name in main_metrics(reports):
+        before, after = reports[0].logged_before.get(name), last.logged_after.get(name)
+        found = [f"{x:.4g}" for x in (before, after) if x is not None]
+        if found:
+            numbers[name] = " → ".join(found)
     return numbers
 
 
@@ -264,9 +287,12 @@ def _group_rows(report: StructureReport) -> list[dict[str, Any]]:
 
 
 def _step_rows(reports: Reports, columns: Sequence[str]) -> Rows:
+    metrics = main_metrics(reports)
     return [
         {
             **{name: getattr(report, name) for name in columns},
+            # Those of the validation after the step, when training has gone on.
+            **{name: report.logged_after.get(name) for name in metrics},
             "seconds": sum(report.seconds.values()),
         }
         for report in reports

@@ -139,6 +139,8 @@ def log_end(trainer: pl.Trainer, reports: Reports, masks: Masks | None = None) -
                 _log_mask_artifact(logger, kept)
         elif isinstance(logger, either_name(TensorBoardLogger)):
             _add_text(logger, steps.name, steps.text, trainer.global_step)
+        elif isinstance(logger, either_name(CSVLogger)):
+            _write_csv(logger, steps.name, steps.rows)
 
 
 def _log_to_wandb(

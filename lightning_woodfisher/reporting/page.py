@@ -27,6 +27,8 @@ body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 76rem; background: 
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { margin: 0; font-size: 1.6rem; } h2 { margin: 2.2rem 0 .8rem; font-size: 1.2rem; }
 .dim, figcaption { color: var(--dim); font-size: .9rem; overflow-wrap: anywhere; }
+.verdict p { margin: .3rem 0; max-width: 60rem; overflow-wrap: anywhere; }
+.verdict { margin: 1.2rem 0 0; padding: .5rem .9rem; border-left: .25rem solid #3a86c8; }
 .cards { display: grid; gap: .7rem; margin: 1.2rem 0;
   grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
 .cards div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; }
@@ -36,15 +38,16 @@ h1 { margin: 0; font-size: 1.6rem; } h2 { margin: 2.2rem 0 .8rem; font-size: 1.2
 figure { margin: 0; padding: .8rem; border: 1px solid var(--line); border-radius: .5rem; }
 svg { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem;
+table { border-collapse: collapse; width: 100%; font-size: .8rem;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .55rem; text-align: right; white-space: nowrap; }
+th, td { padding: .35rem .35rem; text-align: right; white-space: nowrap; }
 th { background: var(--card); white-space: normal; vertical-align: bottom; }
 tr + tr td { border-top: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; }
+.name { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
 """
 _CAPTIONS = {
-    "progress": "Zeros after each step, and the mean loss just before and after it.",
+    "progress": "Zeros after each step, and the mean loss just before and after it. A logged "
+    "metric is that of the last validation before the step and before the next one.",
     "loss_increase": "Rise of the loss in each step, as predicted by the quadratic model "
     "and as measured. A value below zero means that the step lowered the loss.",
     "layers": "Layers that matter less to the loss become sparser than others.",
@@ -77,9 +80,27 @@ _HEADINGS = {
     "flops_share": "FLOPs left",
     "target": "to remove",
     "implanted": "with 1×1 filters",
+    "loss_recalibrated": "with new BN statistics",
+    "measured_increase": "measured rise",
+    "predicted_increase": "predicted rise",
+    "saliency_50%": "median saliency",
+    "sparsity": "share of zeros",
+    "target_sparsity": "target",
     "latency": "forward pass (s)",
     "latency_dense": "dense forward pass (s)",
 }
+# Columns that are left out if all of their values are the same.
+_UNLESS_CONSTANT = {
+    "damping",
+    "stages",
+    "method",
+    "measure",
+    "macs_dense",
+    "structures",
+}
+_UNLESS_CONSTANT |= {"parameters_dense", "latency_dense", "implanted"}
+# The figure of the saliencies shows these quantiles.
+_ONLY_IN_FIGURES = {f"saliency_{share}%" for share in (5, 25, 75, 95)}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -87,6 +108,7 @@ def build_page(
     source: str,
     runs: Mapping[str, Reports],
     masks: Mapping[str, Mapping[str, Tensor]],
+    steps_left: Mapping[str, int] | None = None,
 ) -> str:
     """Write the page.
 
@@ -94,6 +116,7 @@ def build_page(
         source: file or run of the reports, shown below the title.
         runs: reports of the steps of each pruning callback, by a title for the callback.
         masks: bool tensors by parameter name, True where kept, by the same titles.
+        steps_left: numbers of planned steps that have not happened, by the same titles.
 
     Returns:
         HTML without scripts, external files or network requests.
@@ -102,7 +125,8 @@ def build_page(
     for number, (title, reports) in enumerate(runs.items()):
         if len(runs) > 1:
             sections.append(f"<h2>{html.escape(title)}</h2>")
-        contents = collect_contents(reports, masks.get(title, {}))
+        left = (steps_left or {}).get(title, 0)
+        contents = collect_contents(reports, masks.get(title, {}), left)
         sections.append(_write_section(f"run{number}", contents))
     shown = html.escape(source)
     return (
@@ -130,8 +154,9 @@ def _write_section(name: str, contents: Contents) -> str:
     raised = "".join(f"<li>{html.escape(x)}</li>" for x in contents.raised_damping)
     if raised:
         raised = f"<h2>Blocks with raised damping</h2>\n<ul>{raised}</ul>\n"
+    verdict = "".join(f"<p>{html.escape(x)}</p>" for x in contents.verdict)
     return (
-        f'<div class="cards">{cards}</div>\n'
+        f'<div class="verdict">{verdict}</div>\n<div class="cards">{cards}</div>\n'
         f'<h2>Figures</h2>\n<div class="figures">{drawn}</div>\n'
         f"<h2>Steps</h2>\n{_write_table(contents.steps)}"
         f"<h2>{contents.layers.name.capitalize()} after the last step</h2>\n"
@@ -140,14 +165,27 @@ def _write_section(name: str, contents: Contents) -> str:
 
 
 def _write_table(table: Table) -> str:
-    """Write a table that scrolls if it is wider than the page."""
-    columns = list(table.rows[0])
-    titles = [_HEADINGS.get(name, name.replace("_", " ")) for name in columns]
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    """Write the columns that say something, in a box that scrolls on narrow screens."""
+    values = {name: {row[name] for row in table.rows} for name in table.rows[0]}
+    columns = [
+        name
+        for name, found in values.items()
+        if found != {None}
+        and not (name in _UNLESS_CONSTANT and len(found) == 1)
+        and name not in _ONLY_IN_FIGURES
+    ]
+    # Names wrap, numbers do not.
+    kinds = {
+        name: ' class="name"' * isinstance(table.rows[0][name], str) for name in columns
+    }
+    titles = {name: _HEADINGS.get(name, name.replace("_", " ")) for name in columns}
+    head = "".join(f"<th{kinds[n]}>{html.escape(titles[n])}</th>" for n in columns)
     body = ""
     for row in table.rows:
-        shown = [_format_cell(name, row[name]) for name in columns]
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in shown)
+        cells = "".join(
+            f"<td{kinds[name]}>{html.escape(_format_cell(name, row[name]))}</td>"
+            for name in columns
+        )
         body += f"<tr>{cells}</tr>\n"
     return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>\n'
 

@@ -65,6 +65,10 @@ class StructureReport:
         latency: the same for the smaller network, timed alternately with the dense one.
         latency_runs: number of timed passes of each network.
         batchnorm_layers: number of layers whose running statistics were re-estimated.
+        logged_before: latest values that the LightningModule had logged before the step, by
+            name, on rank 0.
+        logged_after: latest values that it had logged before the next step, or the end of
+            training.
     """
 
     method: str
@@ -87,6 +91,14 @@ class StructureReport:
     latency: float | None = None
     latency_runs: int = 0
     batchnorm_layers: int = 0
+    logged_before: Mapping[str, float] = field(default_factory=dict)
+    logged_after: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def removed_share(self) -> float:
+        """Share of the measure that is removed after the step."""
+        left = {"macs": self.macs_left, "parameters": self.parameters_left}
+        return 1 - left.get(self.measure, self.kept / max(1, self.structures))
 
     @property
     def structures(self) -> int:

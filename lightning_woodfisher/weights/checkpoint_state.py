@@ -2,9 +2,10 @@
 
 The state is a dictionary: ``version``, ``masks`` (bool tensors by parameter name, True where
 kept), ``done`` (unit and position of each finished step), ``steps_left`` (number of planned
-steps that were not done yet) and ``reports`` (of the steps, as plain dictionaries). That of a
-structured callback has two more: ``network``, the name of the pruned submodule, and
-``removal_plan``, how to cut its masked channels out.
+steps that were not done yet), ``reports`` (of the steps, as plain dictionaries) and
+``logged`` (latest values that the module has logged, by name). That of a structured
+callback has two more: ``network``, the name of the pruned submodule, and ``removal_plan``,
+how to cut its masked channels out.
 ``callbacks/base.py`` writes and loads it; the export and the command ``report`` read it.
 """
 
@@ -81,6 +82,11 @@ def _find_fault_in_content(state: Mapping[str, Any]) -> str:
         isinstance(report, Mapping) for report in reports
     ):
         return "its reports are not dictionaries"
+    logged = state.get("logged", {})
+    if not isinstance(logged, Mapping) or not all(
+        isinstance(name, str) and type(value) is float for name, value in logged.items()
+    ):
+        return "its logged values are not numbers by name"
     if not isinstance(state.get("removal_plan", {}), Mapping):
         return "its plan of removed channels is not a dictionary"
     if not isinstance(state.get("network", ""), str):

@@ -102,7 +102,7 @@ def test_two_callbacks_make_two_tables(capsys: pytest.CaptureFixture[str]) -> No
     torch.save({"callbacks": dict(zip(keys, plain, strict=True))}, "two.ckpt")
     told = printed(capsys, "two.ckpt")
     assert all(key in told for key in keys)
-    assert told.count("selected") == 2
+    assert told.count("\nselected") == 2
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,20 @@ def test_a_page_needs_matplotlib_and_the_table_does_not(
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return build_page("runs/<b>x</b>.ckpt", {"": REPORTS}, {"": MASKS})
+    metrics = {"val_accuracy": 0.875, "val_loss": 0.5, "val_auroc": 0.75}
+    full = [
+        dataclasses.replace(
+            report,
+            loss_recalibrated=0.2375,
+            logged_before=metrics,
+            logged_after={**metrics, "val_accuracy": 0.8125},
+            flops_dense=1000,
+            flops_after=625.0,
+            stages=number,
+        )
+        for number, report in enumerate(REPORTS, start=1)
+    ]
+    return build_page("runs/<b>x</b>.ckpt", {"": full}, {"": MASKS}, {"": 2})
 
 
 def test_the_page_holds_all_and_loads_nothing(page: str) -> None:
@@ -180,6 +193,9 @@ def test_the_page_holds_all_and_loads_nothing(page: str) -> None:
     for report in REPORTS:
         assert f"{report.sparsity:.2%}" in everything
     assert "fc.weight from weight 0: λ = 0.01" in everything
+    assert "but 2 planned steps were not done" in everything
+    assert "val_accuracy was 0.875 before pruning and is 0.8125 now." in everything
+    assert "0.875 → 0.8125" in reader.texts
     assert EVIL in reader.texts
     assert "runs/<b>x</b>.ckpt" in reader.texts
     assert "prefers-color-scheme: dark" in page
@@ -202,13 +218,19 @@ def _chromium() -> str | None:
 
 @pytest.mark.spawns
 @pytest.mark.skipif(_chromium() is None, reason="needs a Chromium browser")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_lays_it_out(page: str, scheme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(420, "light"), (420, "dark"), (1100, "light")]
+)
+def test_a_browser_lays_it_out(
+    page: str, width: int, scheme: str, tmp_path: Path
+) -> None:
     # Written by the page itself after layout: the policy is lifted for this script only.
     probe = """<script>const f = [...document.querySelectorAll("svg, table, .cards")];
       document.title = JSON.stringify({
         sizes: f.map(e => [e.getBoundingClientRect().width, e.getBoundingClientRect().height]),
         wide: document.documentElement.scrollWidth > innerWidth,
+        scrolls: [...document.querySelectorAll(".scroll")]
+          .map(e => e.scrollWidth - e.clientWidth),
         paper: getComputedStyle(document.body).backgroundColor,
         ink: [...document.querySelectorAll("svg text")].map(e => getComputedStyle(e).fill),
         loaded: performance.getEntriesByType("resource").map(e => e.name)
@@ -219,7 +241,7 @@ def test_a_browser_lays_it_out(page: str, scheme: str, tmp_path: Path) -> None:
     options = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
         "--disable-background-networking --disable-component-update --disable-sync "
-        "--window-size=420,900 --dump-dom"
+        f"--window-size={width},900 --dump-dom"
     )
     command = [
         str(_chromium()),
@@ -237,6 +259,8 @@ def test_a_browser_lays_it_out(page: str, scheme: str, tmp_path: Path) -> None:
     assert len(seen["sizes"]) == 10
     assert all(width > 200 and height > 60 for width, height in seen["sizes"])
     assert not seen["wide"]
+    # On a screen of 1,100 pixels every column of a table is in sight.
+    assert width < 1000 or seen["scrolls"] == [0, 0]
     assert seen["loaded"] == []
     light, dark = "rgb(255, 255, 255)", "rgb(22, 24, 28)"
     assert seen["paper"] == (light if scheme == "light" else dark)

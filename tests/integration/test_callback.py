@@ -624,6 +624,36 @@ def test_report_path() -> None:
     assert [PruningReport.from_dict(report) for report in read] == pruner.reports
 
 
+class LogsItsEpoch(Classifier):
+    """Logs its epoch in validation, and a value that JSON does not know."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log_dict({"val_epoch": float(self.current_epoch), "nothing": torch.nan})
+
+
+def test_reports_have_what_the_module_has_logged() -> None:
+    ramp = PolynomialSchedule(1, 3, every_n_epochs=2)
+    pruner = pruning(schedule=ramp, report_path="report.json")
+    fitted = trainer(pruner, max_epochs=5, num_sanity_val_steps=1)
+    fitted.fit(LogsItsEpoch(), loader(), loader())
+    logged = [(r.logged_before, r.logged_after) for r in pruner.reports]
+    assert [
+        [values["val_epoch"] for values in pair] for pair in logged
+    ] == [[0, 2], [2, 4]]  # fmt: skip
+    last = pruner.reports[-1].logged_after
+    assert last["train_loss"] == pytest.approx(
+        float(fitted.logged_metrics["train_loss"])
+    )
+    assert set(last) == {"train_loss", "val_epoch"}
+    read = json.loads(Path("report.json").read_text())
+    assert [PruningReport.from_dict(report) for report in read] == pruner.reports
+    # A run that is resumed knows what was logged before.
+    again = pruning(schedule=ramp)
+    again.load_state_dict(pruner.state_dict())
+    assert again.reports == pruner.reports
+    assert again._logged == last
+
+
 def test_repr_names_what_was_chosen() -> None:
     text = repr(pruning(target_sparsity=0.625, criterion="magnitude"))
     for part in ("target_sparsity=0.625", "magnitude", "OneShotSchedule(epoch=0)"):

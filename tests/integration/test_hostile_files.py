@@ -78,7 +78,10 @@ def content() -> dict[str, Any]:
         "masks": {"5.weight": torch.ones(2, 64, dtype=torch.bool)},
         "done": [["epoch", 0], ["step", 7]],
         "steps_left": 0,
-        "reports": [step(number).to_dict() for number in (1, 2)],
+        "reports": [
+            step(number, logged_after={"val_acc": 0.5}).to_dict() for number in (1, 2)
+        ],
+        "logged": {"val_acc": 0.5},
     }
     callbacks = {"Channels": channels, "Weights": weights}
     return {"state_dict": dict(model.state_dict()), "callbacks": callbacks}

@@ -11,6 +11,7 @@ __all__ = [
     "add_grid",
     "add_legend_below",
     "annotate_rows",
+    "draw_logged",
     "draw_losses",
     "label_layers",
     "label_steps",
@@ -170,27 +171,50 @@ def scale_y(axes: Any, values: Sequence[float]) -> None:
             # Linear below the threshold, logarithmic above it in both directions.
             axes.set_yscale("symlog", linthresh=max(min(sizes), 1e-4 * max(sizes)))
     if values and min(values) < 0:
-        axes.axhline(0, color="grey", linewidth=1)
+        axes.axhline(0, color="gray", linewidth=1)
 
 
 def draw_losses(axes: Any, at: Sequence[float], reports: Sequence[_Report]) -> None:
     """Draw the loss just before and after each step at the x positions ``at``."""
-    measured = [
-        (x, report.loss_before, report.loss_after)
-        for x, report in zip(at, reports, strict=True)
-        if report.loss_before is not None and report.loss_after is not None
-    ]
-    if measured:
-        x, before, after = zip(*measured, strict=True)
-        axes.vlines(x, before, after, color="grey", linewidth=1)
-        axes.plot(x, before, "o", color=BLUE, label="before the step")
-        axes.plot(x, after, "s", color=ORANGE, label="after the step")
-        scale_y(axes, [*before, *after])
-        above = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "frameon": False}
-        axes.legend(ncols=2, fontsize="small", **above)
+    pairs = [(report.loss_before, report.loss_after) for report in reports]
+    drawn = _draw_pairs(axes, at, pairs, "after the step")
+    if drawn:
+        scale_y(axes, drawn)
     else:
         write_note(axes, "not measured (measure_loss)")
     axes.set_ylabel("mean loss on\nthe samples")
+
+
+def draw_logged(
+    axes: Any, at: Sequence[float], reports: Sequence[_Report], name: str
+) -> None:
+    """Draw a logged value before each step and before the next one."""
+    pairs = [(r.logged_before.get(name), r.logged_after.get(name)) for r in reports]
+    _draw_pairs(axes, at, pairs, "after the training that followed")
+    axes.set_ylabel(shorten_name(name))
+
+
+def _draw_pairs(
+    axes: Any,
+    at: Sequence[float],
+    pairs: Sequence[tuple[float | None, float | None]],
+    after_what: str,
+) -> list[float]:
+    """Draw two points for each step, with a line between them; return what is drawn."""
+    known = [
+        (x, before, after)
+        for x, (before, after) in zip(at, pairs, strict=True)
+        if before is not None and after is not None
+    ]
+    if not known:
+        return []
+    x, before, after = zip(*known, strict=True)
+    axes.vlines(x, before, after, color="gray", linewidth=1)
+    axes.plot(x, before, "o", color=BLUE, label="before the step")
+    axes.plot(x, after, "s", color=ORANGE, label=after_what)
+    above = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "frameon": False}
+    axes.legend(ncols=2, fontsize="small", **above)
+    return [*before, *after]
 
 
 def text_color() -> str:
@@ -203,12 +227,12 @@ def text_color() -> str:
 def write_note(axes: Any, text: str) -> None:
     """Write a note in the middle of empty axes."""
     where = {"ha": "center", "va": "center", "transform": axes.transAxes}
-    axes.text(0.5, 0.5, text, color="grey", **where)
+    axes.text(0.5, 0.5, text, color="gray", **where)
 
 
 def add_grid(axes: Any) -> None:
     """Add a faint grid behind the data, and remove the frame at the top and right."""
-    axes.grid(color="grey", alpha=0.25, linewidth=0.6)
+    axes.grid(color="gray", alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 

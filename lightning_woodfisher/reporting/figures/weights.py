@@ -31,6 +31,7 @@ from lightning_woodfisher.reporting.figures.canvas import (
     add_grid,
     add_legend_below,
     annotate_rows,
+    draw_logged,
     draw_losses,
     label_steps,
     locate_steps,
@@ -42,6 +43,7 @@ from lightning_woodfisher.reporting.figures.canvas import (
     text_color,
     write_note,
 )
+from lightning_woodfisher.reporting.verdict import main_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -190,10 +192,11 @@ def draw_progress(reports: Sequence[PruningReport]) -> Figure:
         reports: reports of the steps, in order.
 
     Returns:
-        Sparsity above, loss before and after each step below.
+        Sparsity above, loss before and after each step below, and a logged metric.
     """
-    figure = new_figure((7.0, 5.4))
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    names = [n for n in main_metrics(reports)[:1] if n in reports[-1].logged_before]
+    figure = new_figure((7.0, 5.4 + 2.2 * len(names)))
+    upper, lower, *rest = figure.subplots(2 + len(names), 1, sharex=True)
     at, unit = locate_steps(reports)
     targets = [100 * report.target_sparsity for report in reports]
     # The two curves usually coincide; dashes on top of a line show both.
@@ -205,8 +208,10 @@ def draw_progress(reports: Sequence[PruningReport]) -> Figure:
     upper.set_title("Progress of pruning")
     upper.legend(loc="lower right")
     draw_losses(lower, at, reports)
-    label_steps(lower, unit)
-    for axes in (upper, lower):
+    for axes, name in zip(rest, names, strict=True):
+        draw_logged(axes, at, reports, name)
+    label_steps([lower, *rest][-1], unit)
+    for axes in (upper, lower, *rest):
         add_grid(axes)
     return figure
 
@@ -241,6 +246,10 @@ def draw_saliencies(report: PruningReport) -> Figure:
         style = {"color": ORANGE, "label": "largest removed"}
         axes.plot(thresholds, pruned, "D", markersize=5 * thin, **style)
         axes.set_xscale("log")
+        # More labels between the powers of ten would overlap.
+        axes.xaxis.set_minor_formatter("")
+        if max(positive) < 1e3 * min(positive):
+            axes.xaxis.get_major_locator().set_params(subs=(1.0, 3.0))
         add_legend_below(figure)
     else:
         write_note(axes, "no saliencies in the report")

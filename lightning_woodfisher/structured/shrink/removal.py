@@ -254,7 +254,8 @@ class RemovalPlan:
         Raises:
             ConfigurationError: if the data is not a plan of this version.
         """
-        version = data.get("version")
+        # An attribute of a mapping from a file may hide its method ``get``.
+        version = Mapping.get(data, "version")
         if type(version) is not int or version != _VERSION:
             raise ConfigurationError(
                 f"a plan of version {reprlib.repr(version)} cannot be read, only version "
@@ -323,6 +324,9 @@ def _integer(value: Any) -> int:
 
 
 def _integers(values: Any) -> tuple[int, ...]:
+    # A tensor may be larger than the file that it comes from.
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{type(values).__name__} is not a list of whole numbers")
     return tuple(map(_integer, values))
 
 
