@@ -67,7 +67,7 @@ def compare(
 def main() -> None:
     """Train, prune, and print a table and samples of text."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1000, help="steps of training")
+    parser.add_argument("--steps", type=int, default=1500, help="steps of training")
     parser.add_argument("--sparsity", type=float, default=0.7, help="share of zeros")
     arguments = parser.parse_args()
     text, held_out = read_sources()

@@ -141,7 +141,7 @@ def held_out_loss(model: nn.Module, text: Tensor, windows: int = 512) -> float:
 
 @torch.no_grad()
 def continue_text(
-    model: nn.Module, start: str, length: int, temperature: float = 0.6, seed: int = 0
+    model: nn.Module, start: str, length: int, temperature: float = 0.8, seed: int = 0
 ) -> str:
     """Write ``length`` more bytes after a text, drawn from the model's predictions."""
     model.eval()
