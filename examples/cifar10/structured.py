@@ -122,22 +122,23 @@ def compare(options: argparse.Namespace, data: CIFAR10, test: TensorDataset) -> 
     for seed in options.seeds:
         test_network(("dense", "", ""), copy.deepcopy(dense), seed)
         for name, settings in METHODS.items():
-            if options.only not in name:
+            if name not in options.methods:
                 continue
             config = StructureConfig(seed=seed, **settings)
             source = FunctionLoss(copy.deepcopy(dense), data.train, loss_fn)
             scores = score_structures(source, groups, config)
             for measure, removed, per_cost in itertools.product(
-                options.measures, options.removed, (False, True)
+                options.measures, options.removed, options.per_cost
             ):
-                config = dataclasses.replace(config, measure=measure, per_cost=per_cost)
+                divide = {"no": False, "yes": True, "default": None}[per_cost]
+                config = dataclasses.replace(config, measure=measure, per_cost=divide)
                 costs = structure_costs(groups, size, config)
                 values = additive_scores(scores, groups, config, costs=costs)
                 chosen = select_for_size(groups, values, size, removed, config)
                 model = copy.deepcopy(dense)
                 shrink(model, groups, chosen)
                 recalibrate(model, data.train, options.batches)
-                label = f"{name} per cost" if per_cost else name
+                label = f"{name} per cost" if config.is_per_cost else name
                 key = (label, measure, f"{removed:.0%}")
                 shares[key] = (
                     size.macs(chosen) / size.dense_macs,
@@ -244,6 +245,10 @@ def main() -> None:
     parser.add_argument("--rank-correlation", action="store_true")
     parser.add_argument("--removed", type=float, nargs="+", default=[0.5, 0.7])
     parser.add_argument("--measures", nargs="+", default=["macs", "parameters"])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS)
+    parser.add_argument(
+        "--per-cost", nargs="+", default=["no", "yes"], metavar="no|yes|default"
+    )
     parser.add_argument("--steps", type=int, default=350, help="of fine-tuning")
     parser.add_argument("--batches", type=int, default=30, help="for BatchNorm")
     parser.add_argument("--test-images", type=int, default=10_000)
