@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ModelMode", "common_dtype"]
+__all__ = ["IsolationMode", "ModelMode", "common_dtype"]
 
 from collections.abc import Iterable
 from typing import Literal
@@ -12,6 +12,9 @@ from torch import Tensor
 
 #: Mode of the network while gradients are collected.
 ModelMode = Literal["train", "eval"]
+#: The same, and training mode with BatchNorm and dropout in evaluation mode: the losses of
+#: detectors need ``model.training``.
+IsolationMode = Literal["train", "eval", "partial_eval"]
 
 
 def common_dtype(parameters: Iterable[Tensor]) -> torch.dtype:

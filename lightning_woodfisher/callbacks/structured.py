@@ -298,6 +298,7 @@ class StructuredPruningCallback(PruningCallback):
             self._inputs,
             only=config.only,
             exclude=config.exclude,
+            mode=source.evaluation,
             seed=config.seed,
         ).groups
         if self._implants.ratio:

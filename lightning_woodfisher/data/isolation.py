@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "RandomStates",
+    "depends_on_mode",
     "derive_seed",
     "isolated",
     "preserve_random_states",
@@ -28,9 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_woodfisher.base.full_float32 import full_float32
-from lightning_woodfisher.base.types import ModelMode
+from lightning_woodfisher.base.types import IsolationMode
 from lightning_woodfisher.distributed.dtensor import reshard
 
 # Attributes that make a torchmetrics.Metric exchange its state with other ranks.
@@ -38,7 +40,7 @@ _METRIC_SYNC_FLAGS = ("dist_sync_on_step", "sync_on_compute", "_to_sync")
 
 
 @contextlib.contextmanager
-def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
+def isolated(model: nn.Module, mode: IsolationMode) -> Iterator[None]:
     """Restore random states, buffers, flags, metric states and ``.grad`` on leaving.
 
     Inside, every ``.grad`` is None, and neither metrics nor SyncBatchNorm communicate,
@@ -47,8 +49,9 @@ def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
 
     Args:
         model: the network.
-        mode: ``"eval"``: running statistics, no dropout; ``"train"``: the training flags
-            as they are, or all set if the model is in evaluation mode.
+        mode: ``"eval"``: running statistics, no dropout; ``"partial_eval"``: the same, but
+            only the layers that this is about are in evaluation mode; ``"train"``: the
+            training flags as they are, or all set if the model is in evaluation mode.
 
     Yields:
         Nothing; gradients are enabled inside.
@@ -71,8 +74,11 @@ def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
         ):
             if mode == "eval":
                 model.eval()
-            elif not model.training:
+            elif mode == "partial_eval" or not model.training:
                 model.train()
+            if mode == "partial_eval":
+                for module in model.modules():
+                    module.training = not depends_on_mode(module)
             yield
     finally:
         reshard(model)
@@ -86,6 +92,23 @@ def isolated(model: nn.Module, mode: ModelMode) -> Iterator[None]:
             # The same tensor, because DDP keeps views of it.
             parameter.grad = gradient
             parameter.requires_grad_(requires_grad)
+
+
+def depends_on_mode(module: nn.Module) -> bool:
+    """Check if a layer computes something else in training mode.
+
+    Args:
+        module: the layer.
+
+    Returns:
+        Whether it is BatchNorm, or drops something at random.
+    """
+    rates = (getattr(module, key, 0.0) for key in ("dropout", "drop_prob"))
+    return (
+        isinstance(module, (_BatchNorm, _DropoutNd))
+        or type(module).__name__ == "StochasticDepth"
+        or any(isinstance(rate, float) and rate > 0.0 for rate in rates)
+    )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "FunctionLoss",
     "LossSource",
+    "choose_evaluation",
     "compute_loss",
     "compute_losses",
     "differentiable_loss",
@@ -30,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.base.host_copy import upload
-from lightning_woodfisher.base.types import ModelMode
+from lightning_woodfisher.base.types import IsolationMode, ModelMode
 from lightning_woodfisher.data.batches import (
     Batches,
     DatasetBatches,
@@ -62,12 +63,14 @@ class LossSource(ABC):
         loss_scale: factor by which the loss is multiplied before the backward pass, to
             keep float16 gradients from underflowing.
         predictor: the module that returns logits for the inputs of a batch.
+        evaluation: the mode of the model in sessions of mode ``"eval"``.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.predictor = model
         self.loss_scale = 1.0
+        self.evaluation: IsolationMode = "eval"
 
     @abstractmethod
     def batches(
@@ -116,7 +119,7 @@ class LossSource(ABC):
         Yields:
             Nothing.
         """
-        with isolated(self.model, mode):
+        with isolated(self.model, self.evaluation if mode == "eval" else mode):
             yield
 
 
@@ -452,12 +455,30 @@ def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
         raise ConfigurationError(
             f"the loss cannot be computed in evaluation mode ({type(error).__name__}: "
             f"{error}), but in training mode it can; set fisher.model_mode='train'. "
-            "Channels are scored in evaluation mode only: compute the loss in both modes, "
-            "or prune single weights."
+            "Channels are scored with BatchNorm and dropout in evaluation mode: compute "
+            "the loss in both modes, or prune single weights."
         ) from error
 
 
-def _works(source: LossSource, batch: Any, index: int, mode: ModelMode) -> bool:
+def choose_evaluation(source: LossSource, seed: int) -> None:
+    """Find out in which mode for evaluation the loss can be computed.
+
+    Models whose losses need ``model.training``, such as torchvision's detectors, are put
+    into training mode, except their BatchNorm and dropout layers.
+
+    Args:
+        source: source of losses, outside its session; :attr:`LossSource.evaluation` is set.
+        seed: of the sample that is tried.
+    """
+    with source.session("eval"), seeded(seed):
+        batch = source.batches(1, 1, seed).fetch(0)
+        modes: tuple[IsolationMode, ...] = ("eval", "partial_eval")
+        source.evaluation = next(
+            (mode for mode in modes if _works(source, batch, 0, mode)), "eval"
+        )
+
+
+def _works(source: LossSource, batch: Any, index: int, mode: IsolationMode) -> bool:
     """Return whether the loss can be computed in a mode; change nothing."""
     try:
         with isolated(source.model, mode):

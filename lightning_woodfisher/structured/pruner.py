@@ -29,7 +29,12 @@ from lightning_woodfisher.base.errors import ConfigurationError, require_number
 from lightning_woodfisher.data.batches import require_rereadable
 from lightning_woodfisher.data.batchnorm import estimate_statistics
 from lightning_woodfisher.data.isolation import derive_seed
-from lightning_woodfisher.data.losses import FunctionLoss, LossSource, compute_losses
+from lightning_woodfisher.data.losses import (
+    FunctionLoss,
+    LossSource,
+    choose_evaluation,
+    compute_losses,
+)
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.resources.budget import require_supported_device
 from lightning_woodfisher.structured.config import StructureConfig
@@ -223,6 +228,7 @@ class StructurePruner:
         )
 
     def _size(self, source: LossSource, seed: int) -> NetworkSize:
+        choose_evaluation(source, derive_seed(seed, "size"))
         return NetworkSize(source, self.groups, self.comm, seed, self.implantable)
 
     def _choose(
@@ -324,17 +330,23 @@ def prune_structures(
     require_target(target)
     require_rereadable(data)
     require_supported_device(model, dict(model.named_parameters()))
+    source = FunctionLoss(model, data, loss_fn)
     if groups is None:
         if example_inputs is None:
             raise ConfigurationError(
                 "the model cannot be traced without inputs; pass example_inputs, or "
                 "groups from an earlier call."
             )
+        choose_evaluation(source, derive_seed(config.seed, "inputs"))
         groups = trace_groups(
-            model, example_inputs, only=config.only, exclude=config.exclude
+            model,
+            example_inputs,
+            only=config.only,
+            exclude=config.exclude,
+            mode=source.evaluation,
         ).groups
     masks = Masks(masked_parameters(model, groups))
     comm = Communicator(next(iter(masks.parameters.values())).device)
     removed = {n: s.tolist() for n, s in zero_structures(model, groups).items()}
     pruner = StructurePruner(groups, masks, config, comm, removed=removed)
-    return pruner.step(FunctionLoss(model, data, loss_fn), target), tuple(groups)
+    return pruner.step(source, target), tuple(groups)

@@ -14,12 +14,15 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
+from lightning_woodfisher.base.types import IsolationMode
 from lightning_woodfisher.structured.graph.attention import find_heads
 from lightning_woodfisher.structured.graph.coupling import Coupling, find_groups
 from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.graph.torch_pruning import trace_coupling
 from lightning_woodfisher.structured.shrink.removal_check import check_removal
 from lightning_woodfisher.weights.layers import matches_pattern
+
+_NOT_REACHED = "example_inputs do not reach it in evaluation mode"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,7 @@ def trace_groups(
     *,
     only: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    mode: IsolationMode = "eval",
     seed: int = 0,
 ) -> TraceResult:
     """Trace a model and find its groups of coupled channels.
@@ -62,6 +66,7 @@ def trace_groups(
             any device. A batch of one sample is enough.
         only: patterns of layers to prune; empty for all.
         exclude: patterns of layers to leave dense.
+        mode: of the network in the numerical comparison; see :func:`.check_removal`.
         seed: of the numerical comparison of masked and removed channels.
 
     Returns:
@@ -89,7 +94,14 @@ def trace_groups(
         for name in _layers(model)
         if name not in pruned
     }
-    failed = check_removal(model, groups, example_inputs, seed=seed)
+    failed = check_removal(
+        model,
+        groups,
+        example_inputs,
+        mode=mode,
+        other_mode=_NOT_REACHED in left_out.values(),
+        seed=seed,
+    )
     for group in (group for group in groups if group.name in failed):
         for layer in group.layers:
             left_out[layer] = failed[group.name]
@@ -134,7 +146,7 @@ def _reason(layer: str, coupling: Coupling) -> str:
     if layer in coupling.reasons:
         return coupling.reasons[layer]
     if (layer, "out") not in coupling.channels:
-        return "example_inputs do not reach it in evaluation mode"
+        return _NOT_REACHED
     reasons = map(coupling.reason, coupling.channels[layer, "out"])
     return next(filter(None, reasons), "it has a single structure")
 

@@ -344,9 +344,13 @@ def prune_detector(loss: Any) -> Any:
     )
 
 
-def test_a_loss_of_training_mode_only_is_the_reason() -> None:
-    with pytest.raises(ConfigurationError, match="Channels are scored in evaluation"):
-        prune_detector(lambda model, batch: model(*batch)["loss"])
+def test_a_loss_that_needs_batchnorm_in_training_mode_is_refused() -> None:
+    def loss(model: Any, batch: Any) -> Tensor:
+        assert model.net.bn1.training
+        return model(*batch)["loss"]
+
+    with pytest.raises(ConfigurationError, match="with BatchNorm and dropout in eval"):
+        prune_detector(loss)
 
 
 def test_training_mode_is_allowed_where_it_changes_no_layer() -> None:
@@ -357,6 +361,9 @@ def test_training_mode_is_allowed_where_it_changes_no_layer() -> None:
 
     report, _ = prune_detector(loss)
     assert report.removed
+    # By itself, too, where the loss needs it.
+    found, _ = prune_detector(lambda model, batch: model(*batch)["loss"])
+    assert found.removed == report.removed
     message = "the BatchNorm2d 'net.bn1' is in training mode"
     with pytest.raises(ConfigurationError, match=message):
         prune_detector(functools.partial(loss, mode=True))

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.data.isolation import derive_seed, seeded
-from lightning_woodfisher.data.losses import LossSource
+from lightning_woodfisher.data.losses import LossSource, choose_evaluation
 
 
 def capture_inputs(
@@ -58,6 +58,9 @@ def capture_inputs(
         for module in names:
             hook = module.register_forward_pre_hook(record, with_kwargs=True)
             hooks.enter_context(hook)
+        choose_evaluation(source, derive_seed(seed, "inputs"))
+        calls.clear()
+        layers.clear()
         compute_one_loss(source, derive_seed(seed, "inputs"))
     for name, args, kwargs in calls:
         has_all = all(layer.startswith(f"{name}.") or not name for layer in layers)

@@ -20,12 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.batches import Batches, TooFewSamplesError
-from lightning_woodfisher.data.isolation import derive_seed, seeded
+from lightning_woodfisher.data.isolation import depends_on_mode, derive_seed, seeded
 from lightning_woodfisher.data.losses import (
     LossSource,
     differentiable_loss,
@@ -256,7 +255,7 @@ def _require_evaluation_mode(model: torch.nn.Module) -> None:
     training = [
         (name, type(module).__name__)
         for name, module in model.named_modules()
-        if module.training and _depends_on_mode(module)
+        if module.training and depends_on_mode(module)
     ]
     if training:
         name, kind = training[0]
@@ -266,14 +265,6 @@ def _require_evaluation_mode(model: torch.nn.Module) -> None:
             "dropout changes the loss. If the loss calls train(), let it put these layers "
             "back with eval()."
         )
-
-
-def _depends_on_mode(module: torch.nn.Module) -> bool:
-    rate = getattr(module, "dropout", 0.0)
-    has_dropout = isinstance(module, _DropoutNd) or (
-        isinstance(rate, float) and rate > 0.0
-    )
-    return has_dropout or isinstance(module, _BatchNorm)
 
 
 def _require_statistics(model: torch.nn.Module) -> None:

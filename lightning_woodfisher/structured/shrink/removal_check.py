@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_woodfisher.base.errors import first_line
-from lightning_woodfisher.data.isolation import isolated
+from lightning_woodfisher.base.types import IsolationMode
+from lightning_woodfisher.data.isolation import isolated, seeded
 from lightning_woodfisher.gradients.hessian_rows import twice_differentiable
 from lightning_woodfisher.structured.graph.groups import Group, channel_masks
 from lightning_woodfisher.structured.graph.inputs import (
@@ -35,11 +36,13 @@ def check_removal(
     example_inputs: Any,
     *,
     implant: bool = False,
+    mode: IsolationMode = "eval",
+    other_mode: bool = False,
     seed: int = 0,
 ) -> dict[str, str]:
     """Compare a network with random structures masked and with them removed.
 
-    Both run in evaluation mode, in float64 where the model supports it. Norms, biases and
+    Both run in float64 where the model supports it. Norms, biases and
     all other constant tensors get noise, because an initialization can hide differences.
     A quarter of each group's structures is chosen, at least one.
 
@@ -48,16 +51,43 @@ def check_removal(
         groups: the groups to check.
         example_inputs: see :func:`.trace_groups`.
         implant: make the chosen structures implants instead of removing them.
+        mode: of the network: ``"partial_eval"`` where only losses are computed in training
+            mode, such as those of detectors, whose detections may jump.
+        other_mode: also check that the smaller network runs in the other mode, if the
+            network does, because it may call other layers there.
         seed: of the noise and of the choice of structures.
 
     Returns:
         How the outputs differ, by name of the group. Groups without a difference are left
         out.
     """
+    check = functools.partial(_check, model, example_inputs, implant, seed)
+    failed = check(groups, mode, exact=True)
+    if failed is None:
+        mode = "eval"
+        failed = check(groups, mode, exact=True) or {}
+    if other_mode:
+        other: IsolationMode = "partial_eval" if mode == "eval" else "eval"
+        rest = [group for group in groups if group.name not in failed]
+        failed |= check(rest, other, exact=False) or {}
+    return failed
+
+
+def _check(
+    model: nn.Module,
+    example_inputs: Any,
+    implant: bool,
+    seed: int,
+    groups: Sequence[Group],
+    mode: IsolationMode,
+    *,
+    exact: bool,
+) -> dict[str, str] | None:
+    """Compare in one mode; return None if it is not "eval" and the model fails in it."""
     generator = torch.Generator().manual_seed(seed)
     # Fused kernels of encoder layers set the outputs of padding to zero, others do not.
     with (
-        isolated(model, "eval"),
+        isolated(model, mode),
         twice_differentiable(),
         _restored(model),
         torch.no_grad(),
@@ -69,7 +99,14 @@ def check_removal(
             inputs = _randomize(model, example_inputs, torch.float64, generator)
         except Exception:  # The model or the device does not support float64.
             tolerance = 1e-3
-            inputs = _randomize(model, example_inputs, torch.float32, generator)
+            try:
+                inputs = _randomize(model, example_inputs, torch.float32, generator)
+            except Exception:
+                if exact and mode == "eval":
+                    raise
+                return None
+        if not exact:
+            tolerance = math.inf
         chosen = {
             g.name: torch.randperm(g.size, generator=generator)[: max(1, g.size // 4)]
             for g in groups
@@ -136,14 +173,16 @@ def _difference(
             parameter = model.get_parameter(name)
             # In place, so that shared tensors stay shared.
             parameter.data = parameter.masked_fill(mask, 0.0)
-        masked = list(tensors_in(run_model(model, inputs)))
+        masked = _outputs(model, inputs)
         removed, implanted = ({}, structures) if implant else (structures, {})
         try:
             plan_removal(model, groups, removed, implanted).apply(model)
-            cut = list(tensors_in(run_model(model, inputs)))
+            cut = _outputs(model, inputs)
         except Exception as error:
             kind, text = type(error).__name__, first_line(error)
             return f"the network fails without its channels: {kind}: {text}"
+    if math.isinf(tolerance):
+        return None
     if [t.shape for t in masked] != [t.shape for t in cut]:
         return "an output of the network changes its shape"
     gap = max(map(_relative_gap, masked, cut), default=0.0)
@@ -153,6 +192,12 @@ def _difference(
         "removing its channels is not the same as zeroing them; the output differs by "
         f"{gap:.1e} of its largest value"
     )
+
+
+def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    # Detectors draw proposals.
+    with seeded(0):
+        return list(tensors_in(run_model(model, inputs)))
 
 
 def _relative_gap(one: Tensor, other: Tensor) -> float:
