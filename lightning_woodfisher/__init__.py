@@ -30,7 +30,7 @@ from lightning_woodfisher.structured.shrink.files import load_shrunk
 from lightning_woodfisher.sweeps.report import SweepReport
 from lightning_woodfisher.sweeps.sweep import sweep
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ConfigurationError",

@@ -60,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         PruningCLI(
             # Lightning warns about arguments that differ from those of the process.
             args=None if arguments is None else given,
-            parser_kwargs={"epilog": _describe_subcommands()},
+            parser_kwargs={
+                "description": "Train a LightningModule, and prune it with the callbacks.",
+                "epilog": _describe_subcommands(),
+            },
         )
     except Exception as error:
         message = explain_error(error)

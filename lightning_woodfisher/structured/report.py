@@ -14,7 +14,7 @@ from lightning_woodfisher.base.text_table import format_table
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What a step did to one group of coupled channels.
+    """Result of a step for one group of coupled channels.
 
     Attributes:
         name: name of the group, that of its first layer.
@@ -40,7 +40,7 @@ class GroupReport:
 
 @dataclass(frozen=True)
 class StructureReport:
-    """What one structured pruning step did.
+    """Result of a step that removes channels.
 
     Attributes:
         method: how structures were scored.
