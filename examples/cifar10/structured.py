@@ -7,6 +7,8 @@ Each method scores the channels of a trained network once for each seed. For eve
 are removed, BatchNorm statistics are estimated anew, and the smaller network is fine-tuned
 on the same images in the same order. Prints the accuracies on test images before and after
 fine-tuning, and the mean over seeds. ``dense`` is the dense network, trained on for as long.
+``--latency-runs`` adds the time of a forward pass of 64 images as a share of that of the dense
+network, measured in turns.
 ``--rank-correlation`` prints the rank correlation between the scores of 64 random channels
 and the loss without each of them, with new BatchNorm statistics.
 """
@@ -40,7 +42,7 @@ from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.graph.groups import Group, channel_masks
-from lightning_woodfisher.structured.network_cost import NetworkSize
+from lightning_woodfisher.structured.network_cost import NetworkSize, measure_latency
 from lightning_woodfisher.structured.scores.hap import spearman
 from lightning_woodfisher.structured.scores.methods import score_structures
 from lightning_woodfisher.structured.selection import (
@@ -87,6 +89,8 @@ def fine_tune(
     model: nn.Module, data: CIFAR10, steps: int, learning_rate: float, seed: int
 ) -> None:
     """Train with one cycle of the learning rate, on the same images for every method."""
+    if not steps:
+        return
     images, labels = data.train.tensors
     torch.manual_seed(seed)
     optimizer = torch.optim.SGD(
@@ -110,7 +114,7 @@ def compare(options: argparse.Namespace, data: CIFAR10, test: TensorDataset) -> 
     groups = trace_groups(dense, IMAGE).groups
     size = NetworkSize(FunctionLoss(dense, data.train, loss_fn), groups, Communicator())
     found: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
-    shares: dict[tuple[str, ...], tuple[float, float]] = {}
+    shares: dict[tuple[str, ...], tuple[float, ...]] = {}
 
     def test_network(key: tuple[str, ...], model: nn.Module, seed: int) -> None:
         model.to(memory_format=torch.channels_last)
@@ -124,7 +128,7 @@ def compare(options: argparse.Namespace, data: CIFAR10, test: TensorDataset) -> 
         for name, settings in METHODS.items():
             if name not in options.methods:
                 continue
-            config = StructureConfig(seed=seed, **settings)
+            config = StructureConfig(seed=seed, round_to=options.round_to, **settings)
             source = FunctionLoss(copy.deepcopy(dense), data.train, loss_fn)
             scores = score_structures(source, groups, config)
             for measure, removed, per_cost in itertools.product(
@@ -143,18 +147,33 @@ def compare(options: argparse.Namespace, data: CIFAR10, test: TensorDataset) -> 
                 shares[key] = (
                     size.macs(chosen) / size.dense_macs,
                     size.parameters(chosen) / size.dense_parameters,
+                    *time_forward(dense, model, options.latency_runs),
                 )
                 test_network(key, model, seed)
+    head = ["method", "measure", "removed", "FLOPs", "parameters", "time"]
+    head = [*head[: 5 + bool(options.latency_runs)], "before", "after"]
+    whole = (1.0,) * (len(head) - 5)
     rows = [
         (
             *key,
-            *(f"{share:.0%}" for share in shares.get(key, (1.0, 1.0))),
+            *(f"{share:.0%}" for share in shares.get(key, whole)),
             *map(_format, zip(*results, strict=True)),
         )
         for key, results in found.items()
     ]
-    head = ("method", "measure", "removed", "FLOPs", "parameters", "before", "after")
     print(format_table(head, rows))
+
+
+def time_forward(dense: nn.Module, smaller: nn.Module, runs: int) -> tuple[float, ...]:
+    """Return the time of the smaller network as a share of the dense one's, if asked."""
+    if not runs:
+        return ()
+    models = [
+        copy.deepcopy(model).to(memory_format=torch.channels_last)
+        for model in (dense, smaller)
+    ]
+    before, after = measure_latency(models[0], models[1], IMAGE, runs, batch_size=64)
+    return (after / before,)
 
 
 def _format(values: Sequence[float]) -> str:
@@ -249,6 +268,8 @@ def main() -> None:
     parser.add_argument(
         "--per-cost", nargs="+", default=["no", "yes"], metavar="no|yes|default"
     )
+    parser.add_argument("--round-to", type=int, default=1)
+    parser.add_argument("--latency-runs", type=int, default=0)
     parser.add_argument("--steps", type=int, default=350, help="of fine-tuning")
     parser.add_argument("--batches", type=int, default=30, help="for BatchNorm")
     parser.add_argument("--test-images", type=int, default=10_000)

@@ -74,7 +74,8 @@ class StructureConfig:
         min_kept: smallest number of structures that every group keeps.
         min_kept_share: smallest share of its structures that every group keeps.
         max_ratio: largest share of its structures that a group loses.
-        round_to: a group that loses any structure keeps a multiple of this number.
+        round_to: layers of a group that loses any structure keep a multiple of this number
+            of channels; 8 fits the vectors of CPUs with AVX and the products of GPUs.
         batchnorm_recalibration_batches: re-estimate the running statistics of BatchNorm on
             this number of batches after each step (of 64 or ``batch_size`` samples,
             whichever is larger); 0 leaves them unchanged.
@@ -155,14 +156,15 @@ class StructureConfig:
         floor = max(self.min_kept, math.ceil(share * size))
         return max(0, min(size - floor, math.floor(ratio * size)))
 
-    def removable(self, size: int) -> list[int]:
+    def removable(self, size: int, width: int = 1) -> list[int]:
         """Return the numbers of structures that a group may lose.
 
         Args:
             size: number of structures of the group.
+            width: number of channels of a structure, as those of an attention head.
 
         Returns:
             The permitted numbers, ascending; 0 is always the first.
         """
         counts = range(1, self.max_removable(size) + 1)
-        return [0, *(n for n in counts if (size - n) % self.round_to == 0)]
+        return [0, *(n for n in counts if (size - n) * width % self.round_to == 0)]

@@ -205,7 +205,9 @@ class _Choices:
             self._values.append(values)
             self._order.append(order)
             # Tighter limits than in an earlier step do not restore structures.
-            more = [n for n in config.removable(group.size) if n > len(gone)]
+            more = [
+                n for n in config.removable(group.size, group.width) if n > len(gone)
+            ]
             self._allowed.append([len(gone), *more])
         self.is_nested = config.round_to == 1
         if self.is_nested:

@@ -457,6 +457,25 @@ def test_heads_that_stay_have_a_reason(case: str) -> None:
     assert reason in str(caught.value)
 
 
+def test_heads_are_rounded_by_their_channels() -> None:
+    model, samples = build("bert"), data()
+    limits = StructureConfig(
+        num_samples=6, batch_size=3, round_to=8, min_kept=1, max_ratio=0.5
+    )
+    report, _ = prune_structures(
+        model,
+        samples,
+        cross_entropy,
+        target=0.25,
+        config=limits,
+        example_inputs=samples.tensors[0],
+    )
+    kept = {group.name: group.kept for group in report.groups}
+    # Four heads of four channels: 8 channels are left.
+    assert kept["attention.value"] == 2
+    assert kept["fc1"] in {16, 24}
+
+
 def test_heads_go_with_the_rest_for_a_target() -> None:
     model, samples = build("encoder"), data()
     report, groups = prune_structures(

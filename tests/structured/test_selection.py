@@ -161,6 +161,9 @@ def test_floors_of_large_groups_are_shares() -> None:
     assert StructureConfig().removable(2) == [0]
     assert StructureConfig().removable(1) == [0]
     assert StructureConfig(round_to=8).removable(20) == [0, 4, 12]
+    # Heads of 4 or 64 channels.
+    assert StructureConfig(round_to=8).removable(6, 4) == [0, 2, 4]
+    assert StructureConfig(round_to=8).removable(6, 64) == [0, 1, 2, 3, 4]
     # 0.7 of 10 is 7, whatever binary fractions say.
     assert StructureConfig(min_kept_share=0.7).removable(10)[-1] == 3
     assert StructureConfig(max_ratio=0.29).removable(100)[-1] == 29

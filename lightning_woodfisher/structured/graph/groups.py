@@ -119,6 +119,12 @@ class Group:
     members: tuple[Member, ...]
 
     @property
+    def width(self) -> int:
+        """Channels of a structure in its first layer: those of a head, 1 for a filter."""
+        producers = self.of_role("producer")
+        return int((producers[0].structure_of == 0).sum()) if producers else 1
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """Names of the producing layers."""
         return tuple(member.module for member in self.of_role("producer"))

@@ -255,7 +255,8 @@ class RemovalPlan:
             ConfigurationError: if the data is not a plan of this version.
         """
         # An attribute of a mapping from a file may hide its method ``get``.
-        version = Mapping.get(data, "version")
+        is_mapping = isinstance(data, Mapping)
+        version = Mapping.get(data, "version") if is_mapping else None
         if type(version) is not int or version != _VERSION:
             raise ConfigurationError(
                 f"a plan of version {reprlib.repr(version)} cannot be read, only version "
