@@ -8,6 +8,7 @@ training continues bit-identically to a run without pruning.
 from __future__ import annotations
 
 __all__ = [
+    "AUTOCAST_DEVICES",
     "RandomStates",
     "depends_on_mode",
     "derive_seed",
@@ -35,6 +36,9 @@ from lightning_woodfisher.base.full_float32 import full_float32
 from lightning_woodfisher.base.types import IsolationMode
 from lightning_woodfisher.distributed.dtensor import reshard
 
+#: Kinds of devices whose autocast may be on around a pruning step.
+AUTOCAST_DEVICES = ("cpu", "cuda")
+
 # Attributes that make a torchmetrics.Metric exchange its state with other ranks.
 _METRIC_SYNC_FLAGS = ("dist_sync_on_step", "sync_on_compute", "_to_sync")
 
@@ -45,7 +49,8 @@ def isolated(model: nn.Module, mode: IsolationMode) -> Iterator[None]:
 
     Inside, every ``.grad`` is None, and neither metrics nor SyncBatchNorm communicate,
     because other ranks may compute another batch or none. The parameters of an FSDP2 model
-    are its shards before and after. Float32 products and convolutions do not use TF32.
+    are its shards before and after. Float32 products and convolutions do not use TF32, and
+    autocast of the caller is off.
 
     Args:
         model: the network.
@@ -70,6 +75,7 @@ def isolated(model: nn.Module, mode: IsolationMode) -> Iterator[None]:
             preserve_random_states(),
             torch.enable_grad(),
             full_float32(),
+            _without_autocast(),
             _local_statistics(model),
         ):
             if mode == "eval":
@@ -109,6 +115,20 @@ def depends_on_mode(module: nn.Module) -> bool:
         or type(module).__name__ == "StochasticDepth"
         or any(isinstance(rate, float) and rate > 0.0 for rate in rates)
     )
+
+
+@contextlib.contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Turn autocast off, and at the end forget the copies of weights that it keeps."""
+    kinds = [kind for kind in AUTOCAST_DEVICES if torch.is_autocast_enabled(kind)]
+    try:
+        with contextlib.ExitStack() as stack:
+            for kind in kinds:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        if kinds:
+            torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager

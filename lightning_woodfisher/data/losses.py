@@ -39,6 +39,7 @@ from lightning_woodfisher.data.batches import (
     loader_batches,
 )
 from lightning_woodfisher.data.isolation import (
+    AUTOCAST_DEVICES,
     derive_seed,
     isolated,
     preserve_random_states,
@@ -126,6 +127,8 @@ class LossSource(ABC):
 class FunctionLoss(LossSource):
     """Losses of a plain model, data and function.
 
+    If it is made with autocast on, losses are computed with autocast.
+
     Args:
         model: the network.
         data: a map-style Dataset of samples, a DataLoader, or an iterable of batches.
@@ -144,6 +147,11 @@ class FunctionLoss(LossSource):
         # Fabric wraps a DataLoader, and gives each rank other batches of it.
         self._data = data = getattr(data, "_dataloader", data)
         self._loss_fn = loss_fn
+        self._autocast = {
+            kind: torch.get_autocast_dtype(kind)
+            for kind in AUTOCAST_DEVICES
+            if torch.is_autocast_enabled(kind)
+        }
         self._stream = RepeatableStream(data)  # type: ignore[arg-type]
 
     def batches(
@@ -171,7 +179,12 @@ class FunctionLoss(LossSource):
             lambda tensor: upload(tensor, device),
             batch if unlabeled is None else unlabeled.batch,
         )
-        result = self._loss_fn(self.model, draw_labels(self.model, batch, unlabeled))
+        with contextlib.ExitStack() as stack:
+            for kind, dtype in self._autocast.items():
+                # A cache would keep copies of weights that change between losses.
+                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
+            batch = draw_labels(self.model, batch, unlabeled)
+            result = self._loss_fn(self.model, batch)
         return scalar_loss(
             result, index, "loss_fn", "return the mean loss of the batch"
         )

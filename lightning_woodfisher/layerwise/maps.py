@@ -132,6 +132,10 @@ class LinearMap:
         """View results of a call with their outputs in the last dimension."""
         return outputs.movedim(-1 - len(self.dilation), -1)
 
+    def spread(self, bias: Tensor) -> Tensor:
+        """View a bias so that it can be added to the results of a call."""
+        return bias.view(-1, *[1] * len(self.dilation)) if bias.dim() == 1 else bias
+
     def pieces(
         self, inputs: Tensor, outputs: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:

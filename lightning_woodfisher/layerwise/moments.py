@@ -6,7 +6,7 @@ number of ranks.
 
 from __future__ import annotations
 
-__all__ = ["InputSums", "MomentSums", "Sample"]
+__all__ = ["InputSums", "MomentSums", "Sample", "require_finite"]
 
 import math
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.exact_sum import ExactSum
 from lightning_woodfisher.layerwise.maps import LinearMap
@@ -147,6 +148,28 @@ class MomentSums:
             device=self._comm.device,
         )
         return ExactSum(self._comm, bounds, shape)
+
+
+def require_finite(
+    linear: LinearMap, batches: Batches, index: int, inputs: Tensor, outputs: Tensor
+) -> None:
+    """Refuse inputs and outputs that are not finite.
+
+    Args:
+        linear: the map.
+        batches: the mini-batches.
+        index: index of the mini-batch.
+        inputs: inputs of the map.
+        outputs: its outputs or targets.
+
+    Raises:
+        PruningError: if one is not finite.
+    """
+    if not bool(inputs.isfinite().all() & outputs.isfinite().all()):
+        raise PruningError(
+            f"inputs or outputs of {linear.name} are not finite in mini-batch {index} "
+            f"({batches.describe(index)})"
+        )
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import RandomStates, derive_seed, seeded
-from lightning_woodfisher.data.losses import LossSource, run_loss
+from lightning_woodfisher.data.losses import LossSource, map_tensors, run_loss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.layerwise.allocation import (
     SPARSITIES,
@@ -32,7 +31,12 @@ from lightning_woodfisher.layerwise.maps import (
     MapKey,
     WeightTable,
 )
-from lightning_woodfisher.layerwise.moments import InputSums, MomentSums, Sample
+from lightning_woodfisher.layerwise.moments import (
+    InputSums,
+    MomentSums,
+    Sample,
+    require_finite,
+)
 from lightning_woodfisher.layerwise.padding import Side, TokenMasks
 from lightning_woodfisher.layerwise.residuals import Trail
 from lightning_woodfisher.layerwise.rows import RowShare
@@ -116,6 +120,10 @@ class LayerwiseStep:
         self._pattern = pattern
         self._comm = comm
         self._table = WeightTable(masks.parameters)
+        # Of all parameters: a bias elsewhere is computed in each call, and cannot change.
+        self._storages = {
+            p.untyped_storage().data_ptr() for p in source.model.parameters()
+        }
         # The dense network: weights by name; biases and running means, once they have
         # changed, by address.
         self._dense = {n: p.detach().clone() for n, p in masks.parameters.items()}
@@ -206,20 +214,19 @@ class LayerwiseStep:
             with seeded(derive_seed(samples.seed, index)):
                 batch = samples.batches.fetch(index)
                 states = RandomStates.capture()
-            copy = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
-            dense.append(_Half(self, keys, batch, index, states, True))
-            pruned.append(_Half(self, keys, copy, index, states, False))
+            # Code of the user may change a batch in place.
+            for halves, is_dense in ((dense, True), (pruned, False)):
+                copy = map_tensors(Tensor.clone, batch)
+                halves.append(_Half(self, keys, copy, index, states, is_dense))
         halves = [*dense, *pruned]
         shared = _SharedInputs()
         gone: dict[str, Tensor] = {}
         with eager(), open_runs([half.run for half in halves]):
             for half in halves:
                 half.run.advance()
-            for number, (each, count) in enumerate(zip(maps, counts, strict=True)):
+            for each, count in zip(maps, counts, strict=True):
                 for half in halves:
                     half.require(each.map)
-                if number == 0:
-                    self._require_repeatable(dense, pruned)
                 result, removed = self._solve(
                     each, count, dense, pruned, samples, counted, shared
                 )
@@ -251,20 +258,21 @@ class LayerwiseStep:
         linear, comm = each.map, self._comm
         # First, because it frees the inputs of the last map.
         known = shared.find(linear, [half.call.inputs for half in pruned])
+        bias = pruned[0].call.bias
+        if bias is not None and not self._is_parameter(bias):
+            bias = None
         pairs, has_skip = [], False
         for one, other in zip(dense, pruned, strict=True):
             # One mini-batch after another, because to follow outputs takes much memory.
             one.run.advance()
             target, found = one.target(other)
+            if bias is None and other.call.bias is not None:
+                target = target - linear.spread(other.call.bias)
             x, target = other.tokens.drop(linear, other.side, other.call.inputs, target)
             pairs.append(Sample(x, target))
             has_skip |= found
-            if not bool(x.isfinite().all() & target.isfinite().all()):
-                raise PruningError(
-                    f"inputs or outputs of {linear.name} are not finite in mini-batch "
-                    f"{one.index} ({samples.batches.describe(one.index)})"
-                )
-        bias, mean = pruned[0].call.bias, dense[0].batchnorm
+            require_finite(linear, samples.batches, one.index, x, target)
+        mean = dense[0].batchnorm
         # A mean that another map has shifted cannot be shifted again in this stage.
         if bias is not None or (mean is not None and mean.data_ptr() in shared.means):
             mean = None
@@ -313,6 +321,10 @@ class LayerwiseStep:
             "residual sum" if has_skip else "outputs",
         )
         return result, linear.from_matrix(removed)
+
+    def _is_parameter(self, bias: Tensor) -> bool:
+        storage = bias.untyped_storage().data_ptr()
+        return bias.dim() == 1 and storage in self._storages
 
     def _write(self, linear: LinearMap, new: Tensor) -> None:
         rows = linear.rows_of(self._masks.parameters[linear.name].detach())
@@ -417,17 +429,6 @@ class LayerwiseStep:
 
         return error_curve(problem, errors, choose)
 
-    def _require_repeatable(
-        self, dense: Sequence[_Half], pruned: Sequence[_Half]
-    ) -> None:
-        for one, other in zip(dense, pruned, strict=True):
-            if not torch.equal(one.call.inputs, other.call.inputs):
-                raise PruningError(
-                    "the network computes other values when it runs a second time on the "
-                    "same mini-batch with the same random numbers, so that its outputs "
-                    "cannot be reconstructed; look for state that a forward pass changes"
-                )
-
 
 class _Half:
     """The dense or the pruned network on one mini-batch."""
@@ -474,10 +475,11 @@ class _Half:
             self.call = call
             self.side = self._interception.side(call.inputs)
             self._pause()
+        # Autocast keeps copies of parameters, and a bias is about to change.
+        bias = None if call.bias is None else call.bias.detach()
         if not self._is_dense:
             parameter = self._step._masks.parameters[call.map.name].detach()
-            return call.run(call.map.rows_of(parameter), call.bias)
-        bias = call.bias
+            return call.run(call.map.rows_of(parameter), bias)
         if bias is not None:
             bias = self._step._biases.get(_address(bias), bias)
         weight = call.map.rows_of(self._step._dense[call.map.name])
@@ -490,13 +492,17 @@ class _Half:
 
     def require(self, linear: LinearMap) -> None:
         """Check that this run has paused before a map."""
-        if self.call is None or self.call.map.key != linear.key or self.run.is_done:
-            found = "the end" if self.run.is_done else self.call.map.name
-            raise PruningError(
-                f"mini-batch {self.index} has reached {found} where the first ones reached "
-                f"{linear.name}; criterion='layerwise' needs the same layers in the same "
-                "order for every mini-batch"
-            )
+        found = None if self.call is None or self.run.is_done else self.call.map
+        if found == linear:
+            return
+        place = "the end" if found is None else found.name
+        if found is not None and found.key == linear.key:
+            place += " with another stride, padding or dilation"
+        raise PruningError(
+            f"mini-batch {self.index} has reached {place} where the first ones reached "
+            f"{linear.name}; criterion='layerwise' needs the same layers in the same "
+            "order for every mini-batch"
+        )
 
     def target(self, pruned: _Half) -> tuple[Tensor, bool]:
         """Return the targets of the last map of a dense run, and whether it has a skip."""

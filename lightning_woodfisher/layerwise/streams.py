@@ -47,8 +47,6 @@ class NetworkRun:
         self._error: BaseException | None = None
         self._abandoned = False
         self.is_done = False
-        self._autocast = torch.is_autocast_enabled(device.type)
-        self._autocast_dtype = torch.get_autocast_dtype(device.type)
         context = contextvars.copy_context()
         self._thread = threading.Thread(
             target=context.run, args=(self._run,), daemon=True
@@ -96,10 +94,7 @@ class NetworkRun:
             if not self._abandoned:
                 if self._device.type == "cuda":
                     torch.cuda.set_device(self._device)
-                autocast = torch.autocast(
-                    self._device.type, self._autocast_dtype, enabled=self._autocast
-                )
-                with torch.no_grad(), autocast:
+                with torch.no_grad():
                     self._work(self._pause)
         except _AbandonedError:
             pass

@@ -8,20 +8,27 @@ from __future__ import annotations
 
 __all__ = ["SURVEYED_BATCHES", "Surveyed", "survey"]
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.batches import Batches
-from lightning_woodfisher.data.isolation import derive_seed, seeded
+from lightning_woodfisher.data.isolation import (
+    derive_seed,
+    preserve_random_states,
+    seeded,
+)
 from lightning_woodfisher.data.losses import (
     LossSource,
     differentiable_loss,
     differentiate,
+    map_tensors,
     run_loss,
 )
 from lightning_woodfisher.layerwise.interception import Interception
@@ -32,10 +39,15 @@ from lightning_woodfisher.layerwise.maps import (
     WeightTable,
 )
 from lightning_woodfisher.layerwise.memory import LayerSize
+from lightning_woodfisher.layerwise.moments import require_finite
 from lightning_woodfisher.layerwise.padding import Side, TokenMasks
 
 #: Mini-batches that are looked at.
 SURVEYED_BATCHES = 4
+# Numbers of each output that are compared between two runs, and by how much of the largest
+# one they may differ, as sums on a GPU do.
+_COMPARED = 64
+_DIFFERENCE = 0.01
 # A first-order change of the loss smaller than this share of it is rounding.
 _SMALLEST_GRADIENT = 1e-6
 
@@ -98,7 +110,9 @@ def survey(
 
     def visit(call: LinearCall) -> Tensor:
         linear, parameter = call.map, parameters[call.map.name]
-        output = call.run(linear.rows_of(parameter.detach()), call.bias)
+        # Not detached: gradient checkpointing runs the layer a second time without this
+        # function, and must save the same tensors.
+        output = call.run(linear.rows_of(parameter), call.bias)
         if linear.key not in found and not _overlaps(linear, found):
             g, o, _ = linear.sides
             nothing = torch.zeros(g, o, dtype=torch.float64, device=output.device)
@@ -114,8 +128,9 @@ def survey(
         surveyed.input_numbers = max(surveyed.input_numbers, call.inputs.numel())
         surveyed.output_numbers = max(surveyed.output_numbers, output.numel())
         if inputs:
-            seen = call.inputs.detach(), output.detach()
-            _add_inputs(surveyed, *tokens.drop(linear, side, *seen))
+            seen = tokens.drop(linear, side, call.inputs.detach(), output.detach())
+            require_finite(linear, batches, index, *seen)
+            _add_inputs(surveyed, *seen)
         if output_weights:
             # The gradient of a zero that is added, whatever is frozen.
             leaf = torch.zeros_like(output, requires_grad=True)
@@ -129,6 +144,8 @@ def survey(
         leaves.clear()
         with seeded(derive_seed(seed, index)):
             batch = batches.fetch(index)
+            if not index:
+                _require_repeatable(source, parameters, table, batch)
             tokens = TokenMasks(batch)
             interception = Interception(table, visit, sources=tokens.sources())
             with interception:
@@ -156,6 +173,42 @@ def survey(
         for surveyed in found.values():
             surveyed.output_weights.fill_(1.0)
     return list(found.values())
+
+
+@torch.no_grad()
+def _require_repeatable(
+    source: LossSource,
+    parameters: Mapping[str, nn.Parameter],
+    table: WeightTable,
+    batch: Any,
+) -> None:
+    """Run the network twice on a mini-batch, and compare the outputs."""
+    runs: list[list[tuple[str, Tensor]]] = []
+
+    def visit(call: LinearCall) -> Tensor:
+        linear = call.map
+        output = call.run(linear.rows_of(parameters[linear.name]), call.bias)
+        step = max(1, output.numel() // _COMPARED)
+        runs[-1].append((linear.name, output.flatten()[::step].float()))
+        return output
+
+    for _ in range(2):
+        runs.append([])
+        with preserve_random_states(), Interception(table, visit):
+            run_loss(source, map_tensors(Tensor.clone, batch), 0)
+    for (name, one), (other_name, other) in itertools.zip_longest(
+        *runs, fillvalue=("nothing", torch.empty(0))
+    ):
+        close = name == other_name and torch.allclose(
+            one, other, 0.0, _DIFFERENCE * float(one.abs().max()), equal_nan=True
+        )
+        if not close:
+            raise PruningError(
+                f"{name} computes other values when the network runs a second time on the "
+                "same mini-batch with the same random numbers, so that its outputs cannot "
+                "be reconstructed; look for state that a forward pass changes, and for "
+                "random numbers from a generator of the network's own"
+            )
 
 
 @torch.no_grad()

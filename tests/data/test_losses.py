@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import FisherConfig, StepConfig, prune
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.data.losses import FunctionLoss
 
 FISHER = FisherConfig(num_gradients=8, gradient_batch_size=2)
 
@@ -84,3 +85,30 @@ def test_the_loss_is_measured_where_mini_batches_have_no_common_shape() -> None:
     assert report.loss_after is not None
     assert report.collection is not None
     assert "different shapes" in report.collection
+
+
+def test_autocast_of_the_caller_is_that_of_the_loss_alone() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64)
+    inputs = torch.randn(8, 64)
+    dtypes = []
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        output = model(batch)
+        dtypes.append(output.dtype)
+        return output.float().square().mean()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        source = FunctionLoss(model, [inputs], loss_fn)
+        model(inputs)
+        with source.session("eval"), torch.no_grad():
+            before = source.loss(inputs, 0)
+            assert (inputs @ inputs.t()).dtype == torch.float32
+            model.weight.mul_(2.0)
+            model.bias.mul_(2.0)
+            # No copy of the old weights is left, neither for the loss nor afterwards.
+            torch.testing.assert_close(source.loss(inputs, 0), 4.0 * before)
+        wanted = 4.0 * before
+        found = model(inputs).float().square().mean()
+        torch.testing.assert_close(found, wanted)
+    assert set(dtypes) == {torch.bfloat16}

@@ -278,6 +278,47 @@ def test_shared_inputs_and_tied_weights(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(made) == 3
 
 
+class JoinedBias(nn.Module):
+    """Computes the bias of a layer from parameters, as BEiT and Swin V2 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Linear(12, 4, bias=False)
+        self.first, self.last = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        bias = torch.cat([self.first, self.last.exp()])
+        return F.linear(inputs, self.weight.weight, bias)
+
+
+class Accumulating(JoinedBias):
+    """Adds a product to activations in one function."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.addmm(inputs[:, :4].tanh(), inputs, self.weight.weight.t())
+
+
+@pytest.mark.parametrize("build", [JoinedBias, Accumulating])
+def test_a_bias_that_is_no_parameter_stays_and_the_weights_fit_it(
+    build: Callable[[], nn.Module],
+) -> None:
+    data, model, dense = vectors(256), build(), build()
+    inputs = data.tensors[0] + 1.0
+    data = TensorDataset(inputs, data.tensors[1])
+    few = LayerwiseConfig(relative_damping=1e-8)
+    reconstruct(model, data, samples=256, layerwise=few)
+    rows = inputs.double()
+    products = rows @ dense.weight.weight.detach().double().t()
+    for o, weight in enumerate(model.weight.weight.detach()):
+        kept = weight != 0
+        expected = torch.linalg.lstsq(rows[:, kept], products[:, o]).solution
+        torch.testing.assert_close(
+            weight[kept].double(), expected, rtol=1e-3, atol=1e-3
+        )
+    assert torch.equal(model.first, dense.first)
+
+
 def test_attention_and_packed_projections() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerDecoderLayer(12, 2, 24, batch_first=True)
@@ -294,22 +335,20 @@ def test_attention_and_packed_projections() -> None:
     assert report.collection.startswith("7 layers")  # type: ignore[union-attr]
 
 
+def training_flags(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
 def test_training_state_is_untouched() -> None:
     model = convolutional().train()
+    model[1].eval()
+    flags = training_flags(model)
     before = torch.random.get_rng_state()
     reconstruct(model, images())
-    assert model.training
+    assert training_flags(model) == flags
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_sixteen_bits() -> None:
-    model = perceptron().bfloat16()
-    data = vectors()
-    data = TensorDataset(data.tensors[0].bfloat16(), data.tensors[1])
-    report = reconstruct(model, data)
-    require_sparse(report, model, 0.6)
 
 
 # ---------------------------------------------------------------- bad input
@@ -355,6 +394,35 @@ class Changing(nn.Module):
         return result
 
 
+class Noisy(nn.Module):
+    """Draws from a generator of its own between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 12), nn.Linear(12, 4)
+        self.generator = torch.Generator()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.one(inputs)
+        noise = torch.randn(hidden.shape, generator=self.generator)
+        result: Tensor = self.two(hidden + 0.3 * noise)
+        return result
+
+
+class Strides(nn.Module):
+    """Runs one weight with another stride for some batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Conv1d(1, 4, 3), nn.Linear(4, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        stride = 2 if float(inputs.sum()) > 0 else 1
+        hidden = F.conv1d(inputs.unsqueeze(1), self.weight.weight, None, stride)
+        result: Tensor = self.head(hidden.mean(2))
+        return result
+
+
 def with_infinity() -> TensorDataset:
     data = vectors()
     data.tensors[0][5, 3] = float("inf")
@@ -373,7 +441,9 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Loss, str]] = {
         lambda model, batch: model(batch[0])[0].mean(),
         "0.weight_ih_l0",
     ),
-    "unstable": (Unstable, vectors, cross_entropy, "runs a second time"),
+    "unstable": (Unstable, vectors, cross_entropy, "^layer.weight.* a second time"),
+    "noisy": (Noisy, vectors, cross_entropy, "^two.weight .* of the network's own"),
+    "strides": (Strides, lambda: vectors(512), cross_entropy, "with another stride"),
     "order": (Changing, lambda: vectors(512), cross_entropy, "same order for every"),
     "no graph": (perceptron, vectors, detached, "has no graph"),
     "infinite": (perceptron, with_infinity, cross_entropy, "(is|not) (nan|finite)"),
@@ -385,9 +455,26 @@ def test_bad_input_leaves_the_model_as_it_was(name: str) -> None:
     build, data, loss, message = BAD[name]
     torch.manual_seed(0)
     model = build()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises((ConfigurationError, PruningError), match=message):
+    next(model.children()).eval()
+    before, flags = copy.deepcopy(model.state_dict()), training_flags(model)
+    with pytest.raises((ConfigurationError, PruningError), match=message) as error:
         reconstruct(model, samples := data(), loss, samples=len(samples))
+    assert "\n" not in str(error.value)
+    assert training_flags(model) == flags
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    model = perceptron()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PruningError, match=r"of 0.weight are not finite .*sample"):
+        reconstruct(
+            model,
+            with_infinity(),
+            step=StepConfig(measure_loss=False),
+            layerwise=LayerwiseConfig(output_weights=False),
+        )
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
 

@@ -1,0 +1,166 @@
+"""Layer-wise reconstruction with autocast, 16 bits, checkpointing and compiled modules."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import TensorDataset
+
+from lightning_woodfisher import FisherConfig, LayerwiseConfig, PruningError, prune
+
+SAMPLES = 96
+
+
+class Residual(nn.Module):
+    """A block whose inner part is run with gradient checkpointing, if that is set."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.norm = nn.LayerNorm(16)
+        self.expand, self.contract = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def inner(self, stream: Tensor) -> Tensor:
+        hidden: Tensor = self.contract(self.expand(self.norm(stream)).relu())
+        return hidden
+
+    def forward(self, stream: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return stream + self.inner(stream)
+        inner = checkpoint(self.inner, stream, use_reentrant=self.reentrant)
+        return stream + inner
+
+
+def network(reentrant: bool | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(12, 16), Residual(reentrant), Residual(reentrant), nn.Linear(16, 4)
+    )
+
+
+def vectors() -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(12, 12, generator=generator)
+    with torch.autocast("cpu", enabled=False):
+        inputs = torch.randn(SAMPLES, 12, generator=generator) @ mix
+    return TensorDataset(inputs, torch.randint(0, 4, (SAMPLES,), generator=generator))
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    inputs = batch[0].to(next(model.parameters()).dtype)
+    return F.cross_entropy(model(inputs).float(), batch[1])
+
+
+def with_autocast(model: nn.Module, batch: Any) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return cross_entropy(model, batch)
+
+
+def reconstruct(
+    model: nn.Module, loss: Callable[[Any, Any], Tensor] = cross_entropy, **options: Any
+) -> None:
+    prune(
+        model,
+        vectors(),
+        loss,
+        target_sparsity=0.6,
+        criterion="layerwise",
+        fisher=FisherConfig(num_gradients=SAMPLES, gradient_batch_size=1),
+        **options,
+    )
+
+
+def relative_error(model: nn.Module) -> float:
+    dense, (inputs, _) = network(), vectors().tensors
+    with torch.no_grad():
+        wanted, found = dense(inputs), model.float()(inputs)
+    gap = (wanted - found).square().sum()
+    return float(gap / (wanted - wanted.mean(0)).square().sum())
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Tensor]:
+    model = network()
+    reconstruct(model)
+    assert relative_error(model) < 0.012
+    return model.state_dict()
+
+
+def require_same(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    for found, wanted in zip(model.parameters(), expected.values(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.bfloat16, 0.02), (torch.float16, 0.012), (torch.float64, 0.012)],
+)
+def test_models_of_another_dtype(dtype: torch.dtype, limit: float) -> None:
+    model = network().to(dtype)
+    reconstruct(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.dim() == 2)
+    assert zeros == round(
+        0.6 * sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    )
+    assert relative_error(model) < limit
+
+
+@pytest.mark.parametrize("place", ["loss", "caller"])
+def test_autocast(place: str) -> None:
+    # Its copies of biases would outlive a change: the error was 30 times as large.
+    model = network()
+    around = contextlib.nullcontext()
+    if place == "caller":
+        around = torch.autocast("cpu", torch.bfloat16)
+    with around:
+        reconstruct(model, with_autocast if place == "loss" else cross_entropy)
+        inputs = vectors().tensors[0]
+        with torch.no_grad():
+            after = model(inputs)
+    with torch.no_grad():
+        # No copies of dense weights are left.
+        torch.testing.assert_close(after.float(), model(inputs), atol=0.05, rtol=0.05)
+    assert relative_error(model) < 0.02
+
+
+def test_checkpointing(expected: dict[str, Tensor]) -> None:
+    model = network(reentrant=False)
+    reconstruct(model)
+    require_same(model, expected)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpointing_has_no_gradients() -> None:
+    model = network(reentrant=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PruningError, match="pass use_reentrant=False"):
+        reconstruct(model)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    reconstruct(model, layerwise=LayerwiseConfig(output_weights=False))
+    assert relative_error(model) < 0.012
+
+
+@pytest.mark.parametrize("place", ["whole", "part", "method"])
+def test_compiled_modules(place: str, expected: dict[str, Tensor]) -> None:
+    model = network()
+    run = model
+    if place == "whole":
+        run = torch.compile(model, backend="eager")  # type: ignore[assignment]
+    elif place == "part":
+        model[1] = torch.compile(model[1], backend="eager")  # type: ignore[index]
+    else:
+        model.compile(backend="eager")
+    with torch.no_grad():
+        run(vectors().tensors[0])
+    reconstruct(run)
+    require_same(model, expected)
