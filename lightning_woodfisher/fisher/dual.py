@@ -23,6 +23,7 @@ from lightning_woodfisher.fisher.linalg import (
     Arithmetic,
     cholesky,
     half_product,
+    multiply,
     smallest_share,
     solve_lower,
 )
@@ -73,10 +74,10 @@ class RowsInverseFisher(InverseFisher):
             self._mean.masked_fill_(~kept, 0.0)
 
     def _unit_rows(self, index: int, dtype: torch.dtype) -> Tensor:
-        """Copy the rows of a unit, ``[N, K·B]``, and center them if configured."""
-        rows = self._rows[index].to(dtype, copy=True)
+        """Return the rows of a unit, ``[N, K·B]``, and center them if configured."""
+        rows = self._rows[index].to(dtype)
         if self._mean is not None:
-            rows -= self._mean[self._local(self.units[index])].to(dtype)
+            rows = rows - self._mean[self._local(self.units[index])].to(dtype)
         return rows
 
     def _dtype_of(self, arithmetic: Arithmetic) -> torch.dtype:
@@ -103,12 +104,9 @@ class DualInverseFisher(RowsInverseFisher, BlockwiseInverseFisher):
     """Independent blocks in the dual form; the state is N·D_r numbers."""
 
     def _blocks_of_rows(self, index: int, dtype: torch.dtype) -> Tensor:
-        """Copy a unit's rows as ``[K, N, B]``."""
-        unit, rows = self.units[index], self._rows[index]
-        if self._mean is not None:
-            rows = self._unit_rows(index, dtype)
-        blocks = rows.view(-1, unit.count, unit.size).transpose(0, 1)
-        return blocks.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        """View a unit's rows as ``[K, N, B]``."""
+        unit, rows = self.units[index], self._unit_rows(index, dtype)
+        return rows.view(-1, unit.count, unit.size).transpose(0, 1)
 
     def _restrict(self, kept: Tensor) -> None:
         super()._restrict(kept)
@@ -172,8 +170,8 @@ class DualInverseFisher(RowsInverseFisher, BlockwiseInverseFisher):
 
     def _multiply(self, index: int, blocks: Tensor) -> Tensor:
         rows = self._blocks_of_rows(index, self._dtype_of(self._arithmetic(index)))
-        projected = rows @ blocks.to(rows.dtype).unsqueeze(-1)
-        return (rows.mT @ projected).squeeze(-1).double() / self.num_gradients
+        projected = multiply(rows, blocks.to(rows.dtype).unsqueeze(-1))
+        return multiply(rows.mT, projected).squeeze(-1).double() / self.num_gradients
 
     def _solve_kept(
         self, index: int, blocks: Tensor, kept: Tensor
@@ -187,7 +185,7 @@ def complement_of(factor: Tensor, rows: Tensor, split: bool = False) -> Tensor:
 
     Args:
         factor: L, ``[K, N, N]``.
-        rows: G, ``[K, N, B]``; overwritten.
+        rows: G, ``[K, N, B]``.
         split: multiply by :func:`.split_product`.
 
     Returns:
@@ -203,7 +201,7 @@ def group_complements(
 
     Args:
         factor: L, ``[K, N, N]``.
-        rows: G, ``[K, N, B]``; overwritten.
+        rows: G, ``[K, N, B]``.
         size: columns of a group, q.
         split: multiply by :func:`.split_product`.
 
@@ -221,6 +219,6 @@ def group_complements(
 
 def _project(factor: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
     """Compute Gᵀ(LLᵀ)⁻¹Gv for v of ``[K, B, V]``, in the dtype of G."""
-    target = rows @ vectors.to(rows.dtype)
+    target = multiply(rows, vectors.to(rows.dtype))
     solved = torch.cholesky_solve(target.to(factor.dtype), factor)
-    return (rows.mT @ solved.to(rows.dtype)).double()
+    return multiply(rows.mT, solved.to(rows.dtype)).double()

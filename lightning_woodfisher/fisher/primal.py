@@ -23,6 +23,7 @@ from lightning_woodfisher.fisher.linalg import (
     half_product,
     invert_lower,
     mirror,
+    multiply,
     smallest_share,
     spread_of,
 )
@@ -178,7 +179,7 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
     def _times(self, index: int, blocks: Tensor) -> Tensor:
         """Return GᵀGv/N for v of ``[K, B, V]``, float64."""
         gram = self._gram[index]
-        return (gram @ blocks.to(gram.dtype)).double()
+        return multiply(gram, blocks.to(gram.dtype)).double()
 
     def _solve_kept(
         self, index: int, blocks: Tensor, kept: Tensor

@@ -143,6 +143,9 @@ def iterate_chunks(rows: Iterable[Tensor], size: int) -> Iterator[Tensor]:
     count = 0
     for piece in rows:
         rest = piece
+        while not count and len(rest) >= size:
+            yield rest[:size]
+            rest = rest[size:]
         while len(rest):
             if chunk is None:
                 chunk = rest.new_empty(size, rest.shape[1])

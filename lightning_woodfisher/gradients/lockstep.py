@@ -131,6 +131,11 @@ class Lockstep:
         self._model = model
         self._owners = owners_of(model, parameters)
         self._names = {id(p): name for name, p in parameters.items()}
+        self._modules = [
+            module
+            for module in model.modules()
+            if next(module.parameters(), None) is not None
+        ]
         # Modules that must run separately for each loss, such as one that returns a loss.
         self._separate: set[nn.Module] = set()
 
@@ -156,7 +161,7 @@ class Lockstep:
             run = _Run(self._owners, self._names, self._separate, count, compared)
             versions = [buffer._version for buffer in self._model.buffers()]
             try:
-                with run.intercepting(self._model):
+                with run.intercepting(self._modules):
                     run.compute_all(compute)
             except _NotSplit as found:
                 self._separate.add(found.module)
@@ -194,13 +199,11 @@ class _Run:
         self._samples = 0
 
     @contextlib.contextmanager
-    def intercepting(self, model: nn.Module) -> Iterator[None]:
-        """Replace ``forward`` of all modules with parameters."""
+    def intercepting(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Replace ``forward`` of modules."""
         replaced: list[tuple[nn.Module, Any]] = []
         try:
-            for module in model.modules():
-                if next(module.parameters(), None) is None:
-                    continue
+            for module in modules:
                 replaced.append((module, vars(module).get("forward")))
                 vars(module)["forward"] = functools.partial(
                     self._forward, module, module.forward

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -163,15 +163,18 @@ class Evaluator:
             found.tick = tick
             rows = self.rows(active, seed, found, hessian=hessian)
             size = rows_in_chunk(fisher, active.partition.size)
-            own = active.partition.shard_sizes()[self._comm.rank]
-            seen = torch.zeros(own, dtype=torch.bool, device=self._comm.device)
+            pieces = active.columns_by_layer()
+            idle = [*pieces]
 
             def take(chunk: Tensor) -> None:
-                seen.logical_or_((chunk != 0).any(dim=0))
+                # Most tensors have a gradient in the first row.
+                for part in (chunk[:1], chunk[1:]):
+                    idle[:] = _find_zeros(part, idle)
                 criterion.observe(chunk)
 
             self._feed(rows, size, take)
-            self.without_gradient = self._find_without_gradient(active, seen)
+            seen = [layer for layer, columns in pieces if (layer, columns) not in idle]
+            self.without_gradient = self._find_without_gradient(seen)
             left_out = self._left_out(
                 seed, fisher.num_gradients, fisher.gradient_batch_size
             )
@@ -181,16 +184,18 @@ class Evaluator:
         note = "; ".join(found.notes)
         return self._known_losses(found.losses, seed) or self.measure(seed), note
 
-    def _find_without_gradient(self, active: ActiveWeights, seen: Tensor) -> list[str]:
-        """Return the tensors that are still dense and have no weight in ``seen``.
+    def _find_without_gradient(self, seen: Sequence[int]) -> list[str]:
+        """Return the tensors that are still dense and that no rank has ``seen``.
 
         A tensor that was pruned before has had gradients; its layer may be dead by now.
         """
-        counts, zeros = active.count_by_layer(seen), self._masks.zeros()
+        names, zeros = list(self._masks.parameters), self._masks.zeros()
+        flags = [float(layer in seen) for layer in range(len(names))]
+        of_ranks = zip(*self._comm.gather_numbers(flags), strict=True)
         return [
             name
-            for name, count in zip(self._masks.parameters, counts, strict=True)
-            if not count and not zeros[name]
+            for name, found in zip(names, of_ranks, strict=True)
+            if not any(found) and not zeros[name]
         ]
 
     def _known_losses(self, losses: list[float], seed: int) -> list[float]:
@@ -637,6 +642,16 @@ class Evaluator:
                 for tensor, before in zip(tensors, saved, strict=True):
                     tensor.copy_(before)
         return sum(losses) / len(losses)
+
+
+def _find_zeros(
+    rows: Tensor, pieces: Sequence[tuple[int, slice]]
+) -> list[tuple[int, slice]]:
+    """Return the pieces of columns that are zero in all rows."""
+    if not pieces:
+        return []
+    flags = torch.stack([rows[:, columns].any() for _, columns in pieces]).tolist()
+    return [x for x, nonzero in zip(pieces, flags, strict=True) if not nonzero]
 
 
 def _in_context(

@@ -158,21 +158,23 @@ class ActiveWeights:
         sums: list[float] = total.result().tolist()
         return sums
 
-    def count_by_layer(self, marks: Tensor) -> list[int]:
-        """Count marked weights of each tensor. Call on all ranks.
-
-        Args:
-            marks: bool ``[D_r]``.
+    def columns_by_layer(self) -> list[tuple[int, slice]]:
+        """Find the columns of this rank that belong to each tensor.
 
         Returns:
-            Their number over all ranks.
+            Index of the tensor, and a slice of ``[D_r]``; a tensor may have several, or
+            none.
         """
-        counts = torch.zeros(
-            len(self.positions), dtype=torch.int64, device=marks.device
-        )
-        counts.index_add_(0, self.weight_layers(), marks.long())
-        found: list[int] = self._comm.sum_integers(counts).tolist()
-        return found
+        first = self.partition.shard(self._comm.rank).start
+        owned = self.partition.owned(self._comm.rank)
+        return [
+            (
+                segment % len(self.positions),
+                slice(run[0].start - first, run[-1].stop - first),
+            )
+            for segment, units in itertools.groupby(owned, lambda unit: unit.segment)
+            for run in [list(units)]
+        ]
 
     def largest_by_layer(
         self, values: Tensor, chosen: Tensor, layers: Tensor
