@@ -59,12 +59,14 @@ class LayerCall:
         inputs: the input tensor, without graph.
         edge: the gradient edge of the output tensor.
         names: names of the wanted parameters by their key in the layer.
+        size: number of elements of the output tensor.
     """
 
     layer: nn.Module
     inputs: Tensor
     edge: GradientEdge
     names: dict[str, str]
+    size: int
 
 
 def find_obstacle(
@@ -264,7 +266,8 @@ def make_layer_call(
     if inputs.dim() < dimensions:
         raise PruningError(f"a {type(layer).__name__} got a sample without a batch")
     # The edge, not the tensor, whose meaning an in-place operation would change.
-    return LayerCall(layer, inputs.detach(), get_gradient_edge(output), names)
+    edge = get_gradient_edge(output)
+    return LayerCall(layer, inputs.detach(), edge, names, output.numel())
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How often the host waits for the device while gradients are collected."""
+"""How gradients are collected: waits for the device, and the choice of the method."""
 
 from __future__ import annotations
 
@@ -57,3 +57,39 @@ def test_waits_do_not_grow(collection: Any, pruned: bool) -> None:
     assert few <= 2
     assert count_waits(128, 2, collection, pruned) == few
     assert count_waits(16, 12, collection, pruned) == few
+
+
+def collect(samples: int, collection: Any) -> tuple[Tensor, str]:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(1, 80, 3, padding=1)
+    model = nn.Sequential(convolution, nn.AvgPool2d(8), nn.Flatten(), nn.Linear(80, 4))
+    data = TensorDataset(torch.randn(256, 1, 8, 8), torch.randint(4, (256,)))
+    parameters = {n: p for n, p in model.named_parameters() if p.dim() > 1}
+    active = {name: torch.arange(p.numel()) for name, p in parameters.items()}
+    source = FunctionLoss(model, data, cross_entropy)
+    notes: list[str] = []
+    with source.session("eval"):
+        task = GradientTask(source, parameters, active, 8, 4, Communicator())
+        width = sum(map(len, active.values()))
+        rows = collect_gradients(
+            task,
+            source.batches(8, samples, 4),
+            [width],
+            collection=collection,
+            note=notes.append,
+        )
+        return torch.cat([*rows]), notes[0]
+
+
+@pytest.mark.parametrize(
+    ("samples", "fast"), [(25, "per-sample"), (26, "loop: faster")]
+)
+def test_long_passes_run_one_by_one(samples: int, fast: str) -> None:
+    """The layers have 80·64 and 4 outputs: 2,562 for each sample, on average."""
+    rows, note = collect(samples, "auto")
+    assert note.startswith(fast)
+    expected, _ = collect(samples, "loop")
+    if fast == "per-sample":
+        torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-7)
+    else:
+        assert torch.equal(rows, expected)

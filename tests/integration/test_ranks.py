@@ -68,6 +68,16 @@ def convolutional() -> nn.Module:
     )
 
 
+def convolution() -> nn.Module:
+    """A network whose layers have so many outputs that a loop is faster."""
+    return nn.Sequential(
+        nn.Conv2d(1, 160, 3, padding=1),
+        nn.AvgPool2d(8),
+        nn.Flatten(),
+        nn.Linear(160, 4),
+    )
+
+
 def perceptron() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 23), nn.Tanh(), nn.Linear(23, 4))
 
@@ -242,6 +252,9 @@ CASES = {
     "stream that shuffles": Case(stream="shuffled", recompute_steps=2),
     "loader that shuffles": Case(stream="loader"),
     "one by one": Case(collection="loop"),
+    "one by one, because it is faster": Case(
+        build=convolution, num_gradients=9, gradient_batch_size=16
+    ),
     "rows of bfloat16": Case(row_dtype="bfloat16"),
     "bfloat16, full": Case(row_dtype="bfloat16", block_size=None),
     "searched": Case(block_size=None, line_search=True, recompute_steps=2),
@@ -398,6 +411,7 @@ def test_the_cases_prune_what_they_were_asked_for(pruned: Pruned, case: str) -> 
             "loop: the data comes in batches",
         ),
         "one by one": "loop: requested",
+        "one by one, because it is faster": "loop: faster for mini-batches of this size",
         "diagonal Fisher, one by one": "loop: requested",
         **dict.fromkeys(
             [name for name, chosen in CASES.items() if chosen.model_mode == "train"],
