@@ -7,12 +7,13 @@ __all__ = ["choose_max_weights", "make_parser", "run_benchmark"]
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.base.optional_imports import import_optional
@@ -29,9 +30,12 @@ from lightning_woodfisher.benchmark.masks import measure_masks
 from lightning_woodfisher.benchmark.networks import (
     ResNet20,
     Transformer,
+    make_mlpnet,
     make_resnet20,
+    random_data,
     random_images,
 )
+from lightning_woodfisher.benchmark.passes import measure_passes
 from lightning_woodfisher.benchmark.scaling import measure_scaling
 from lightning_woodfisher.benchmark.step import measure_step
 from lightning_woodfisher.benchmark.structures import (
@@ -134,7 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", metavar="PATH", help="write every number to this file")
     add("--png", metavar="PATH", help="draw the table of the inverse to this file")
     add("--collection", action="store_true", help="measure gradient collection")
-    add("--step", action="store_true", help="measure a pruning step of ResNet-20")
+    add("--step", action="store_true", help="measure pruning steps of four networks")
     add("--masks", action="store_true", help="measure training steps with masks")
     add(
         "--scaling",
@@ -214,6 +218,18 @@ def choose_max_weights(device: torch.device, case: Case) -> int:
     return int(_USABLE_MEMORY * free / bytes_per_weight)
 
 
+def _networks_of_steps(
+    device: torch.device,
+) -> Iterator[tuple[str, nn.Module, TensorDataset, int]]:
+    """Yield name, network, data and m of the steps that are measured in plain passes."""
+    yield "resnet20", make_resnet20(device), random_images(4096), 16
+    mobilenet = load_torchvision_network("mobilenet_v3_small")
+    yield "mobilenet_v3_small", mobilenet.to(device), random_images(256, 64), 4
+    torch.manual_seed(0)
+    yield "transformer", Transformer().to(device).eval(), random_data(4096, 16, 256), 16
+    yield "mlpnet", make_mlpnet().to(device).eval(), random_data(4096, 784), 16
+
+
 def _measure_others(
     options: argparse.Namespace, device: torch.device
 ) -> dict[str, Sequence[Any]]:
@@ -230,6 +246,11 @@ def _measure_others(
             repeats=repeats,
             as_published=options.as_published,
         )
+        tables["passes"] = [
+            row
+            for name, network, data, size in _networks_of_steps(device)
+            for row in measure_passes(name, network, data, size, repeats=repeats)
+        ]
     if options.masks:
         torch.manual_seed(0)
         networks: dict[str, tuple[nn.Module, Tensor]] = {

@@ -6,11 +6,14 @@ __all__ = [
     "ResNet20",
     "Transformer",
     "cross_entropy",
+    "make_mlpnet",
     "make_resnet20",
+    "random_data",
     "random_images",
     "split_batches",
 ]
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,6 +112,34 @@ class Transformer(nn.Module):
         return logits
 
 
+def make_mlpnet() -> nn.Module:
+    """Return MLPNet for 784 inputs (Singh & Alistarh 2020, section 5).
+
+    Returns:
+        The network, with random weights.
+    """
+    widths = (784, 40, 20, 10)
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def random_data(samples: int, *shape: int) -> TensorDataset:
+    """Draw normally distributed inputs and random labels.
+
+    Args:
+        samples: number of samples.
+        shape: shape of an input.
+
+    Returns:
+        Inputs, float32 ``[samples, *shape]``, and labels, int64 ``[samples]``.
+    """
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(samples, *shape, generator=generator)
+    return TensorDataset(inputs, torch.randint(10, (samples,), generator=generator))
+
+
 def random_images(samples: int, size: int = 32) -> TensorDataset:
     """Draw normally distributed images and random labels.
 
@@ -119,9 +150,7 @@ def random_images(samples: int, size: int = 32) -> TensorDataset:
     Returns:
         Images, float32 ``[samples, 3, size, size]``, and labels, int64 ``[samples]``.
     """
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(samples, 3, size, size, generator=generator)
-    return TensorDataset(images, torch.randint(10, (samples,), generator=generator))
+    return random_data(samples, 3, size, size)
 
 
 def split_batches(

@@ -19,6 +19,7 @@ from lightning_woodfisher.benchmark import (
     inverse,
     masks,
     output,
+    passes,
     recursion,
     scaling,
     timing,
@@ -346,15 +347,45 @@ class TestTraining:
         assert rows[0].ratio == rows[0].equal_mask == 1.0
         assert all(row.equal_mask > 0.99 for row in rows)
 
+    def test_steps_are_compared_with_passes_over_their_samples(
+        self, monkeypatch: pytest.MonkeyPatch, progress: list[str]
+    ) -> None:
+        samples: list[int] = []
+        run, prune = passes.run_batches, passes.prune
+
+        def counted_run(model: nn.Module, data: Any, *others: Any) -> None:
+            samples.append(len(data))
+            run(model, data, *others)
+
+        def counted_prune(*args: Any, fisher: Any, **options: Any) -> Any:
+            samples.append(fisher.num_gradients * fisher.gradient_batch_size)
+            return prune(*args, fisher=fisher, **options)
+
+        monkeypatch.setattr(passes, "run_batches", counted_run)
+        monkeypatch.setattr(passes, "prune", counted_prune)
+        model = make_resnet20(CPU, 2)
+        before = [weight.clone() for weight in _weights(model)]
+        rows = passes.measure_passes("tiny", model, random_images(24, 8), 3, repeats=1)
+        assert samples == [24] * 6
+        assert progress == ["plain passes", "step of prune()", "step in training"] * 2
+        assert all(map(torch.equal, before, _weights(model)))
+        plain, *steps = rows
+        assert (plain.passes, plain.processor_passes) == (1.0, 1.0)
+        assert plain.batchnorm_passes == 0.0
+        for row in steps:
+            assert (row.num_gradients, row.gradient_batch_size) == (8, 3)
+            assert row.passes == row.timing.seconds / plain.timing.seconds
+            assert 0.0 < row.batchnorm_passes < row.passes
+
     def test_masks_are_applied_in_half_of_the_steps_and_alone(
         self, monkeypatch: pytest.MonkeyPatch, progress: list[str]
     ) -> None:
-        passes: list[str] = []
+        calls: list[str] = []
         for name in ("apply_to_gradients", "apply"):
             real = getattr(Masks, name)
 
             def counted(self: Masks, real: Any = real, name: str = name) -> None:
-                passes.append(name)
+                calls.append(name)
                 real(self)
 
             monkeypatch.setattr(Masks, name, counted)
@@ -366,7 +397,7 @@ class TestTraining:
         steps = 2 + masks._WARM_UP_STEPS
         assert progress == ["plain", "masked", "masks"] * steps
         # Both passes in each step with masks, and once more alone.
-        assert passes == ["apply_to_gradients", "apply"] * 2 * steps
+        assert calls == ["apply_to_gradients", "apply"] * 2 * steps
         assert row.ratio == pytest.approx(row.masked_seconds / row.plain_seconds)
         assert 0 < row.mask_seconds < row.masked_seconds
         assert not torch.equal(model.weight, before)
