@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["TraceResult", "trace_groups"]
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,8 @@ def trace_groups(
                 )
     groups = tuple(group for group in groups if group.name not in failed)
     for group in groups:
-        if any(p.is_complex() for n in group.layers for p in _own_parameters(model, n)):
+        producers = (member.find_in(model) for member in group.of_role("producer"))
+        if any(weight.is_complex() for weight in producers):
             left_out |= dict.fromkeys(group.layers, "its weights are complex")
     order = [name for name, _ in model.named_modules()]
     groups = tuple(
@@ -135,10 +136,6 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention))
     }
-
-
-def _own_parameters(model: nn.Module, layer: str) -> Iterator[nn.Parameter]:
-    return model.get_submodule(layer).parameters(recurse=False)
 
 
 def _reason(layer: str, coupling: Coupling) -> str:

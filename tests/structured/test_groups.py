@@ -468,7 +468,7 @@ def test_what_training_mode_alone_uses_is_reported() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.stem = conv_norm(3, 6)
-            self.tail = nn.Sequential(*pooled(6))
+            self.tail = nn.Sequential(conv_norm(6, 8), *pooled(8))
             self.extra = nn.Conv2d(6, 4, 1)
 
         def forward(self, x: Tensor) -> Any:
@@ -478,3 +478,5 @@ def test_what_training_mode_alone_uses_is_reported() -> None:
     torch.manual_seed(0)
     traced = trace_groups(Auxiliary(), images(torch.float32))
     assert "do not reach it" in traced.left_out["extra"]
+    assert "fails without its channels" in traced.left_out["stem.0"]
+    assert [group.name for group in traced.groups] == ["tail.0.0"]

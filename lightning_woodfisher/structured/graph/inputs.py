@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = [
     "capture_inputs",
-    "compute_one_loss",
     "run_model",
     "tensors_in",
 ]
@@ -13,7 +12,6 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
@@ -54,14 +52,14 @@ def capture_inputs(
         if isinstance(module, (_ConvNd, nn.Linear)):
             layers.append(names[module])
 
+    seed = derive_seed(seed, "inputs")
+    choose_evaluation(source, seed)
     with contextlib.ExitStack() as hooks:
         for module in names:
             hook = module.register_forward_pre_hook(record, with_kwargs=True)
             hooks.enter_context(hook)
-        choose_evaluation(source, derive_seed(seed, "inputs"))
-        calls.clear()
-        layers.clear()
-        compute_one_loss(source, derive_seed(seed, "inputs"))
+        with source.session("eval"), seeded(seed):
+            source.loss(source.batches(1, 1, seed).fetch(0), 0)
     for name, args, kwargs in calls:
         has_all = all(layer.startswith(f"{name}.") or not name for layer in layers)
         if name == network or (network is None and has_all):
@@ -79,19 +77,6 @@ def capture_inputs(
         "layers, so the network cannot be traced; compute the loss through one module, or "
         f"name one of {known} with network=."
     )
-
-
-def compute_one_loss(source: LossSource, seed: int) -> None:
-    """Compute the loss of one sample in evaluation mode, for hooks to observe.
-
-    Args:
-        source: where the loss comes from. Its session is entered here.
-        seed: of the sample and of random numbers.
-    """
-    with source.session("eval"), torch.enable_grad():
-        batches = source.batches(1, 1, seed)
-        with seeded(seed):
-            source.loss(batches.fetch(0), 0)
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:

@@ -39,7 +39,7 @@ from lightning_woodfisher.structured.scores.sosp import (
     score_pairs,
     score_sosp_h,
 )
-from lightning_woodfisher.structured.scores.vectors import scored_members
+from lightning_woodfisher.structured.scores.vectors import scored_members, sum_products
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,8 @@ def score_structures(
             len({m.module for m in scored_members(group, config.structure)})
             for group in groups
         ]
-        squares = vectors.inner_products(vectors.parameters).cpu()
+        weights = vectors.parameters
+        squares = sum_products(vectors.slices, weights, weights, vectors.size).cpu()
         values = (
             squares / torch.tensor(layers).repeat_interleave(torch.tensor(sizes))
         ).sqrt()

@@ -121,17 +121,6 @@ class StructureVectors:
             mask.index_fill_(one.axis, one.where, True)
         return masks
 
-    def inner_products(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Multiply every θ_s by a vector.
-
-        Args:
-            tensors: the vector, one tensor for each of ``parameters``; None for zeros.
-
-        Returns:
-            float64 ``[S]``, on the device of the parameters.
-        """
-        return sum_products(self.slices, self.parameters, tensors, self.size)
-
 
 def sum_products(
     slices: Iterable[ParameterSlices],
