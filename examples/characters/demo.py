@@ -30,7 +30,7 @@ START = "def read_"
 def train(text: Tensor, steps: int) -> CharacterModel:
     """Train a transformer of three blocks, and print its loss."""
     torch.manual_seed(0)
-    model = CharacterModel(width=128, depth=3, heads=4)
+    model = CharacterModel(width=128, depth=3)
     optimizer = make_optimizer(model)
     for step in range(steps):
         loss = take_step(model, optimizer, text, step, steps)
