@@ -137,7 +137,7 @@ def test_parts_of_the_character_demo() -> None:
     line = "for index in range(10):\n    print(index)\n"
     text = torch.tensor(list((line * 1000).encode()), dtype=torch.uint8)
     torch.manual_seed(0)
-    model = CharacterModel(width=32, depth=1)
+    model = CharacterModel(width=64, depth=1)
     optimizer = make_optimizer(model)
     losses = [
         take_step(model, optimizer, text, step, 150, batch_size=8, learning_rate=0.02)
