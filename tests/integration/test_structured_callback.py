@@ -515,7 +515,9 @@ def test_mixed_precision_is_off_while_scoring() -> None:
         mixed = precision != "32-true"
         assert {on for training, on in module.seen if training} == {mixed}
         assert {on for training, on in module.seen if not training} == {False}
-        found.append({**callback.reports[0].to_dict(), "seconds": {}})
+        found.append(
+            {**callback.reports[0].to_dict(), "seconds": {}, "logged_after": {}}
+        )
     assert differences(*found) == []
 
 
