@@ -16,9 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.backends import cuda
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.isolation import RandomStates, preserve_random_states
+
+# Settings of the process that a forward pass may change for a while: each run has its own.
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    *(
+        (getattr(cuda, f"{kind}_sdp_enabled"), getattr(cuda, f"enable_{kind}_sdp"))
+        for kind in ("flash", "mem_efficient", "math", "cudnn")
+    ),
+)
 
 
 class _AbandonedError(BaseException):
@@ -46,6 +56,7 @@ class NetworkRun:
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
         self._abandoned = False
+        self._settings = [get() for get, _ in _SETTINGS]
         self.is_done = False
         context = contextvars.copy_context()
         self._thread = threading.Thread(
@@ -66,7 +77,7 @@ class NetworkRun:
             )
         with preserve_random_states():
             self._states.restore()
-            self._switch()
+            self._settings = _exchange(self._settings, self._switch)
         if self._error is not None:
             raise self._error
 
@@ -74,7 +85,7 @@ class NetworkRun:
         """End the run wherever it is."""
         if not self.is_done:
             self._abandoned = True
-            self._switch()
+            _exchange(self._settings, self._switch)
         self._thread.join()
 
     def _switch(self) -> None:
@@ -102,6 +113,19 @@ class NetworkRun:
             self._error = error
         self.is_done = True
         self._stopped.release()
+
+
+def _exchange(settings: Sequence[Any], work: Callable[[], None]) -> list[Any]:
+    """Do work with other settings of the process, and return those that it has left."""
+    before = [get() for get, _ in _SETTINGS]
+    for (_, change), value in zip(_SETTINGS, settings, strict=True):
+        change(value)
+    try:
+        work()
+        return [get() for get, _ in _SETTINGS]
+    finally:
+        for (_, change), value in zip(_SETTINGS, before, strict=True):
+            change(value)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
@@ -130,6 +131,34 @@ def test_autocast(place: str) -> None:
         # No copies of dense weights are left.
         torch.testing.assert_close(after.float(), model(inputs), atol=0.05, rtol=0.05)
     assert relative_error(model) < 0.02
+
+
+def test_settings_of_the_process_that_a_loss_changes_for_a_while(
+    expected: dict[str, Tensor],
+) -> None:
+    seen = set()
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        # As Lightning does with precision="bf16-true".
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                result = cross_entropy(model, batch)
+                seen.add(
+                    (torch.zeros(()).dtype, torch.backends.cuda.flash_sdp_enabled())
+                )
+        finally:
+            torch.set_default_dtype(before)
+        seen.add((torch.zeros(()).dtype, torch.backends.cuda.flash_sdp_enabled()))
+        return result
+
+    model = network()
+    reconstruct(model, loss)
+    require_same(model, expected)
+    assert seen == {(torch.bfloat16, False), (torch.float32, True)}
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_checkpointing(expected: dict[str, Tensor]) -> None:
