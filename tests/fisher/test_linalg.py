@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.fisher.linalg import choose_arithmetics, split_product
+from lightning_woodfisher.fisher.linalg import (
+    choose_arithmetics,
+    invert_lower,
+    multiply,
+    solve_lower,
+    split_product,
+)
 
 
 def matrix(rows: int, columns: int, kind: str, seed: int = 0) -> Tensor:
@@ -86,3 +92,23 @@ def test_products_are_split_where_float64_is_slow(
     assert choose_arithmetics("auto", torch.device("cpu")) == ("float32", "float64")
     assert choose_arithmetics("float64", torch.device("cuda")) == ("float64",)
     assert choose_arithmetics("split", torch.device("cpu")) == ("split", "float64")
+
+
+# Those that LAPACK inverts, odd halves, and strips of rows.
+@pytest.mark.parametrize("size", [1, 16, 17, 50, 67, 200])
+def test_triangular_matrices_are_inverted_and_solved(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    factor = torch.randn(3, size, size, generator=generator, dtype=torch.float64).tril()
+    factor.diagonal(dim1=-2, dim2=-1).abs_().add_(size)
+    inverse = invert_lower(factor)
+    identity = torch.eye(size, dtype=torch.float64).expand(3, size, size)
+    torch.testing.assert_close(factor @ inverse, identity)
+    assert not inverse.triu(1).any()
+    # Rows as a Fisher stores them: the blocks are not contiguous.
+    stored = torch.randn(size, 3 * 5, generator=generator, dtype=torch.float64)
+    rows = stored.view(size, 3, 5).transpose(0, 1)
+    before = rows.clone()
+    torch.testing.assert_close(factor @ solve_lower(factor, rows), before)
+    assert torch.equal(rows, before)
+    vectors = torch.randn(3, 5, 2, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(multiply(rows, vectors), rows @ vectors)
