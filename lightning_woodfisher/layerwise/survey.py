@@ -215,7 +215,9 @@ def _require_repeatable(
 def _add_inputs(surveyed: Surveyed, inputs: Tensor, outputs: Tensor) -> None:
     for x, _ in surveyed.map.pieces(inputs, outputs):
         x = x if x.dtype == torch.float64 else x.float()
-        product = (x.mT @ x).double()
+        # Autocast of the loss would round the sums to 16 bits.
+        with torch.autocast(x.device.type, enabled=False):
+            product = (x.mT @ x).double()
         surveyed.inputs = (
             product if surveyed.inputs is None else surveyed.inputs + product
         )

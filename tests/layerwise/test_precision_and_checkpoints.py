@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import FisherConfig, LayerwiseConfig, PruningError, prune
+from lightning_woodfisher.layerwise import step
+from lightning_woodfisher.layerwise.allocation import propose
 
 SAMPLES = 96
 
@@ -131,6 +133,38 @@ def test_autocast(place: str) -> None:
         # No copies of dense weights are left.
         torch.testing.assert_close(after.float(), model(inputs), atol=0.05, rtol=0.05)
     assert relative_error(model) < 0.02
+
+
+def test_error_curves_do_not_depend_on_autocast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Sums of products in 16 bits had negative eigenvalues, and so curves of zeros.
+    found: list[Tensor] = []
+
+    def keep(curves: Any, weights: Any, sparsity: float) -> list[float]:
+        found.append(torch.tensor(curves, dtype=torch.float64))
+        return propose(curves, weights, sparsity)
+
+    monkeypatch.setattr(step, "propose", keep)
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(SAMPLES, 2, generator=generator)
+    inputs = inputs @ torch.randn(2, 40, generator=generator)
+    inputs += 0.02 * torch.randn(SAMPLES, 40, generator=generator)
+    data = TensorDataset(inputs, torch.arange(SAMPLES) % 4)
+    for loss in (cross_entropy, with_autocast):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(40, 48), nn.ReLU(), nn.Linear(48, 4))
+        prune(
+            model,
+            data,
+            loss,
+            target_sparsity=0.6,
+            criterion="layerwise",
+            fisher=FisherConfig(num_gradients=SAMPLES, gradient_batch_size=1),
+        )
+    ratios = found[1] / found[0]
+    assert 0.5 < float(ratios.min()) < float(ratios.max()) < 2.0
 
 
 def test_settings_of_the_process_that_a_loss_changes_for_a_while(
