@@ -77,6 +77,9 @@ class PruningCallback(MaskGuard, ABC):
             zero after the last planned step.
         log_figures: draw figures for W&B and TensorBoard after the last planned step.
 
+    Raises:
+        ConfigurationError: for a value that cannot work.
+
     Attributes:
         masks: masks of the selected parameters, from ``on_fit_start`` on.
         reports: reports of the completed steps. With ``ddp_spawn``, ``ddp_fork`` and
@@ -110,6 +113,11 @@ class PruningCallback(MaskGuard, ABC):
         )
         require_flag("log_figures", log_figures)
         super().__init__()
+        if not isinstance(schedule, PruningSchedule):
+            raise ConfigurationError(
+                f"schedule={schedule!r} is not a schedule; give one of "
+                "lightning_woodfisher, such as PolynomialSchedule(start_epoch=0)."
+            )
         self.schedule = schedule
         self.weight_decay_off_after_last_step = weight_decay_off_after_last_step
         self.log_figures = log_figures

@@ -1,7 +1,8 @@
-"""Published settings by name, as arguments of the callback; ``presets.yaml`` lists them.
+"""Settings by name, as arguments of the callback; ``presets.yaml`` lists them.
 
-They reproduce the method as published (``update="independent"``, ``line_search=False``);
-``update="joint"`` and ``line_search=True`` are worth trying as well.
+Those of papers reproduce the method as published (``update="independent"``,
+``line_search=False``); ``update="joint"`` and ``line_search=True`` are worth trying as well.
+``"post_training"`` is ours.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ def source(name: str) -> str:
 
 
 def preset(name: str) -> dict[str, Any]:
-    """Return published settings as arguments of the callback.
+    """Return settings as arguments of the callback.
 
     Args:
-        name: ``"resnet50_90"``, ``"mobilenetv1_75"``, ``"bert_90"`` or
+        name: ``"post_training"`` for a trained network and ten minutes, or the published
+            ``"resnet50_90"``, ``"mobilenetv1_75"``, ``"bert_90"`` or
             ``"resnet20_oneshot"``; see :func:`source`.
 
     Returns:

@@ -161,11 +161,11 @@ class WoodFisherPruningCallback(PruningCallback):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> WoodFisherPruningCallback:
-        """Create the callback with published settings; see :mod:`.presets`.
+        """Create the callback with settings by name; see :mod:`.presets`.
 
         Args:
-            name: ``"resnet50_90"``, ``"mobilenetv1_75"``, ``"bert_90"`` or
-                ``"resnet20_oneshot"``.
+            name: ``"post_training"``, ``"resnet50_90"``, ``"mobilenetv1_75"``,
+                ``"bert_90"`` or ``"resnet20_oneshot"``.
             overrides: arguments of the callback that replace those of the preset.
 
         Returns:

@@ -92,10 +92,11 @@ def _describe_subcommands() -> str:
 def _make_preset_parser() -> argparse.ArgumentParser:
     parser = SubcommandParser(
         "preset",
-        "Print settings of a published result as YAML, to be passed as a second --config "
-        "of fit: lightning-woodfisher preset resnet50_90 > preset.yaml",
+        "Print settings as YAML, to be passed as a second --config of fit: those of a "
+        "published result, or post_training, for a trained network and ten minutes. "
+        "lightning-woodfisher preset post_training > preset.yaml",
     )
-    parser.add_argument("name", choices=list(PRESETS), help="name of the result")
+    parser.add_argument("name", choices=list(PRESETS), help="name of the settings")
     return parser
 
 
@@ -136,9 +137,7 @@ _SUBCOMMANDS = {
         export.run_export,
         reads_fit=True,
     ),
-    "preset": Subcommand(
-        "settings of published results, as YAML", _make_preset_parser, _run_preset
-    ),
+    "preset": Subcommand("settings by name, as YAML", _make_preset_parser, _run_preset),
     "benchmark": Subcommand(
         "timings on this machine", benchmark.make_parser, benchmark.run_benchmark
     ),

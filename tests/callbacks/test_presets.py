@@ -1,4 +1,4 @@
-"""Published settings by name: they construct, plan and select what they say."""
+"""Settings by name: they construct, plan and select what they say."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from lightning_woodfisher.cli.main import main
 from lightning_woodfisher.pruning.schedule import Horizon
 from lightning_woodfisher.weights.layers import prunable_parameters
 
-NAMES = ["resnet50_90", "mobilenetv1_75", "bert_90", "resnet20_oneshot"]
 # N, m, B, λ, target, epochs of training, epochs of the steps.
 EXPECTED = {
     "resnet50_90": (400, 400, 2000, 1e-5, 0.9, 100, list(range(1, 37, 5))),
@@ -28,13 +27,14 @@ EXPECTED = {
     "bert_90": (1024, 8, 50, 1e-7, 0.9, 30, list(range(2, 27, 4))),
     "resnet20_oneshot": (1000, 1, 36864, 1e-5, 0.8, 1, [0]),
 }
+NAMES = [*EXPECTED, "post_training"]
 
 
 def test_all_are_tested() -> None:
-    assert list(PRESETS) == NAMES == list(EXPECTED)
+    assert list(PRESETS) == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_they_say_what_was_published(name: str) -> None:
     callback = WoodFisherPruningCallback.from_preset(name)
     fisher = callback.config.fisher
@@ -46,6 +46,19 @@ def test_they_say_what_was_published(name: str) -> None:
     assert [step.position for step in plan] == positions
     assert plan[-1].sparsity == target
     assert "2020" in source(name) or "2022" in source(name)
+
+
+def test_the_one_after_training_prunes_a_trained_network_in_its_first_steps() -> None:
+    callback = WoodFisherPruningCallback.from_preset(
+        "post_training", target_sparsity=0.9
+    )
+    assert callback.config.criterion == "layerwise"
+    plan = callback.schedule.plan(0.9, Horizon(max_steps=480))
+    assert [(step.unit, step.position) for step in plan] == [
+        ("step", position) for position in range(0, 201, 40)
+    ]
+    assert plan[-1].sparsity == 0.9
+    assert callback.config.fisher.num_gradients * 16 == 512
 
 
 def test_the_ramp_of_bert_begins_where_its_source_says() -> None:

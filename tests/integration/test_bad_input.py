@@ -70,6 +70,7 @@ BAD: list[tuple[str, Callable[[], dict[str, Any]], Any, str]] = [
     ("negative", lambda: {"target_sparsity": -0.1}, Counting, r"target_sparsity=-0\.1"),
     ("nan", lambda: {"target_sparsity": float("nan")}, Counting, "target_sparsity=nan"),
     ("text", lambda: {"target_sparsity": "0.9"}, Counting, "'0.9' is not a number"),
+    ("dict", lambda: {"schedule": {"start_epoch": 1}}, Counting, "is not a schedule"),
     ("N is None", lambda: fisher(num_gradients=None), Counting, "num_gradients=None"),
     ("N = 2.5", lambda: fisher(num_gradients=2.5), Counting, r"num_gradients=2\.5"),
     ("N is True", lambda: fisher(num_gradients=True), Counting, "num_gradients=True"),
