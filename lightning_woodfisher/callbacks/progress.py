@@ -27,11 +27,7 @@ def describe_step(report: PruningReport) -> str:
     Returns:
         A line, and a second one if damping was raised.
     """
-    loss = "loss not measured"
-    if report.loss_before is not None and report.loss_after is not None:
-        loss = f"loss {report.loss_before:.3g} before, {report.loss_after:.3g} after"
-    if report.loss_recalibrated is not None:
-        loss += f", {report.loss_recalibrated:.3g} with new BatchNorm statistics"
+    loss = report.describe_loss() or "loss not measured"
     whole = report.model_sparsity
     model = "" if whole is None else f" ({whole:.2%} of the whole model)"
     text = (

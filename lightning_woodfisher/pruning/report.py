@@ -306,11 +306,23 @@ class PruningReport:
                 values[f"local_model/measured/{where}"] = point.measured
         return {f"pruning/{k}": float(v) for k, v in values.items() if v is not None}
 
+    def describe_loss(self) -> str:
+        """Format the measured losses as one line; empty if they were not measured."""
+        if self.loss_before is None or self.loss_after is None:
+            return ""
+        text = f"loss {self.loss_before:.3g} before, {self.loss_after:.3g} after"
+        if self.loss_recalibrated is not None:
+            text += f", {self.loss_recalibrated:.3g} with new BatchNorm statistics"
+        if self.update_scales and not any(self.update_scales):
+            text += "; every update of the kept weights raised it, so they stayed"
+        return text
+
     def to_table(self) -> str:
         """Format the layers as a text table.
 
         Returns:
-            Lines of equal width; last the selected weights and the whole model.
+            Lines of equal width, with the selected weights and the whole model in the last
+            two, and a line with the measured losses.
         """
         head = ["layer", "shape", "weights", "zeros", "sparsity"]
         more: list[tuple[str, ...]]
@@ -345,7 +357,9 @@ class PruningReport:
                 f"{self.model_sparsity:.2%}",
             )
             totals.append(("whole model", "", *whole, *("" for _ in last)))
-        return format_table(head, rows, *totals)
+        table = format_table(head, rows, *totals)
+        loss = self.describe_loss()
+        return f"{table}\n{loss}" if loss else table
 
 
 def _reconstruction_cells(found: Reconstruction | None) -> tuple[str, str, str]:

@@ -133,7 +133,8 @@ def test_metrics_are_floats_and_what_is_unknown_is_left_out() -> None:
 
 
 def test_table() -> None:
-    lines = report().to_table().splitlines()
+    *lines, loss = report().to_table().splitlines()
+    assert loss == "loss 0.1 before, 0.101 after"
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split() == [
         "layer", "shape", "weights", "zeros", "sparsity", "predicted", "rise"
@@ -157,6 +158,14 @@ def test_table() -> None:
     assert lines[-2].split() == ["selected", "784", "636", "81.12%", "0.00075"]
     assert lines[-1].split() == ["whole", "model", "800", "640", "80.00%"]
     assert set(lines[1]) == set(lines[-3]) == {"─"}
+
+
+def test_the_line_of_losses_says_that_the_search_kept_no_update() -> None:
+    unchanged = dataclasses.replace(report(), update_scales=(0.0,), updates=("none",))
+    assert unchanged.describe_loss().endswith("raised it, so they stayed")
+    partly = dataclasses.replace(report(), update_scales=(0.0, 0.5))
+    assert partly.describe_loss() == report().describe_loss()
+    assert BARE.describe_loss() == ""
 
 
 def test_table_without_a_model_of_the_loss() -> None:
