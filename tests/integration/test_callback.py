@@ -570,13 +570,13 @@ def no_space() -> Iterator[None]:
 
 
 class FullDisk(pl.Callback):
-    """The disk is full from the first epoch on."""
+    """The disk is full from the first epoch to the end of fit."""
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self.full = no_space()
         self.full.__enter__()
 
-    def on_train_epoch_end(self, *_: Any) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         self.full.__exit__(None, None, None)
 
 
