@@ -6,7 +6,7 @@ differ by more than the tolerance of the collection, and factorizations become i
 
 from __future__ import annotations
 
-__all__ = ["full_float32"]
+__all__ = ["at_least_float32", "full_float32"]
 
 import contextlib
 import warnings
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # PyTorch 2.9 added the setting ``fp32_precision`` of each operation of a backend.
 _OPERATIONS = (
@@ -25,6 +26,18 @@ _OPERATIONS = (
     (torch.backends.mkldnn, "rnn"),
 )
 _FULL = frozenset({"ieee", "none"})
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Convert 16-bit numbers to float32, because their sums would have 16 bits as well.
+
+    Args:
+        values: a tensor of floating-point numbers.
+
+    Returns:
+        The tensor itself if it is float32 or float64.
+    """
+    return values if values.dtype == torch.float64 else values.float()
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.base.full_float32 import at_least_float32
 from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.losses import LossSource, compute_loss
 from lightning_woodfisher.distributed.communicator import Communicator
@@ -214,7 +215,7 @@ def _batch_statistics(
 
 def _moments(inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and unbiased variance of each channel."""
-    wide = inputs if inputs.dtype == torch.float64 else inputs.float()
+    wide = at_least_float32(inputs)
     mean, variance = wide.new_zeros(2, wide.shape[1])
     # Running statistics with momentum 1; a few times faster than torch.var_mean on a CPU.
     F.batch_norm(wide, mean, variance, training=True, momentum=1.0)

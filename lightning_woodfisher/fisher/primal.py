@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_woodfisher.base.full_float32 import at_least_float32
 from lightning_woodfisher.fisher.base import (
     BlockwiseInverseFisher,
     group_products,
@@ -129,8 +130,7 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
         """View a unit's part of the rows, minus c, as ``[K, B, n]``."""
         unit = self.units[index]
         rows = rows[:, self._local(unit)]
-        # Sums of bfloat16 rows would be bfloat16.
-        rows = rows if rows.dtype == torch.float64 else rows.float()
+        rows = at_least_float32(rows)
         if self._shift is not None:
             rows = rows - self._shift[self._local(unit)]
         return rows.view(len(rows), unit.count, unit.size).permute(1, 2, 0)

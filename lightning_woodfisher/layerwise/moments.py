@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.base.full_float32 import at_least_float32
 from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.exact_sum import ExactSum
@@ -110,7 +111,9 @@ class MomentSums:
         xx = self._sum(x_most, (groups, d, d))
         x_total = self._sum(math.sqrt(x_most * length), (groups, d))
         for sample in self._samples:
-            pieces = self._map.pieces(_wide(sample.inputs), _wide(sample.targets))
+            pieces = self._map.pieces(
+                at_least_float32(sample.inputs), at_least_float32(sample.targets)
+            )
             for x, y in pieces:
                 yx.add(y.mT @ x)
                 yy.add(y.square().sum(1))
@@ -138,7 +141,7 @@ class MomentSums:
 
     def _largest_square(self, values: Tensor) -> float:
         """Return the largest sum of squares of a channel."""
-        channels = self._map.channels_last(_wide(values))
+        channels = self._map.channels_last(at_least_float32(values))
         return float(channels.square().flatten(0, -2).sum(0).max())
 
     def _sum(self, bound: float, shape: Sequence[int]) -> ExactSum:
@@ -170,8 +173,3 @@ def require_finite(
             f"inputs or outputs of {linear.name} are not finite in mini-batch {index} "
             f"({batches.describe(index)})"
         )
-
-
-def _wide(values: Tensor) -> Tensor:
-    """Convert 16-bit numbers to float32."""
-    return values if values.dtype == torch.float64 else values.float()

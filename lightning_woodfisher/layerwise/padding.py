@@ -43,10 +43,13 @@ class TokenMasks:
         labels = self._tensor("labels")
         if decoder is None and labels is not None:
             decoder = labels != _IGNORED_LABEL
-        found = {"encoder": self._tensor("attention_mask"), "decoder": decoder}
+        found: dict[Side, Tensor | None] = {
+            "encoder": self._tensor("attention_mask"),
+            "decoder": decoder,
+        }
         for side, mask in found.items():
             if mask is not None and not bool(mask.all()):
-                self._masks[side] = mask.bool()  # type: ignore[index]
+                self._masks[side] = mask.bool()
 
     def _tensor(self, key: str) -> Tensor | None:
         value = self._batch.get(key)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.base.full_float32 import at_least_float32
 from lightning_woodfisher.data.batches import Batches
 from lightning_woodfisher.data.isolation import (
     derive_seed,
@@ -214,7 +215,7 @@ def _require_repeatable(
 @torch.no_grad()
 def _add_inputs(surveyed: Surveyed, inputs: Tensor, outputs: Tensor) -> None:
     for x, _ in surveyed.map.pieces(inputs, outputs):
-        x = x if x.dtype == torch.float64 else x.float()
+        x = at_least_float32(x)
         # Autocast of the loss would round the sums to 16 bits.
         with torch.autocast(x.device.type, enabled=False):
             product = (x.mT @ x).double()
