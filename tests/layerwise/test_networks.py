@@ -16,8 +16,8 @@ import torchvision
 from torch import Tensor, nn
 
 from lightning_woodfisher import FisherConfig, PruningReport, SelectionConfig, prune
-from lightning_woodfisher.layerwise import step
 from lightning_woodfisher.weights.layers import find_inputs_first, prunable_parameters
+from tests.support.curvatures import record_curvatures
 
 BATCHES = 6
 TOKENS = 40
@@ -311,14 +311,7 @@ def test_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     batches = make_batches(case.kind)
     dense = make_network(case, batches)
-    made: list[Any] = []
-
-    class Counting(step.Curvature):
-        def __init__(self, *arguments: Any) -> None:
-            made.append(arguments)
-            super().__init__(*arguments)
-
-    monkeypatch.setattr(step, "Curvature", Counting)
+    made = record_curvatures(monkeypatch)
     inputs_first = find_inputs_first(dense, list(prunable_parameters(dense)))
     odd = tuple(
         f"^{re.escape(n)}$"

@@ -218,9 +218,9 @@ def test_compiled_modules(place: str, expected: dict[str, Tensor]) -> None:
     model = network()
     run = model
     if place == "whole":
-        run = torch.compile(model, backend="eager")  # type: ignore[assignment]
+        run = torch.compile(model, backend="eager")
     elif place == "part":
-        model[1] = torch.compile(model[1], backend="eager")  # type: ignore[index]
+        model[1] = torch.compile(model[1], backend="eager")
     else:
         model.compile(backend="eager")
     with torch.no_grad():

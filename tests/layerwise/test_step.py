@@ -26,6 +26,7 @@ from lightning_woodfisher import (
     sweep,
 )
 from lightning_woodfisher.weights.layers import prunable_parameters
+from tests.support.curvatures import record_curvatures
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -260,16 +261,7 @@ class Tied(nn.Module):
 
 
 def test_shared_inputs_and_tied_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_woodfisher.layerwise import step
-
-    made: list[Any] = []
-
-    class Counting(step.Curvature):
-        def __init__(self, *arguments: Any) -> None:
-            made.append(arguments)
-            super().__init__(*arguments)
-
-    monkeypatch.setattr(step, "Curvature", Counting)
+    made = record_curvatures(monkeypatch)
     model = Tied()
     report = reconstruct(model, vectors(), selection=SelectionConfig(scope="layer"))
     require_sparse(report, model, 0.6, by_layer=True)

@@ -62,7 +62,7 @@ class Auxiliary(nn.Module):
 
 def auxiliary_loss(model: Any, batch: Sequence[Tensor]) -> Tensor:
     outputs = model(batch[0], batch[1])
-    return sum(F.cross_entropy(o, batch[2]) for o in outputs.values())  # type: ignore[return-value]
+    return sum(F.cross_entropy(o, batch[2]) for o in outputs.values())
 
 
 def make_auxiliary() -> nn.Module:
@@ -77,7 +77,7 @@ def detection_loss(model: Any, batch: Sequence[Tensor]) -> Tensor:
         for box, label in zip(boxes, labels, strict=True)
     ]
     losses = model([*images], targets)
-    return sum(losses.values())  # type: ignore[return-value]
+    return sum(losses.values())
 
 
 def detection_inputs(data: Images) -> Any:
@@ -88,7 +88,7 @@ def detection_inputs(data: Images) -> Any:
 def make_faster_rcnn() -> nn.Module:
     detection = pytest.importorskip("torchvision.models.detection")
     backbone = nn.Sequential(conv_norm(3, 6, stride=2), nn.ReLU(), conv_norm(6, 8))
-    backbone.out_channels = 8  # type: ignore[assignment]
+    backbone.out_channels = 8
     torch.manual_seed(0)
     return detection.FasterRCNN(
         backbone,
@@ -119,7 +119,7 @@ def make_googlenet() -> nn.Module:
 def googlenet_loss(model: Any, batch: Sequence[Tensor]) -> Tensor:
     found = model(batch[0])
     outputs = (found.logits, found.aux_logits1, found.aux_logits2)
-    return sum(F.cross_entropy(output, batch[2]) for output in outputs)  # type: ignore[return-value]
+    return sum(F.cross_entropy(output, batch[2]) for output in outputs)
 
 
 # Samples cannot be told apart in the head of Faster R-CNN, whose rows are proposals.
@@ -206,7 +206,7 @@ def test_the_score_is_that_of_running_statistics_without_dropout() -> None:
         # The same loss, computed in evaluation mode.
         hidden = F.relu(network.mid(F.relu(network.stem(batch[0]))))
         outputs = network.tail(hidden), network.extra(hidden).mean((2, 3))
-        return sum(F.cross_entropy(o, batch[2]) for o in outputs)  # type: ignore[return-value]
+        return sum(F.cross_entropy(o, batch[2]) for o in outputs)
 
     source = FunctionLoss(model, data, auxiliary_loss)
     choose_evaluation(source, 0)
