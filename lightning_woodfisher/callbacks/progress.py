@@ -39,10 +39,9 @@ def describe_step(report: PruningReport) -> str:
             f"\nNot pruned in this step: {', '.join(report.left_dense)}; "
             f"{report.missing:,} weights are missing from the target"
         )
-    empty = [layer.name for layer in report.layers if layer.sparsity == 1.0]
-    if empty:
+    if report.empty_layers:
         text += (
-            f"\nNo weight is left in {', '.join(empty)}: set "
+            f"\nNo weight is left in {', '.join(report.empty_layers)}: set "
             "selection.max_layer_sparsity, such as 0.98, or lower the target"
         )
     if report.raised_damping:

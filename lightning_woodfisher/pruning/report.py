@@ -213,6 +213,11 @@ class PruningReport:
         return max(0, round(self.target_sparsity * self.weights) - self.zeros)
 
     @property
+    def empty_layers(self) -> list[str]:
+        """Names of the layers without any weight left."""
+        return [layer.name for layer in self.layers if layer.sparsity == 1.0]
+
+    @property
     def model_sparsity(self) -> float | None:
         """Share of all parameters of the model that is zero after the step."""
         if self.model_parameters is None or self.model_zeros is None:

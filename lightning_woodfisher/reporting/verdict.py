@@ -41,13 +41,11 @@ def describe_result(reports: Reports, steps_left: int = 0) -> list[str]:
                 f"{name} was {before:.4g} before pruning and is {after:.4g} now."
             )
     last = reports[-1]
-    if isinstance(last, PruningReport):
-        empty = [layer.name for layer in last.layers if layer.sparsity == 1.0]
-        if empty:
-            sentences.append(
-                f"No weight is left in {', '.join(empty)}: set "
-                "selection.max_layer_sparsity, or lower the target."
-            )
+    if isinstance(last, PruningReport) and last.empty_layers:
+        sentences.append(
+            f"No weight is left in {', '.join(last.empty_layers)}: set "
+            "selection.max_layer_sparsity, or lower the target."
+        )
     return sentences
 
 
