@@ -40,6 +40,7 @@ from lightning_woodfisher.pruning.schedule import (
     OneShotSchedule,
     PlannedStep,
     PruningSchedule,
+    keeps_zeros,
 )
 from lightning_woodfisher.reporting.loggers import log_end, log_settings
 from lightning_woodfisher.resources.budget import require_supported_device
@@ -47,7 +48,9 @@ from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import (
     Group,
     add_prefix,
+    channel_masks,
     masked_parameters,
+    zero_structures,
 )
 from lightning_woodfisher.structured.graph.inputs import capture_inputs
 from lightning_woodfisher.structured.network_cost import measure_latency
@@ -130,6 +133,8 @@ class StructuredPruningCallback(PruningCallback):
         self._prefix = ""
         self._inputs: Any = None
         self._groups: tuple[Group, ...] = ()
+        # Channels that were zero before the first step and stay so, by group.
+        self._zero_channels: dict[str, tuple[int, ...]] = {}
         self._removal_plan: RemovalPlan | None = None
         self._implants = ImplantConfig()
         self._implantable: dict[str, tuple[str, ...]] = {}
@@ -152,15 +157,18 @@ class StructuredPruningCallback(PruningCallback):
     @property
     def removed(self) -> dict[str, tuple[int, ...]]:
         """The removed channels, by group of the network."""
-        return self._names_of_network(self._last_report("removed"))
+        return self._names_of_network(self._removed_so_far())
 
     @property
     def implanted(self) -> dict[str, tuple[int, ...]]:
         """The channels with 1×1 filters, by group of the network."""
-        return self._names_of_network(self._last_report("implanted"))
+        return self._names_of_network(self._implanted_so_far())
 
-    def _last_report(self, field: str) -> dict[str, Any]:
-        return getattr(self.reports[-1], field) if self.reports else {}
+    def _removed_so_far(self) -> dict[str, tuple[int, ...]]:
+        return self.reports[-1].removed if self.reports else self._zero_channels
+
+    def _implanted_so_far(self) -> dict[str, tuple[int, ...]]:
+        return self.reports[-1].implanted if self.reports else {}
 
     def _names_of_network(self, groups: dict[str, Any]) -> dict[str, Any]:
         prefix = self._module_name("")
@@ -221,7 +229,8 @@ class StructuredPruningCallback(PruningCallback):
         if self.masks is not None:  # Otherwise nothing was left to train.
             steps = f"{len(self.reports)} of {len(self._plan)} pruning steps"
             self._warn_of_missed_steps(trainer, steps)
-        if self.export_path and self.reports and trainer.is_global_zero:
+        pruned = self.reports or self._zero_channels
+        if self.export_path and pruned and trainer.is_global_zero:
             smaller = self.shrunk_model(pl_module).state_dict()
             save_shrunk(self.export_path, smaller, self.removal_plan)
 
@@ -310,6 +319,9 @@ class StructuredPruningCallback(PruningCallback):
         return masked_parameters(module, add_prefix(self._groups, self._prefix))
 
     def _make_plan(self, trainer: pl.Trainer) -> tuple[PlannedStep, ...]:
+        self._zero_channels = {}
+        if not self._done and keeps_zeros(self.schedule):
+            self._keep_zero_channels(trainer.lightning_module)
         if getattr(trainer, "fast_dev_run", False):
             return (PlannedStep("epoch", 0, self.target),)
         return self.schedule.plan(self.target, training_horizon(trainer, self.schedule))
@@ -337,6 +349,15 @@ class StructuredPruningCallback(PruningCallback):
         }
         log_settings(trainer, settings, self.schedule, prefix="channel_")
 
+    def _keep_zero_channels(self, module: nn.Module) -> None:
+        """Count channels that are zero as removed, unless a whole group is zero."""
+        groups = add_prefix(self._groups, self._prefix)
+        sizes = {group.name: group.size for group in groups}
+        found = zero_structures(module, groups)
+        removed = {n: s for n, s in found.items() if len(s) < sizes[n]}
+        self._get_masks().prune(channel_masks(module, groups, removed))
+        self._zero_channels = {n: tuple(s.tolist()) for n, s in removed.items()}
+
     # ------------------------------------------------------------------ the step
 
     def _has_work(self, target: PlannedStep) -> bool:
@@ -355,7 +376,7 @@ class StructuredPruningCallback(PruningCallback):
         self, trainer: pl.Trainer, module: pl.LightningModule, report: StructureReport
     ) -> None:
         """Set the optimizer state of new 1×1 filters to zero."""
-        earlier = self._last_report("implanted")
+        earlier = self._implanted_so_far()
         for group, structures in report.implanted.items():
             new = sorted({*structures} - {*earlier.get(group, ())})
             for layer in self._implantable[group]:
@@ -426,8 +447,8 @@ class StructuredPruningCallback(PruningCallback):
             Communicator(module.device),
             self._implants,
             self._implantable,
-            self._last_report("removed"),
-            self._last_report("implanted"),
+            self._removed_so_far(),
+            self._implanted_so_far(),
         )
 
 

@@ -56,6 +56,7 @@ from lightning_woodfisher.pruning.schedule import (
     PlannedStep,
     PolynomialSchedule,
     PruningSchedule,
+    keeps_zeros,
 )
 from lightning_woodfisher.pruning.selector import (
     find_untrained,
@@ -266,10 +267,7 @@ class WoodFisherPruningCallback(PruningCallback):
         plan = self.schedule.plan(
             self.target_sparsity, training_horizon(trainer, self.schedule)
         )
-        starts_sparse = getattr(self.schedule, "initial_sparsity", 0.0) > 0
-        if not self._done and (
-            starts_sparse or isinstance(self.schedule, ConstantSchedule)
-        ):
+        if not self._done and keeps_zeros(self.schedule):
             empty = find_untrained(masks, share=1.0)
             prune_zeros(masks, self.config.selection, empty)
             if empty:

@@ -13,6 +13,7 @@ __all__ = [
     "PlannedStep",
     "PolynomialSchedule",
     "PruningSchedule",
+    "keeps_zeros",
 ]
 
 import math
@@ -299,6 +300,20 @@ class PolynomialSchedule(PruningSchedule):
             f"end_{self.unit}={self.end}, every_n_{self.unit}s={self.every}, "
             f"degree={self.degree}, initial_sparsity={self.initial_sparsity})"
         )
+
+
+def keeps_zeros(schedule: PruningSchedule) -> bool:
+    """Return whether zeros that a network has when fit starts count as pruned.
+
+    Args:
+        schedule: of the fit.
+
+    Returns:
+        True for :class:`ConstantSchedule` and for an ``initial_sparsity``.
+    """
+    if isinstance(schedule, ConstantSchedule):
+        return True
+    return getattr(schedule, "initial_sparsity", 0.0) > 0.0
 
 
 def _after(share: float, length: int) -> int:

@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_woodfisher import (
     ConfigurationError,
+    ConstantSchedule,
     HAPPruningCallback,
     PolynomialSchedule,
     PruningError,
@@ -349,6 +350,36 @@ def test_channels_then_weights_in_one_run(channels_first: bool) -> None:
     for name in masks.parameters:
         if name in gone:
             assert not bool((masks.kept(name) & gone[name]).any())
+
+
+def test_fine_tuning_keeps_channels_that_are_zero(tmp_path: Path) -> None:
+    """From the weights alone: a channel is removed if all of it is zero."""
+    first = structured(config=config(structure="conv"))
+    module = Module()
+    trainer(first).fit(module, loader())
+    assert removed_of(first) == CHANNELS // 2
+    # A layer that begins with zeros is not one without channels.
+    for name in ("stem", "bn", "conv2", "bn2"):
+        for parameter in module.net.get_submodule(name).parameters():
+            torch.nn.init.zeros_(parameter)
+    again = structured(
+        config=config(structure="conv"),
+        schedule=ConstantSchedule(),
+        export_path=str(tmp_path / "small"),
+    )
+    tuned = Module()
+    tuned.load_state_dict(module.state_dict())
+    trainer(again).fit(tuned, loader())
+    assert again.reports == []
+    assert again.removed == {"conv1": first.removed["conv1"]}
+    assert not torch.equal(tuned.net.conv1.weight, module.net.conv1.weight)
+    assert bool(again.masks.kept("net.stem.weight").all())
+    small = load_shrunk(tmp_path / "small", ResidualNet()).eval()
+    assert small.conv1.out_channels == 8 - len(again.removed["conv1"])
+    pixels = images(16).tensors[0]
+    torch.testing.assert_close(
+        small(pixels), tuned.eval().net(pixels), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
