@@ -9,14 +9,20 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_woodfisher.base.clock import Progress
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.data.batches import known_length
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import reshard
+from lightning_woodfisher.distributed.same_settings import (
+    require_same_settings,
+    shapes_by_name,
+)
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.layerwise.config import LayerwiseConfig
 from lightning_woodfisher.pruning.config import (
@@ -90,6 +96,14 @@ def prune(
     if (target_sparsity is None) == (flops_target is None):
         raise ConfigurationError("give either target_sparsity or flops_target.")
     config = PruningConfig(criterion, fisher, selection, step, flops_target, layerwise)
+    comm = Communicator(next(model.parameters(), torch.empty(0)).device)
+    settings = {
+        "target_sparsity": target_sparsity,
+        **vars(config),
+        "length of the data": known_length(data),
+        **shapes_by_name(model),
+    }
+    require_same_settings(settings, comm)
     if target_sparsity is not None:
         check_sparsity(target_sparsity)
         require_target_fits(config.selection, target_sparsity)
@@ -104,7 +118,6 @@ def prune(
     require_pattern_fits(model, parameters, config.selection.pattern)
     masks = Masks(parameters, find_inputs_first(model, list(parameters)))
     prune_zeros(masks, config.selection)
-    comm = Communicator(next(iter(parameters.values())).device)
     source = FunctionLoss(model, data, loss_fn)
     config, note = fit_to_data(config, source)
     if note and comm.rank == 0:

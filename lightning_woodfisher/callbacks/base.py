@@ -35,7 +35,6 @@ from lightning_woodfisher.callbacks.averaging import (
 from lightning_woodfisher.callbacks.checks import (
     require_masks_hold,
     require_same_selection,
-    require_same_settings,
     require_supported,
     require_weight_decay,
     require_writable,
@@ -47,8 +46,10 @@ from lightning_woodfisher.callbacks.progress import announce
 from lightning_woodfisher.callbacks.signals import delay_signals
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.data.losses import LossSource
+from lightning_woodfisher.distributed.checksum import checksum
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import reshard
+from lightning_woodfisher.distributed.same_settings import require_same_settings
 from lightning_woodfisher.export.state_dict_files import write_atomically
 from lightning_woodfisher.pruning.schedule import PlannedStep, PruningSchedule, Unit
 from lightning_woodfisher.reporting.loggers import log_figures, log_step
@@ -130,6 +131,8 @@ class PruningCallback(MaskGuard, ABC):
         self._needs_rehearsal = False
         self._done: list[tuple[Unit, int]] = []
         self._restored_masks: Mapping[str, Any] | None = None
+        # Epoch and optimizer steps of the checkpoint that was loaded.
+        self._restored_position: tuple[Any, Any] | None = None
         self._monitors = MonitorHold()
 
     # ------------------------------------------------------------------ for subclasses
@@ -215,7 +218,7 @@ class PruningCallback(MaskGuard, ABC):
             # loaded after this.
             self.masks, self.reports, self._done = None, [], []
             self._logged = {}
-            self._restored_masks = None
+            self._restored_masks = self._restored_position = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Select the parameters and load the masks of a checkpoint.
@@ -231,7 +234,11 @@ class PruningCallback(MaskGuard, ABC):
             "loss_method": self.loss_method,
             **self._settings(),
         }
-        require_same_settings(settings, Communicator(pl_module.device))
+        comm = Communicator(pl_module.device)
+        require_same_settings(settings, comm)
+        # Each node may have a folder of its own with an older checkpoint.
+        remedy = "let all ranks load the same checkpoint"
+        require_same_settings(self._describe_restored(), comm, remedy)
         if not self._removes_channels:
             self._create_masks(trainer, pl_module)
             if not trainer.strategy.restore_checkpoint_after_setup:
@@ -455,6 +462,7 @@ class PruningCallback(MaskGuard, ABC):
         """
         if trainer.state.fn != "fit":
             return
+        self._restored_position = checkpoint.get("epoch"), checkpoint.get("global_step")
         require_same_selection(trainer, checkpoint, self)
         states = checkpoint.get("callbacks", {})
         if self.state_key in states:
@@ -683,6 +691,18 @@ class PruningCallback(MaskGuard, ABC):
                     f"two pruning callbacks select the same weights: "
                     f"{', '.join(shared[:8])}; separate them with only and exclude."
                 )
+
+    def _describe_restored(self) -> dict[str, Any]:
+        """Return what all ranks must have loaded from a checkpoint, by name."""
+        masks = self._restored_masks or {}
+        return {
+            "position (epoch, optimizer steps) in the checkpoint": self._restored_position,
+            "list of pruning steps in the checkpoint": self._done,
+            **{
+                f"hash of the mask of {name!r} in the checkpoint": int(checksum(mask))
+                for name, mask in masks.items()
+            },
+        }
 
     def _load_restored_masks(self) -> None:
         if self._restored_masks is not None:

@@ -7,7 +7,6 @@ __all__ = [
     "require_enough_batches",
     "require_masks_hold",
     "require_same_selection",
-    "require_same_settings",
     "require_supported",
     "require_weight_decay",
     "require_writable",
@@ -15,12 +14,10 @@ __all__ = [
     "training_samples",
 ]
 
-import dataclasses
-import json
 import math
 import os
 import tempfile
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +43,7 @@ from lightning_woodfisher.base.lightning_names import (
     has_callback,
 )
 from lightning_woodfisher.base.text_table import format_table
-from lightning_woodfisher.data.batches import Batches, StreamBatches
-from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.data.batches import Batches, StreamBatches, known_length
 from lightning_woodfisher.pruning.schedule import (
     Horizon,
     PlannedStep,
@@ -127,11 +123,7 @@ def training_samples(trainer: pl.Trainer) -> int | None:
     Returns:
         Length of the dataset, or of the dataloader; None if it has none.
     """
-    loader: Any = trainer.train_dataloader
-    try:
-        return len(getattr(loader, "dataset", loader))
-    except TypeError:
-        return None
+    return known_length(trainer.train_dataloader)
 
 
 def require_enough_batches(batches: Batches, data: Any, num_gradients: int) -> None:
@@ -284,44 +276,6 @@ def require_masks_hold(masks: Masks) -> None:
             f"pruned are not zero, by parameter: {violations}. Was it edited, or saved "
             "from averaged weights?"
         )
-
-
-def require_same_settings(
-    settings: Mapping[str, Any], communicator: Communicator
-) -> None:
-    """Check that all ranks have the same settings. Call on all ranks.
-
-    Args:
-        settings: values by name; dataclasses are compared field by field, other values by
-            their ``repr``.
-        communicator: the ranks. If one differs, it raises :class:`ConfigurationError`, and
-            the others an error with its text.
-    """
-    if communicator.world_size == 1:
-        return
-    own = {name: repr(value) for name, value in _flatten(settings)}
-    first = json.loads(communicator.broadcast_text(json.dumps(own)))
-    error: ConfigurationError | None = None
-    for name in [*first, *own]:
-        here, there = own.get(name, "missing"), first.get(name, "missing")
-        if here != there:
-            error = ConfigurationError(
-                f"{name} is {here} on rank {communicator.rank}, but {there} on rank 0; "
-                "give all ranks the same."
-            )
-            break
-    communicator.raise_together(error)
-
-
-def _flatten(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Iterate over settings by name, and over the fields of dataclasses by dotted name."""
-    for name, value in settings.items():
-        if dataclasses.is_dataclass(value):
-            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-            for field, inner in _flatten(fields):
-                yield f"{name}.{field}", inner
-        else:
-            yield name, value
 
 
 def require_writable(name: str, path: str | os.PathLike[str] | None) -> None:

@@ -9,6 +9,7 @@ __all__ = [
     "RepeatableStream",
     "StreamBatches",
     "TooFewSamplesError",
+    "known_length",
     "leaves_of",
     "loader_batches",
     "require_rereadable",
@@ -269,6 +270,21 @@ def _warn_unknown_sampler(sampler: str) -> None:
         "torch.utils.data.Subset to exclude samples.",
         stacklevel=4,
     )
+
+
+def known_length(data: Any) -> int | None:
+    """Return the number of samples of a dataset or of the dataset of a dataloader.
+
+    Args:
+        data: a dataset, a dataloader, or an iterable of batches, which are counted.
+
+    Returns:
+        The number; None if it is not known before reading.
+    """
+    try:
+        return len(getattr(data, "dataset", data))
+    except TypeError:
+        return None
 
 
 class CachedBatches(Batches):

@@ -21,12 +21,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_woodfisher.base.clock import PhaseClock
 from lightning_woodfisher.base.errors import ConfigurationError, require_number
-from lightning_woodfisher.data.batches import require_rereadable
+from lightning_woodfisher.data.batches import known_length, require_rereadable
 from lightning_woodfisher.data.batchnorm import estimate_statistics
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import (
@@ -36,6 +37,10 @@ from lightning_woodfisher.data.losses import (
     compute_losses,
 )
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.distributed.same_settings import (
+    require_same_settings,
+    shapes_by_name,
+)
 from lightning_woodfisher.resources.budget import require_supported_device
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import (
@@ -327,6 +332,14 @@ def prune_structures(
     Raises:
         ConfigurationError: for settings that cannot work, before anything is computed.
     """
+    comm = Communicator(next(model.parameters(), torch.empty(0)).device)
+    settings = {
+        "target": target,
+        "config": config,
+        "length of the data": known_length(data),
+        **shapes_by_name(model),
+    }
+    require_same_settings(settings, comm)
     require_target(target)
     require_rereadable(data)
     require_supported_device(model, dict(model.named_parameters()))
@@ -346,7 +359,6 @@ def prune_structures(
             mode=source.evaluation,
         ).groups
     masks = Masks(masked_parameters(model, groups))
-    comm = Communicator(next(iter(masks.parameters.values())).device)
     removed = {n: s.tolist() for n, s in zero_structures(model, groups).items()}
     pruner = StructurePruner(groups, masks, config, comm, removed=removed)
     return pruner.step(source, target), tuple(groups)

@@ -23,9 +23,13 @@ from torch.utils.data import Dataset
 from lightning_woodfisher.base.byte_sizes import parse_bytes
 from lightning_woodfisher.base.clock import Progress, no_progress
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError, nearest
-from lightning_woodfisher.data.batches import require_rereadable
+from lightning_woodfisher.data.batches import known_length, require_rereadable
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.distributed.same_settings import (
+    require_same_settings,
+    shapes_by_name,
+)
 from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.layerwise.config import LayerwiseConfig
 from lightning_woodfisher.pruning.config import (
@@ -150,6 +154,15 @@ def sweep(
     require_rereadable(data)
     config = PruningConfig(criterion, fisher, selection, step, layerwise=layerwise)
     settings = expand_grid(grid, config, target_sparsity)
+    found = {
+        "number of settings": len(settings),
+        **{f"setting {i}": s.config for i, s in enumerate(settings)},
+        **{f"setting {i}.{TARGET}": s.target_sparsity for i, s in enumerate(settings)},
+        "length of the data": known_length(data),
+        **shapes_by_name(model),
+    }
+    device = next(model.parameters(), torch.empty(0)).device
+    require_same_settings(found, Communicator(device))
     return run_sweep(
         FunctionLoss(model, data, loss_fn), evaluate, settings, row_memory, progress
     )

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from fits import Classifier, Counting, loader, pruning, trainer
+from fits import (
+    Classifier,
+    Counting,
+    convolutional,
+    differences,
+    images,
+    loader,
+    pruning,
+    trainer,
+)
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -23,8 +35,16 @@ from lightning_woodfisher import (
     OneShotSchedule,
     PolynomialSchedule,
     PruningError,
+    PruningSchedule,
     SelectionConfig,
+    StepConfig,
+    StructureConfig,
+    prune,
+    prune_structures,
+    sweep,
 )
+from lightning_woodfisher.distributed.communicator import Communicator
+from lightning_woodfisher.pruning.schedule import PlannedStep
 
 
 class Bare(Counting):
@@ -335,3 +355,176 @@ def test_ranks_with_other_settings_end_before_training(
 ) -> None:
     errors = ranks.run(2, fit_differently, name, launch="trainer", timeout=60)
     assert all(text in error for error in errors), errors
+
+
+# What rank 1 loads, with the position and the masks of another checkpoint than rank 0.
+OTHER_CHECKPOINTS = {
+    "older": "position (epoch, optimizer steps) in the checkpoint is (0, 3) on rank 1, "
+    "but (1, 6) on rank 0",
+    "none": "position (epoch, optimizer steps) in the checkpoint is None on rank 1, but "
+    "(1, 6) on rank 0",
+    "other masks": "hash of the mask of 'net.0.weight' in the checkpoint is ",
+    "fewer steps": "list of pruning steps in the checkpoint is [('epoch', 0)] on rank 1, "
+    "but [('epoch', 0), ('epoch', 1)] on rank 0",
+}
+
+
+def resume_differently(folder: str) -> list[str]:
+    """Job: resume on two ranks from different checkpoints; return the errors."""
+    os.chdir(folder)
+    rank = os.environ["RANK"]
+
+    def make(**options: Any) -> pl.Trainer:
+        many = {"devices": 2, "strategy": "ddp", "max_epochs": 4}
+        return trainer(pruning(schedule=PolynomialSchedule(0, 2)), **many, **options)
+
+    saving = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    first = make(enable_checkpointing=True)
+    first.callbacks.append(saving)
+    first.fit(Classifier(), loader(shuffle=False))
+    checkpoint = torch.load("epoch=1.ckpt", weights_only=True)
+    (state,) = [v for k, v in checkpoint["callbacks"].items() if "WoodFisher" in k]
+    whole = list(state["done"])
+    state["done"] = whole[:1]
+    torch.save(checkpoint, f"fewer steps {rank}.ckpt")
+    state["done"] = whole
+    kept = state["masks"]["net.0.weight"]
+    kept[kept.nonzero()[0].tolist()] = False
+    torch.save(checkpoint, f"other masks {rank}.ckpt")
+    texts = []
+    for name in OTHER_CHECKPOINTS:
+        path: str | None = f"{name} {rank}.ckpt"
+        if name in {"older", "none"}:
+            path = "epoch=0.ckpt" if name == "older" else None
+        if rank == "0":
+            path = "epoch=1.ckpt"
+        try:
+            make().fit(Classifier(), loader(shuffle=False), ckpt_path=path)
+            texts.append("")
+        except (ConfigurationError, PruningError) as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_ranks_with_other_checkpoints_end_before_training(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    for texts in ranks.run(2, resume_differently, str(tmp_path), launch="trainer"):
+        for text, expected in zip(texts, OTHER_CHECKPOINTS.values(), strict=True):
+            assert expected in text
+            assert text.endswith("; let all ranks load the same checkpoint.")
+
+
+class Endless(PruningSchedule):
+    """A schedule whose ``repr`` is its address in memory."""
+
+    def plan(self, target_sparsity: float, horizon: Any) -> tuple[PlannedStep, ...]:
+        return (PlannedStep("epoch", 0, target_sparsity),)
+
+
+def fit_with_own_schedule() -> int:
+    """Job: the addresses of objects differ between ranks."""
+    kept = [object() for _ in range(int(os.environ["RANK"]))]
+    pruner = pruning(schedule=Endless())
+    fitted = trainer(pruner, max_epochs=1, devices=2, strategy="ddp")
+    fitted.fit(Classifier(), loader(shuffle=False))
+    return len(pruner.reports) + 0 * len(kept)
+
+
+def test_settings_are_compared_without_addresses(ranks: RankPool) -> None:
+    assert ranks.run(2, fit_with_own_schedule, launch="trainer") == [1, 1]
+
+
+def small_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def prune_once(model: nn.Module, data: Any, **options: Any) -> None:
+    settings = {"target_sparsity": 0.5, "fisher": FisherConfig(6, 2, 16)}
+    prune(model, data, small_loss, **{**settings, **options})
+
+
+def prune_layers(model: nn.Module, data: Any, **options: Any) -> None:
+    prune_once(model, data, **{"criterion": "layerwise", **options})
+
+
+def prune_channels(model: nn.Module, data: Any, target: float = 0.5, **o: Any) -> None:
+    settings = StructureConfig(**{"num_samples": 6, "batch_size": 2, **o})
+    inputs = torch.zeros(2, 1, 8, 8)
+    options = {"config": settings, "example_inputs": inputs}
+    prune_structures(model, data, small_loss, target=target, **options)
+
+
+def sweep_twice(model: nn.Module, data: Any, **options: Any) -> None:
+    grid = options.pop("grid", {"target_sparsity": [0.5, 0.75]})
+    settings = {"fisher": FisherConfig(6, 2, 16), **options}
+    sweep(model, data, small_loss, lambda m: 0.0, grid, **settings)
+
+
+# A function, what differs on rank 1, and the error of all ranks.
+CALLS: list[tuple[Callable[..., None], dict[str, Any], str]] = [
+    (prune_once, {"target_sparsity": 0.6}, "target_sparsity is 0.6 on rank 1, but 0.5"),
+    (prune_once, fisher(num_gradients=9), "fisher.num_gradients is 9 on rank 1, but 6"),
+    (prune_once, {"step": StepConfig(seed=3)}, "step.seed is 3 on rank 1, but 0"),
+    (prune_once, {"count": 40}, "length of the data is 40 on rank 1, but 48"),
+    (
+        prune_once,
+        {"classes": 5},
+        "shape of '7.weight' is (5, 12) on rank 1, but (4, 12)",
+    ),
+    (
+        prune_once,
+        selection(exclude=["0"]),
+        "selection.exclude is ['0'] on rank 1, but []",
+    ),
+    (prune_once, {"weight": "7.weight"}, "weights of '7.weight' (rank 1 differs from"),
+    (
+        prune_layers,
+        {"weight": "5.weight"},
+        "weights of '5.weight' (rank 1 differs from",
+    ),
+    (prune_layers, {"step": StepConfig(seed=3)}, "step.seed is 3 on rank 1, but 0"),
+    (prune_channels, {"target": 0.4}, "target is 0.4 on rank 1, but 0.5"),
+    (prune_channels, {"seed": 7}, "config.seed is 7 on rank 1, but 0"),
+    (prune_channels, {"num_samples": 8}, "config.num_samples is 8 on rank 1, but 6"),
+    (prune_channels, {"count": 40}, "length of the data is 40 on rank 1, but 48"),
+    (prune_channels, {"weight": "0.weight"}, "weights of '0.weight' (rank 1 differs"),
+    (
+        sweep_twice,
+        {"grid": {"damping": [1.0]}},
+        "number of settings is 1 on rank 1, but 2",
+    ),
+    (sweep_twice, {"step": StepConfig(seed=3)}, "setting 0.step.seed is 3 on rank 1"),
+    (sweep_twice, {"count": 40}, "length of the data is 40 on rank 1, but 48"),
+]
+
+
+def call_differently() -> list[str]:
+    """Job: call functions on two ranks with one difference; return the errors."""
+    texts = []
+    for function, change, _ in CALLS:
+        torch.manual_seed(2)
+        mine = dict(change) if Communicator().rank == 1 else {}
+        model = convolutional()
+        if "classes" in mine:
+            model[7] = nn.Linear(12, mine.pop("classes"))
+        if "weight" in mine:
+            with torch.no_grad():
+                model.get_parameter(mine.pop("weight")).view(-1)[3] += 1e-3
+        data = images(mine.pop("count", 48))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        try:
+            function(model, data, **mine)
+            texts.append("")
+        except (ConfigurationError, PruningError) as error:
+            texts.append(str(error))
+        assert differences(model.state_dict(), before) == []
+    return texts
+
+
+def test_ranks_that_call_functions_differently_end_before_the_step(
+    ranks: RankPool,
+) -> None:
+    for texts in ranks.run(2, call_differently):
+        for text, (_, change, expected) in zip(texts, CALLS, strict=True):
+            assert expected in text, change
