@@ -84,6 +84,25 @@ def test_a_folder_gives_the_network_and_leaves_the_dense_one(tmp_path: Path) -> 
     assert torch.equal(found(images()), expected(images()))
 
 
+class Versioned(nn.Sequential):
+    """Loads a state of its own version only, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        assert local_metadata.get("version") == self._version
+        super()._load_from_state_dict(state, prefix, local_metadata, *rest)
+
+
+def test_layers_are_loaded_with_their_versions(tmp_path: Path) -> None:
+    model = Versioned(*chain())
+    plan = shrink(model, chain_groups(), {"0": [1]})
+    save_shrunk(tmp_path / "small", model.state_dict(), plan)
+    assert_same(load_shrunk(tmp_path / "small", Versioned(*chain())), model)
+
+
 def test_a_checkpoint_gives_the_network_or_the_whole_module(tmp_path: Path) -> None:
     expected = write_checkpoint(tmp_path / "a.ckpt")
     assert_same(load_shrunk(tmp_path / "a.ckpt", chain()), expected.net)

@@ -68,15 +68,18 @@ def load_shrunk(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     else:
         plan, weights = read_shrunk(read_checkpoint(path))
     prefix = _find_prefix(path, plan, weights, model)
-    weights = {
+    smaller = copy.deepcopy(model)
+    plan.without_prefix(prefix).apply(smaller)
+    # With the versions of its layers, which some need to load a state (MNASNet).
+    state = smaller.state_dict()
+    found = {
         name.removeprefix(prefix): value
         for name, value in weights.items()
         if name.startswith(prefix)
     }
-    smaller = copy.deepcopy(model)
-    plan.without_prefix(prefix).apply(smaller)
-    _require_loadable(path, weights, smaller)
-    smaller.load_state_dict(weights)
+    _require_loadable(path, found, smaller)
+    state.update(found)
+    smaller.load_state_dict(state)
     return smaller
 
 
