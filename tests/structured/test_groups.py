@@ -480,3 +480,33 @@ def test_what_training_mode_alone_uses_is_reported() -> None:
     assert "do not reach it" in traced.left_out["extra"]
     assert "fails without its channels" in traced.left_out["stem.0"]
     assert [group.name for group in traced.groups] == ["tail.0.0"]
+
+
+class Rotary(nn.Module):
+    """Attention with rotary positions, and keys and values for two heads each (Llama)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.k, self.v = nn.Linear(16, 8), nn.Linear(16, 8)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [n, t, 16]
+        n, t, _ = tokens.shape
+        layers = self.q, self.k, self.v
+        q, k, v = (f(tokens).view(n, t, -1, 4).transpose(1, 2) for f in layers)
+        q, k = self.rotate(q), self.rotate(k)
+        k, v = (x[:, :, None].expand(n, 2, 2, t, 4).reshape(n, 4, t, 4) for x in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        tokens = tokens + self.o(mixed.reshape(n, t, 16))
+        return tokens + self.down(F.relu(self.up(tokens)))
+
+    def rotate(self, heads: Tensor) -> Tensor:
+        return heads + torch.cat([-heads[..., 2:], heads[..., :2]], -1)
+
+
+@pytest.mark.timeout(60)
+def test_index_maps_that_do_not_fit_together_end() -> None:
+    traced = trace_groups(Rotary(), torch.randn(2, 3, 16))
+    assert [group.layers for group in traced.groups] == [("up",)]
+    assert traced.left_out.keys() == {"q", "k", "v", "o", "down"}

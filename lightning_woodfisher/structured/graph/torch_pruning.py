@@ -6,7 +6,7 @@ __all__ = ["trace_coupling"]
 
 import traceback
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -144,12 +144,19 @@ def _unite_dependents(
     roots = coupling.channels[name, "out"]
     node, function = graph.module2node[layer], _output_pruner(graph, layer)
     visited: dict[tuple[Any, Any], set[_Index]] = defaultdict(set)
-    waiting = [(node, function, [_Index(i, i) for i in range(len(roots))])]
+    # Near ones first, and nothing beyond an obstacle: where the index maps along a cycle
+    # do not fit together (rotary positions, repeated heads), indices would grow forever.
+    waiting = deque([(node, function, [_Index(i, i) for i in range(len(roots))])])
+    most = max(map(len, coupling.channels.values()))
     suspects: dict[str, None] = {}
     while waiting:
-        node, function, indices = waiting.pop()
+        node, function, indices = waiting.popleft()
         known = visited[node, function]
-        fresh = [index for index in dict.fromkeys(indices) if index not in known]
+        fresh = [
+            index
+            for index in dict.fromkeys(indices)
+            if index not in known and coupling.reason(roots[index.root_idx]) is None
+        ]
         known.update(fresh)
         if not fresh:
             continue
@@ -163,6 +170,8 @@ def _unite_dependents(
             else:
                 for channel, index in zip(channels, fresh, strict=True):
                     coupling.unite(roots[index.root_idx], channel)
+        if reason is None and max(index.idx for index in fresh) >= most:
+            reason = "its channels are rearranged in a way that is not followed"
         if reason is not None:
             _leave_out(coupling, roots, fresh, reason)
             continue
