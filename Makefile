@@ -16,7 +16,7 @@ TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-ddp demo-transformer examples test test-all test-fast test-oldest test-slurm test-gpu coverage soak \
-	mutants bench gpu-check check format docs clean
+	zoo mutants bench gpu-check check format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -95,6 +95,11 @@ test-slurm: $(VENV)/.dev  ## run the tests on a SLURM of two nodes, started for 
 soak: export OMP_NUM_THREADS = 1
 soak: $(VENV)/.dev  ## long tests: random configurations (SOAK_SEED chooses others), flat memory
 	$(PYTEST) -m soak $(PYTEST_ARGS)
+
+zoo: export OMP_NUM_THREADS = 1
+zoo: $(VENV)/.dev  ## prune all networks of torchvision, some of timm and transformers (hours; goes on if killed)
+	$(PIP) install --quiet timm transformers
+	$(BIN)/python -m tests.zoo.run $(ZOO_ARGS)
 
 mutants: export OMP_NUM_THREADS = 1
 mutants: $(VENV)/.dev  ## break lines of the core one by one; the tests must notice
