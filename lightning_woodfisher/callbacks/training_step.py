@@ -168,7 +168,7 @@ class TrainingStepLoss(LossSource):
         if isinstance(result, dict):
             result = result.get("loss")
         remedy = "return one, or set loss_method= to a method that does"
-        return scalar_loss(result, index, origin, remedy)
+        return scalar_loss(result, index, origin, remedy, batch)
 
     @contextlib.contextmanager
     def session(self, mode: ModelMode) -> Iterator[None]:

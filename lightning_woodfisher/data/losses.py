@@ -22,12 +22,20 @@ import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.nn.modules.loss import _Loss
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+)
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.base.host_copy import upload
@@ -65,7 +73,10 @@ class LossSource(ABC):
             keep float16 gradients from underflowing.
         predictor: the module that returns logits for the inputs of a batch.
         evaluation: the mode of the model in sessions of mode ``"eval"``.
+        usage: how the function of the user is called, to explain its errors.
     """
+
+    usage: str = ""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -131,11 +142,21 @@ class FunctionLoss(LossSource):
 
     Args:
         model: the network.
-        data: a map-style Dataset of samples, a DataLoader, or an iterable of batches.
+        data: a map-style Dataset of samples, a list of samples ``(inputs, number)``, a
+            tuple of tensors ``(inputs, labels)``, a DataLoader, or an iterable of batches.
             Only the dataset, the indices of the sampler and the ``collate_fn`` of a
             DataLoader over a map-style dataset are used (:func:`.loader_batches`).
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
+
+    Raises:
+        ConfigurationError: for tensors of different lengths, and for a loss function of
+            PyTorch, which takes outputs and labels.
     """
+
+    usage = (
+        "it is called as loss_fn(model, batch), such as "
+        "lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])"
+    )
 
     def __init__(
         self,
@@ -144,8 +165,16 @@ class FunctionLoss(LossSource):
         loss_fn: Callable[[Any, Any], Tensor],
     ) -> None:
         super().__init__(model)
+        name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+        if (
+            isinstance(loss_fn, _Loss)
+            or getattr(loss_fn, "__module__", "") == "torch.nn.functional"
+        ):
+            raise ConfigurationError(
+                f"loss_fn={name} takes outputs and labels, but {self.usage}."
+            )
         # Fabric wraps a DataLoader, and gives each rank other batches of it.
-        self._data = data = getattr(data, "_dataloader", data)
+        self._data = data = _as_dataset(getattr(data, "_dataloader", data))
         self._loss_fn = loss_fn
         self._autocast = {
             kind: torch.get_autocast_dtype(kind)
@@ -185,9 +214,8 @@ class FunctionLoss(LossSource):
                 stack.enter_context(torch.autocast(kind, dtype, cache_enabled=False))
             batch = draw_labels(self.model, batch, unlabeled)
             result = self._loss_fn(self.model, batch)
-        return scalar_loss(
-            result, index, "loss_fn", "return the mean loss of the batch"
-        )
+        remedy = "return the mean loss of the batch"
+        return scalar_loss(result, index, "loss_fn", remedy, batch)
 
     @contextlib.contextmanager
     def session(self, mode: ModelMode) -> Iterator[None]:
@@ -204,13 +232,38 @@ class FunctionLoss(LossSource):
             self._stream.finish()
 
 
+def _as_dataset(data: Any) -> Any:
+    """Turn a tuple of tensors, or a list of samples, into a dataset."""
+    if isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data):
+        lengths = [len(tensor) if tensor.ndim else 0 for tensor in data]
+        if len(set(lengths)) > 1:
+            raise ConfigurationError(
+                f"the data is a tuple of tensors of lengths {lengths}; give inputs and "
+                "labels of the same length, or a list of batches."
+            )
+        return TensorDataset(*data)
+    if isinstance(data, list) and data and _is_sample(data[0]):
+        return Subset(data, range(len(data)))  # type: ignore[arg-type]
+    return data
+
+
+def _is_sample(item: Any) -> bool:
+    """Return whether an item of a list is a sample: the label of a batch is no number."""
+    if not isinstance(item, list | tuple) or len(item) != 2:
+        return False
+    label = item[1]
+    return isinstance(label, Real) or (isinstance(label, Tensor) and label.ndim == 0)
+
+
 _REENTRANT = (
     "the model uses reentrant gradient checkpointing, through which torch.autograd.grad "
     "cannot compute gradients; pass use_reentrant=False to torch.utils.checkpoint"
 )
 
 
-def scalar_loss(result: Any, index: int, origin: str, remedy: str) -> Tensor:
+def scalar_loss(
+    result: Any, index: int, origin: str, remedy: str, batch: Any
+) -> Tensor:
     """Check that a result is a loss.
 
     Args:
@@ -218,6 +271,7 @@ def scalar_loss(result: Any, index: int, origin: str, remedy: str) -> Tensor:
         index: index of the batch.
         origin: name of the function that returned it.
         remedy: what to do if it is not a loss.
+        batch: the batch; models of Hugging Face return no loss without its labels.
 
     Returns:
         Tensor of shape ``[]``.
@@ -232,6 +286,11 @@ def scalar_loss(result: Any, index: int, origin: str, remedy: str) -> Tensor:
         if isinstance(result, Tensor)
         else type(result).__name__
     )
+    if result is None and isinstance(batch, Mapping) and "labels" not in batch:
+        remedy += (
+            f". The batch has {', '.join(map(str, batch))} but no labels, without which "
+            "models of Hugging Face return no loss"
+        )
     raise PruningError(
         f"{origin} returned {found} for gradient {index}, not a scalar loss; {remedy}"
     )
@@ -446,8 +505,9 @@ def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
         The result of :meth:`LossSource.loss`.
 
     Raises:
-        ConfigurationError: for BatchNorm of a single sample in training mode, and for a
-            loss that can be computed in training mode but not in evaluation mode.
+        ConfigurationError: for BatchNorm of a single sample in training mode, for a loss
+            that can be computed in training mode but not in evaluation mode, and for a
+            loss function that takes other arguments.
     """
     try:
         return source.loss(batch, index)
@@ -458,12 +518,16 @@ def run_loss(source: LossSource, batch: Any, index: int) -> Tensor:
                 f"{index}, which is a single sample; raise fisher.gradient_batch_size, "
                 "or set fisher.model_mode='eval'."
             ) from error
-        if (
-            source.model.training
-            or isinstance(error, torch.OutOfMemoryError)
-            or _works(source, batch, index, "eval")
-            or not _works(source, batch, index, "train")
+        if isinstance(error, torch.OutOfMemoryError) or _works(
+            source, batch, index, "eval"
         ):
+            raise
+        works = not source.model.training and _works(source, batch, index, "train")
+        if not works and source.usage and isinstance(error, TypeError | AttributeError):
+            raise ConfigurationError(
+                f"loss_fn fails ({type(error).__name__}: {error}); {source.usage}."
+            ) from error
+        if not works:
             raise
         raise ConfigurationError(
             f"the loss cannot be computed in evaluation mode ({type(error).__name__}: "

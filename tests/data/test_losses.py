@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_woodfisher import FisherConfig, StepConfig, prune
-from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.losses import FunctionLoss
 
 FISHER = FisherConfig(num_gradients=8, gradient_batch_size=2)
@@ -112,3 +112,70 @@ def test_autocast_of_the_caller_is_that_of_the_loss_alone() -> None:
         found = model(inputs).float().square().mean()
         torch.testing.assert_close(found, wanted)
     assert set(dtypes) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("given", ["tensors", "samples", "numbers"])
+def test_tensors_and_lists_of_samples_are_data(given: str) -> None:
+    """They give the same gradients, and so the same masks, as a dataset of them."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(64, 6, generator=generator)
+    labels = torch.randint(3, (64,), generator=generator)
+    dataset = TensorDataset(inputs, labels)
+    data: Any = {
+        "tensors": (inputs, labels),
+        "samples": [*dataset],
+        "numbers": [(sample, int(label)) for sample, label in dataset],
+    }[given]
+
+    def pruned(data: Any) -> tuple[Tensor, str | None]:
+        torch.manual_seed(0)
+        model = nn.Linear(6, 3)
+        report = prune(model, data, cross_entropy, target_sparsity=0.5, fisher=FISHER)
+        return model.weight.detach(), report.collection
+
+    expected, found = pruned(dataset), pruned(data)
+    assert torch.equal(found[0], expected[0])
+    assert found[1] == expected[1] == "per-sample"
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_tensors_of_different_lengths_are_refused() -> None:
+    tensors = torch.zeros(8, 6), torch.zeros(7)
+    with pytest.raises(ConfigurationError, match=r"lengths \[8, 7\]; give inputs and"):
+        FunctionLoss(nn.Linear(6, 3), tensors, cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (nn.functional.cross_entropy, r"^loss_fn=cross_entropy takes outputs and"),
+        (nn.CrossEntropyLoss(), r"^loss_fn=CrossEntropyLoss takes outputs and"),
+        (
+            lambda x, y: nn.functional.mse_loss(x, y) + 0,
+            r"^loss_fn fails \(AttributeErr",
+        ),
+        (lambda x, y: nn.functional.nll_loss(x, y) + 0, r"^loss_fn fails \(TypeError"),
+        (lambda model, inputs, labels: model(inputs).sum(), "missing 1 required pos"),
+    ],
+)
+def test_a_loss_function_with_other_arguments_is_explained(
+    loss_fn: Any, message: str
+) -> None:
+    samples = torch.randn(64, 6), torch.randint(3, (64,))
+    with pytest.raises(ConfigurationError, match=message) as raised:
+        prune(nn.Linear(6, 3), samples, loss_fn, target_sparsity=0.5, fisher=FISHER)
+    assert "called as loss_fn(model, batch)" in str(raised.value)
+
+
+def test_a_batch_without_labels_is_named() -> None:
+    """Models of Hugging Face return outputs whose loss is None then."""
+
+    def loss_fn(model: nn.Module, batch: Any) -> Any:
+        return model(batch["inputs"]).sum() if "labels" in batch else None
+
+    batches = [{"inputs": torch.ones(2, 6), "mask": torch.ones(2)} for _ in range(8)]
+    with pytest.raises(PruningError, match="has inputs, mask but no labels, without"):
+        prune(nn.Linear(6, 3), batches, loss_fn, target_sparsity=0.5, fisher=FISHER)
