@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from lightning_woodfisher.base.clock import Progress
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.keywords import explain_keywords
 from lightning_woodfisher.data.batches import known_length
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
@@ -48,6 +49,7 @@ from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import require_pattern_fits
 
 
+@explain_keywords()
 def prune(
     model: nn.Module,
     data: Dataset[Any] | Iterable[Any],
@@ -70,7 +72,8 @@ def prune(
 
     Args:
         model: the network, changed in place; names and storages stay the same.
-        data: a map-style Dataset of samples, or an iterable of batches in the same order
+        data: a map-style Dataset of samples, a tuple of tensors ``(inputs, labels)``, a list
+            of samples whose labels are numbers, or an iterable of batches in the same order
             on every rank. From a DataLoader over a map-style Dataset, the dataset, the
             samples that its sampler may draw and its ``collate_fn`` are used, but neither
             its order nor its ``batch_size``; the batch size is
@@ -121,7 +124,7 @@ def prune(
     source = FunctionLoss(model, data, loss_fn)
     config, note = fit_to_data(config, source)
     if note and comm.rank == 0:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=3)
     config, _ = fit_into_memory(masks, config, comm)
     pruner = Pruner(masks, config, comm, progress)
     if target_sparsity is not None:

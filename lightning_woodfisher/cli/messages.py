@@ -24,6 +24,7 @@ from lightning_woodfisher.base.errors import (
     first_line,
     nearest,
 )
+from lightning_woodfisher.base.keywords import explain_keyword
 from lightning_woodfisher.base.wording import count_of
 from lightning_woodfisher.callbacks.structured import (
     HAPPruningCallback,
@@ -193,7 +194,10 @@ def _suggest(line: str, owner: str) -> str:
         known = [*_parameters(cls), *_known_names()]
         # In a dotted name, the first unknown part is the misspelled one.
         parts = [part for part in name.split(".") if part not in known]
-        hint = nearest(parts[0], known) if parts else ""
+        if parts:
+            hint = nearest(parts[0], known)
+        elif cls in _OUR_CLASSES:
+            return explain_keyword(cls, name.rpartition(".")[2])
     elif choice := _CHOICE.search(line):
         known = re.findall(r"[\w.-]+", choice["known"] or choice["words"])
         hint = nearest(choice["value"] or choice["word"], known)

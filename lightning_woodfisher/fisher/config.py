@@ -29,6 +29,7 @@ from lightning_woodfisher.base.errors import (
     require_integer,
     require_number,
 )
+from lightning_woodfisher.base.keywords import explain_keywords
 from lightning_woodfisher.base.types import ModelMode
 
 Engine = Literal["auto", "primal", "dual"]
@@ -52,6 +53,7 @@ _CHOICES = {
 }
 
 
+@explain_keywords("fisher")
 @dataclass(frozen=True)
 class FisherConfig:
     """Settings of the empirical Fisher.

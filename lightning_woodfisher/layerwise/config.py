@@ -11,8 +11,10 @@ from lightning_woodfisher.base.errors import (
     require_flag,
     require_number,
 )
+from lightning_woodfisher.base.keywords import explain_keywords
 
 
+@explain_keywords("layerwise")
 @dataclass(frozen=True)
 class LayerwiseConfig:
     """Settings of ``criterion="layerwise"``.

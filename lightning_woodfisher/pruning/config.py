@@ -26,6 +26,7 @@ from lightning_woodfisher.base.errors import (
     require_number,
     require_patterns,
 )
+from lightning_woodfisher.base.keywords import explain_keywords
 from lightning_woodfisher.criteria import CRITERIA
 from lightning_woodfisher.criteria.obs import Update
 from lightning_woodfisher.fisher.config import FisherConfig
@@ -39,6 +40,7 @@ Scope = Literal["global", "layer"]
 _SAME = 1e-9
 
 
+@explain_keywords("selection")
 @dataclass(frozen=True)
 class SelectionConfig:
     """Settings of the selection: which weights may be pruned, and which compete.
@@ -118,6 +120,7 @@ class SelectionConfig:
             )
 
 
+@explain_keywords("step")
 @dataclass(frozen=True)
 class StepConfig:
     """Settings of one pruning step: weight update, stages and measurements.

@@ -19,6 +19,7 @@ from torch import nn
 
 from lightning_woodfisher.base.byte_sizes import format_bytes, format_count, parse_bytes
 from lightning_woodfisher.base.errors import require_integer, require_number
+from lightning_woodfisher.base.keywords import explain_keywords
 from lightning_woodfisher.base.text_table import format_table
 from lightning_woodfisher.base.wording import count_of
 from lightning_woodfisher.fisher.config import FisherConfig
@@ -234,6 +235,7 @@ class ResourceEstimate:
         return f"{counted}, without gradients and losses (--seconds_per_gradient)"
 
 
+@explain_keywords()
 def estimate(
     model_or_shapes: nn.Module | Mapping[str, Sequence[int]],
     *,

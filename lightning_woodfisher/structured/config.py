@@ -25,6 +25,7 @@ from lightning_woodfisher.base.errors import (
     require_number,
     require_patterns,
 )
+from lightning_woodfisher.base.keywords import explain_keywords
 
 ScoringMethod = Literal["diagonal", "sosp_i", "sosp_h", "hap", "magnitude", "random"]
 #: The entries of the vector θ_s of a structure: ``conv`` for filter and bias, ``bn`` for
@@ -37,6 +38,7 @@ Trace = Literal["hutchinson", "gauss_newton"]
 Measure = Literal["structures", "parameters", "macs"]
 
 
+@explain_keywords("config")
 @dataclass(frozen=True)
 class StructureConfig:
     """Settings of structured pruning: how structures are scored and chosen.

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 
 from lightning_woodfisher.base.clock import PhaseClock
 from lightning_woodfisher.base.errors import ConfigurationError, require_number
+from lightning_woodfisher.base.keywords import explain_keywords
 from lightning_woodfisher.data.batches import known_length, require_rereadable
 from lightning_woodfisher.data.batchnorm import estimate_statistics
 from lightning_woodfisher.data.isolation import derive_seed
@@ -299,6 +300,7 @@ class StructurePruner:
         return sum(losses) / len(losses)
 
 
+@explain_keywords()
 def prune_structures(
     model: nn.Module,
     data: Dataset[Any] | Iterable[Any],

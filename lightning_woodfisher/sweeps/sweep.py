@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from lightning_woodfisher.base.byte_sizes import parse_bytes
 from lightning_woodfisher.base.clock import Progress, no_progress
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError, nearest
+from lightning_woodfisher.base.keywords import explain_keywords
 from lightning_woodfisher.data.batches import known_length, require_rereadable
 from lightning_woodfisher.data.losses import FunctionLoss, LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
@@ -103,6 +104,7 @@ class Setting:
         return float(self.values[TARGET])
 
 
+@explain_keywords()
 def sweep(
     model: nn.Module,
     data: Dataset[Any] | Iterable[Any],

@@ -294,6 +294,14 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
         lambda c: pruning(c)["fisher"].update(dampin=1e-3),
         ["'fisher'", "'dampin'", "Did you mean 'damping'?"],
     ),
+    "key of fisher in the callback": (
+        lambda c: pruning(c).update(num_gradients=8),
+        ["'num_gradients'", "setting of FisherConfig. Give fisher.num_gradients."],
+    ),
+    "key of step in fisher": (
+        lambda c: pruning(c)["fisher"].update(recompute_steps=8),
+        ["'fisher'", "setting of StepConfig. Give step.recompute_steps."],
+    ),
     "key of selection": (
         lambda c: rename(pruning(c)["selection"], "scope", "scop"),
         ["'selection'", "'scop'", "Did you mean 'scope'?"],
