@@ -129,7 +129,7 @@ class PruningCallback(MaskGuard, ABC):
         self._logged: dict[str, float] = {}
         self._plan: tuple[PlannedStep, ...] = ()
         self._needs_rehearsal = False
-        self._done: list[tuple[Unit, int]] = []
+        self._done: list[PlannedStep] = []
         self._restored_masks: Mapping[str, Any] | None = None
         # Epoch and optimizer steps of the checkpoint that was loaded.
         self._restored_position: tuple[Any, Any] | None = None
@@ -294,9 +294,9 @@ class PruningCallback(MaskGuard, ABC):
             announce(
                 trainer,
                 "WARNING: the first pruning step happens before any training, and the "
-                "network seems to be untrained. What its weights are worth is not known "
-                "yet. Load trained weights, or let the schedule begin later, such as after "
-                f"a tenth of training ({type(self.schedule).__name__}).",
+                "network seems to be untrained, so its saliencies mean little. Load trained "
+                "weights, or let the schedule begin later, for example after a tenth of "
+                f"training ({type(self.schedule).__name__}).",
             )
 
     # ------------------------------------------------------------------ training
@@ -441,7 +441,7 @@ class PruningCallback(MaskGuard, ABC):
         return {
             "version": STATE_VERSION,
             "masks": dict(masks),
-            "done": [[unit, position] for unit, position in self._done],
+            "done": [[s.unit, s.position, float(s.sparsity)] for s in self._done],
             "steps_left": len(self._ahead()),
             "reports": [report.to_dict() for report in self.reports],
             "logged": dict(self._logged),
@@ -486,7 +486,7 @@ class PruningCallback(MaskGuard, ABC):
         reports = [
             self._report_class.from_dict(r) for r in state_dict.get("reports", ())
         ]
-        done = [(unit, position) for unit, position in state_dict["done"]]
+        done = [PlannedStep(*step) for step in state_dict["done"]]
         self._restored_masks = state_dict["masks"]
         if self.masks is not None:
             # Outside fit nothing else loads them.
@@ -538,7 +538,7 @@ class PruningCallback(MaskGuard, ABC):
             )
             # Before logging: after an exception a checkpoint may be saved.
             self.reports.append(report)
-        self._done += [(unit, step.position) for step in due]
+        self._done += due
         # If one rank failed here alone, the others would wait in the next batch.
         comm = Communicator(pl_module.device)
         with comm.failing_together(lambda: "log"):
@@ -605,8 +605,10 @@ class PruningCallback(MaskGuard, ABC):
         announce(trainer, self._describe(report))
         start = time.perf_counter()
         if trainer.is_global_zero:
+            # As Lightning does, so that rows of CSV files have an epoch.
+            metrics = {**report.metrics(), "epoch": trainer.current_epoch}
             for logger in trainer.loggers:
-                logger.log_metrics(report.metrics(), step=trainer.global_step)
+                logger.log_metrics(metrics, step=trainer.global_step)
         log_step(trainer, self.reports)
         if not self._ahead():
             self._log_figures(trainer)
@@ -666,7 +668,7 @@ class PruningCallback(MaskGuard, ABC):
 
     def _ahead(self) -> list[PlannedStep]:
         """Return the planned steps that are not done."""
-        return [s for s in self._plan if (s.unit, s.position) not in self._done]
+        return [step for step in self._plan if step not in self._done]
 
     def _others(self, trainer: pl.Trainer) -> list[PruningCallback]:
         """Return the other pruning callbacks of the Trainer that have masks."""

@@ -48,7 +48,6 @@ from lightning_woodfisher.pruning.schedule import (
     Horizon,
     PlannedStep,
     PruningSchedule,
-    Unit,
 )
 from lightning_woodfisher.weights.masks import Masks
 
@@ -196,17 +195,17 @@ def require_same_selection(
 
 def describe_plan(
     plan: Sequence[PlannedStep],
-    done: Container[tuple[Unit, int]],
+    done: Container[PlannedStep],
     masks: Masks,
-    criterion: str,
+    goal: str,
 ) -> str:
     """Format the planned steps of a run.
 
     Args:
         plan: all steps.
-        done: unit and position of the steps that were done before the checkpoint.
+        done: the steps that were done before the checkpoint.
         masks: masks of the selected weights.
-        criterion: name of the criterion.
+        goal: target and criterion.
 
     Returns:
         A table.
@@ -215,13 +214,13 @@ def describe_plan(
     rows = []
     for step in plan:
         kept = weights - round(step.sparsity * weights)
-        state = "done" if (step.unit, step.position) in done else ""
+        state = "done" if step in done else ""
         where = f"{step.unit} {step.position}"
         rows.append((where, f"{step.sparsity:.2%}", f"{kept:,}", state))
     head = ("pruning at start of", "sparsity", "weights left", "")
     return (
-        f"Pruning {weights:,} weights of {len(masks.parameters)} tensors by "
-        f"{criterion}:\n{format_table(head, rows)}"
+        f"Pruning {weights:,} weights of {len(masks.parameters)} tensors {goal}:\n"
+        f"{format_table(head, rows)}"
     )
 
 

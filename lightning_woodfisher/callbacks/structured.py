@@ -27,6 +27,7 @@ from lightning_woodfisher.base.errors import (
     require_choice,
     require_integer,
 )
+from lightning_woodfisher.base.keywords import explain_keywords
 from lightning_woodfisher.base.wording import count_of
 from lightning_woodfisher.callbacks.base import PruningCallback
 from lightning_woodfisher.callbacks.checks import require_writable, training_horizon
@@ -40,6 +41,7 @@ from lightning_woodfisher.pruning.schedule import (
     OneShotSchedule,
     PlannedStep,
     PruningSchedule,
+    continue_plan,
     keeps_zeros,
 )
 from lightning_woodfisher.reporting.loggers import log_end, log_settings
@@ -58,7 +60,7 @@ from lightning_woodfisher.structured.pruner import (
     StructurePruner,
     require_target,
 )
-from lightning_woodfisher.structured.report import StructureReport
+from lightning_woodfisher.structured.report import MEASURES, StructureReport
 from lightning_woodfisher.structured.shrink.files import save_shrunk
 from lightning_woodfisher.structured.shrink.implants import ImplantConfig, ImplantInit
 from lightning_woodfisher.structured.shrink.removal import RemovalPlan, plan_removal
@@ -67,6 +69,7 @@ from lightning_woodfisher.structured.tracing import trace_groups
 from lightning_woodfisher.weights.checkpoint_state import require_readable
 
 
+@explain_keywords()
 class StructuredPruningCallback(PruningCallback):
     """Remove whole channels while a network trains, with any of the methods.
 
@@ -324,7 +327,8 @@ class StructuredPruningCallback(PruningCallback):
             self._keep_zero_channels(trainer.lightning_module)
         if getattr(trainer, "fast_dev_run", False):
             return (PlannedStep("epoch", 0, self.target),)
-        return self.schedule.plan(self.target, training_horizon(trainer, self.schedule))
+        horizon = training_horizon(trainer, self.schedule)
+        return continue_plan(self._done, self.schedule.plan(self.target, horizon))
 
     def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._plan_removal(module)
@@ -337,8 +341,8 @@ class StructuredPruningCallback(PruningCallback):
             trainer,
             f"Removing channels by {self.config.method}: "
             f"{count_of(structures, 'structure')} in "
-            f"{count_of(len(self._groups), 'group')}; share of {self.config.measure} to "
-            f"remove: {steps or 'no step is left'}.",
+            f"{count_of(len(self._groups), 'group')}; share of "
+            f"{MEASURES[self.config.measure]} to remove: {steps or 'no step is left'}.",
         )
         settings = {
             "class": type(self).__name__,
@@ -452,6 +456,7 @@ class StructuredPruningCallback(PruningCallback):
         )
 
 
+@explain_keywords()
 class SOSPPruningCallback(StructuredPruningCallback):
     """Remove channels by SOSP: second order, with the correlations of all channels.
 
@@ -480,6 +485,7 @@ class SOSPPruningCallback(StructuredPruningCallback):
         super().__init__(target, config, **options)
 
 
+@explain_keywords()
 class HAPPruningCallback(StructuredPruningCallback):
     """Remove channels by HAP: the trace of the Hessian of each channel.
 

@@ -22,6 +22,7 @@ from lightning_woodfisher.base.errors import (
     PruningError,
     require_flag,
 )
+from lightning_woodfisher.base.keywords import explain_keywords
 from lightning_woodfisher.base.lightning_names import has_callback
 from lightning_woodfisher.callbacks.base import PruningCallback
 from lightning_woodfisher.callbacks.checks import (
@@ -56,6 +57,7 @@ from lightning_woodfisher.pruning.schedule import (
     PlannedStep,
     PolynomialSchedule,
     PruningSchedule,
+    continue_plan,
     keeps_zeros,
 )
 from lightning_woodfisher.pruning.selector import (
@@ -76,7 +78,10 @@ from lightning_woodfisher.weights.layers import (
 )
 from lightning_woodfisher.weights.patterns import require_pattern_fits
 
+_DEFAULT_TARGET = 0.9
 
+
+@explain_keywords()
 class WoodFisherPruningCallback(PruningCallback):
     """Prune a network with second-order information while it trains.
 
@@ -123,7 +128,7 @@ class WoodFisherPruningCallback(PruningCallback):
 
     def __init__(
         self,
-        target_sparsity: float = 0.9,
+        target_sparsity: float = _DEFAULT_TARGET,
         schedule: PruningSchedule | None = None,
         criterion: CriterionName = "woodfisher",
         fisher: FisherConfig = FisherConfig(),
@@ -227,8 +232,7 @@ class WoodFisherPruningCallback(PruningCallback):
             self._step_config, cost = fit_into_memory(
                 masks, config, comm, trainer.num_devices
             )
-            kind = self.config.criterion
-            plan = describe_plan(self._plan, self._done, masks, kind)
+            plan = describe_plan(self._plan, self._done, masks, self._describe_goal())
             selection = self.config.selection
             selected = describe_selection(
                 module,
@@ -244,6 +248,15 @@ class WoodFisherPruningCallback(PruningCallback):
             **dataclasses.asdict(self.config),
         }
         log_settings(trainer, settings, self.schedule)
+
+    def _describe_goal(self) -> str:
+        """Format the target, which may be that of the signature, and the criterion."""
+        target = f"target_sparsity={self.target_sparsity:g}"
+        if self.config.flops_target is not None:
+            target = f"flops_target={self.config.flops_target:g}"
+        elif self.target_sparsity == _DEFAULT_TARGET:
+            target += " (the default)"
+        return f"to {target} by {self.config.criterion}"
 
     def _require_data(
         self, trainer: pl.Trainer, module: pl.LightningModule, config: PruningConfig
@@ -272,18 +285,23 @@ class WoodFisherPruningCallback(PruningCallback):
             prune_zeros(masks, self.config.selection, empty)
             if empty:
                 rank_zero_warn(
-                    f"{', '.join(empty)}: nothing but zeros, which do not count as pruned, "
+                    f"only zeros in {', '.join(empty)}, which do not count as pruned, "
                     "because pruned weights are never trained. Leave them out with "
                     "selection.exclude, or freeze them if they have to stay zero."
                 )
-        ahead = [step for step in plan if (step.unit, step.position) not in self._done]
+        end = plan[-1].sparsity if plan else self.target_sparsity
+        plan = continue_plan(self._done, plan)
         if self.config.flops_target is not None:
             return plan
-        if ahead and is_too_sparse(
-            masks, self.config.selection, ahead[-1].sparsity, self.target_sparsity
+        ahead = [step for step in plan if step not in self._done]
+        may_be_lower = all(end < step.sparsity for step in self._done[-1:])
+        if (
+            plan
+            and may_be_lower
+            and is_too_sparse(masks, self.config.selection, end, self.target_sparsity)
         ):
             raise ConfigurationError(
-                f"the schedule ends at sparsity {ahead[-1].sparsity}, but the selected "
+                f"the schedule ends at sparsity {end}, but the selected "
                 f"weights have {masks.sparsity():.4f} already; raise target_sparsity."
             )
         if ahead and not self._done:

@@ -13,11 +13,13 @@ __all__ = [
     "PlannedStep",
     "PolynomialSchedule",
     "PruningSchedule",
+    "continue_plan",
     "keeps_zeros",
 ]
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +28,7 @@ from lightning_woodfisher.base.errors import (
     require_integer,
     require_number,
 )
+from lightning_woodfisher.base.keywords import explain_keywords
 
 Unit = Literal["epoch", "step"]
 
@@ -117,6 +120,7 @@ class ConstantSchedule(PruningSchedule):
         return "ConstantSchedule()"
 
 
+@explain_keywords("schedule")
 class OneShotSchedule(PruningSchedule):
     """Prune to the target in a single step.
 
@@ -171,6 +175,7 @@ class OneShotSchedule(PruningSchedule):
         return f"OneShotSchedule({self.unit}={self.position})"
 
 
+@explain_keywords("schedule")
 class PolynomialSchedule(PruningSchedule):
     """Raise the sparsity along a polynomial (degree 3: Zhu & Gupta 2017, the cubic ramp).
 
@@ -314,6 +319,31 @@ def keeps_zeros(schedule: PruningSchedule) -> bool:
     if isinstance(schedule, ConstantSchedule):
         return True
     return getattr(schedule, "initial_sparsity", 0.0) > 0.0
+
+
+def continue_plan(
+    done: Sequence[PlannedStep], plan: tuple[PlannedStep, ...]
+) -> tuple[PlannedStep, ...]:
+    """Plan the rest of a run that is resumed, perhaps with more epochs or another target.
+
+    Args:
+        done: the steps that were done, in order.
+        plan: the steps of a run from the start.
+
+    Returns:
+        ``plan`` if it is empty or has all steps that were done. Otherwise these, and the
+        steps of ``plan`` that come later and prune further.
+    """
+    if not plan or all(step in plan for step in done):
+        return plan
+    reached = max(step.sparsity for step in done)
+    later = tuple(
+        step
+        for step in plan
+        if step.sparsity > reached
+        and all(step.unit != s.unit or step.position > s.position for s in done)
+    )
+    return (*done, *later)
 
 
 def _after(share: float, length: int) -> int:

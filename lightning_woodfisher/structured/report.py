@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["GroupReport", "StructureReport", "format_structure_steps"]
+__all__ = ["MEASURES", "GroupReport", "StructureReport", "format_structure_steps"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,6 +10,9 @@ from typing import Any
 
 from lightning_woodfisher.base.plain_data import read_dataclass
 from lightning_woodfisher.base.text_table import format_table
+
+#: What a target is a share of, in words, by ``StructureConfig.measure``.
+MEASURES = {"macs": "MACs", "parameters": "parameters", "structures": "channels"}
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,7 @@ def format_structure_steps(reports: Sequence[StructureReport]) -> str:
             f"{number}",
             _format(report.epoch, ""),
             _format(report.step, ","),
-            f"{report.target:.1%} of {report.measure}",
+            f"{report.target:.1%} of {MEASURES.get(report.measure, report.measure)}",
             f"{report.kept:,}",
             f"{report.macs_left:.1%}",
             f"{report.parameters_left:.1%}",

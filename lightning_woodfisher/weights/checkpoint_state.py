@@ -1,8 +1,8 @@
 """Version and keys of the state that a pruning callback stores in a checkpoint.
 
 The state is a dictionary: ``version``, ``masks`` (bool tensors by parameter name, True where
-kept), ``done`` (unit and position of each finished step), ``steps_left`` (number of planned
-steps that were not done yet), ``reports`` (of the steps, as plain dictionaries) and
+kept), ``done`` (unit, position and sparsity of each finished step), ``steps_left`` (number
+of planned steps that were not done yet), ``reports`` (of the steps, as plain dictionaries) and
 ``logged`` (latest values that the module has logged, by name). That of a structured
 callback has two more: ``network``, the name of the pruned submodule, and ``removal_plan``,
 how to cut its masked channels out.
@@ -70,11 +70,11 @@ def _find_fault_in_content(state: Mapping[str, Any]) -> str:
         return "its masks are not bool tensors"
     if not isinstance(done, Sequence) or not all(
         isinstance(step, Sequence)
-        and [*map(type, step)] == [str, int]
+        and [*map(type, step)] == [str, int, float]
         and abs(step[1]) < 2**63
         for step in done
     ):
-        return "its finished steps are not pairs of unit and position"
+        return "its finished steps are not lists of unit, position and sparsity"
     steps_left, reports = state.get("steps_left", 0), state.get("reports", ())
     if type(steps_left) is not int or steps_left < 0:
         return f"its number of remaining steps is {reprlib.repr(steps_left)}"
@@ -90,5 +90,5 @@ def _find_fault_in_content(state: Mapping[str, Any]) -> str:
     if not isinstance(state.get("removal_plan", {}), Mapping):
         return "its plan of removed channels is not a dictionary"
     if not isinstance(state.get("network", ""), str):
-        return "its name of the network is not a text"
+        return "its name of the network is not a string"
     return ""

@@ -53,6 +53,7 @@ from lightning_woodfisher import (
     PruningError,
     PruningReport,
     SelectionConfig,
+    WoodFisherPruningCallback,
     prune,
 )
 from lightning_woodfisher.pruning.pruner import Pruner
@@ -131,6 +132,14 @@ def test_layer_scope_by_magnitude_in_parts() -> None:
     assert pruner.reports[0].stages == 2
 
 
+def test_the_plan_names_a_target_that_nobody_chose(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pruner = WoodFisherPruningCallback(criterion="magnitude")
+    trainer(pruner, max_epochs=1).fit(Classifier(), loader())
+    assert "to target_sparsity=0.9 (the default) by magnitude:" in caplog.text
+
+
 def test_the_plan_is_printed_before_training(caplog: pytest.LogCaptureFixture) -> None:
     shown = []
 
@@ -142,7 +151,10 @@ def test_the_plan_is_printed_before_training(caplog: pytest.LogCaptureFixture) -
     module = Classifier()
     trainer(First(), pruner).fit(module, loader())
     lines = [line.split() for line in shown[0].splitlines()]
-    assert "Pruning 1,371 weights of 3 tensors by woodfisher" in shown[0]
+    assert (
+        "Pruning 1,371 weights of 3 tensors to target_sparsity=0.5 by woodfisher:"
+        in shown[0]
+    )
     parameters = sum(p.numel() for p in module.parameters())
     assert f"1,371 of {parameters:,} parameters" in shown[0]
     assert "Linear (2), Conv2d (1)" in shown[0]

@@ -61,7 +61,7 @@ def structured_state() -> tuple[dict[str, Any], nn.Module]:
     state = {
         "version": 1,
         "masks": {name: ~zeros for name, zeros in gone.items()},
-        "done": [["epoch", 0]],
+        "done": [["epoch", 0, 0.5]],
         "steps_left": 1,
         "reports": [json.loads(json.dumps(report.to_dict()))],
         "network": "",
@@ -76,7 +76,7 @@ def content() -> dict[str, Any]:
     weights = {
         "version": 1,
         "masks": {"5.weight": torch.ones(2, 64, dtype=torch.bool)},
-        "done": [["epoch", 0], ["step", 7]],
+        "done": [["epoch", 0, 0.5], ["step", 7, 0.75]],
         "steps_left": 0,
         "reports": [
             step(number, logged_after={"val_acc": 0.5}).to_dict() for number in (1, 2)

@@ -85,6 +85,7 @@ def test_scalars_reach_files(tmp_path: Path) -> None:
     with Path(sheet.log_dir, "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get("pruning/sparsity")]
     assert [int(row["step"]) for row in rows] == list(AT[1])
+    assert [int(row["epoch"]) for row in rows] == [report.epoch for report in reports]
 
     events = EventAccumulator(board.log_dir)
     events.Reload()

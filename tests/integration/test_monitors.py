@@ -198,7 +198,10 @@ def test_a_report_of_a_folder_skips_a_damaged_checkpoint(
             {"version": 1, "masks": {"a": torch.ones(2)}, "done": []},
             "masks are not bool tensors",
         ),
-        ({"version": 1, "masks": {}, "done": [3]}, "not pairs of unit and position"),
+        (
+            {"version": 1, "masks": {}, "done": [3]},
+            "not lists of unit, position and spa",
+        ),
     ],
 )
 def test_a_damaged_state_is_refused(tmp_path: Path, state: Any, fault: str) -> None:

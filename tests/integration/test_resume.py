@@ -38,6 +38,7 @@ from lightning_woodfisher import (
     SelectionConfig,
     WoodFisherPruningCallback,
 )
+from lightning_woodfisher.pruning.schedule import Horizon
 
 EPOCHS = 4
 _LIGHTNING_KNOWS_WEIGHTS_ONLY = (
@@ -138,6 +139,25 @@ def test_the_schedule_of_a_resumed_run_shows_what_is_done(
     fit(epochs(), resumed=whole.checkpoints[1])
     plan = [line for line in caplog.text.splitlines() if line.startswith("epoch ")]
     assert [line.endswith("done") for line in plan] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("saved", [1, 3])
+def test_more_epochs_keep_the_steps_that_are_done(saved: int) -> None:
+    """The default schedule depends on the length of training; a target is reached once."""
+    short = fit(PolynomialSchedule(), {"save_on_train_epoch_end": True})
+    assert [report["epoch"] for report in short.reports] == [1, 2]
+    seed_all(99)
+    pruner = pruning(schedule=PolynomialSchedule())
+    longer = trainer(pruner, max_epochs=3 * EPOCHS)
+    longer.fit(Classifier(), loader(), ckpt_path=short.checkpoints[saved])
+    found = [(report.epoch, report.target_sparsity) for report in pruner.reports]
+    ramp = PolynomialSchedule().plan(0.75, Horizon(3 * EPOCHS))
+    done = [(r["epoch"], r["target_sparsity"]) for r in short.reports][:saved]
+    left = [(s.position, s.sparsity) for s in ramp if s.sparsity > done[-1][1]]
+    assert found == [*done, *left]
+    assert [sparsity for _, sparsity in found] == sorted({s for _, s in found})
+    assert len(left) == (0 if saved == 3 else 4)
+    assert pruner.masks.sparsity() == pytest.approx(0.75, abs=1e-3)
 
 
 # ---------------------------------------------------------------- two processes
@@ -303,8 +323,11 @@ def test_fine_tuning_keeps_the_zeros_of_the_weights(checkpoint: str) -> None:
     assert pruner.reports == []
 
 
-def test_fine_tuning_a_resumed_checkpoint_keeps_its_masks(checkpoint: str) -> None:
-    pruner = pruning(schedule=ConstantSchedule())
+@pytest.mark.parametrize("target", [0.5, 0.9])
+def test_fine_tuning_a_resumed_checkpoint_keeps_its_masks(
+    target: float, checkpoint: str
+) -> None:
+    pruner = pruning(schedule=ConstantSchedule(), target_sparsity=target)
     module = Classifier()
     trainer(pruner, max_epochs=EPOCHS + 1).fit(module, loader(), ckpt_path=checkpoint)
     assert zeros_in(module.state_dict()) == round(0.75 * WEIGHTS)

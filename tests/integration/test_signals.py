@@ -105,7 +105,7 @@ def test_a_checkpoint_upon_a_signal_holds_the_whole_step(
     assert handled == [*rehearsed, signal.SIGUSR1, schedule.position]
     checkpoint = torch.load(path, weights_only=True)
     (state,) = checkpoint["callbacks"].values()
-    assert state["done"] == [[schedule.unit, schedule.position]]
+    assert state["done"] == [[schedule.unit, schedule.position, 0.75]]
     assert len(state["reports"]) == 1
     assert differences(state["masks"], dict(pruner.masks.state_dict())) == []
     for name, mask in state["masks"].items():

@@ -16,6 +16,7 @@ from lightning_woodfisher.pruning.schedule import (
     PlannedStep,
     PolynomialSchedule,
     PruningSchedule,
+    continue_plan,
 )
 
 FOREVER = Horizon()
@@ -255,3 +256,23 @@ def test_a_target_below_the_initial_sparsity_is_refused() -> None:
 def test_a_schedule_must_say_how_it_plans() -> None:
     with pytest.raises(TypeError, match="plan"):
         PruningSchedule()  # type: ignore[abstract]
+
+
+def test_the_plan_of_a_resumed_run_goes_on_from_what_was_done() -> None:
+    def epochs(**sparsities: float) -> tuple[PlannedStep, ...]:
+        return tuple(
+            PlannedStep("epoch", int(name[1:]), s) for name, s in sparsities.items()
+        )
+
+    done = epochs(e1=0.5, e2=0.7)
+    same = epochs(e1=0.5, e2=0.7, e3=0.7, e4=0.8)
+    assert continue_plan(done, same) == same
+    assert continue_plan((), same) == same
+    assert continue_plan(done, ()) == ()
+    # Longer: what is below 0.7 or before the steps that were done is left out.
+    longer = epochs(e2=0.3, e4=0.6, e6=0.7, e8=0.8)
+    assert continue_plan(done, longer) == (*done, *epochs(e8=0.8))
+    assert continue_plan(done, epochs(e2=0.9)) == done
+    # Epochs and optimizer steps cannot be compared.
+    step = PlannedStep("step", 1, 0.8)
+    assert continue_plan(done, (step,)) == (*done, step)

@@ -53,7 +53,7 @@ def write_checkpoint(path: Path, **changes: Any) -> nn.Module:
     state = {
         "version": 1,
         "masks": {f"net.{name}": ~zeros for name, zeros in gone.items()},
-        "done": [["epoch", 0]],
+        "done": [["epoch", 0, 0.5]],
         "reports": [],
         "network": "net",
         "removal_plan": plan.with_prefix("net.").to_dict(),
