@@ -6,13 +6,14 @@ __all__ = ["make_parser", "run_export"]
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_woodfisher.base.byte_sizes import format_bytes
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.base.printable import printable
 from lightning_woodfisher.cli.arguments import SubcommandParser
@@ -93,7 +94,7 @@ def run_export(options: argparse.Namespace) -> int:
     if options.format == "sparse":
         summary = save_sparse(weights, out, {"network": options.network})
     elif options.format == "shrunk":
-        summary = _write_shrunk(checkpoint, options)
+        summary, note = _write_shrunk(checkpoint, options, weights)
     elif options.format == "dense":
         summary = save_dense(weights, out)
     else:
@@ -200,13 +201,25 @@ def _example_inputs(
     )
 
 
-def _write_shrunk(checkpoint: Checkpoint, options: argparse.Namespace) -> ExportSummary:
+def _write_shrunk(
+    checkpoint: Checkpoint, options: argparse.Namespace, dense: Mapping[str, Tensor]
+) -> tuple[ExportSummary, str]:
+    """Write the smaller network; return a summary and its size against that of the dense."""
     plan, state = read_shrunk(checkpoint)
     network = strip_prefix(state, options.network)
     start = f"{options.network.rstrip('.')}." if options.network else ""
     path = save_shrunk(options.out, network, plan.without_prefix(start))
     tensors = {name: t for name, t in network.items() if isinstance(t, Tensor)}
-    return summarize(tensors, path)
+    sizes = [
+        (sum(t.numel() for t in found), sum(t.nbytes for t in found))
+        for found in (tensors.values(), dense.values())
+    ]
+    (count, size), (all_count, all_size) = sizes
+    return summarize(tensors, path), (
+        f"\nSmaller network: {count:,} of {all_count:,} numbers in its state_dict "
+        f"({count / max(1, all_count):.1%}), {format_bytes(size)} of "
+        f"{format_bytes(all_size)}."
+    )
 
 
 def _write_graph(
@@ -308,10 +321,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--tolerance",
         type=float,
         default=1e-4,
-        help="largest accepted difference of an ONNX output (1e-4)",
+        help="largest accepted difference of an ONNX output (default: 1e-4)",
     )
     half = parser.add_argument_group("semi-structured").add_argument
-    half("--dtype", choices=["float16", "bfloat16"], default="float16", help="float16")
+    half(
+        "--dtype",
+        choices=["float16", "bfloat16"],
+        default="float16",
+        help="dtype of the weights (default: float16)",
+    )
     half(
         "--exclude",
         nargs="+",

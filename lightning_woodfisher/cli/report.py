@@ -115,6 +115,10 @@ def _read(path: Path) -> _Record:
         except ConfigurationError as error:
             problems.append(f"\n  {error}")
     found = "".join(problems[:5]) or " no checkpoint (*.ckpt) and no JSON file"
+    tables = sorted(path.rglob("pruning_*.csv"))
+    if tables:
+        names = ", ".join(str(table.relative_to(path)) for table in tables[:5])
+        found += f"\n  tables of CSVLogger, which are not enough for a report: {names}"
     raise ConfigurationError(
         f"{path} has no report of pruning. It contains:{found}\nSet report_path in the "
         "callback, or keep a checkpoint that was saved with it."

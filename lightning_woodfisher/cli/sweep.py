@@ -243,7 +243,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--output",
         metavar="FILE",
         default="sweep.json",
-        help="file for the results (sweep.json); the figure is saved beside it as .png",
+        help="file for the results (default: sweep.json); the figure is saved beside it",
     )
     add(
         "--row_memory",

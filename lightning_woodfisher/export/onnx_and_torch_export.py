@@ -147,6 +147,11 @@ def _trace(
             return torch.export.export(model, inputs, dynamic_shapes=shapes)
     # torch raises many classes, and forward may fail on tensors without values.
     except Exception as error:
+        if "DynamicCache" in str(error):
+            raise ConfigurationError(
+                f"torch.export cannot trace {type(model).__name__}, whose outputs contain a "
+                "cache for generation (DynamicCache); set model.config.use_cache = False."
+            ) from error
         raise ConfigurationError(
             f"torch.export cannot trace {type(model).__name__} ({first_line(error)}). "
             "Its forward must not branch on values of tensors; use torch.where or "

@@ -317,7 +317,10 @@ class PruningReport:
             return ""
         text = f"loss {self.loss_before:.3g} before, {self.loss_after:.3g} after"
         if self.loss_recalibrated is not None:
-            text += f", {self.loss_recalibrated:.3g} with new BatchNorm statistics"
+            text += (
+                " with old BatchNorm statistics, "
+                f"{self.loss_recalibrated:.3g} after with new ones"
+            )
         if self.update_scales and not any(self.update_scales):
             text += "; every update of the kept weights raised it, so they stayed"
         return text
@@ -382,8 +385,10 @@ def format_steps(reports: Sequence[PruningReport]) -> str:
     Returns:
         Lines of equal width, one for each step below the head.
     """
-    head = ("", "epoch", "step", "target", "sparsity", "predicted rise")
-    rest = ("measured rise", "loss before", "after", "seconds")
+    recalibrated = any(report.loss_recalibrated is not None for report in reports)
+    head = ["", "epoch", "step", "target", "sparsity", "predicted rise"]
+    head += ["measured rise", "loss before", "after"]
+    head += ["with new BN statistics"] * recalibrated
     rows = [
         (
             f"{number}",
@@ -395,11 +400,12 @@ def format_steps(reports: Sequence[PruningReport]) -> str:
             _number(report.measured_increase),
             _number(report.loss_before),
             _number(report.loss_after),
+            *(_number(report.loss_recalibrated),) * recalibrated,
             f"{sum(report.seconds.values()):.1f}",
         )
         for number, report in enumerate(reports, start=1)
     ]
-    return format_table(head + rest, rows)
+    return format_table([*head, "seconds"], rows)
 
 
 def _with_lists(value: Any) -> Any:

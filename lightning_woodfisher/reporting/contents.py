@@ -18,6 +18,7 @@ from lightning_woodfisher.pruning.report import (
 from lightning_woodfisher.reporting import figures
 from lightning_woodfisher.reporting.verdict import describe_result, main_metrics
 from lightning_woodfisher.structured.report import (
+    MEASURES,
     StructureReport,
     format_structure_steps,
 )
@@ -183,7 +184,7 @@ def _collect_channels(
     reports: Sequence[StructureReport], verdict: Sequence[str]
 ) -> Contents:
     last = reports[-1]
-    measure = {"macs": "MACs", "structures": "channels"}.get(last.measure, last.measure)
+    measure = MEASURES.get(last.measure, last.measure)
     key_numbers = {
         f"{measure} removed (target {last.target:.1%})": f"{last.removed_share:.1%}",
         "MACs left": f"{last.macs_left:.1%}",
@@ -224,6 +225,8 @@ def _common_key_numbers(reports: Reports) -> dict[str, str]:
     numbers = {"pruning steps": f"{len(reports)}", "ranks": f"{last.world_size}"}
     if last.loss_before is not None and last.loss_after is not None:
         losses = f"{last.loss_before:.3g} → {last.loss_after:.3g}"
+        if isinstance(last, PruningReport) and last.loss_recalibrated is not None:
+            losses += f" ({last.loss_recalibrated:.3g} with new BatchNorm statistics)"
         numbers["loss in the last step"] = losses
     for name in main_metrics(reports):
         before, after = reports[0].logged_before.get(name), last.logged_after.get(name)

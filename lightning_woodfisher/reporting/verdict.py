@@ -107,6 +107,9 @@ def _describe_losses(reports: Sequence[_Report]) -> list[str]:
     if after <= before:
         return ["No step raised the loss."]
     rise = f"{which} raised the loss from {before:.3g} to {after:.3g}"
+    step = reports[number - 1]
+    if isinstance(step, PruningReport) and step.loss_recalibrated is not None:
+        rise += " (with new BatchNorm statistics)"
     if not _is_large(before, after):
         return [
             f"{rise}, more than any other step." if len(measured) > 1 else f"{rise}."

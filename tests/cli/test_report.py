@@ -135,6 +135,11 @@ def test_two_callbacks_make_two_tables(capsys: pytest.CaptureFixture[str]) -> No
             "not written by report_path",
         ),
         (lambda: Path("run").mkdir(), "run", "no checkpoint (*.ckpt) and no JSON"),
+        (
+            lambda: (Path("run").mkdir(), Path("run/pruning_steps.csv").touch()),
+            "run",
+            "tables of CSVLogger, which are not enough for a report: pruning_steps.csv",
+        ),
         (lambda: write_json("run/a.json", []), "run", "give a later one"),
     ],
 )

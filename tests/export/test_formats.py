@@ -548,6 +548,22 @@ class Branching(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class DynamicCache:
+    """What causal models of Hugging Face return for generation."""
+
+
+class Caching(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, DynamicCache]:
+        return x, DynamicCache()
+
+
+def test_a_cache_for_generation_names_its_switch(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"set model\.config\.use_cache = False"
+    ):
+        export_program(Caching(), torch.rand(3), tmp_path / "net.pt2")
+
+
 def test_an_operator_that_onnx_does_not_have(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError, match="no operator for aten.special_airy_ai"

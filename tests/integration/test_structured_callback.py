@@ -609,8 +609,14 @@ def test_what_has_no_smaller_network(capsys: pytest.CaptureFixture[str]) -> None
         assert main(command) == 2
         assert message in capsys.readouterr().err
     assert main(["export", "epoch=0.ckpt", "--format", "shrunk", "--out", "small"]) == 0
-    assert "not at the target" in capsys.readouterr().err
-    load_shrunk("small", Module())
+    shown = capsys.readouterr()
+    assert "not at the target" in shown.err
+    small, dense = (
+        sum(tensor.numel() for tensor in module.state_dict().values())
+        for module in (load_shrunk("small", Module()), Module())
+    )
+    assert small < dense
+    assert f"Smaller network: {small:,} of {dense:,} numbers" in shown.out
 
 
 IN_FORKED_PROCESSES = """

@@ -226,3 +226,12 @@ def test_table_of_steps() -> None:
     ]
     assert lines[3].split()[:5] == ["2", "–", "–", "81.00%", "50.00%"]
     assert lines[3].split()[5:9] == ["–"] * 4
+    new = dataclasses.replace(report(), loss_recalibrated=0.102)
+    lines = format_steps([new, BARE]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].split()[-4:] == ["0.1", "0.101", "0.102", "0.8"]
+    assert lines[3].split()[-2] == "–"
+    assert new.describe_loss() == (
+        "loss 0.1 before, 0.101 after with old BatchNorm statistics, 0.102 after with new "
+        "ones"
+    )

@@ -66,7 +66,10 @@ REACHED = (
         # The statistics of BatchNorm were the cause.
         (
             [step(0.02, 0.9, loss_recalibrated=0.03)],
-            ["The last step raised the loss from 0.02 to 0.03."],
+            [
+                "The last step raised the loss from 0.02 to 0.03 (with new BatchNorm "
+                "statistics)."
+            ],
         ),
         ([step(0.02, 0.9, loss_before=None)], []),
     ],

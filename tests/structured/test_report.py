@@ -108,7 +108,7 @@ def test_reports_without_times_are_read() -> None:
 def test_the_table_of_steps_has_a_line_for_each() -> None:
     lines = format_structure_steps([*STEPS, step(5, **BARE)])
     cells = [re.split(r"\s{2,}", line) for line in lines.splitlines()[2:]]
-    shares = ["25.0% of macs", "36", "45.0%", "49.9%", "45%", "0.5", "0.75", "1.2"]
+    shares = ["25.0% of MACs", "36", "45.0%", "49.9%", "45%", "0.5", "0.75", "1.2"]
     assert cells[2] == ["3", "3", "36", *shares]
     assert cells[3][1] == cells[3][7] == "–"
 
