@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.util
+import inspect
 import re
 import sys
 import tempfile
@@ -28,6 +30,7 @@ from documentation import (
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lightning_woodfisher import FisherConfig, WoodFisherPruningCallback, prune
 from lightning_woodfisher.cli.main import main
 
 # What a reader has: a module, data, and a loss. Small, but with enough samples for the
@@ -387,11 +390,36 @@ def test_links_lead_somewhere(tmp_path: Path) -> None:
     ]
 
 
+def test_pages_read_well_where_sphinx_is_missing() -> None:
+    """GitHub shows roles, such as {class}, and labels as they are written."""
+    roles = r"\{(?:class|func|meth|mod|attr|data|exc|ref|doc|term)\}`"
+    found = [
+        f"{page.name}: {text}"
+        for page in PAGES
+        for text in re.findall(rf"{roles}|^\([\w-]+\)=$", read_prose(page), re.M)
+    ]
+    assert found == []
+
+
+def test_the_tables_of_settings_are_those_of_the_code() -> None:
+    path = ROOT / "docs" / "write_settings.py"
+    spec = importlib.util.spec_from_file_location("write_settings", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (ROOT / "docs" / "reference" / "settings.md").read_text("utf-8")
+    assert page == script.render(), "run python docs/write_settings.py"
+    for public in (WoodFisherPruningCallback, FisherConfig, prune):
+        for name in inspect.signature(public).parameters:
+            assert re.search(rf"^\| `{name}` \| [^|]+ \| \S[^|]{{9}}", page, re.M), name
+
+
 def test_prose_has_short_lines() -> None:
     """Tables, figures and blocks cannot be wrapped."""
     long = [
         f"{page.name}: {line}"
-        for page in PAGES
+        for page in (*PAGES, ROOT / "CHANGELOG.md")
         for line in read_prose(page).splitlines()
         if len(line) > 100 and not re.match(r"\||\s*<|!\[[^]]*\]\(\S*\)$", line)
     ]

@@ -88,11 +88,10 @@ def read_links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """Return what a link may name after ``#``: headings, and labels of MyST."""
+    """Return what a link may name after ``#``: headings."""
     prose = read_prose(page)
     headings = re.findall(r"^#{1,6} +(.*?) *$", prose, re.M)
-    slugs = {
+    return {
         re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
         for heading in headings
     }
-    return slugs | set(re.findall(r"^\(([\w-]+)\)=$", prose, re.M))
