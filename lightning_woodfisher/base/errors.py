@@ -120,7 +120,7 @@ def require_flag(name: str, value: object) -> None:
         ConfigurationError: for any other value.
     """
     if not isinstance(value, bool):
-        raise ConfigurationError(f"{name}={value!r} is neither true nor false.")
+        raise ConfigurationError(f"{name}={value!r} must be True or False.")
 
 
 def require_integer(
@@ -204,11 +204,13 @@ def require_patterns(name: str, value: object) -> None:
     """
     if isinstance(value, str):
         raise ConfigurationError(
-            f"{name}={value!r} is a single text; give a list of patterns: "
+            f"{name}={value!r} is a single string; give a list of patterns: "
             f"{name.rpartition('.')[2]}=[{value!r}]."
         )
     if not isinstance(value, Sequence) or not all(isinstance(p, str) for p in value):
-        raise ConfigurationError(f"{name}={value!r} is not a list of patterns (texts).")
+        raise ConfigurationError(
+            f"{name}={value!r} is not a list of patterns (strings)."
+        )
 
 
 def require_text(name: str, value: object) -> None:

@@ -16,7 +16,7 @@ from lightning_woodfisher.base.errors import ConfigurationError
 T = TypeVar("T")
 # Larger numbers could not have been counted.
 _LARGEST = 2**63
-_NAMES = {int: "a count below 2**63", float: "a number below 2**63", str: "a text"}
+_NAMES = {int: "a count below 2**63", float: "a number below 2**63", str: "a string"}
 
 
 def read_dataclass(cls: type[T], plain: object, where: str = "") -> T:

@@ -356,9 +356,9 @@ class Pruner:
         if left_dense and self.comm.rank == 0:
             found = "; ".join(f"{name}: {why}" for name, why in left_dense.items())
             warnings.warn(
-                f"not pruned in this step, because nothing is known of the worth of its "
-                f"weights: {found}. The other weights alone reach the sparsity. Prune after "
-                "these have been trained, or leave them out with selection.exclude.",
+                f"not pruned in this step, because the saliencies are unknown: {found}. The "
+                "other weights alone reach the sparsity. Prune after these have been "
+                "trained, or leave them out with selection.exclude.",
                 stacklevel=3,
             )
 

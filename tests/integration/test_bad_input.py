@@ -109,7 +109,7 @@ BAD: list[tuple[str, Callable[[], dict[str, Any]], Any, str]] = [
         "include is text",
         lambda: selection(include="net.5"),
         Counting,
-        r"selection.include='net\.5' is a single text; .* include=\['net\.5'\]",
+        r"selection.include='net\.5' is a single string; .* include=\['net\.5'\]",
     ),
     ("exclude is text", lambda: selection(exclude="x"), Counting, r"exclude=\['x'\]"),
     ("include of numbers", lambda: selection(include=[5]), Counting, r"\[5\] is not a"),

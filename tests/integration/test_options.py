@@ -185,7 +185,7 @@ def test_an_optimizer_without_weight_decay_is_refused() -> None:
     pruner = pruning(weight_decay_off_after_last_step=True)
     with pytest.raises(ConfigurationError, match="but there is LBFGS"):
         trainer(pruner).fit(module, loader())
-    with pytest.raises(ConfigurationError, match="neither true nor false"):
+    with pytest.raises(ConfigurationError, match="must be True or False"):
         pruning(weight_decay_off_after_last_step="yes")
 
 

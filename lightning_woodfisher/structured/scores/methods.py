@@ -117,7 +117,7 @@ def score_structures(
     if not bool(values.any()):
         raise PruningError(
             f"method={config.method!r} computed zero for all structures, so they cannot be "
-            "ranked: the loss does not depend on them, as below a layer that is initialized "
+            "ranked: the loss does not depend on them, for example below a layer initialized "
             "with zeros; train first, or use method='magnitude'"
         )
     comm.require_equal(values, "the scores of structures")
