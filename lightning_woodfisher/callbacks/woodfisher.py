@@ -241,7 +241,9 @@ class WoodFisherPruningCallback(PruningCallback):
                 selection.only,
                 frozen=has_callback(trainer, BaseFinetuning),
             )
-            lines = [plan, selected, cost.summary(), *([f"Note: {note}."] * bool(note))]
+            lines = [plan, selected]
+            lines += [cost.summary()] * bool(self._ahead())
+            lines += [f"Note: {note}."] * bool(note)
             announce(trainer, "\n".join(lines))
         settings = {
             "target_sparsity": self.target_sparsity,

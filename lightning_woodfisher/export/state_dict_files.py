@@ -97,7 +97,7 @@ def save_sparse(
         state_dict: tensors by name, on any device; integers, bool, float8 to float64, or
             complex64.
         path: path of the file; missing folders are created.
-        metadata: additional texts for the header of the file, by name.
+        metadata: additional strings for the header of the file, by name.
 
     Returns:
         Summary of the file.
@@ -184,7 +184,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         path: path of the file.
 
     Returns:
-        Texts by name.
+        Strings by name.
     """
     with _open_sparse(path) as (_, header):
         return {k: v for k, v in header.items() if not k.startswith(_PREFIX)}

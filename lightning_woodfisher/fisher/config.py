@@ -71,17 +71,16 @@ class FisherConfig:
             without dropout; ``"train"`` computes them as training does.
         engine: ``"primal"``, ``"dual"``, or ``"auto"`` for the cheaper one. Both give the
             same matrix.
-        precision: arithmetic of the inverse. ``"auto"`` computes in float32 and changes to
-            float64 where float32 would change F⁻¹ by more than 1e-3. ``"float64"`` computes
-            in float64, ``"float32"`` computes products of gradients in float32 even where
-            that is not enough. ``"split"`` computes these products in float32 from two
-            parts of each number, with about 32 bits; ``"auto"`` does so before it changes
-            to float64 on GPUs on which float64 is slow.
+        precision: arithmetic of the inverse: ``"auto"`` (float32, and float64 where float32
+            would change F⁻¹ by more than 1e-3), ``"float64"``, ``"float32"`` (products of
+            gradients even where that is not enough) or ``"split"`` (these products in
+            float32 from two parts of each number, with about 32 bits). ``"auto"`` splits
+            before it changes to float64 on GPUs on which float64 is slow.
         offload_rows: keep gradient rows in host memory; has no effect on the primal engine,
             which keeps no rows.
         memory_budget: the most memory that a step may use on each rank, in addition to the
-            network and its activations: bytes, ``"80GB"`` or ``"24GiB"``. It is checked
-            before training starts; None checks against the memory that is free then.
+            network and its activations: bytes, ``"80GB"`` or ``"24GiB"``. None takes the
+            memory that is free. The budget is checked before training starts.
         collection: ``"auto"`` computes many gradients in one pass if that gives the same
             numbers, ``"loop"`` computes one gradient in each pass.
         row_dtype: dtype of the gradients that are exchanged and kept; bfloat16 halves

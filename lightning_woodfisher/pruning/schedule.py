@@ -188,12 +188,12 @@ class PolynomialSchedule(PruningSchedule):
             of training.
         end_epoch: epoch of the last step; None leaves the last quarter of training
             free of pruning.
-        every_n_epochs: distance between two steps.
+        every_n_epochs: distance between two steps; None for every epoch.
         degree: exponent; 1 is linear, 3 prunes most in the beginning.
         initial_sparsity: sparsity of the selected weights before the first step.
-        start_step: give it (and the next two) to count optimizer steps, not epochs.
-        end_step: like ``end_epoch``.
-        every_n_steps: like ``every_n_epochs``.
+        start_step: like ``start_epoch``, in optimizer steps; give either epochs or steps.
+        end_step: like ``end_epoch``, in optimizer steps.
+        every_n_steps: like ``every_n_epochs``, in optimizer steps; None for every step.
 
     Raises:
         ConfigurationError: when the schedule ends before it starts, or a value is out

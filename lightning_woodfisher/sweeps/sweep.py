@@ -147,8 +147,8 @@ def sweep(
         layerwise: settings of ``criterion="layerwise"`` that the grid does not vary.
         row_memory: host memory for stored gradients, such as ``"8GB"``; beyond it a
             temporary file is used. None for a quarter of the free memory.
-        progress: a function of a title and a total that returns a context manager; this
-            yields a counter.
+        progress: called with a title and a total; returns a context manager that yields a
+            function, which is called with the number of finished items.
 
     Returns:
         The results, in the order of the grid; its last name changes fastest.

@@ -100,7 +100,7 @@ _NOT_ONLY = "not in selection.only"
 _EMBEDDING = "embedding"
 _TIED = "tied to an embedding"
 _COMPUTED = "reparametrized"
-_OTHER = "no linear layer; selection.include adds it"
+_OTHER = "not in a linear layer; selection.include adds it"
 _LINES_OF_REASONS = 4
 _NAMES_OF_REASON = 3
 

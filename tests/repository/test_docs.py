@@ -392,7 +392,7 @@ def test_links_lead_somewhere(tmp_path: Path) -> None:
 
 def test_pages_read_well_where_sphinx_is_missing() -> None:
     """GitHub shows roles, such as {class}, and labels as they are written."""
-    roles = r"\{(?:class|func|meth|mod|attr|data|exc|ref|doc|term)\}`"
+    roles = r"\{(?:py:)?(?:class|func|meth|mod|attr|data|exc|ref|doc|term)\}`"
     found = [
         f"{page.name}: {text}"
         for page in PAGES
