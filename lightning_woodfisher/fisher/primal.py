@@ -21,7 +21,6 @@ from lightning_woodfisher.fisher.linalg import (
     Arithmetic,
     add_half_product,
     cholesky,
-    half_product,
     invert_lower,
     mirror,
     multiply,
@@ -92,7 +91,9 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
             found: dict[int, Tensor] = {}
 
             def measure(index: int) -> None:
-                added = self._columns(rows, index).square().sum(dim=-1)
+                added = torch.linalg.vector_norm(
+                    self._columns(rows, index), dim=-1
+                ).square()
                 found[index] = spread_of(
                     (_diagonal(self._gram[index]) + added).max().double(),
                     self.units[index].size,
@@ -115,10 +116,7 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
     def _accumulate(self, index: int, rows: Tensor) -> None:
         gram = self._gram[index]
         columns = self._columns(rows, index).to(gram.dtype)
-        if gram.dtype == torch.float32:
-            gram += half_product(columns)
-        else:
-            add_half_product(gram, columns, self._products[index] == "split")
+        add_half_product(gram, columns, self._products[index] == "split")
 
     @override
     def _final_arithmetic(self, index: int) -> Arithmetic:

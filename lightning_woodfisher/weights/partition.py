@@ -27,8 +27,11 @@ from dataclasses import dataclass, replace
 
 # A unit costs at most 1/96 of the whole, so that R ranks can share the cost evenly.
 _UNITS_WANTED = 96
-# It holds at most this number of weights, unless a block is larger, to limit memory.
-_LARGEST_UNIT = 2**22
+# It holds at most this number of weights, unless a block is larger. Its matrices then fit
+# into the cache of a core, and their memory is used again instead of being mapped anew.
+_LARGEST_UNIT = 2**14
+# Units of networks with more weights are larger, so that there are not many more than this.
+_MOST_UNITS = 2**13
 
 
 @dataclass(frozen=True)
@@ -174,12 +177,13 @@ def make_partition(
     sizes = [block_size] * len(segments) if isinstance(block_size, int) else block_size
     runs = list(_equal_blocks(segments, sizes))
     total = sum(cost(run.size) * run.count for run in runs)
+    largest = max(_LARGEST_UNIT, sum(segments) // _MOST_UNITS)
     units: list[Unit] = []
     for run in runs:
         group_size = group_sizes[run.segment] if group_sizes else 1
         together = max(1, group_size // sizes[run.segment])
         at_once = int(total / _UNITS_WANTED / cost(run.size))
-        at_once = min(at_once, _LARGEST_UNIT // run.size)
+        at_once = min(at_once, largest // run.size)
         at_once = max(together, at_once - at_once % together)
         for first in range(0, run.count, at_once):
             start, count = run.start + first * run.size, min(at_once, run.count - first)
