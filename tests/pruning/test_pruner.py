@@ -1117,7 +1117,7 @@ def test_prediction_is_the_measured_rise_of_a_quadratic_loss(
     model = Quadratic(12, damping=1e-2)
     report = pruned(
         model,
-        model.samples(number),
+        DataLoader(model.samples(number), batch_size=None),
         lambda network, batch: network(batch),
         update=update,
         target_sparsity=0.5,
