@@ -80,6 +80,7 @@ def _shorten(text: str) -> str:
 
 
 def _to_markdown(text: str) -> str:
+    text = re.sub(r":(?:func|meth):`~?[\w.]*?\.?(\w+)`", r"`\1()`", text)
     text = re.sub(r":\w+:`~?[\w.]*?\.?(\w+)`", r"`\1`", text)
     return text.replace("``", "`")
 

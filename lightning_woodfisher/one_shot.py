@@ -72,11 +72,11 @@ def prune(
 
     Args:
         model: the network, changed in place; names and storages stay the same.
-        data: a map-style Dataset of samples, a tuple of tensors ``(inputs, labels)``, a list
-            of samples whose labels are numbers, or an iterable of batches in the same order
-            on every rank. From a DataLoader over a map-style Dataset, the dataset, the
-            samples that its sampler may draw and its ``collate_fn`` are used, but neither
-            its order nor its ``batch_size``; the batch size is
+        data: a map-style Dataset of samples, a tensor or a tuple of tensors ``(inputs,
+            labels)``, a list of samples whose labels are numbers, or an iterable of batches
+            in the same order on every rank. From a DataLoader over a map-style Dataset, the
+            dataset, the samples that its sampler may draw and its ``collate_fn`` are used,
+            but neither its order nor its ``batch_size``; the batch size is
             ``fisher.gradient_batch_size``.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
         target_sparsity: share of the selected weights that is zero afterwards, in [0, 1).

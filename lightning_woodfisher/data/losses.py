@@ -142,8 +142,9 @@ class FunctionLoss(LossSource):
 
     Args:
         model: the network.
-        data: a map-style Dataset of samples, a list of samples ``(inputs, number)``, a
-            tuple of tensors ``(inputs, labels)``, a DataLoader, or an iterable of batches.
+        data: a map-style Dataset of samples, a list of samples whose labels are numbers,
+            a tensor, a tuple of tensors ``(inputs, labels)``, a DataLoader, or an iterable
+            of batches.
             Only the dataset, the indices of the sampler and the ``collate_fn`` of a
             DataLoader over a map-style dataset are used (:func:`.loader_batches`).
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
@@ -233,7 +234,14 @@ class FunctionLoss(LossSource):
 
 
 def _as_dataset(data: Any) -> Any:
-    """Turn a tuple of tensors, or a list of samples, into a dataset."""
+    """Turn a tensor, a tuple of tensors, or a list of samples, into a dataset."""
+    if isinstance(data, Tensor):
+        return Subset(data, range(len(data)))  # type: ignore[arg-type]
+    if isinstance(data, tuple) and any(type(a).__module__ == "numpy" for a in data):
+        raise ConfigurationError(
+            "the data is a tuple of NumPy arrays; give tensors of the dtypes that the model "
+            "takes, such as (torch.as_tensor(inputs).float(), torch.as_tensor(labels))."
+        )
     if isinstance(data, tuple) and data and all(isinstance(t, Tensor) for t in data):
         lengths = [len(tensor) if tensor.ndim else 0 for tensor in data]
         if len(set(lengths)) > 1:
@@ -249,9 +257,11 @@ def _as_dataset(data: Any) -> Any:
 
 def _is_sample(item: Any) -> bool:
     """Return whether an item of a list is a sample: the label of a batch is no number."""
-    if not isinstance(item, list | tuple) or len(item) != 2:
-        return False
-    label = item[1]
+    label = None
+    if isinstance(item, Mapping):
+        label = item.get("labels", item.get("label"))
+    elif isinstance(item, list | tuple) and len(item) == 2:
+        label = item[1]
     return isinstance(label, Real) or (isinstance(label, Tensor) and label.ndim == 0)
 
 

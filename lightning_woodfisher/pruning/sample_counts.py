@@ -45,13 +45,19 @@ def fit_to_data(config: PruningConfig, source: LossSource) -> tuple[PruningConfi
     new = fit_samples(old, data.available, by_sample=by_sample, keep_set=needs_data)
     if new == old:
         return config, ""
-    unit = "samples" if by_sample else "batches"
-    what = "gradients" if needs_data else "mini-batches"
-    note = (
-        f"the data has {data.available:,} {unit}, so a step uses num_gradients="
-        f"{new.num_gradients} {what} of gradient_batch_size={new.gradient_batch_size}, "
-        f"not {old.num_gradients} of {old.gradient_batch_size}"
-    )
+    available = f"the data has {data.available:,} "
+    count, size = new.num_gradients, new.gradient_batch_size
+    if by_sample:
+        note = (
+            f"{available}samples, so a step uses num_gradients={count} and "
+            f"gradient_batch_size={size}, not {old.num_gradients} and "
+            f"{old.gradient_batch_size}"
+        )
+    else:
+        note = (
+            f"{available}batches, so a step uses num_gradients={count}, not "
+            f"{old.num_gradients}"
+        )
     return replace(config, fisher=new), note
 
 

@@ -320,7 +320,7 @@ def prune_structures(
 
     Args:
         model: the network, changed in place; names and storages stay the same.
-        data: a map-style Dataset of samples, or an iterable of batches.
+        data: the data, as for :func:`~.prune`; not an iterator.
         loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch.
         target: share of ``config.measure`` that is removed afterwards, in [0, 1).
         config: how structures are scored and chosen.

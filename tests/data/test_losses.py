@@ -114,7 +114,7 @@ def test_autocast_of_the_caller_is_that_of_the_loss_alone() -> None:
     assert set(dtypes) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("given", ["tensors", "samples", "numbers"])
+@pytest.mark.parametrize("given", ["tensors", "samples", "numbers", "mappings"])
 def test_tensors_and_lists_of_samples_are_data(given: str) -> None:
     """They give the same gradients, and so the same masks, as a dataset of them."""
     generator = torch.Generator().manual_seed(1)
@@ -125,6 +125,7 @@ def test_tensors_and_lists_of_samples_are_data(given: str) -> None:
         "tensors": (inputs, labels),
         "samples": [*dataset],
         "numbers": [(sample, int(label)) for sample, label in dataset],
+        "mappings": [{"inputs": x, "labels": int(label)} for x, label in dataset],
     }[given]
 
     def pruned(data: Any) -> tuple[Tensor, str | None]:
@@ -139,13 +140,25 @@ def test_tensors_and_lists_of_samples_are_data(given: str) -> None:
 
 
 def cross_entropy(model: nn.Module, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+    inputs, labels = batch.values() if isinstance(batch, dict) else batch
+    return nn.functional.cross_entropy(model(inputs), labels)
 
 
 def test_tensors_of_different_lengths_are_refused() -> None:
     tensors = torch.zeros(8, 6), torch.zeros(7)
     with pytest.raises(ConfigurationError, match=r"lengths \[8, 7\]; give inputs and"):
         FunctionLoss(nn.Linear(6, 3), tensors, cross_entropy)
+    arrays: Any = tuple(tensor.numpy() for tensor in tensors)
+    with pytest.raises(ConfigurationError, match=r"NumPy arrays; give tensors of the"):
+        FunctionLoss(nn.Linear(6, 3), arrays, cross_entropy)
+
+
+def test_a_tensor_is_a_dataset_of_its_rows() -> None:
+    source = FunctionLoss(
+        nn.Linear(6, 3), torch.arange(48.0).view(8, 6), lambda m, b: m(b).mean()
+    )
+    batch = source.batches(2, 4, seed=0).fetch(0)
+    assert batch.shape == (4, 6)
 
 
 @pytest.mark.parametrize(

@@ -142,13 +142,16 @@ def test_the_schedule_of_a_resumed_run_shows_what_is_done(
 
 
 @pytest.mark.parametrize("saved", [1, 3])
-def test_more_epochs_keep_the_steps_that_are_done(saved: int) -> None:
+def test_more_epochs_keep_the_steps_that_are_done(
+    saved: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """The default schedule depends on the length of training; a target is reached once."""
     short = fit(PolynomialSchedule(), {"save_on_train_epoch_end": True})
     assert [report["epoch"] for report in short.reports] == [1, 2]
     seed_all(99)
     pruner = pruning(schedule=PolynomialSchedule())
     longer = trainer(pruner, max_epochs=3 * EPOCHS)
+    caplog.clear()
     longer.fit(Classifier(), loader(), ckpt_path=short.checkpoints[saved])
     found = [(report.epoch, report.target_sparsity) for report in pruner.reports]
     ramp = PolynomialSchedule().plan(0.75, Horizon(3 * EPOCHS))
@@ -157,6 +160,9 @@ def test_more_epochs_keep_the_steps_that_are_done(saved: int) -> None:
     assert found == [*done, *left]
     assert [sparsity for _, sparsity in found] == sorted({s for _, s in found})
     assert len(left) == (0 if saved == 3 else 4)
+    lines = [line for line in caplog.text.splitlines() if line.startswith("epoch ")]
+    assert [int(line.split()[1]) for line in lines] == [epoch for epoch, _ in found]
+    assert [line.endswith("done") for line in lines].count(True) == len(done)
     assert pruner.masks.sparsity() == pytest.approx(0.75, abs=1e-3)
 
 

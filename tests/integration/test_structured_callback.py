@@ -41,6 +41,7 @@ from lightning_woodfisher import (
     ConfigurationError,
     ConstantSchedule,
     HAPPruningCallback,
+    OneShotSchedule,
     PolynomialSchedule,
     PruningError,
     SOSPPruningCallback,
@@ -183,6 +184,24 @@ def test_the_report_the_export_and_the_time(tmp_path: Path) -> None:
     assert plain["latency_runs"] == 3
     assert logged["pruning/structures_removed"] == 0.5
     assert logged["pruning/channels/net.conv1"] == 8 - len(callback.removed["conv1"])
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_with_more_epochs_removes_channels_once() -> None:
+    """A share of training is later in a longer one, when the target is reached already."""
+
+    def run(epochs: int, resumed: str | None = None) -> Any:
+        seed_all(1)
+        callback = structured(schedule=OneShotSchedule(share=0.5))
+        fitted = trainer(callback, max_epochs=epochs)
+        fitted.fit(Module(), loader(), ckpt_path=resumed)
+        fitted.save_checkpoint("last.ckpt")
+        return callback
+
+    short = run(2)
+    longer = run(4, "last.ckpt")
+    assert [report.epoch for report in longer.reports] == [1]
+    assert longer.removed == short.removed
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

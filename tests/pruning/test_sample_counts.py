@@ -56,10 +56,10 @@ def test_defaults_fit_themselves_to_the_data(
 @pytest.mark.parametrize("as_batches", [False, True])
 def test_prune_says_which_numbers_it_uses(as_batches: bool) -> None:
     data: Any = samples(300)
-    used = r"num_gradients=256 gradients of gradient_batch_size=1, not 256 of 16"
+    used = r"num_gradients=256 and gradient_batch_size=1, not 256 and 16"
     if as_batches:
         data = list(DataLoader(data, 10))
-        used = r"30 batches.*num_gradients=30 gradients"
+        used = r"30 batches, so a step uses num_gradients=30, not 256$"
     with pytest.warns(UserWarning, match=used):
         report = prune(batchnorm_network(), data, cross_entropy, target_sparsity=0.5)
     assert report.num_gradients == (30 if as_batches else 256)
@@ -74,7 +74,7 @@ def test_an_iterator_is_read_from_its_start() -> None:
 
 
 def test_magnitude_measures_the_loss_on_what_there_is() -> None:
-    with pytest.warns(UserWarning, match="num_gradients=96 mini-batches"):
+    with pytest.warns(UserWarning, match="num_gradients=96 and"):
         report = prune(
             batchnorm_network(),
             samples(96),

@@ -448,7 +448,7 @@ def test_batches_of_one_value_have_no_variance() -> None:
     [
         ({"recompute_spacing": "cubic"}, "recompute_spacing='cubic'"),
         ({"recompute_spacing": "polynomal"}, "Did you mean 'polynomial'"),
-        ({"reuse_gradients": 1}, "reuse_gradients=1 is neither"),
+        ({"reuse_gradients": 1}, "reuse_gradients=1 must be True or"),
         (
             {"trust_ratio": 0.0, "recompute_steps": 2},
             r"trust_ratio=0\.0 is outside \(0, inf\)",
