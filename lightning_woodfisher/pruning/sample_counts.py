@@ -45,18 +45,17 @@ def fit_to_data(config: PruningConfig, source: LossSource) -> tuple[PruningConfi
     new = fit_samples(old, data.available, by_sample=by_sample, keep_set=needs_data)
     if new == old:
         return config, ""
-    available = f"the data has {data.available:,} "
     count, size = new.num_gradients, new.gradient_batch_size
     if by_sample:
         note = (
-            f"{available}samples, so a step uses num_gradients={count} and "
-            f"gradient_batch_size={size}, not {old.num_gradients} and "
+            f"the data has {data.available:,} samples, so a step uses num_gradients={count} "
+            f"and gradient_batch_size={size}, not {old.num_gradients} and "
             f"{old.gradient_batch_size}"
         )
     else:
         note = (
-            f"{available}batches, so a step uses num_gradients={count}, not "
-            f"{old.num_gradients}"
+            f"the data has {data.available:,} batches, so a step uses num_gradients={count}, "
+            f"not {old.num_gradients}"
         )
     return replace(config, fisher=new), note
 
