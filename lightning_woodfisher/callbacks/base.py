@@ -699,7 +699,9 @@ class PruningCallback(MaskGuard, ABC):
         masks = self._restored_masks or {}
         return {
             "position (epoch, optimizer steps) in the checkpoint": self._restored_position,
-            "list of pruning steps in the checkpoint": self._done,
+            "list of pruning steps in the checkpoint": [
+                (step.unit, step.position) for step in self._done
+            ],
             **{
                 f"hash of the mask of {name!r} in the checkpoint": int(checksum(mask))
                 for name, mask in masks.items()
