@@ -182,3 +182,10 @@ def test_units_of_a_shard_belong_to_the_rank_that_holds_it() -> None:
     assert {unit.segment for unit in partition.owned(0)} == {0, 1}
     assert {unit.segment for unit in partition.owned(2)} == {4, 5}
     assert partition.shard(1) == slice(9, 9)
+
+
+def test_units_are_small_but_not_many_for_a_large_network() -> None:
+    small = make_partition([10_000_000], 256, 1)
+    assert max(unit.size * unit.count for unit in small.units) <= 2**14
+    large = make_partition([4_000_000_000, 100], 50, 1)
+    assert len(large.units) <= 1100
