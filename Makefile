@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := wandb,examples
 OLDEST := .venv-oldest
+AUDIT  := .venv-audit
 # Those that need torch-pruning, onnx or safetensors, and the documentation, are left out.
 OLDEST_TESTS := $(filter-out tests/structured/% tests/export/% tests/repository/test_docs.py \
 	tests/cli/test_export.py tests/integration/% tests/clusters/%, \
@@ -16,7 +17,7 @@ TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-ddp demo-transformer examples test test-all test-fast test-oldest test-slurm test-gpu coverage soak \
-	zoo mutants bench gpu-check check format docs clean
+	zoo mutants bench gpu-check check format lock audit docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -122,11 +123,19 @@ format: $(VENV)/.dev  ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+lock: $(VENV)/.dev  ## write the installed versions to tests/newest.txt, after the tests passed
+	$(BIN)/python -m tests.support.newest > tests/newest.txt
+
+# pip-audit asks a database of vulnerabilities, and skips what it does not find there.
+audit: $(AUDIT)/.tools  ## look for known vulnerabilities of these versions, check the workflows
+	$(AUDIT)/bin/pip-audit --requirement tests/newest.txt --no-deps --disable-pip
+	$(AUDIT)/bin/zizmor --offline --min-severity medium .github
+
 docs: $(VENV)/.dev  ## build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 
 clean:  ## remove everything that was made
-	rm -rf $(VENV) $(OLDEST) runs docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(AUDIT) runs docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # pip before 25.1 does not know dependency groups.
 $(VENV)/.pip:
@@ -147,4 +156,9 @@ $(OLDEST)/.dev: pyproject.toml tests/oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(OLDEST)/bin/python -m pip install --quiet -e '.[examples]' --group test \
 		-c tests/oldest.txt
+	touch $@
+
+$(AUDIT)/.tools:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet pip-audit zizmor
 	touch $@

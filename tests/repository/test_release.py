@@ -10,7 +10,7 @@ import pytest
 import yaml
 from packaging.utils import canonicalize_name
 
-from tests.support.newest import declared
+from tests.support.newest import declared, installed
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -49,10 +49,21 @@ def test_there_is_a_workflow_for_tests_docs_and_release() -> None:
     assert [path.stem for path in WORKFLOWS] == ["checks", "docs", "release"]
 
 
-def test_tested_versions_are_those_that_are_admitted() -> None:
+def read_newest() -> dict[str, str]:
     lines = (ROOT / "tests" / "newest.txt").read_text("utf-8").splitlines()
-    newest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_tested_versions_are_those_that_are_admitted() -> None:
+    newest = read_newest()
     assert list(newest) == sorted(newest)
     for requirement in declared():
         version = newest[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version, prereleases=True), requirement
+
+
+def test_tested_versions_name_everything_that_is_installed_with_them() -> None:
+    newest, found = read_newest(), installed()
+    if {name: found.get(name) for name in newest} != newest:
+        pytest.skip("other versions are installed, which may need other packages")
+    assert found.keys() == newest.keys()

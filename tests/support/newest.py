@@ -1,6 +1,6 @@
 """Print the installed version of everything that the package and its tests depend on.
 
-python -m tests.support.newest > tests/newest.txt
+``make lock`` writes them to ``tests/newest.txt``.
 """
 
 from __future__ import annotations
