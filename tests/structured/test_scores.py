@@ -24,7 +24,8 @@ from hand_groups import (
 )
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jvp
-from torch.utils.data import TensorDataset
+from torch.overrides import TorchFunctionMode
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.losses import FunctionLoss
@@ -338,29 +339,57 @@ def test_curvature_of_a_mean_over_labels_is_that_of_the_loss(ignored: bool) -> N
     assert float(estimates.mean(0).trace()) == pytest.approx(float(exact.trace()), 0.1)
 
 
-def test_folded_samples_are_refused_where_samples_are_told_apart() -> None:
-    class Folded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+class Folded(nn.Module):
+    """A convolution of two images of each sample, which are folded into the batch."""
 
-        def forward(self, images: Tensor) -> Tensor:
-            hidden = self.conv(images.flatten(0, 1)[:, None]).tanh().mean((2, 3))
-            return self.fc(hidden.view(len(images), 2, 4).mean(1))
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
 
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.conv(images.flatten(0, 1)[:, None]).tanh().mean((2, 3))
+        return self.fc(hidden.view(len(images), 2, 4).mean(1))
+
+
+@pytest.mark.parametrize("names", [("conv",), ("conv", "fc")])
+@pytest.mark.parametrize("labels", ["true", "logits", "sampled"])
+def test_folded_samples_are_run_one_by_one(names: tuple[str, ...], labels: Any) -> None:
     model = trained(Folded())
-    members = (
-        *layer("conv", 4, True),
-        *layer("fc", 4, True),
+    sizes = {"conv": 4, "fc": 3}
+    groups = [Group(n, sizes[n], tuple(layer(n, sizes[n], True))) for n in names]
+    pairs = score(model, groups, labels=labels).pairs
+    expected = slopes(model, groups, images(SAMPLES))
+    torch.testing.assert_close(
+        pairs.first_order, expected.mean(0).abs(), rtol=1e-6, atol=1e-9
     )
-    groups = [Group("conv", 4, members[:2])]
-    values = score(model, groups, method="sosp_h").values[0]
-    # The layer sees two images of each sample; one that sees samples shows the difference.
-    groups.append(Group("fc", 3, tuple(layer("fc", 3, True))))
+    assert len(pairs.rows) == SAMPLES * (3 if labels == "logits" else 1)
+    if labels == "true":
+        torch.testing.assert_close(pairs.rows, expected[match(pairs.rows, expected)])
+
+
+def test_folded_samples_of_a_stream_are_refused() -> None:
+    model = trained(Folded())
+    groups = [
+        Group(n, s, tuple(layer(n, s, True))) for n, s in (("conv", 4), ("fc", 3))
+    ]
+    pixels, labels = images(SAMPLES).tensors
+    stream = [*zip(pixels.split(4), labels.split(4), strict=True)]
+    source = FunctionLoss(model, stream, cross_entropy)
     with pytest.raises(PruningError, match=r"lengths \[4, 8\]; use method='sosp_h'"):
-        score(model, groups, method="sosp_i")
-    again = score(model, groups, method="sosp_h").values[0]
-    assert len(values) == len(again) == 4
+        score_structures(source, groups, settings())
+    values = score_structures(source, groups, settings(method="sosp_h")).values
+    assert [len(value) for value in values] == [4, 3]
+
+
+def test_samples_of_items_that_are_batches_are_told_apart() -> None:
+    pixels, labels = images(SAMPLES).tensors
+    items = [*zip(pixels.split(4), labels.split(4), strict=True)]
+    loader = DataLoader(items, batch_size=None)  # type: ignore[arg-type]
+    source = FunctionLoss(make_residual(), loader, cross_entropy)
+    config = settings(num_samples=SAMPLES // 4, batch_size=1, labels="true")
+    pairs = score_structures(source, residual_groups(), config).pairs
+    expected = slopes(make_residual(), residual_groups(), images(SAMPLES))
+    torch.testing.assert_close(pairs.rows, expected[match(pairs.rows, expected)])
 
 
 def test_a_group_without_norms_is_scored_by_its_filters() -> None:
@@ -503,35 +532,36 @@ def test_traces_depend_on_the_seed_only() -> None:
     assert first.notes["share_negative"] == pytest.approx(float(negative))
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, int]:
-    """Count copies to the CPU and draws of random numbers while HAP scores."""
-    calls = {"cpu": 0, "randint": 0}
+class Calls(TorchFunctionMode):
+    """Counts copies to the CPU and draws of random numbers with a generator."""
 
-    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls[name] += name == "cpu" or "generator" in kwargs
-            return function(*args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies = self.draws = 0
 
-        return call
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.copies += function is Tensor.cpu
+        self.draws += function is torch.randint and "generator" in kwargs
+        return function(*args, **(kwargs or {}))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Tensor, "cpu", counted("cpu", Tensor.cpu))
-        patch.setattr(torch, "randint", counted("randint", torch.randint))
+
+def count_calls(**changes: Any) -> Calls:
+    with Calls() as calls:
         score(make_residual(), residual_groups(), method="hap", **changes)
     return calls
 
 
-def test_signs_are_drawn_once_and_nothing_is_copied_for_a_probe(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    few = count_calls(monkeypatch, probes=2, batch_size=12)
-    more_batches = count_calls(monkeypatch, probes=2, batch_size=4)
-    more_probes = count_calls(monkeypatch, probes=20, batch_size=12)
-    assert more_batches["randint"] == few["randint"]
-    # One draw chooses the samples.
-    assert more_probes["randint"] - 1 == 10 * (few["randint"] - 1)
-    assert more_probes["cpu"] == few["cpu"]
-    assert more_batches["cpu"] == few["cpu"] + 2  # The rows of each batch.
+def test_signs_are_drawn_once_and_nothing_is_copied_for_a_probe() -> None:
+    few = count_calls(probes=2, batch_size=12)
+    more_batches = count_calls(probes=2, batch_size=4)
+    more_probes = count_calls(probes=20, batch_size=12)
+    assert more_batches.draws == few.draws
+    # One draw makes the labels.
+    assert more_probes.draws - 1 == 10 * (few.draws - 1)
+    assert more_probes.copies == few.copies
+    assert more_batches.copies == few.copies + 2  # The rows of each batch.
 
 
 def test_probes_end_once_the_ranking_has_settled() -> None:

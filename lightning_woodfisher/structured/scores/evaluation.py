@@ -94,6 +94,11 @@ class Evaluation:
                 parameter.requires_grad_(True)
             yield
 
+    @property
+    def regroupable(self) -> bool:
+        """Whether batches may have another size; those of a stream may not."""
+        return calibration_batches(self.source, self.config, self._seed).regroupable
+
     def compute_rows(
         self,
         compute: ComputeRows,
@@ -119,8 +124,7 @@ class Evaluation:
         """
         config = self.config
         batches = calibration_batches(self.source, config, self._seed)
-        # A stream has batches of a size of its own.
-        if batch_size is not None and batches.size is not None:
+        if batch_size is not None and batches.regroupable:
             size = min(batch_size, config.batch_size)
             config = dataclasses.replace(config, batch_size=size)
             batches = calibration_batches(self.source, config, self._seed)

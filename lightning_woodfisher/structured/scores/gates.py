@@ -46,6 +46,7 @@ class Gates:
 
     Attributes:
         size: S.
+        lengths: of the first axes of the gated outputs in the last :meth:`run`.
 
     Raises:
         ConfigurationError: for a layer whose output is not known to be linear in its
@@ -64,6 +65,7 @@ class Gates:
         self._per_sample = per_sample
         self.size = sum(group.size for group in groups)
         self._owners = _find_owners(model, groups, kind, self.size)
+        self.lengths: set[int] = set()
         self._factors: Tensor | None = None
 
     @contextlib.contextmanager
@@ -103,6 +105,7 @@ class Gates:
             The loss, with a graph that begins at the gates.
         """
         self._factors = None
+        self.lengths.clear()
         return loss()
 
     def derivatives(
@@ -132,6 +135,7 @@ class Gates:
             # Gates of 1 change nothing while labels are drawn.
             if not torch.is_grad_enabled():
                 return None
+            self.lengths.add(len(output))
             samples = len(output) if self._per_sample else 1
             if self._factors is None:
                 # The last one stays 1, for channels without a structure.
@@ -140,10 +144,11 @@ class Gates:
                     shape, dtype=torch.float64, device=output.device, requires_grad=True
                 )
             if len(self._factors) != samples:
-                lengths = sorted({samples, len(self._factors)})
                 raise PruningError(
                     "this method needs layers whose outputs have the samples on the first "
-                    f"axis, but found the lengths {lengths}; use method='sosp_h'"
+                    f"axis, but found the lengths {sorted(self.lengths)}; use "
+                    "method='sosp_h', or give a map-style dataset, whose samples are run "
+                    "one by one"
                 )
             channel = output.dim() - 1
             if not isinstance(module, _CHANNELS_LAST):

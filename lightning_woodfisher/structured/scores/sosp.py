@@ -15,6 +15,8 @@ from __future__ import annotations
 __all__ = ["PairScores", "score_pairs", "score_sosp_h"]
 
 import contextlib
+import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -189,7 +191,11 @@ def score_pairs(evaluation: Evaluation) -> PairScores:
     Returns:
         The scores of all pairs of structures.
     """
-    gates = _make_gates(evaluation, per_sample=True)
+    # Where samples share the first axis with something else (frames, proposals, tokens),
+    # they are run one by one.
+    apart = _are_samples_apart(evaluation)
+    gates = _make_gates(evaluation, per_sample=apart)
+    size = None if apart else 1
     kind = evaluation.config.labels
     logits: list[Tensor] = []
 
@@ -232,14 +238,36 @@ def score_pairs(evaluation: Evaluation) -> PairScores:
         return torch.cat(rows)
 
     with gates.attached(), _recording(evaluation.source.predictor, logits):
-        rows = first_order = evaluation.compute_rows(differentiate_loss, gates.size)
+        rows = first_order = evaluation.compute_rows(
+            differentiate_loss, gates.size, batch_size=size
+        )
         if kind == "logits":
-            rows = evaluation.compute_rows(differentiate_logits, gates.size)
+            rows = evaluation.compute_rows(
+                differentiate_logits, gates.size, batch_size=size
+            )
         elif kind == "sampled":
             rows = evaluation.compute_rows(
-                differentiate_drawn, gates.size, draw_labels=True
+                differentiate_drawn, gates.size, draw_labels=True, batch_size=size
             )
     return PairScores(rows, len(first_order), first_order.mean(dim=0))
+
+
+def _are_samples_apart(evaluation: Evaluation) -> bool:
+    """Check that gated outputs have a row for each sample; assume it of a stream."""
+    if not evaluation.regroupable:
+        return True
+    few = min(2, evaluation.config.num_samples)
+    probe = copy.copy(evaluation)
+    probe.config = dataclasses.replace(probe.config, num_samples=few, batch_size=few)
+    gates = _make_gates(probe, per_sample=False)
+
+    def find_lengths(loss: Callable[[], Tensor], scale: float, labels: int) -> Tensor:
+        gates.run(loss)
+        return torch.tensor([[float(length)] for length in gates.lengths]) * scale
+
+    with gates.attached():
+        lengths = probe.compute_rows(find_lengths, 1)
+    return bool((lengths == few).all())
 
 
 def _make_gates(evaluation: Evaluation, *, per_sample: bool) -> Gates:
