@@ -11,10 +11,13 @@ __all__ = ["make_hessian_derivative", "twice_differentiable"]
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.base.host_copy import upload
@@ -66,9 +69,24 @@ def make_hessian_derivative(
     return products
 
 
+class _ComposedHardsigmoid(TorchFunctionMode):
+    """Compute hardsigmoid by operations that can be differentiated twice."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if function is F.hardsigmoid:
+            return F.relu6(args[0] + 3.0) / 6.0
+        return function(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Compute attention by operations that can be differentiated twice.
+    """Compute attention and hardsigmoid by operations that can be differentiated twice.
 
     Yields:
         Nothing; inside, no fused kernel of attention or of encoder layers is used.
@@ -76,7 +94,7 @@ def twice_differentiable() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _ComposedHardsigmoid():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
