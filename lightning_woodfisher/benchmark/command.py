@@ -43,6 +43,7 @@ from lightning_woodfisher.benchmark.structures import (
     measure_structures,
 )
 from lightning_woodfisher.benchmark.timing import require_device
+from lightning_woodfisher.fisher.config import FisherConfig
 
 _SLICE_ON_CPU = 300_000
 # Share of a GPU's free memory that rows, inverses and their copies may take.
@@ -138,7 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", metavar="PATH", help="write every number to this file")
     add("--png", metavar="PATH", help="draw the table of the inverse to this file")
     add("--collection", action="store_true", help="measure gradient collection")
-    add("--step", action="store_true", help="measure pruning steps of four networks")
+    add("--step", action="store_true", help="measure pruning steps of five networks")
     add("--masks", action="store_true", help="measure training steps with masks")
     add(
         "--scaling",
@@ -220,14 +221,21 @@ def choose_max_weights(device: torch.device, case: Case) -> int:
 
 def _networks_of_steps(
     device: torch.device,
-) -> Iterator[tuple[str, nn.Module, TensorDataset, int]]:
-    """Yield name, network, data and m of the steps that are measured in plain passes."""
-    yield "resnet20", make_resnet20(device), random_images(4096), 16
-    mobilenet = load_torchvision_network("mobilenet_v3_small")
-    yield "mobilenet_v3_small", mobilenet.to(device), random_images(256, 64), 4
+) -> Iterator[tuple[str, nn.Module, TensorDataset, FisherConfig]]:
+    """Yield name, network, data and Fisher of the steps measured in plain passes."""
+    resnet20 = make_resnet20(device)
+    yield "resnet20", resnet20, random_images(4096), FisherConfig()
+    for block_size in (288, None):
+        fisher = FisherConfig(1000, 1, block_size=block_size)
+        yield "resnet20", resnet20, random_images(1000), fisher
+    for name in ("mobilenet_v3_small", "efficientnet_b0"):
+        network = load_torchvision_network(name).to(device)
+        yield name, network, random_images(256, 64), FisherConfig(64, 4)
     torch.manual_seed(0)
-    yield "transformer", Transformer().to(device).eval(), random_data(4096, 16, 256), 16
-    yield "mlpnet", make_mlpnet().to(device).eval(), random_data(4096, 784), 16
+    transformer = Transformer().to(device).eval()
+    yield "transformer", transformer, random_data(4096, 16, 256), FisherConfig()
+    mlpnet = make_mlpnet().to(device).eval()
+    yield "mlpnet", mlpnet, random_data(4096, 784), FisherConfig()
 
 
 def _measure_others(
@@ -248,8 +256,8 @@ def _measure_others(
         )
         tables["passes"] = [
             row
-            for name, network, data, size in _networks_of_steps(device)
-            for row in measure_passes(name, network, data, size, repeats=repeats)
+            for name, network, data, fisher in _networks_of_steps(device)
+            for row in measure_passes(name, network, data, fisher, repeats=repeats)
         ]
     if options.masks:
         torch.manual_seed(0)

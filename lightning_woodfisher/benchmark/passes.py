@@ -39,6 +39,7 @@ class PassesRow:
         action: ``"plain passes"``, ``"step of prune()"`` or ``"step in training"``.
         num_gradients: N.
         gradient_batch_size: m.
+        block_size: B, None for the full Fisher.
         timing: time of the action.
         passes: seconds divided by those of the plain passes.
         processor_passes: the same in processor seconds, which depend less on other
@@ -51,6 +52,7 @@ class PassesRow:
     action: str
     num_gradients: int
     gradient_batch_size: int
+    block_size: int | None
     timing: Timing
     passes: float
     processor_passes: float
@@ -61,26 +63,25 @@ def measure_passes(
     network: str,
     model: nn.Module,
     data: TensorDataset,
-    gradient_batch_size: int,
+    fisher: FisherConfig,
     *,
     repeats: int = 3,
 ) -> list[PassesRow]:
     """Measure pruning steps to 50 % sparsity, and a gradient pass over their samples.
 
     The plain passes are forward and backward passes in batches of 128. The steps have the
-    default settings but for N and m.
+    default settings but for ``fisher``.
 
     Args:
         network: name of the network.
         model: the network, in evaluation mode.
         data: N·m inputs and labels.
-        gradient_batch_size: m.
+        fisher: N, m and B.
         repeats: number of repetitions, after one that is not counted.
 
     Returns:
         A row for the plain passes, and one for each kind of step.
     """
-    fisher = FisherConfig(len(data) // gradient_batch_size, gradient_batch_size)
     parameters = list(prunable_parameters(model).values())
     reports: dict[str, PruningReport] = {}
 
@@ -113,7 +114,8 @@ def measure_passes(
                 network=network,
                 action=action,
                 num_gradients=fisher.num_gradients,
-                gradient_batch_size=gradient_batch_size,
+                gradient_batch_size=fisher.gradient_batch_size,
+                block_size=fisher.block_size,
                 timing=timing,
                 passes=timing.seconds / plain.seconds,
                 processor_passes=timing.processor_seconds / plain.processor_seconds,

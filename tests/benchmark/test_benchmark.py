@@ -50,6 +50,7 @@ from lightning_woodfisher.benchmark.structures import (
     measure_structures,
 )
 from lightning_woodfisher.cli.main import main
+from lightning_woodfisher.fisher.config import FisherConfig
 from lightning_woodfisher.resources.network_shapes import SHAPES
 from lightning_woodfisher.weights.layers import prunable_parameters
 from lightning_woodfisher.weights.masks import Masks
@@ -365,7 +366,9 @@ class TestTraining:
         monkeypatch.setattr(passes, "prune", counted_prune)
         model = make_resnet20(CPU, 2)
         before = [weight.clone() for weight in _weights(model)]
-        rows = passes.measure_passes("tiny", model, random_images(24, 8), 3, repeats=1)
+        rows = passes.measure_passes(
+            "tiny", model, random_images(24, 8), FisherConfig(8, 3), repeats=1
+        )
         assert samples == [24] * 6
         assert progress == ["plain passes", "step of prune()", "step in training"] * 2
         assert all(map(torch.equal, before, _weights(model)))
@@ -373,7 +376,11 @@ class TestTraining:
         assert (plain.passes, plain.processor_passes) == (1.0, 1.0)
         assert plain.batchnorm_passes == 0.0
         for row in steps:
-            assert (row.num_gradients, row.gradient_batch_size) == (8, 3)
+            assert (row.num_gradients, row.gradient_batch_size, row.block_size) == (
+                8,
+                3,
+                256,
+            )
             assert row.passes == row.timing.seconds / plain.timing.seconds
             assert 0.0 < row.batchnorm_passes < row.passes
 
