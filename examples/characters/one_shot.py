@@ -26,7 +26,13 @@ from examples.characters.model import (
     read_sources,
 )
 from examples.characters.references import prune_sequentially, sparsegpt, wanda
-from lightning_woodfisher import FisherConfig, SelectionConfig, StepConfig, prune
+from lightning_woodfisher import (
+    FisherConfig,
+    LayerwiseConfig,
+    SelectionConfig,
+    StepConfig,
+    prune,
+)
 from lightning_woodfisher.base.text_table import format_table
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -38,6 +44,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "layerwise, equal sparsities": {
         "criterion": "layerwise",
         "selection": {"scope": "layer"},
+    },
+    "layerwise, equal, without ADMM": {
+        "criterion": "layerwise",
+        "selection": {"scope": "layer"},
+        "layerwise": {"admm_iterations": 0},
     },
     "layerwise": {"criterion": "layerwise"},
 }
@@ -124,6 +135,7 @@ def run(
         ),
         selection=SelectionConfig(**{**selection, **method.get("selection", {})}),
         step=StepConfig(measure_loss=False, **method.get("step", {})),
+        layerwise=LayerwiseConfig(**method.get("layerwise", {})),
     )
 
 
