@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_woodfisher.base.byte_sizes import format_bytes
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
 from lightning_woodfisher.base.printable import printable
+from lightning_woodfisher.callbacks.checks import require_writable
 from lightning_woodfisher.cli.arguments import SubcommandParser
 from lightning_woodfisher.cli.lightning_cli import load_weights, read_fit
 from lightning_woodfisher.cli.messages import warn_of_missing_steps
@@ -87,6 +88,8 @@ def run_export(options: argparse.Namespace) -> int:
     # What is shrunk is checked by what cuts it.
     if not options.from_zeros and options.format != "shrunk":
         checkpoint.require_masks_hold()
+    if options.format != "shrunk":
+        require_writable("--out", out)
     if checkpoint.steps_left:
         warn_of_missing_steps(checkpoint.path, checkpoint.steps_left)
     weights = strip_prefix(checkpoint.weights, options.network)
@@ -208,6 +211,7 @@ def _write_shrunk(
     plan, state = read_shrunk(checkpoint)
     network = strip_prefix(state, options.network)
     start = f"{options.network.rstrip('.')}." if options.network else ""
+    require_writable("--out", Path(options.out, "plan.json"))
     path = save_shrunk(options.out, network, plan.without_prefix(start))
     tensors = {name: t for name, t in network.items() if isinstance(t, Tensor)}
     sizes = [

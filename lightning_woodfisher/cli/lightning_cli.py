@@ -19,8 +19,9 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.printable import printable
 from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
-from lightning_woodfisher.cli.messages import condense_error
+from lightning_woodfisher.cli.messages import condense_error, require_groups
 from lightning_woodfisher.export.checkpoint import Checkpoint
 
 # First words of a saved config.
@@ -46,15 +47,30 @@ class PruningCLI(LightningCLI):
         )
         return parser
 
+    def before_instantiate_classes(self) -> None:
+        """Check what jsonargparse does not check before it makes the objects."""
+        if self.subcommand is not None:
+            require_groups(self.config[self.subcommand])
+
 
 class _Parser(LightningArgumentParser):
     """A parser whose errors are a few lines, with the nearest valid name."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(
+                f"a configuration is not a text file ({error}); --config takes a YAML file, "
+                "and --ckpt_path a checkpoint."
+            )
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             # The parser of one type of a union: another may fit.
             super().error(message, ex)
-        sys.stderr.write(f"lightning-woodfisher: error: {condense_error(message)}\n")
+        text = printable(condense_error(message))
+        sys.stderr.write(f"lightning-woodfisher: error: {text}\n")
         self.exit(2)
         raise SystemExit(2)
 
@@ -68,7 +84,8 @@ class _SaveConfig(SaveConfigCallback):
         folder = trainer.log_dir  # a collective: every rank must ask
         if folder is not None and trainer.is_global_zero:
             path = Path(folder, self.config_filename)
-            if path.is_file() and not path.read_text().startswith(f"# {_SAVED}"):
+            start = f"# {_SAVED}".encode()
+            if path.is_file() and not path.read_bytes().startswith(start):
                 self.config_filename = "config.saved.yaml"
                 rank_zero_warn(
                     f"{path} was not saved by a run and is left as it is; the "
@@ -85,6 +102,7 @@ class FitReader(PruningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Remove other callbacks from the configuration."""
+        super().before_instantiate_classes()
         trainer = self.config["fit"]["trainer"]
         given = trainer.get("callbacks") or []
         trainer["callbacks"] = [

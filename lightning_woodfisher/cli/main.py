@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from lightning_woodfisher import __version__
+from lightning_woodfisher.base.printable import printable
 from lightning_woodfisher.benchmark import command as benchmark
 from lightning_woodfisher.benchmark import gpu_check
 from lightning_woodfisher.callbacks.presets import PRESETS, to_yaml
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = explain_error(error)
         if message is None:
             raise
-        sys.stderr.write(f"lightning-woodfisher: error: {message}\n")
+        sys.stderr.write(f"lightning-woodfisher: error: {printable(message)}\n")
         return 2
     return 0
 

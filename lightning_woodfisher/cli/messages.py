@@ -6,9 +6,11 @@ __all__ = [
     "condense_error",
     "explain_error",
     "explain_wandb",
+    "require_groups",
     "warn_of_missing_steps",
 ]
 
+import dataclasses
 import inspect
 import re
 import sys
@@ -25,6 +27,7 @@ from lightning_woodfisher.base.errors import (
     nearest,
 )
 from lightning_woodfisher.base.keywords import explain_keyword
+from lightning_woodfisher.base.printable import printable
 from lightning_woodfisher.base.wording import count_of
 from lightning_woodfisher.callbacks.structured import (
     HAPPruningCallback,
@@ -153,6 +156,38 @@ def condense_error(message: str) -> str:
     return "\n".join(kept)
 
 
+def require_groups(config: Any) -> None:
+    """Check that groups of settings, such as ``fisher``, are groups.
+
+    jsonargparse accepts a number or a list for a dataclass, and fails without a reason when
+    it makes the object.
+
+    Args:
+        config: settings of ``fit``. For any other value, ConfigurationError is raised.
+    """
+    trainer = config["trainer"]
+    _require_group("trainer", trainer, "max_epochs: 90")
+    given = trainer.get("callbacks") or []
+    for callback in given if isinstance(given, list) else [given]:
+        class_name = callback["class_path"].rpartition(".")[2]
+        cls = {cls.__name__: cls for cls in _OUR_CLASSES}.get(class_name)
+        settings = callback.get("init_args") or {}
+        for name, parameter in inspect.signature(cls).parameters.items() if cls else ():
+            group = parameter.default
+            if name in settings and dataclasses.is_dataclass(group):
+                known = vars(group).items()
+                numbers = [f"{key}: {v}" for key, v in known if type(v) is int]
+                example = numbers[0] if numbers else "exclude: [head]"
+                _require_group(name, settings[name], example)
+
+
+def _require_group(name: str, value: object, example: str) -> None:
+    if not hasattr(value, "keys"):
+        raise ConfigurationError(
+            f"{name}={value!r} is not a group of settings; write {name}: {{{example}}}."
+        )
+
+
 def _find_own_error(error: BaseException | None) -> BaseException | None:
     """Return the error of this package among the causes: jsonargparse wraps errors."""
     while error is not None and not isinstance(
@@ -234,6 +269,7 @@ def warn_of_missing_steps(path: Path, steps_left: int) -> None:
         steps_left: planned pruning steps that were not done when it was saved.
     """
     sys.stderr.write(
-        f"warning: {path} was saved before {count_of(steps_left, 'planned pruning step')}, "
-        "so it is not at the target sparsity.\n"
+        f"warning: {printable(str(path))} was saved before "
+        f"{count_of(steps_left, 'planned pruning step')}, so it is not at the target "
+        "sparsity.\n"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["make_parser", "run_report"]
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -19,6 +20,7 @@ from lightning_woodfisher.base.errors import ConfigurationError, first_line
 from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.base.printable import printable
 from lightning_woodfisher.base.torch_files import load_plain
+from lightning_woodfisher.callbacks.checks import require_writable
 from lightning_woodfisher.cli.arguments import SubcommandParser
 from lightning_woodfisher.cli.messages import warn_of_missing_steps
 from lightning_woodfisher.pruning.report import PruningReport
@@ -60,7 +62,8 @@ def run_report(options: argparse.Namespace) -> int:
     if options.html is not None:
         import_optional("matplotlib", "--html")
     record = _read(Path(options.path))
-    sys.stdout.write(f"{record.path}\n")
+    require_writable("--html", options.html)
+    sys.stdout.write(f"{printable(str(record.path))}\n")
     for title, reports in record.runs.items():
         if len(record.runs) > 1:
             sys.stdout.write(f"\n{printable(title)}\n")
@@ -70,7 +73,6 @@ def run_report(options: argparse.Namespace) -> int:
         warn_of_missing_steps(record.path, steps_left)
     if options.html is not None:
         page = Path(options.html)
-        page.parent.mkdir(parents=True, exist_ok=True)
         text = printable(
             build_page(str(record.path), record.runs, record.masks, record.steps_left)
         )
@@ -104,7 +106,7 @@ def _read(path: Path) -> _Record:
         for file in path.rglob(pattern)
         if file.is_file()
     ]
-    files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+    files.sort(key=_time_of_change, reverse=True)
     problems: list[str] = []
     for file in files:
         try:
@@ -125,6 +127,13 @@ def _read(path: Path) -> _Record:
     )
 
 
+def _time_of_change(path: Path) -> float:
+    # A run may delete a checkpoint at any time.
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
 def _read_file(path: Path) -> _Record:
     record = _read_json(path) if path.suffix == ".json" else _read_checkpoint(path)
     runs = {title: reports for title, reports in record.runs.items() if reports}
@@ -139,7 +148,7 @@ def _read_file(path: Path) -> _Record:
 def _read_json(path: Path) -> _Record:
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(
             f"{path} was not written by report_path ({first_line(error)})."
         ) from error

@@ -19,6 +19,7 @@ from torch import nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.base.lightning_names import callbacks_of
+from lightning_woodfisher.callbacks.checks import require_writable
 from lightning_woodfisher.callbacks.progress import terminal_bar
 from lightning_woodfisher.callbacks.training_step import TrainingStepLoss
 from lightning_woodfisher.callbacks.woodfisher import WoodFisherPruningCallback
@@ -96,6 +97,7 @@ def run_sweep_command(options: argparse.Namespace) -> int:
         raise ConfigurationError(
             f"--output {options.output} must end in .json; the figure is written beside it."
         )
+    require_writable("--output", output)
     run = read_fit(options.fit_arguments)
     for name, value in _QUIET.items():
         run.config["fit"]["trainer"][name] = value
@@ -200,7 +202,6 @@ def _validate(
 
 
 def _save(report: SweepReport, output: Path, metric: str | None) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report.to_dict(), indent=1))
     written = [str(output)]
     if has_matplotlib():

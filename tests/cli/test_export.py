@@ -223,6 +223,7 @@ CONFIGURED = ["--config", "run.yaml", "--network", "net", "--input_shape", "2", 
     [
         ("sparse", "a.pt", [], ["--out a.pt must end in .safetensors"]),
         ("dense", "best.ckpt", [], ["must end in .pt or .pth or .bin"]),
+        ("dense", "run.yaml/a.pt", [], ["--out='run.yaml/a.pt' cannot be written"]),
         (
             "sparse",
             "a.safetensors",

@@ -415,6 +415,22 @@ WRONG: dict[str, tuple[Change, list[str]]] = {
         lambda c: pruning(c)["selection"].update(scope="globl"),
         ['"selection.scope"', "value: globl. Did you mean 'global'?"],
     ),
+    "a list for a group": (
+        lambda c: pruning(c).update(selection=["head"]),
+        ["selection=['head'] is not a group of settings; write selection: {exclude: ["],
+    ),
+    "a number for a group": (
+        lambda c: pruning(c).update(fisher=64),
+        ["fisher=64 is not a group of settings; write fisher: {num_gradients: 256}."],
+    ),
+    "a number for the Trainer": (
+        lambda c: c.update(trainer=3),
+        ["trainer=3 is not a group of settings; write trainer: {max_epochs: 90}."],
+    ),
+    "escape sequence": (
+        lambda c: pruning(c).update(criterion="\x1b[2J"),
+        ["value: \\x1b[2J"],
+    ),
 }
 
 
@@ -494,6 +510,16 @@ def test_a_wrong_command_line_is_explained(
     assert part in short_message(capsys)
 
 
+def test_a_checkpoint_in_place_of_a_config_is_explained(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("best.ckpt").write_bytes(b"PK\x03\x04\x80")
+    assert status("fit", "--config", "best.ckpt") == 2
+    assert "--config takes a YAML file, and --ckpt_path a checkpoint" in short_message(
+        capsys
+    )
+
+
 def test_a_known_name_in_the_wrong_place_gets_no_suggestion(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -516,10 +542,11 @@ def test_a_bug_of_the_user_keeps_its_traceback(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*left as it is:UserWarning")
 def test_a_config_of_the_user_is_never_written_over() -> None:
-    path = write(path="config.yaml")
-    before = Path(path).read_text()
-    assert status("fit", "--config", path, "--trainer.max_epochs", "3") == 0
-    assert Path(path).read_text() == before
+    path = write()
+    for before in (Path(path).read_bytes(), b"\x80 is not text"):
+        Path("config.yaml").write_bytes(before)
+        assert status("fit", "--config", path, "--trainer.max_epochs", "3") == 0
+        assert Path("config.yaml").read_bytes() == before
     saved = yaml.safe_load(Path("config.saved.yaml").read_text())
     assert saved["trainer"]["max_epochs"] == 3
 

@@ -152,6 +152,15 @@ def test_errors_say_what_to_do(
     assert "Traceback" not in message
 
 
+def test_a_page_that_cannot_be_written_is_refused_before_the_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_json("a.json")
+    assert "--html='a.json/a.html' cannot be written" in refused(
+        capsys, "a.json", "--html", "a.json/a.html"
+    )
+
+
 def test_a_page_needs_matplotlib_and_the_table_does_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,10 +6,13 @@ import copy
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
+# The file that code in a pickle makes.
+RAN = "code was run"
 ESCAPE = "\x1b[2Jgone\x07\x9b31m\u202e"
 
 
@@ -19,6 +22,13 @@ def _nested(depth: int) -> list[Any]:
     for _ in range(depth):
         found = [found, found]
     return found
+
+
+class _Code:
+    """Makes a file when it is unpickled by a reader that runs code."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path(RAN),)
 
 
 def _with_attributes() -> OrderedDict[str, Any]:
@@ -42,6 +52,7 @@ _JSON: list[Callable[[], Any]] = [
     lambda: 1e300,
     lambda: "",
     lambda: "net",
+    lambda: r"$\frac{1}$",
     lambda: ESCAPE,
     lambda: "lone \ud800",
     list,
@@ -69,6 +80,7 @@ _TORCH: list[Callable[[], Any]] = [
     lambda: torch.Size([2**40]),
     lambda: _nested(40),
     _with_attributes,
+    _Code,
 ]
 
 
