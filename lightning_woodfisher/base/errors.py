@@ -7,6 +7,7 @@ __all__ = [
     "MissingPackageError",
     "PruningError",
     "first_line",
+    "name_first",
     "nearest",
     "require_choice",
     "require_count",
@@ -76,6 +77,21 @@ def nearest(name: object, known: Iterable[str]) -> str:
         return ""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def name_first(names: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Join the first of many names for a message.
+
+    Args:
+        names: all names.
+        most: number of names that are shown.
+        separator: between two names.
+
+    Returns:
+        For example ``"a, b and 3 more"``.
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> None:

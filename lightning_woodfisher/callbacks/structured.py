@@ -13,7 +13,6 @@ __all__ = [
     "StructuredPruningCallback",
 ]
 
-import copy
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
@@ -216,10 +215,8 @@ class StructuredPruningCallback(PruningCallback):
         Returns:
             A copy of its network without the masked channels.
         """
-        plan = self.removal_plan
-        smaller = copy.deepcopy(module.get_submodule(self._prefix))
-        plan.apply(smaller)
-        return smaller
+        network = module.get_submodule(self._prefix)
+        return self.removal_plan.apply_to_copy(network)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the masks, and export the smaller network if ``export_path`` is set.

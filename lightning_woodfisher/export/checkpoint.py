@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_woodfisher.base.errors import ConfigurationError, nearest
+from lightning_woodfisher.base.errors import ConfigurationError, name_first, nearest
 from lightning_woodfisher.base.torch_files import load_plain
 from lightning_woodfisher.weights.checkpoint_state import STATE_KEYS, require_readable
 
@@ -81,9 +81,7 @@ class Checkpoint:
                 pruned = int((~kept).sum())
                 wrong.append(f"{name}: {count} of {pruned} pruned weights are not zero")
         if wrong:
-            listed = "; ".join(wrong[:_MAX_NAMES])
-            if len(wrong) > _MAX_NAMES:
-                listed += f"; and {len(wrong) - _MAX_NAMES} more"
+            listed = name_first(wrong, _MAX_NAMES, "; ")
             raise ConfigurationError(
                 f"weights and masks of {self.path} disagree in {len(wrong)} of "
                 f"{len(self.masks)} layers ({listed}). The weights were changed after the "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
-from lightning_woodfisher.base.errors import ConfigurationError, nearest
+from lightning_woodfisher.base.errors import ConfigurationError, name_first, nearest
 from lightning_woodfisher.base.types import IsolationMode
 from lightning_woodfisher.structured.graph.attention import find_heads
 from lightning_woodfisher.structured.graph.coupling import Coupling, find_groups
@@ -126,6 +126,7 @@ def trace_groups(
         raise ConfigurationError(
             f"{type(model).__name__} has no group of channels that can be pruned: "
             f"only={list(only)}, exclude={list(exclude)}. {_join(left_out)}"
+            f"{_name_others(model)}"
         )
     return TraceResult(chosen, left_out)
 
@@ -149,7 +150,24 @@ def _reason(layer: str, coupling: Coupling) -> str:
 
 
 def _join(reasons: Mapping[str, str]) -> str:
-    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    layers: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        layers.setdefault(reason, []).append(name)
+    return "; ".join(f"{name_first(n, 3)}: {reason}" for reason, n in layers.items())
+
+
+def _name_others(model: nn.Module) -> str:
+    """Name layers with matrices that are never pruned."""
+    known = (_ConvNd, nn.Linear, nn.MultiheadAttention, nn.Embedding)
+    others = {
+        type(module).__name__: None
+        for module in model.modules()
+        if not isinstance(module, known)
+        and any(p is not None and p.dim() > 1 for p in module._parameters.values())
+    }
+    if not others:
+        return ""
+    return f"; {', '.join(others)} is no Conv, Linear or attention layer of torch"
 
 
 def _choose(

@@ -26,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_woodfisher.base.errors import ConfigurationError, nearest
+from lightning_woodfisher.base.errors import ConfigurationError, name_first, nearest
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import (
     is_sharded,
@@ -248,9 +248,7 @@ def describe_selection(
     reasons = sorted(left, key=lambda why: -sizes[why])
     for why in reasons[:_LINES_OF_REASONS]:
         names = [name for _, name in sorted(left[why], key=lambda each: -each[0])]
-        shown = ", ".join(names[:_NAMES_OF_REASON])
-        more = f" and {len(names) - _NAMES_OF_REASON} more"
-        named = shown + more * (len(names) > _NAMES_OF_REASON)
+        named = name_first(names, _NAMES_OF_REASON)
         lines.append(f"  left dense: {sizes[why]:,} ({why}): {named}")
     if rest := reasons[_LINES_OF_REASONS:]:
         also = ", ".join(f"{sizes[why]:,} ({why})" for why in rest)

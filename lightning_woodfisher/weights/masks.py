@@ -24,7 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_woodfisher.base.errors import ConfigurationError, PruningError
+from lightning_woodfisher.base.errors import (
+    ConfigurationError,
+    PruningError,
+    name_first,
+)
 from lightning_woodfisher.distributed.checksum import checksum
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.distributed.dtensor import (
@@ -262,9 +266,8 @@ class Masks:
             f"{labels[index]} (rank {', '.join(map(str, ranks))} differs from rank 0)"
             for index, ranks in differing.items()
         ]
-        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         raise PruningError(
-            f"the ranks disagree about {'; '.join(found[:_NAMED])}{more} {when}. Something "
+            f"the ranks disagree about {name_first(found, _NAMED, '; ')} {when}. Something "
             "has changed them on one rank only."
         )
 

@@ -9,6 +9,7 @@ import pytest
 from lightning_woodfisher.base.errors import (
     ConfigurationError,
     PruningError,
+    name_first,
     nearest,
     require_choice,
     require_count,
@@ -33,6 +34,11 @@ def test_nearest_takes_the_best_of_several() -> None:
     assert nearest("layer2.weigth", ["layer1.weight", "layer2.weight"]) == (
         " Did you mean 'layer2.weight'?"
     )
+
+
+def test_the_first_of_many_names() -> None:
+    assert name_first(["a", "b"], 2) == "a, b"
+    assert name_first(["a", "b", "c"], 2, "; ") == "a; b and 1 more"
 
 
 def test_errors_are_caught_as_what_python_users_expect() -> None:

@@ -411,14 +411,42 @@ def test_errors_say_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         trace_groups(model, images())
 
 
-def test_a_shuffle_of_channels_is_the_reason() -> None:
-    models = pytest.importorskip("torchvision.models")
-    network = models.shufflenet_v2_x0_5()
+class Scaled(nn.Module):
+    """Multiplies by a matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(4, dtype=torch.float64))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values @ self.matrix
+
+
+def test_no_group_is_explained_once_for_each_reason() -> None:
+    norms = [
+        part
+        for _ in range(5)
+        for part in (nn.Linear(4, 4).double(), nn.LayerNorm(4).double())
+    ]
+    model = nn.Sequential(*norms, Scaled())
     with pytest.raises(ConfigurationError) as caught:
-        trace_groups(network, images(torch.float32, size=32))
-    message = str(caught.value)
-    assert "such as a shuffle of channels (it failed in update_reshape" in message
-    assert "example_inputs" not in message
+        trace_groups(model, torch.randn(2, 4, dtype=torch.float64))
+    assert str(caught.value).endswith(
+        " 0, 2, 4 and 2 more: it passes a LayerNorm, whose statistics mix channels; "
+        "Scaled is no Conv, Linear or attention layer of torch"
+    )
+
+
+def test_a_shuffle_of_channels_leaves_the_rest() -> None:
+    models = pytest.importorskip("torchvision.models")
+    network = models.shufflenet_v2_x0_5(num_classes=3)
+    scramble(network)
+    traced = trace_groups(network, images(torch.float32, size=32))
+    layers = {layer for group in traced.groups for layer in group.layers}
+    # The channels between the layers of a branch, which no shuffle reaches.
+    assert {"stage2.1.branch2.0", "stage4.3.branch2.0"} <= layers
+    # Its outputs are shuffled.
+    assert "stage2.1.branch2.5" in traced.left_out
 
 
 class Detached(nn.Module):

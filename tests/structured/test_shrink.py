@@ -292,3 +292,24 @@ def test_state_that_cannot_be_cut() -> None:
     lbfgs = torch.optim.LBFGS(list(old))
     with pytest.raises(ConfigurationError, match="LBFGS"):
         update_optimizers([lbfgs], replacements)
+
+
+class Remembering(nn.Sequential):
+    """Keeps its activations, as the correlations of torchvision's RAFT."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, *rest = self
+        self.hidden = [first(images)]
+        self.last = nn.Sequential(*rest)(self.hidden[0])
+        return self.last
+
+
+def test_a_network_with_activations_on_it_is_copied() -> None:
+    model = Remembering(*chain())
+    expected = model(images())
+    plan = plan_removal(model, chain_groups(), {})
+    smaller = plan.apply_to_copy(model)
+    assert model.last is expected
+    assert not smaller.last.requires_grad
+    torch.testing.assert_close(smaller.hidden[0], model.hidden[0], rtol=0, atol=0)
+    torch.testing.assert_close(smaller(images()), expected, rtol=0, atol=0)

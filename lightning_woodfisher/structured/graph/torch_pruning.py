@@ -4,10 +4,13 @@ from __future__ import annotations
 
 __all__ = ["trace_coupling"]
 
+import contextlib
+import copy
 import traceback
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -34,8 +37,8 @@ _MIXES_CHANNELS = {
     "OUTPUT": "it is an output of the network",
 }
 _DIVIDES_CHANNELS = ("SLICE", "SPLIT", "UNBIND")
-# In the names of backward functions: matrix products between activations.
-_ATTENTION = ("bmm", "scaleddotproduct", "softmax")
+# Beginnings of the names of backward functions: matrix products between activations.
+_ATTENTION = ("Bmm", "Baddbmm", "ScaledDotProduct", "Softmax")
 # In the names of functions with f(0) ≠ 0, for messages.
 _NOT_ZERO_AT_ZERO = ("sigmoid", "softplus", "exp", "cos")
 
@@ -95,8 +98,9 @@ def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
+        graph = tp.DependencyGraph()
         try:
-            return tp.DependencyGraph().build_dependency(
+            graph.build_dependency(
                 model,
                 example_inputs,
                 forward_fn=forward,
@@ -104,19 +108,36 @@ def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
                 verbose=False,
             )
         except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            if any(frame.name == "update_index_mapping" for frame in frames):
+                _map_indices(graph)
+                return graph
             name, cause = type(model).__name__, f"{type(error).__name__}: {error}"
             if has_run and not isinstance(error, _NoGraphError):
-                place = traceback.extract_tb(error.__traceback__)[-1].name
                 raise ConfigurationError(
                     f"{name} cannot be traced, because torch-pruning does not know one of "
-                    f"its operations, such as a shuffle of channels (it failed in {place}: "
-                    f"{cause}). Pass groups made by hand, or remove single weights."
+                    f"its operations (it failed in {frames[-1].name}: {cause}). Pass groups "
+                    "made by hand, or remove single weights."
                 ) from error
             raise ConfigurationError(
                 f"{name} cannot be traced with example_inputs: {cause}. Pass inputs that "
                 "the model's forward accepts (a tensor, a tuple of arguments or a dict of "
                 "keyword arguments), or groups made by hand."
             ) from error
+    return graph
+
+
+def _map_indices(graph: Any) -> None:
+    """Map the channels of one operation after the other, without those that fail.
+
+    What is then coupled wrongly does not pass the numerical check.
+    """
+    mapping = import_module("torch_pruning.dependency.index_mapping")
+    for module, node in graph.module2node.items():
+        alone = copy.copy(graph)
+        alone.module2node = {module: node}
+        with contextlib.suppress(Exception):
+            mapping.update_index_mapping(alone)
 
 
 class _NoGraphError(ValueError):
@@ -216,7 +237,7 @@ def _obstacle(node: Any, side: Side) -> str | None:
         return _MIXES_CHANNELS[kind]
     if kind == "SLICE" and _slices_channels(node):
         return "it passes a slice of channels"
-    if any(word in operation.lower() for word in _ATTENTION):
+    if operation.startswith(_ATTENTION):
         return f"it passes an attention product ({operation})"
     if not node.outputs and side == "out":
         return _MIXES_CHANNELS["OUTPUT"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["load_shrunk", "read_shrunk", "save_shrunk"]
 
-import copy
 import json
 import os
 from collections.abc import Mapping
@@ -68,8 +67,7 @@ def load_shrunk(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     else:
         plan, weights = read_shrunk(read_checkpoint(path))
     prefix = _find_prefix(path, plan, weights, model)
-    smaller = copy.deepcopy(model)
-    plan.without_prefix(prefix).apply(smaller)
+    smaller = plan.without_prefix(prefix).apply_to_copy(model)
     # With the versions of its layers, which some need to load a state (MNASNet).
     state = smaller.state_dict()
     found = {

@@ -15,6 +15,7 @@ __all__ = [
     "update_optimizers",
 ]
 
+import copy
 import reprlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ from lightning_woodfisher.structured.graph.groups import (
     require_sizes,
     resolve_structures,
 )
+from lightning_woodfisher.structured.graph.inputs import tensors_in
 from lightning_woodfisher.structured.shrink.implanted_conv import (
     ImplantedConv,
     has_center,
@@ -144,6 +146,27 @@ class RemovalPlan:
         for name, rows in self.implants.items():
             replacements = _implant(model, name, rows, replacements)
         return tuple(replacements)
+
+    def apply_to_copy(self, model: nn.Module) -> nn.Module:
+        """Build a smaller copy of a model.
+
+        Activations that layers keep on themselves are copied without their graph.
+
+        Args:
+            model: the dense model; unchanged.
+
+        Returns:
+            The copy, in the same mode.
+        """
+        detached: dict[int, Any] = {
+            id(tensor): tensor.detach().clone()
+            for module in model.modules()
+            for tensor in tensors_in(vars(module))
+            if not tensor.is_leaf
+        }
+        smaller = copy.deepcopy(model, detached)
+        self.apply(smaller)
+        return smaller
 
     def cut(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Cut the tensors of a dense model as :meth:`apply` cuts its parameters.
