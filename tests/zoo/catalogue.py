@@ -101,6 +101,14 @@ def _torchvision_builder(name: str, kind: str) -> Callable[[], nn.Module]:
         options["weights_backbone"] = None
     if kind == "detection" and not name.startswith("ssd"):
         options |= {"min_size": 64, "max_size": 64}
+    if "rcnn" in name:
+        # As many proposals for all weights, of which one is a box to find.
+        options |= {
+            "rpn_pre_nms_top_n_train": 64,
+            "rpn_post_nms_top_n_train": 16,
+            "box_batch_size_per_image": 8,
+            "box_positive_fraction": 0.125,
+        }
 
     def build() -> nn.Module:
         if name in _INSIDE:
@@ -123,14 +131,15 @@ def _torchvision_builder(name: str, kind: str) -> Callable[[], nn.Module]:
     return build
 
 
-# Those whose input size is part of the network; the others take any.
+# Those whose input size can be chosen; the others take any, or have one of their own.
 _TIMM_SIZED = (
-    "cait_xxs24_224", "coat_lite_tiny", "crossvit_9_240", "efficientformer_l1",
-    "gmlp_ti16_224", "levit_128s", "resmlp_12_224", "vit_tiny_patch16_224",
-    "xcit_nano_12_p16_224",
+    "cait_xxs24_224", "coat_lite_tiny", "gmlp_ti16_224", "levit_128s", "resmlp_12_224",
+    "vit_tiny_patch16_224", "xcit_nano_12_p16_224",
 )  # fmt: skip
+_TIMM_FIXED = {"crossvit_9_240": 240, "efficientformer_l1": 224}
 _TIMM = (
     *_TIMM_SIZED,
+    *_TIMM_FIXED,
     "convnext_atto", "convnextv2_atto", "dla46_c", "edgenext_xx_small",
     "efficientvit_b0", "ese_vovnet19b_dw", "fastvit_t8", "ghostnet_050",
     "hrnet_w18_small", "lambda_resnet26t", "mobilenetv4_conv_small", "mobileone_s0",
@@ -152,7 +161,11 @@ def _timm() -> list[Network]:
 
         return build
 
-    return [Network(name, "timm", builder(name), Task()) for name in _TIMM]
+    shapes = {name: (3, size, size) for name, size in _TIMM_FIXED.items()}
+    return [
+        Network(name, "timm", builder(name), Task(shapes.get(name, (3, 64, 64))))
+        for name in _TIMM
+    ]
 
 
 _WORDS = {"vocab_size": TOKENS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

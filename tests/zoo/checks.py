@@ -25,11 +25,15 @@ from lightning_woodfisher import (
     prune_structures,
 )
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
-from lightning_woodfisher.data.losses import FunctionLoss, choose_evaluation
+from lightning_woodfisher.data.losses import (
+    FunctionLoss,
+    choose_evaluation,
+    map_tensors,
+)
 from lightning_woodfisher.pruning.report import PruningReport
-from lightning_woodfisher.structured.graph.inputs import run_model, tensors_in
+from lightning_woodfisher.structured.graph.inputs import tensors_in
 from lightning_woodfisher.structured.report import StructureReport
-from lightning_woodfisher.structured.shrink.removal import shrink
+from lightning_woodfisher.structured.shrink.removal import plan_removal
 from tests.zoo.catalogue import Network
 from tests.zoo.tasks import Task, settle
 
@@ -100,14 +104,12 @@ def fit(module: Module, callback: Any, samples: int = 8, batch_size: int = 2) ->
 @torch.no_grad()
 def outputs(network: nn.Module, task: Task, dtype: torch.dtype) -> list[Tensor]:
     """Compute the outputs in evaluation mode."""
-    batch = next(iter(task.loader(2, 2)))
-    inputs = torch.utils._pytree.tree_map_only(
-        Tensor,
+    batch = map_tensors(
         lambda t: t.to(dtype) if t.is_floating_point() else t,
-        task.inputs(batch),
+        next(iter(task.loader(2, 2))),
     )
     torch.manual_seed(0)
-    return list(tensors_in(run_model(network.to(dtype).eval(), inputs)))
+    return list(tensors_in(task.outputs(network.to(dtype).eval(), batch)))
 
 
 def check_unstructured(
@@ -200,8 +202,8 @@ def check_hap(network: Network) -> dict[str, Any]:
 
     unchanged(module, run)
     report, groups = found
-    shrunk = copy.deepcopy(module.net)
-    shrink(shrunk, groups, report.removed)
+    plan = plan_removal(module.net, groups, report.removed)
+    shrunk = plan.apply_to_copy(module.net)
     return require_removed(module, shrunk, report)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import logging
 import multiprocessing
 import os
@@ -27,10 +26,8 @@ import torch
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from tests.zoo.catalogue import Network, catalogue
 from tests.zoo.checks import CHECKS
+from tests.zoo.results import RESULTS, append_result, read_results
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "runs" / "zoo" / "results.jsonl"
-KEYS = ("family", "network", "check")
 SECONDS = 900
 # In weights; larger networks need more memory and time than they tell.
 LARGEST = float("inf") if os.environ.get("ZOO_LARGE") else 60e6
@@ -97,13 +94,6 @@ def check_apart(network: Network, name: str) -> dict[str, Any]:
     }
 
 
-def read_results(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
-    """Read the latest result of each check, by family, network and check."""
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    results = map(json.loads, lines)
-    return {tuple(one[key] for key in KEYS): one for one in results}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="regular expression on family/name")
@@ -114,7 +104,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--largest", type=float, default=LARGEST, help="in weights")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Ends the process of the check, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -129,8 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if known and (known["status"] == "passed" or not options.again):
                 continue
             result = check_apart(network, name)
-            with options.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
+            append_result(options.results, result)
             reason = result.get("reason", "")[:150]
             print(f"{place} {name}: {result['status']} {reason}", flush=True)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+import contextlib
+import unittest.mock
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_woodfisher.base.types import ModelMode
+from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.structured.config import ScoreLabels
+from lightning_woodfisher.structured.graph.inputs import run_model
 
 CLASSES = 5
 TOKENS = 40
@@ -50,6 +53,10 @@ class Task:
     def sample(self, generator: torch.Generator) -> Any:
         label = torch.randint(CLASSES, (), generator=generator)
         return torch.randn(self.shape, generator=generator), label
+
+    def outputs(self, network: nn.Module, batch: Any) -> Any:
+        """Return what a smaller network must compute, too."""
+        return run_model(network, self.inputs(batch))
 
     def loader(self, count: int, batch_size: int) -> DataLoader[Any]:
         samples = Samples(self.sample, count)
@@ -93,6 +100,17 @@ class Flow(Task):
     def inputs(self, batch: Any) -> Any:
         return {"image1": batch[0], "image2": batch[1], "num_flow_updates": 2}
 
+    def outputs(self, network: nn.Module, batch: Any) -> Any:
+        from torchvision.models.optical_flow import raft
+
+        def coordinates(*arguments: Any) -> Tensor:
+            return make_coordinates(*arguments).to(batch[0])
+
+        # They are float32, whatever the weights are.
+        make_coordinates = raft.make_coords_grid
+        with unittest.mock.patch.object(raft, "make_coords_grid", coordinates):
+            return super().outputs(network, batch)
+
     def loss(self, network: nn.Module, batch: Any) -> Tensor:
         flows = network(**self.inputs(batch))
         return torch.stack([F.l1_loss(flow, batch[2]) for flow in flows]).sum()
@@ -123,6 +141,19 @@ class Detection(Task):
 
     def inputs(self, batch: Any) -> Any:
         return (batch[0],)
+
+    def outputs(self, network: nn.Module, batch: Any) -> Any:
+        """Return what the heads compute; rounding selects among boxes of equal scores."""
+        found: list[Any] = []
+        with isolated(network, "partial_eval"), contextlib.ExitStack() as hooks:
+            for name, module in network.named_modules():
+                if f".{name}".endswith((".head", "_predictor")):
+                    hook = module.register_forward_hook(
+                        lambda *call: found.append(call[2])
+                    )
+                    hooks.enter_context(hook)
+            found.append(self.loss(network, batch))
+        return found
 
     def loss(self, network: nn.Module, batch: Any) -> Tensor:
         losses: dict[str, Tensor] = network(*batch)
@@ -170,26 +201,28 @@ class Pictures(Words):
         }
 
 
-def norms(network: nn.Module) -> Iterator[nn.Module]:
-    """Iterate over the layers with running statistics."""
-    for module in network.modules():
-        if getattr(module, "running_mean", None) is not None:
-            yield module
-
-
 def settle(network: nn.Module, task: Task) -> None:
-    """Give a new network the running statistics of a batch, as if it had been trained.
+    """Bring a new network into a state as if it had been trained.
 
-    With those of its initialization the activations of deep networks overflow.
+    Residual branches and heads that start at zero have no gradient yet, and with the
+    initial running statistics the activations of deep networks overflow.
     """
-    momenta = [(norm, norm.momentum) for norm in norms(network)]
-    if not momenta:
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if not bool(parameter.any()) and not name.endswith("bias"):
+                parameter.normal_(0.0, 0.1)
+    norms = [
+        (module, module.momentum)
+        for module in network.modules()
+        if getattr(module, "running_mean", None) is not None
+    ]
+    if not norms:
         return
-    for norm, _ in momenta:
+    for norm, _ in norms:
         norm.momentum = 1.0
     network.train()
     with torch.no_grad():
-        for batch in itertools.islice(task.loader(8, 8), 1):
+        for batch in task.loader(8, 8):
             task.loss(network, batch)
-    for norm, momentum in momenta:
+    for norm, momentum in norms:
         norm.momentum = momentum
