@@ -33,7 +33,8 @@ class NetworkSize:
     a group, and the operations that multiply by it shrink with it. MACs are half of the
     FLOPs that torch's FLOP counter finds in a forward pass of the dense network, as for
     :func:`.count_flops`: matrix products and convolutions, also those of two activations
-    (attention), but neither norms nor activations.
+    (attention), but neither norms nor activations. Work that depends on the values of the
+    weights, such as on the number of proposals of a detector, is that of the dense network.
 
     Args:
         source: where losses of the dense network come from. Its session is entered here.

@@ -10,9 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from examples.cifar10.model import resnet20
 from lightning_woodfisher import FisherConfig, prune, prune_structures
@@ -22,6 +20,7 @@ from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.network_cost import NetworkSize
 from lightning_woodfisher.structured.shrink.removal import shrink
 from lightning_woodfisher.structured.tracing import trace_groups
+from tests.support.macs import count_macs
 
 CLASSES = 4
 
@@ -91,6 +90,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
         ),
         32,
     ),
+    "shufflenet_v2": (
+        torchvision(
+            lambda m: m.ShuffleNetV2(
+                [1, 2, 1], [8, 16, 32, 32, 32], num_classes=CLASSES
+            )
+        ),
+        32,
+    ),
     "densenet": (
         torchvision(lambda m: m.DenseNet(4, (2, 2), 8, num_classes=CLASSES)),
         32,
@@ -123,18 +130,8 @@ def loss_fn(model: nn.Module, batch: Any) -> Tensor:
 
 
 def count(model: nn.Module, images: Tensor) -> float:
-    """Multiply-accumulates by torch, which does not know fused attention and LSTMs."""
     found = copy.deepcopy(model).eval()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        with (
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
-        ):
-            found(images)
-    finally:
-        torch._C._set_mkldnn_enabled(True)
-    return counter.get_total_flops() / 2
+    return count_macs(lambda: found(images))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

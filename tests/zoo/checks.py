@@ -11,8 +11,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_woodfisher import (
     FisherConfig,
@@ -34,6 +32,7 @@ from lightning_woodfisher.pruning.report import PruningReport
 from lightning_woodfisher.structured.graph.inputs import tensors_in
 from lightning_woodfisher.structured.report import StructureReport
 from lightning_woodfisher.structured.shrink.removal import plan_removal
+from tests.support.macs import count_macs
 from tests.zoo.catalogue import Network
 from tests.zoo.tasks import Task, settle
 
@@ -215,7 +214,7 @@ def require_removed(
     assert report.parameters == sum(p.numel() for p in shrunk.parameters())
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert StructureReport.from_dict(plain) == report
-    counted = count_macs(shrunk, module.task)
+    counted = count_work(shrunk, module.task)
     assert report.macs == round(counted), f"MACs: {report.macs}, but {counted} counted"
     masked = outputs(module.net, module.task, torch.float64)
     small = outputs(shrunk, module.task, torch.float64)
@@ -236,24 +235,14 @@ def require_removed(
     }
 
 
-def count_macs(shrunk: nn.Module, task: Task) -> float:
+def count_work(shrunk: nn.Module, task: Task) -> float:
     """Count multiply-accumulates of one sample by torch."""
     source = FunctionLoss(shrunk, task.loader(1, 1), task.loss)
     choose_evaluation(source, 0)
     batch = next(iter(task.loader(1, 1)))
-    # The counter knows neither fused attention nor fused recurrent layers.
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        with (
-            source.session("eval"),
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
-        ):
-            torch.manual_seed(0)
-            task.loss(shrunk, batch)
-    finally:
-        torch._C._set_mkldnn_enabled(True)
-    return counter.get_total_flops() / 2
+    with source.session("eval"):
+        torch.manual_seed(0)
+        return count_macs(lambda: task.loss(shrunk, batch))
 
 
 def require_equal_bits(one: nn.Module, other: nn.Module) -> None:
