@@ -404,8 +404,15 @@ def test_errors_say_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("vgg")
     with pytest.raises(ConfigurationError, match="example_inputs"):
         trace_groups(model, images(size=9)[:, :2])
-    with pytest.raises(ConfigurationError, match="made by hand"):
+    with pytest.raises(
+        ConfigurationError, match=r"example_inputs: .* no output depends"
+    ):
         trace_groups(nn.Sequential(model, Detached()), images())
+    with monkeypatch.context() as patch:
+        patch.setattr("torch_pruning.DependencyGraph._build_dependency", None)
+        message = r"does not know one of its operations \(it failed in build_dependency"
+        with pytest.raises(ConfigurationError, match=message):
+            trace_groups(model, images())
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ConfigurationError, match=r"lightning-woodfisher\[structured\]"):
         trace_groups(model, images())
@@ -452,6 +459,27 @@ def test_a_shuffle_of_channels_leaves_the_rest() -> None:
 class Detached(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.detach()
+
+
+class Gained(nn.Conv2d):
+    """Scales its filters, as the convolutions of networks without norms."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3)
+        self.gain = nn.Parameter(torch.ones(outputs, 1, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self._conv_forward(pixels, self.weight * self.gain, self.bias)
+
+
+def test_layers_with_other_parameters_stay() -> None:
+    model = nn.Sequential(Gained(3, 6), nn.Conv2d(6, 8, 3), *pooled(8))
+    traced = trace_groups(model, images(torch.float32))
+    assert [group.name for group in traced.groups] == ["1"]
+    assert (
+        traced.left_out["0"]
+        == "it passes a Gained with the parameter 'gain' of its own"
+    )
 
 
 def test_layers_with_computed_weights_stay() -> None:

@@ -75,6 +75,8 @@ def ports_of(layer: nn.Module) -> tuple[Port, ...] | str:
         return (Port("out", layer.num_features, tuple(axes)),)
     if "weight" not in tensors:
         return f"the weight of a {kind} is computed from other tensors"
+    if others := tensors - {"weight", "bias"}:
+        return f"it passes a {kind} with the parameter {min(others)!r} of its own"
     rows, columns = 0, 1
     if isinstance(layer, nn.Linear):
         outputs, inputs, groups = layer.out_features, layer.in_features, 1

@@ -84,14 +84,6 @@ def trace_coupling(
 def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
     """Trace a model with torch-pruning."""
     tp = import_optional("torch_pruning", "tracing channels")
-    has_run = False
-
-    def forward(model: nn.Module, inputs: Any) -> Any:
-        nonlocal has_run
-        outputs = run_model(model, inputs)
-        has_run = True
-        return outputs
-
     with isolated(model, "eval"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # The trace follows the graph of autograd, which leaves out frozen weights.
@@ -103,20 +95,20 @@ def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
             graph.build_dependency(
                 model,
                 example_inputs,
-                forward_fn=forward,
+                forward_fn=run_model,
                 output_transform=_require_graph,
                 verbose=False,
             )
         except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            if any(frame.name == "update_index_mapping" for frame in frames):
+            places = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+            if "update_index_mapping" in places:
                 _map_indices(graph)
                 return graph
             name, cause = type(model).__name__, f"{type(error).__name__}: {error}"
-            if has_run and not isinstance(error, _NoGraphError):
+            if {"run_model", "_require_graph"}.isdisjoint(places):
                 raise ConfigurationError(
                     f"{name} cannot be traced, because torch-pruning does not know one of "
-                    f"its operations (it failed in {frames[-1].name}: {cause}). Pass groups "
+                    f"its operations (it failed in {places[-1]}: {cause}). Pass groups "
                     "made by hand, or remove single weights."
                 ) from error
             raise ConfigurationError(
@@ -140,15 +132,11 @@ def _map_indices(graph: Any) -> None:
             mapping.update_index_mapping(alone)
 
 
-class _NoGraphError(ValueError):
-    """No output of the network can be differentiated."""
-
-
 def _require_graph(outputs: Any) -> list[Tensor]:
     """Return the output tensors that depend on a parameter."""
     found = [t for t in tensors_in(outputs) if t.grad_fn is not None]
     if not found:
-        raise _NoGraphError("no output depends on a parameter")
+        raise ValueError("no output depends on a parameter")
     return found
 
 

@@ -17,6 +17,7 @@ __all__ = ["PairScores", "score_pairs", "score_sosp_h"]
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -195,7 +196,9 @@ def score_pairs(evaluation: Evaluation) -> PairScores:
     # they are run one by one.
     apart = _are_samples_apart(evaluation)
     gates = _make_gates(evaluation, per_sample=apart)
-    size = None if apart else 1
+    compute = functools.partial(
+        evaluation.compute_rows, width=gates.size, batch_size=None if apart else 1
+    )
     kind = evaluation.config.labels
     logits: list[Tensor] = []
 
@@ -238,17 +241,11 @@ def score_pairs(evaluation: Evaluation) -> PairScores:
         return torch.cat(rows)
 
     with gates.attached(), _recording(evaluation.source.predictor, logits):
-        rows = first_order = evaluation.compute_rows(
-            differentiate_loss, gates.size, batch_size=size
-        )
+        rows = first_order = compute(differentiate_loss)
         if kind == "logits":
-            rows = evaluation.compute_rows(
-                differentiate_logits, gates.size, batch_size=size
-            )
+            rows = compute(differentiate_logits)
         elif kind == "sampled":
-            rows = evaluation.compute_rows(
-                differentiate_drawn, gates.size, draw_labels=True, batch_size=size
-            )
+            rows = compute(differentiate_drawn, draw_labels=True)
     return PairScores(rows, len(first_order), first_order.mean(dim=0))
 
 
