@@ -126,6 +126,8 @@ class Evaluator:
         """
         self._frozen = frozen_layers(self._source.model)
         with self._source.session(self._fisher.model_mode):
+            # BatchNorm statistics differ between ranks in the middle of training.
+            self._comm.broadcast(self._source.model.buffers())
             yield
 
     def observe(

@@ -294,6 +294,8 @@ class StructurePruner:
 
     def _measure_loss(self, source: LossSource, seed: int) -> float:
         with source.session("eval"):
+            # BatchNorm statistics differ between ranks in the middle of training.
+            self.comm.broadcast(source.model.buffers())
             batches = calibration_batches(source, self.config, seed)
             count = self.config.num_batches
             losses = compute_losses(source, batches, count, self.comm, seed)

@@ -435,6 +435,26 @@ def test_the_cases_prune_what_they_were_asked_for(pruned: Pruned, case: str) -> 
         assert reports[-1]["stages"] > 4
 
 
+def losses_with_own_statistics() -> list[tuple[float | None, float | None]]:
+    """Job: losses of steps whose ranks have BatchNorm statistics of their own."""
+    found = []
+    for criterion in ("magnitude", "layerwise", "kfac", "woodfisher"):
+        model = make(convolutional)
+        model[1].running_mean.add_(0.3 * Communicator().rank)
+        settings = {"criterion": criterion, "fisher": FisherConfig(70, 2, 16)}
+        report = prune(model, images(), cross_entropy, target_sparsity=0.5, **settings)
+        found.append((report.loss_before, report.loss_after))
+    return found
+
+
+def test_losses_are_those_with_the_statistics_of_the_first_rank(
+    ranks: RankPool,
+) -> None:
+    # These are what a checkpoint has, so that a resumed fit reports the same.
+    (alone,) = ranks.run(1, losses_with_own_statistics)
+    assert ranks.run(2, losses_with_own_statistics) == [alone, alone]
+
+
 @pytest.mark.parametrize("world_size", [1, *SEVERAL])
 def test_bytes_exchanged_are_counted(pruned: Pruned, world_size: int) -> None:
     weights = 64 * 23 + 23 * 4

@@ -90,7 +90,8 @@ def run() -> list[Tensor]:
         groups=groups,
     )
     assert report.batchnorm_layers == 3
-    found.append(torch.tensor(report.loss_after, dtype=torch.float64))
+    losses = [report.loss_before, report.loss_after]
+    found.append(torch.tensor(losses, dtype=torch.float64))
     return [*found, *(tensor.detach() for tensor in model.state_dict().values())]
 
 
