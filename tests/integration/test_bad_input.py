@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import (
     FSDPStrategy,
 )
 from rank_pool import RankPool
+from structured_fits import ResidualNet, config, structured
 from torch import nn
 
 from lightning_woodfisher import (
@@ -314,47 +315,106 @@ def test_an_optimizer_without_hooks_is_refused() -> None:
 # ---------------------------------------------------------------- ranks that differ
 
 
-def fit_differently(name: str) -> str:
-    """Fit on two ranks, the second of which has other settings; return its error."""
-    options: dict[str, Any] = {"schedule": PolynomialSchedule(0, 2)}
-    count = 48
-    if os.environ["RANK"] == "1":
-        changes: dict[str, dict[str, Any]] = {
-            "target": {"target_sparsity": 0.5},
-            "criterion": {"criterion": "magnitude"},
-            "schedule": {"schedule": PolynomialSchedule(1, 2)},
-            "exclude": {"selection": SelectionConfig(exclude=["Conv2d"])},
-            "damping": {"fisher": FisherConfig(6, 2, 16, damping=0.1)},
-            "seed": {"seed": 3},
-            "data": {},
-        }
-        options |= changes[name]
-        count = 40 if name == "data" else 48
-    fitted = trainer(pruning(**options), max_epochs=4, devices=2, strategy="ddp")
-    try:
-        fitted.fit(Classifier(), loader(count, shuffle=False))
-    except (ConfigurationError, PruningError) as error:
-        return str(error)
-    return ""
+class Drifting(Classifier):
+    """On rank 1, a weight changes in training."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if os.environ["RANK"] == "1":
+            with torch.no_grad():
+                next(self.parameters()).view(-1)[0] += 1e-3
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("target", "target_sparsity is 0.5 on rank 1, but 0.75 on rank 0"),
-        ("criterion", "criterion is 'magnitude' on rank 1, but 'woodfisher' on rank 0"),
-        ("schedule", "schedule is PolynomialSchedule(start_epoch=1"),
-        ("exclude", "selection.exclude is ['Conv2d'] on rank 1, but [] on rank 0"),
-        ("damping", "fisher.damping is 0.1 on rank 1, but"),
-        ("seed", "step.seed is 3 on rank 1, but 0 on rank 0"),
-        ("data", "length of the training data is 40 on rank 1, but 48 on rank 0"),
-    ],
-)
-def test_ranks_with_other_settings_end_before_training(
-    ranks: RankPool, name: str, text: str
-) -> None:
-    errors = ranks.run(2, fit_differently, name, launch="trainer", timeout=60)
-    assert all(text in error for error in errors), errors
+# A callback, what differs on rank 1, and the error of all ranks.
+FITS: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (
+        pruning,
+        {"target_sparsity": 0.5},
+        "target_sparsity is 0.5 on rank 1, but 0.75 on rank 0",
+    ),
+    (
+        pruning,
+        {"criterion": "magnitude"},
+        "criterion is 'magnitude' on rank 1, but 'woodfisher' on rank 0",
+    ),
+    (
+        pruning,
+        {"schedule": PolynomialSchedule(1, 2)},
+        "schedule is PolynomialSchedule(start_epoch=1",
+    ),
+    (
+        pruning,
+        selection(exclude=["Conv2d"]),
+        "selection.exclude is ['Conv2d'] on rank 1, but [] on rank 0",
+    ),
+    (
+        pruning,
+        {"fisher": FisherConfig(6, 2, 16, damping=0.1)},
+        "fisher.damping is 0.1 on rank 1, but",
+    ),
+    (pruning, {"seed": 3}, "step.seed is 3 on rank 1, but 0 on rank 0"),
+    (
+        pruning,
+        {"count": 40},
+        "length of the training data is 40 on rank 1, but 48 on rank 0",
+    ),
+    (pruning, {"drifts": True}, "the weights of 'net.0.weight' (rank 1 differs from"),
+    (structured, {"target": 0.4}, "target is 0.4 on rank 1, but 0.5 on rank 0"),
+    (
+        structured,
+        {"schedule": OneShotSchedule(2)},
+        "schedule is OneShotSchedule(",
+    ),
+    (
+        structured,
+        {"config": config(seed=7)},
+        "config.seed is 7 on rank 1, but 0 on rank 0",
+    ),
+    (
+        structured,
+        {"config": config(exclude=["net.conv1"])},
+        "config.exclude is ['net.conv1'] on rank 1, but [] on rank 0",
+    ),
+    (
+        structured,
+        {"count": 40},
+        "length of the training data is 40 on rank 1, but 48 on rank 0",
+    ),
+    (structured, {"drifts": True}, "the weights of 'net.stem.weight' (rank 1 differs"),
+]
+
+
+def fit_differently() -> list[tuple[str, int]]:
+    """Job: fit on two ranks with one difference.
+
+    Returns:
+        For each difference the error and the number of training steps.
+    """
+    found = []
+    for make, change, _ in FITS:
+        mine = dict(change) if os.environ["RANK"] == "1" else {}
+        count = mine.pop("count", 48)
+        mine.pop("drifts", None)
+        channels = make is structured
+        # What drifts is noticed before the second step.
+        schedule = OneShotSchedule(1) if channels else PolynomialSchedule(0, 2)
+        callback = make(**{"schedule": schedule, **mine})
+        kind = Drifting if "drifts" in change else Classifier
+        module = kind(build=ResidualNet) if channels else kind()
+        fitted = trainer(callback, max_epochs=4, devices=2, strategy="ddp")
+        text = ""
+        try:
+            fitted.fit(module, loader(count, shuffle=False))
+        except (ConfigurationError, PruningError) as error:
+            text = str(error)
+        found.append((text, fitted.global_step))
+    return found
+
+
+def test_ranks_with_other_settings_end_before_training(ranks: RankPool) -> None:
+    for found in ranks.run(2, fit_differently, launch="trainer"):
+        for (text, steps), (_, change, expected) in zip(found, FITS, strict=True):
+            assert expected in text, change
+            assert steps == (3 if "drifts" in change else 0)
 
 
 # What rank 1 loads, with the position and the masks of another checkpoint than rank 0.
