@@ -17,7 +17,7 @@ TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-ddp demo-transformer examples test test-all test-fast test-oldest test-slurm test-gpu coverage soak \
-	zoo mutants bench gpu-check check format lock audit docs clean
+	zoo mutants mutants-sampled bench gpu-check check format lock audit docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -105,6 +105,11 @@ zoo: $(VENV)/.dev  ## prune all networks of torchvision, some of timm and transf
 mutants: export OMP_NUM_THREADS = 1
 mutants: $(VENV)/.dev  ## break lines of the core one by one; the tests must notice
 	$(BIN)/python tests/support/mutation.py
+
+mutants-sampled: export OMP_NUM_THREADS = 1
+mutants-sampled: $(VENV)/.dev  ## break 300 sampled places of the core; the tests must notice 9 of 10
+	$(PIP) install --quiet --group mutants
+	$(BIN)/python tests/support/sampled_mutants.py $(MUTANTS_ARGS)
 
 bench: $(VENV)/.demo  ## measure the engines against the recursion of the literature
 	$(BIN)/lightning-woodfisher benchmark $(BENCH_ARGS)
