@@ -588,6 +588,38 @@ def test_the_kronecker_product_is_the_fisher_where_it_factorizes() -> None:
     torch.testing.assert_close(product, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_a_rank_scores_its_own_layers_as_one_rank_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def factor(size: int) -> Tensor:
+        rows = torch.randn(9, size, generator=generator, dtype=torch.float64)
+        return rows.mT @ rows / 9
+
+    sides = [(3, 4), (2, 5), (4, 4)]
+    pairs = [
+        KroneckerFactors(factor(i), factor(o), torch.arange(o * i)) for o, i in sides
+    ]
+    segments = [o * i for o, i in sides]
+    weights = torch.randn(sum(segments), generator=generator, dtype=torch.float64)
+    fisher = FisherConfig(damping=1e-3)
+
+    def scores(rank: int, world_size: int) -> Tensor:
+        criterion = make_criterion("kfac", fisher, "joint")
+        partition = criterion.layout(segments, world_size)
+        place = Communicator()
+        place.rank = rank
+        criterion.begin(partition, place)
+        own = [pairs[unit.segment] for unit in partition.owned(rank)]
+        criterion.observe_factors(copy.deepcopy(own))
+        return criterion.score(weights[partition.shard(rank)])
+
+    expected = scores(0, 1)
+    for world_size in (2, 3):
+        parts = [scores(rank, world_size) for rank in range(world_size)]
+        assert all(len(part) for part in parts)
+        assert torch.equal(torch.cat(parts), expected)
+
+
 @pytest.mark.parametrize("damping", [1e-6, 1e-2])
 @pytest.mark.parametrize("pruned", [0, 6])
 def test_scores_and_updates_are_those_of_the_dense_matrix(

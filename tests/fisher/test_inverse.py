@@ -577,6 +577,20 @@ def test_damping_is_raised_for_the_block_that_needs_it_only(form: Form) -> None:
     assert torch.equal(inverse.diagonal()[outside], expected.diagonal()[outside])
 
 
+def test_blocks_of_one_unit_are_damped_each_for_itself() -> None:
+    # Fewer gradients than columns: every block needs its λ.
+    rows = problem(6000, 3).rows.double()
+    rows[:, 4:8] *= 1e9
+    inverse = filled("primal", rows, [6000], 4, 1e-5, precision="float64")
+    assert inverse.units[0].count > 2
+    assert list(inverse.raised_damping()) == [4]
+    assert inverse.damping[[0, *range(2, 1500)]].eq(1e-5).all()
+    for first in (0, 8):
+        block = slice(first, first + 4)
+        expected = Oracle(rows[:, block], 1e-5).diagonal()
+        assert error(inverse.diagonal()[block], expected) <= TOLERANCES["float64"]
+
+
 @pytest.mark.parametrize("form", ["dual", "full"])
 @pytest.mark.parametrize("scale", [1, 10, 30, 100, 300, 1000])
 @pytest.mark.parametrize(("num_gradients", "size"), [(300, 7), (50, 20), (10, 7)])

@@ -648,6 +648,23 @@ def test_an_update_that_overflows_the_dtype_of_the_weights_is_an_error(
 # --- step after step ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("nonfinite", [1, 2])
+def test_a_rehearsal_takes_a_gradient_and_those_that_may_be_left_out(
+    nonfinite: int,
+) -> None:
+    model = mlp()
+    fisher = dataclasses.replace(FISHER, max_nonfinite=nonfinite)
+    masks = Masks(prunable_parameters(model))
+    pruner = Pruner(masks, PruningConfig(fisher=fisher), Communicator(DEVICE))
+    before = bits(model)
+    enough = 4 * (1 + nonfinite)
+    pruner.rehearse(FunctionLoss(model, samples(enough), cross_entropy))
+    assert same_bits(bits(model), before)
+    assert not any(masks.zeros().values())
+    with pytest.raises(ConfigurationError, match=f"needs {enough} samples"):
+        pruner.rehearse(FunctionLoss(model, samples(enough - 1), cross_entropy))
+
+
 def test_a_second_step_keeps_the_zeros_of_the_first() -> None:
     model = mlp()
     pruned(model, target_sparsity=0.5)

@@ -235,3 +235,17 @@ def test_a_layer_with_more_zeros_than_its_target_leaves_less_to_the_others() -> 
     assert quotas.totals == [50, 0]
     with pytest.raises(ConfigurationError, match="would need -10 zeros"):
         make_quotas(selection, layers, 0.2)
+
+
+def test_a_layer_that_is_left_dense_counts_for_nobody() -> None:
+    selection = SelectionConfig()
+    shapes = ((4, 5), (6, 10), (2, 4))
+    sizes = tuple(outputs * inputs for outputs, inputs in shapes)
+    every = Layers(("a", "b", "c"), shapes, sizes, (3, 12, 4))
+    for place, name in enumerate(every.names):
+        others = [i for i in range(3) if i != place]
+        quotas = make_quotas(selection, every, 0.5, left_dense={name})
+        weights = sum(sizes[i] for i in others)
+        zeros = sum(every.zeros[i] for i in others)
+        assert quotas.groups == ((0.5, weights, zeros),)
+        assert quotas.totals == [round(0.5 * weights) - zeros]

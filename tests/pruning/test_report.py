@@ -11,6 +11,7 @@ import pytest
 from lightning_woodfisher.pruning.report import (
     LayerReport,
     PruningReport,
+    Reconstruction,
     format_steps,
 )
 
@@ -102,6 +103,27 @@ def test_totals() -> None:
     assert (one.weights, one.zeros) == (784, 636)
     assert one.sparsity == 636 / 784
     assert [layer.sparsity for layer in one.layers] == [0.25, 0.9375]
+
+
+def test_a_model_without_parameters_has_no_sparsity() -> None:
+    assert report(model_parameters=0, model_zeros=0).model_sparsity == 0.0
+    assert report(model_parameters=1, model_zeros=1).model_sparsity == 1.0
+
+
+def test_metrics_name_the_layers_whose_outputs_were_reconstructed() -> None:
+    told = Reconstruction(0.5, 0.125, 7, 1e-3, "outputs")
+    layer = dataclasses.replace(report().layers[0], reconstruction=told)
+    metrics = report(layers=(layer, report().layers[1])).metrics()
+    found = {
+        k: v for k, v in metrics.items() if k.startswith("pruning/reconstruction/")
+    }
+    assert found == {
+        "pruning/reconstruction/error_masked/conv.weight": 0.5,
+        "pruning/reconstruction/error/conv.weight": 0.125,
+        "pruning/reconstruction/iterations/conv.weight": 7.0,
+        "pruning/reconstruction/damping/conv.weight": 1e-3,
+    }
+    assert type(found["pruning/reconstruction/iterations/conv.weight"]) is float
 
 
 def test_metrics() -> None:

@@ -210,6 +210,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_weights(f, lambda _: [1]),
         "is not a state_dict",
     ),
+    "weights are a list of names": (
+        lambda f: edit_weights(f, list),
+        "weights.pt is not a state_dict",
+    ),
+    "weights have numbers for names": (
+        lambda f: edit_weights(f, lambda w: dict(enumerate(w.values()))),
+        "weights.pt is not a state_dict",
+    ),
     "code": (
         lambda f: edit_weights(f, lambda w: {**w, "a": Path()}),
         "no code in the file is run",

@@ -94,6 +94,13 @@ def test_shares_are_those_of_the_dense_network() -> None:
     assert "parameters 2,000 → 997 (49.9%), MACs 4,000 → 1,800 (45.0%)" in told
 
 
+def test_the_table_counts_implants_where_there_are_any() -> None:
+    groups = STEPS[0].groups
+    assert "; 2 of them with 1x1 filters" in STEPS[0].to_table()
+    bare = dataclasses.replace(groups[0], implanted=())
+    assert "1x1" not in step(0, groups=(bare, groups[1])).to_table()
+
+
 def test_reports_without_times_are_read() -> None:
     plain = json.loads(json.dumps(STEPS[0].to_dict()))
     assert StructureReport.from_dict(plain) == STEPS[0]

@@ -22,4 +22,67 @@ class Equal:
     reason: str
 
 
-EQUAL: tuple[Equal, ...] = ()
+_SPEED = "Only chooses the quicker of two ways to compute the same."
+_SPLIT = (
+    "The names of arithmetics sort as float32, float64, split: nothing is above 'split'. "
+    "What is then multiplied in float64 has more digits and takes longer."
+)
+
+EQUAL = (
+    Equal(
+        "fisher/full.py",
+        'return half_product(rows.unsqueeze(0), self._arithmetic == "split")[0]',
+        'return half_product(rows.unsqueeze(0), self._arithmetic > "split")[0]',
+        _SPLIT,
+    ),
+    Equal(
+        "fisher/full.py",
+        'split = arithmetic == "split"',
+        'split = arithmetic > "split"',
+        _SPLIT,
+    ),
+    Equal(
+        "fisher/full.py",
+        "smallest = self._full(len(self.units) + 1, 1.0)",
+        "smallest = self._full(len(self.units) + 2, 1.0)",
+        "The place after the units is there for ranks without any; a second one has the "
+        "same value.",
+    ),
+    Equal(
+        "fisher/linalg.py",
+        "if not _in_strips(rows, rows.shape[-2]):",
+        "if not _in_strips(rows, rows.shape[~2]):",
+        _SPEED,
+    ),
+    Equal(
+        "fisher/primal.py",
+        'single = not final and self._arithmetic(index) == "float32"',
+        'single = not final and self._arithmetic(index) <= "float32"',
+        "No name of an arithmetic sorts before 'float32'.",
+    ),
+    Equal(
+        "pruning/schedule.py",
+        'return getattr(schedule, "initial_sparsity", 0.0) > 0.0',
+        'return getattr(schedule, "initial_sparsity", -1.0) > 0.0',
+        "The default is only compared with 0.",
+    ),
+    Equal(
+        "structured/scores/gates.py",
+        "parameter.requires_grad_(False)",
+        "parameter.requires_grad_(True)",
+        "Only the gates are differentiated. Frozen weights save memory, and the session "
+        "restores their flags.",
+    ),
+    Equal(
+        "structured/selection.py",
+        "steps = count if config.round_to == 1 else None",
+        "steps = count if config.round_to <= 1 else None",
+        "round_to is at least 1.",
+    ),
+    Equal(
+        "structured/shrink/files.py",
+        "text = json.dumps(plan.to_dict(), indent=1, sort_keys=True)",
+        "text = json.dumps(plan.to_dict(), indent= 2, sort_keys=True)",
+        "JSON means the same however far it is indented.",
+    ),
+)
