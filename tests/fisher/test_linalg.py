@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_woodfisher.fisher.linalg import (
+    cholesky,
     choose_arithmetics,
     invert_lower,
     multiply,
@@ -112,3 +113,16 @@ def test_triangular_matrices_are_inverted_and_solved(size: int) -> None:
     assert torch.equal(rows, before)
     vectors = torch.randn(3, 5, 2, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(multiply(rows, vectors), rows @ vectors)
+
+
+@pytest.mark.parametrize(("number", "size"), [(256, 3), (2, 256), (3, 255)])
+def test_lower_factors_have_the_shape_of_their_matrices(number: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(number, size, size, generator=generator, dtype=torch.float64)
+    matrices = rows @ rows.mT + torch.eye(size, dtype=torch.float64)
+    matrices[1] = -matrices[1]
+    factors, failed = cholesky(matrices)
+    assert failed.nonzero().flatten().tolist() == [1]
+    good = torch.arange(number) != 1
+    lower = factors[good].tril()
+    torch.testing.assert_close(lower @ lower.mT, matrices[good], rtol=1e-12, atol=1e-9)

@@ -1074,6 +1074,16 @@ def test_sparsity_outside_the_unit_interval_is_refused(target: float) -> None:
         ({"recompute_steps": -2}, "recompute_steps=-2"),
         ({"selection": SelectionConfig(only=["nope"])}, "'nope'"),
         ({"selection": SelectionConfig(exclude=["Linear"])}, "Linear"),
+        # What a reconstruction layer by layer has no meaning for.
+        *[
+            ({"criterion": "layerwise", **option}, f"{name} cannot be combined")
+            for name, option in {
+                "step.update='independent'": {"update": "independent"},
+                "step.trust_ratio=0.5": {"trust_ratio": 0.5, "recompute_steps": 2},
+                "step.update_scale=0.5": {"update_scale": 0.5},
+                "flops_target=0.5": {"flops_target": 0.5, "target_sparsity": None},
+            }.items()
+        ],
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:

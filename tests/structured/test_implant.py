@@ -27,8 +27,10 @@ from lightning_woodfisher.structured.pruner import StructurePruner
 from lightning_woodfisher.structured.shrink.files import load_shrunk, save_shrunk
 from lightning_woodfisher.structured.shrink.implanted_conv import (
     ImplantedConv,
+    has_center,
     implant_masks,
     implantable_layers,
+    parameter_names,
 )
 from lightning_woodfisher.structured.shrink.implants import (
     ImplantConfig,
@@ -270,6 +272,26 @@ def test_only_kernels_with_a_middle_get_implants() -> None:
     )
     assert removed["even"].tolist() == [0, 3]
     assert implanted["conv"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("layer", "has"),
+    [
+        (nn.Conv2d(4, 4, 3, padding=1), True),
+        (nn.Conv1d(4, 4, 5, padding=4, dilation=2), True),
+        (nn.Conv2d(4, 4, (3, 1), padding="same"), True),
+        (nn.Conv2d(4, 4, 3), False),
+        (nn.Conv2d(4, 4, 1), False),
+        (nn.Conv2d(4, 4, 3, padding=1, groups=2), False),
+        (nn.ConvTranspose2d(4, 4, 3, padding=1), False),
+        (nn.Linear(4, 4), False),
+    ],
+)
+def test_a_center_is_that_of_a_whole_convolution(layer: nn.Module, has: bool) -> None:
+    assert has_center(layer, parameter_names(layer)) == has
+    shared = nn.ModuleList([layer, nn.Module()])
+    shared[1].register_parameter("again", layer.weight)
+    assert not has_center(layer, parameter_names(shared))
 
 
 def test_least_squares_is_that_of_all_positions() -> None:

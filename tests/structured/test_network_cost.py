@@ -17,7 +17,7 @@ from lightning_woodfisher import FisherConfig, prune, prune_structures
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.config import StructureConfig
-from lightning_woodfisher.structured.network_cost import NetworkSize
+from lightning_woodfisher.structured.network_cost import NetworkSize, measure_latency
 from lightning_woodfisher.structured.shrink.removal import shrink
 from lightning_woodfisher.structured.tracing import trace_groups
 from tests.support.macs import count_macs
@@ -187,3 +187,31 @@ def test_a_stream_of_batches_is_counted_by_sample() -> None:
     batches = [tuple(t[:6] for t in samples.tensors)]
     cost = NetworkSize(FunctionLoss(model, batches, loss_fn), groups, Communicator())
     assert cost.dense_macs == count(model, image)
+
+
+def test_latencies_are_medians_after_three_passes_to_warm_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, shapes = [0.0], []
+
+    class Slow(nn.Linear):
+        """Each pass takes the next of these seconds, on a clock of its own."""
+
+        def __init__(self, *seconds: float) -> None:
+            super().__init__(3, 2)
+            self.seconds = iter(seconds)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            shapes.append(tuple(inputs.shape))
+            now[0] += next(self.seconds)
+            return super().forward(inputs)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    for size, options in [(1, {}), (5, {"batch_size": 5})]:
+        dense = Slow(90, 80, 70, 4, 16, 2, 8, 32)
+        shrunk = Slow(9, 8, 7, 0.25, 0.5, 4, 1, 2)
+        found = measure_latency(dense, shrunk, torch.ones(1, 3), 5, **options)
+        assert found == (8.0, 1.0)
+        assert next(dense.seconds, None) is next(shrunk.seconds, None) is None
+        assert set(shapes) == {(size, 3)}
+        shapes.clear()

@@ -35,6 +35,7 @@ from lightning_woodfisher.structured.graph.groups import Group, Member
 from lightning_woodfisher.structured.scores.evaluation import (
     Evaluation,
     enough_samples,
+    second_derivatives,
 )
 from lightning_woodfisher.structured.scores.hap import (
     count_probes,
@@ -737,6 +738,16 @@ def test_a_stream_of_batches_serves_every_round() -> None:
             FunctionLoss(model, iterate(), cross_entropy), groups, config
         )
         assert torch.equal(torch.cat(known.values), torch.cat(once.values))
+
+
+def test_only_errors_of_autograd_are_explained() -> None:
+    own = PruningError("no labels")
+    with pytest.raises(PruningError) as caught, second_derivatives():
+        raise own
+    assert caught.value is own
+    explained = pytest.raises(PruningError, match="twice.*sosp_i.*: no derivative")
+    with explained, second_derivatives():
+        raise RuntimeError("no derivative")
 
 
 def test_bad_settings_are_named() -> None:

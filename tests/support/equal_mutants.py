@@ -85,4 +85,40 @@ EQUAL = (
         "text = json.dumps(plan.to_dict(), indent= 2, sort_keys=True)",
         "JSON means the same however far it is indented.",
     ),
+    Equal(
+        "fisher/base.py",
+        "self._is_factorized = True",
+        "self._is_factorized = False",
+        "The factors are computed again each time, with the same result.",
+    ),
+    Equal(
+        "fisher/linalg.py",
+        "if size % 2:",
+        "if size // 2:",
+        _SPEED,
+    ),
+    Equal(
+        "fisher/primal.py",
+        'add_half_product(gram, columns, self._products[index] == "split")',
+        'add_half_product(gram, columns, self._products[index] >= "split")',
+        "No name of an arithmetic sorts after 'split'.",
+    ),
+    Equal(
+        "pruning/schedule.py",
+        "start = 0 if known is None else _after(_SHARE_BEFORE_PRUNING, known)",
+        "start = 1 if known is None else _after(_SHARE_BEFORE_PRUNING, known)",
+        "With neither a length nor an end the plan is refused before it uses the start.",
+    ),
+    Equal(
+        "structured/scores/sosp.py",
+        "more = label < classes - 1",
+        "more = label < classes + 1",
+        "Only keeps the graph in memory after its last use.",
+    ),
+    Equal(
+        "structured/shrink/removal.py",
+        "order[member.slices(structures)] = -1",
+        "order[member.slices(structures)] = - 2",
+        "Any negative number marks what is removed.",
+    ),
 )

@@ -74,6 +74,7 @@ def test_growing_copies_what_it_is_given() -> None:
     masks.prune({"0.weight": gone})
     gone.fill_(True)
     masks.kept("0.weight").fill_(False)
+    assert torch.equal(~masks.kept("0.weight"), marked((3, 4), 2))
     assert masks.zeros()["0.weight"] == 1
 
 

@@ -185,15 +185,16 @@ def test_equal_costs_give_the_first_support() -> None:
 
 @pytest.mark.parametrize("block_size", [5, 12, 24, 100, None])
 @pytest.mark.parametrize("engine", ["primal", "dual"])
-@pytest.mark.parametrize("text", ["block3", "block6", "rows", "2:3"])
+@pytest.mark.parametrize("text", ["block3", "block6", "rows", "long rows", "2:3"])
 def test_groups_cost_what_elimination_says(
     block_size: int | None, engine: Any, text: str, comm: Communicator
 ) -> None:
     if block_size is None and engine == "primal":
         pytest.skip("the full Fisher has one form")
-    pattern = parse_pattern(text)
+    pattern = parse_pattern(text.removeprefix("long "))
     # Rows of 48 are parts of one block, or several blocks, according to the block size.
-    shapes = [(4, 6, 2, 4), (3, 12)]
+    # Long ones may be cut.
+    shapes = [(2, 130) if text == "long rows" else (4, 6, 2, 4), (3, 12)]
     parameters = {str(i): nn.Parameter(torch.randn(s)) for i, s in enumerate(shapes)}
     fisher = (
         FisherConfig(
