@@ -287,11 +287,13 @@ def test_a_browser_lays_it_out(
 
 def test_layers_are_drawn_as_reported() -> None:
     axes = figures.draw_layers(REPORTS[-1]).axes[0]
-    after, before = axes.containers
-    assert [bar.get_width() for bar in after] == pytest.approx(
-        [100 * 170 / 288, 100 * 17 / 300]
-    )
-    assert [bar.get_width() for bar in before] == pytest.approx([100 * 50 / 288, 0])
+    # However many layers there are, all bars of a color are one object.
+    after, before = axes.collections
+    bars = [path.get_extents() for path in after.get_paths()]
+    assert [bar.x1 for bar in bars] == pytest.approx([100 * 170 / 288, 100 * 17 / 300])
+    assert [(bar.x0, bar.y0, bar.y1) for bar in bars] == [(0, -0.4, 0.4), (0, 0.6, 1.4)]
+    bars = [path.get_extents() for path in before.get_paths()]
+    assert [bar.x1 for bar in bars] == pytest.approx([100 * 50 / 288, 0])
     assert axes.get_ylim() == (1.5, -0.5)
 
 

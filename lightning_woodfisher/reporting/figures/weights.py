@@ -15,7 +15,7 @@ __all__ = [
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -46,6 +46,7 @@ from lightning_woodfisher.reporting.figures.canvas import (
 from lightning_woodfisher.reporting.verdict import main_metrics
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _DARK_BLUE = "#27608f"
@@ -100,11 +101,10 @@ def draw_layers(report: PruningReport) -> Figure:
     """
     layers = report.layers
     figure, axes = new_layer_axes([layer.name for layer in layers])
-    rows = range(len(layers))
     after = [100 * layer.sparsity for layer in layers]
-    axes.barh(rows, after, color=BLUE, label="pruned in this step")
+    _draw_bars(axes, after, color=BLUE, label="pruned in this step")
     before = [100 * layer.zeros_before / layer.weights for layer in layers]
-    axes.barh(rows, before, color=_DARK_BLUE, label="pruned before")
+    _draw_bars(axes, before, color=_DARK_BLUE, label="pruned before")
     label = f"all layers: {report.sparsity:.1%}"
     axes.axvline(100 * report.sparsity, color=ORANGE, label=label)
     if len(layers) <= MAX_LAYERS:
@@ -114,6 +114,17 @@ def draw_layers(report: PruningReport) -> Figure:
     axes.set_title(f"Sparsity per layer, {_describe_step(report)}")
     add_legend_below(figure)
     return figure
+
+
+def _draw_bars(axes: Axes, lengths: Sequence[float], **style: Any) -> None:
+    """Draw horizontal bars in one piece; ``barh`` takes seconds for thousands of them."""
+    from matplotlib.collections import PolyCollection
+
+    bars = [
+        [(0, row - 0.4), (length, row - 0.4), (length, row + 0.4), (0, row + 0.4)]
+        for row, length in enumerate(lengths)
+    ]
+    axes.add_collection(PolyCollection(bars, **style), autolim=False)
 
 
 def draw_schedule(reports: Sequence[PruningReport]) -> Figure:
