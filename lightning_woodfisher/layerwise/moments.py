@@ -168,6 +168,9 @@ def require_finite(
     Raises:
         PruningError: if one is not finite.
     """
+    # Sums are several times faster to compute; those of finite numbers rarely overflow.
+    if bool((inputs.sum() + outputs.sum()).isfinite()):
+        return
     if not bool(inputs.isfinite().all() & outputs.isfinite().all()):
         raise PruningError(
             f"inputs or outputs of {linear.name} are not finite in mini-batch {index} "

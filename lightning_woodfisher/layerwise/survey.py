@@ -114,6 +114,8 @@ def survey(
         # Not detached: gradient checkpointing runs the layer a second time without this
         # function, and must save the same tensors.
         output = call.run(linear.rows_of(parameter), call.bias)
+        if not index:
+            seen_once.append(_sample(call, output))
         if linear.key not in found and not _overlaps(linear, found):
             g, o, _ = linear.sides
             nothing = torch.zeros(g, o, dtype=torch.float64, device=output.device)
@@ -133,20 +135,22 @@ def survey(
             require_finite(linear, batches, index, *seen)
             _add_inputs(surveyed, *seen)
         if output_weights:
-            # The gradient of a zero that is added, whatever is frozen.
-            leaf = torch.zeros_like(output, requires_grad=True)
-            leaves.append((surveyed, leaf, side))
-            output = output + leaf
+            # Whatever is frozen. A copy, because the network may change it in place.
+            if not output.requires_grad:
+                output.requires_grad_()
+            leaves.append((surveyed, output, side))
+            output = output.clone()
         return output
 
     number = min(count, SURVEYED_BATCHES)
+    seen_once: list[tuple[str, Tensor]] = []
     for index in range(number):
         first: list[Surveyed] = []
         leaves.clear()
         with seeded(derive_seed(seed, index)):
             batch = batches.fetch(index)
             if not index:
-                _require_repeatable(source, parameters, table, batch)
+                again = _run_once(source, parameters, table, batch)
             tokens = TokenMasks(batch)
             interception = Interception(table, visit, sources=tokens.sources())
             with interception:
@@ -155,6 +159,9 @@ def survey(
                 else:
                     with torch.no_grad():
                         run_loss(source, batch, index)
+            if not index:
+                # Drawing labels has run the network before.
+                _require_equal(again, seen_once[-len(again) :])
         if leaves:
             gradients = differentiate(loss, [leaf for _, leaf, _ in leaves])
             for (surveyed, _, side), gradient in zip(leaves, gradients, strict=True):
@@ -177,28 +184,38 @@ def survey(
 
 
 @torch.no_grad()
-def _require_repeatable(
+def _run_once(
     source: LossSource,
     parameters: Mapping[str, nn.Parameter],
     table: WeightTable,
     batch: Any,
-) -> None:
-    """Run the network twice on a mini-batch, and compare the outputs."""
-    runs: list[list[tuple[str, Tensor]]] = []
+) -> list[tuple[str, Tensor]]:
+    """Run the network on a copy of a mini-batch; return some outputs of each call."""
+    seen: list[tuple[str, Tensor]] = []
 
     def visit(call: LinearCall) -> Tensor:
-        linear = call.map
-        output = call.run(linear.rows_of(parameters[linear.name]), call.bias)
-        step = max(1, output.numel() // _COMPARED)
-        runs[-1].append((linear.name, output.flatten()[::step].float()))
+        output = call.run(call.map.rows_of(parameters[call.map.name]), call.bias)
+        seen.append(_sample(call, output))
         return output
 
-    for _ in range(2):
-        runs.append([])
-        with preserve_random_states(), Interception(table, visit):
-            run_loss(source, map_tensors(Tensor.clone, batch), 0)
+    with preserve_random_states(), Interception(table, visit):
+        run_loss(source, map_tensors(Tensor.clone, batch), 0)
+    return seen
+
+
+def _sample(call: LinearCall, output: Tensor) -> tuple[str, Tensor]:
+    """Copy a few of the outputs of a layer, so that the others can be freed."""
+    step = max(1, output.numel() // _COMPARED)
+    chosen = output.detach().flatten()[::step]
+    return call.map.name, chosen.to(torch.float32, copy=True)
+
+
+def _require_equal(
+    first: Sequence[tuple[str, Tensor]], second: Sequence[tuple[str, Tensor]]
+) -> None:
+    """Compare the outputs of two runs on the same mini-batch."""
     for (name, one), (other_name, other) in itertools.zip_longest(
-        *runs, fillvalue=("nothing", torch.empty(0))
+        first, second, fillvalue=("nothing", torch.empty(0))
     ):
         close = name == other_name and torch.allclose(
             one, other, 0.0, _DIFFERENCE * float(one.abs().max()), equal_nan=True
@@ -226,13 +243,14 @@ def _add_inputs(surveyed: Surveyed, inputs: Tensor, outputs: Tensor) -> None:
 
 def _add_gradient(surveyed: Surveyed, gradient: Tensor) -> float:
     """Add the mean squares of the gradients of the outputs; return their sum."""
-    squares = surveyed.map.channels_last(gradient).double().square().flatten(0, -2)
+    rows = surveyed.map.channels_last(gradient).flatten(0, -2)
+    squares = at_least_float32(rows).square().sum(dim=0, dtype=torch.float64)
     if not bool(squares.isfinite().all()):
         raise PruningError(
             f"the gradient of the outputs of {surveyed.map.name} is not finite; set "
             "layerwise.output_weights=False"
         )
-    each = squares.sum(dim=0) / max(1, len(squares))
+    each = squares / max(1, len(rows))
     surveyed.output_weights += each.view(surveyed.output_weights.shape)
     return float(squares.sum().sqrt())
 
