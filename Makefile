@@ -94,7 +94,7 @@ test-slurm: $(VENV)/.dev  ## run the tests on a SLURM of two nodes, started for 
 	$(PYTEST) -m slow tests/clusters/test_slurm.py $(PYTEST_ARGS)
 
 soak: export OMP_NUM_THREADS = 1
-soak: $(VENV)/.dev  ## long tests: random configurations (SOAK_SEED chooses others), flat memory
+soak: $(VENV)/.dev  ## long tests: random configurations, files and signals (SOAK_SEED chooses others), flat memory
 	$(PYTEST) -m soak $(PYTEST_ARGS)
 
 zoo: export OMP_NUM_THREADS = 1

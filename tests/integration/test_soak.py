@@ -1,4 +1,4 @@
-"""Nothing piles up: many pruning steps, many fits."""
+"""Nothing piles up in many steps and fits, and nothing is lost in fits that get signals."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from fits import Classifier, Reseed, images, pruning, seed_all, trainer
+from killed_fits import strike_often
+from rank_pool import RankPool
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import DataLoader
@@ -150,3 +152,12 @@ def test_two_hundred_steps_in_flat_memory() -> None:
     require_flat(watch)
     # What is left to grow are the reports, a few kB for each step.
     assert watch.resident[2] - watch.resident[1] < 16e6
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_fits_that_get_signals_at_random_times_lose_nothing(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    seed = int(os.environ.get("SOAK_SEED", "1"))
+    print(f"SOAK_SEED={seed}", *strike_often(ranks, tmp_path, 50, seed), sep="\n")

@@ -31,11 +31,13 @@ from fits import (
 )
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from structured_fits import ResidualNet, structured
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_woodfisher import (
     PolynomialSchedule,
+    SOSPPruningCallback,
     StepConfig,
     WoodFisherPruningCallback,
 )
@@ -50,6 +52,8 @@ EPOCHS = 3
 _LASTING = {"error", "out of memory"}
 # Zeros after each of the planned steps: a cubic ramp to 0.75 of 64 * 10 + 10 * 4.
 PLANNED = (359, 491, 510)
+# Removed channels after each of the steps: the same ramp to half of 14.
+PLANNED_CHANNELS = (5, 7, 7)
 
 
 def perceptron() -> nn.Module:
@@ -219,7 +223,7 @@ class Run:
 
     trainer: pl.Trainer
     module: Classifier
-    pruner: WoodFisherPruningCallback
+    pruner: Any
     logger: MemoryLogger
     error: BaseException | None
 
@@ -227,7 +231,8 @@ class Run:
     def result(self) -> dict[str, Any]:
         """State, masks and reports at the end, without the seconds."""
         reports = [{**r.to_dict(), "seconds": {}} for r in self.pruner.reports]
-        masks = self.pruner.masks.state_dict()  # type: ignore[union-attr]
+        # A fit without anything left to train has no masks but those of its checkpoint.
+        masks = self.pruner.state_dict()["masks"]
         return {"state": final_state(self.trainer), "masks": masks, "reports": reports}
 
 
@@ -236,16 +241,21 @@ def run(
     fault: Fault | None = None,
     resume: str = "last",
     keep_what_is_left: bool = True,
+    channels: bool = False,
     **options: Any,
 ) -> Run:
     """Train, starting from the last checkpoint in the folder if there is one."""
     seed_all(1)
-    data, module, logger = Images(), Classifier(build=perceptron), MemoryLogger()
-    pruner = pruning(
-        schedule=PolynomialSchedule(0, EPOCHS - 1),
-        report_path=str(folder / "reports" / "pruning.json"),
-        step=StepConfig(line_search=False),
-    )
+    data, logger = Images(), MemoryLogger()
+    module = Classifier(build=ResidualNet if channels else perceptron)
+    settings = {
+        "schedule": PolynomialSchedule(0, EPOCHS - 1),
+        "report_path": str(folder / "reports" / "pruning.json"),
+    }
+    if channels:
+        pruner = structured(SOSPPruningCallback, **settings)
+    else:
+        pruner = pruning(**settings, step=StepConfig(line_search=False))
     saving = ModelCheckpoint(
         folder, "{epoch}", save_top_k=-1, save_last=True, save_on_train_epoch_end=True
     )
@@ -277,20 +287,37 @@ def run(
 
 def faulty_checkpoints(folder: Path) -> list[str]:
     """Return the checkpoints whose weights and masks are not those of a planned step."""
+    return [fault for p in sorted(folder.rglob("*.ckpt")) for fault in faults_in(p)]
+
+
+def faults_in(path: Path) -> list[str]:
+    """Return what is wrong with a checkpoint."""
     faults = []
-    for path in sorted(folder.rglob("*.ckpt")):
-        checkpoint = torch.load(path, weights_only=True)
-        (state,) = [v for k, v in checkpoint["callbacks"].items() if "WoodFisher" in k]
-        removed = 0
-        for name, kept in state["masks"].items():
-            removed += int((~kept).sum())
-            if bool(checkpoint["state_dict"][name][~kept].any()):
-                faults.append(f"{path}: {name}")
-        if removed != ([0, *PLANNED][len(state["done"])]):
-            faults.append(f"{path}: {removed} zeros after {len(state['done'])} steps")
-        if sum(report_zeros(r) for r in state["reports"][-1:]) != removed:
-            faults.append(f"{path}: the reports do not belong to the masks")
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = [v for k, v in checkpoint["callbacks"].items() if "Pruning" in k]
+    for name, kept in state["masks"].items():
+        if bool(checkpoint["state_dict"][name][~kept].any()):
+            faults.append(f"{path}: {name}")
+    done = len(state["done"])
+    if "removal_plan" in state:
+        removed, planned = masked_channels(state["masks"]), PLANNED_CHANNELS
+        groups = [group for r in state["reports"][-1:] for group in r["groups"]]
+        found = sum(len(group["removed"]) for group in groups)
+    else:
+        removed = sum(int((~kept).sum()) for kept in state["masks"].values())
+        planned = PLANNED
+        found = sum(report_zeros(r) for r in state["reports"][-1:])
+    if removed != [0, *planned][done]:
+        faults.append(f"{path}: {removed} removed after {done} steps")
+    if found != removed or len(state["reports"]) != done:
+        faults.append(f"{path}: the reports do not belong to the masks")
     return faults
+
+
+def masked_channels(masks: dict[str, Tensor]) -> int:
+    """Count the masked channels of :class:`ResidualNet`, one norm of each group."""
+    norms = [masks.get(f"net.{norm}.weight") for norm in ("bn", "bn1")]
+    return sum(int((~kept).sum()) for kept in norms if kept is not None)
 
 
 def report_zeros(report: dict[str, Any]) -> int:
@@ -299,7 +326,7 @@ def report_zeros(report: dict[str, Any]) -> int:
 
 def removed_in(run: Run) -> tuple[int, int]:
     """Count the zeros in the masks, and the pruned weights that are not zero."""
-    masks: Masks = run.pruner.masks  # type: ignore[assignment]
+    masks: Masks = run.pruner.masks
     return sum(masks.zeros().values()), sum(masks.violations().values())
 
 

@@ -252,6 +252,12 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     return {key: str(value) for key, value in environment.items()}
 
 
+def rank_environment(world_size: int) -> list[dict[str, str]]:
+    """Return the environment of each rank of a job, as torchrun sets it."""
+    port = _free_port()
+    return [_environment(rank, world_size, port) for rank in range(world_size)]
+
+
 @contextlib.contextmanager
 def _changed_environment(values: Mapping[str, str]) -> Iterator[None]:
     before = dict(os.environ)
