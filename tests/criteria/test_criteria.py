@@ -595,7 +595,7 @@ def test_a_rank_scores_its_own_layers_as_one_rank_does() -> None:
         rows = torch.randn(9, size, generator=generator, dtype=torch.float64)
         return rows.mT @ rows / 9
 
-    sides = [(3, 4), (2, 5), (4, 4)]
+    sides = [(3, 4), (2, 5), (4, 4), (3, 3), (2, 4)]
     pairs = [
         KroneckerFactors(factor(i), factor(o), torch.arange(o * i)) for o, i in sides
     ]

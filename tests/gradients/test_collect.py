@@ -98,6 +98,45 @@ def test_rows_and_losses_are_those_of_backward(comm: Communicator) -> None:
     assert not rows.requires_grad
 
 
+def test_sparse_gradients_are_those_of_dense_ones(comm: Communicator) -> None:
+    generator = torch.Generator().manual_seed(1)
+    data = [
+        (torch.randint(9, (4, 6), generator=generator), labels)
+        for _, labels in batches()
+    ]
+    rows = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Embedding(9, 5, sparse=sparse), nn.Flatten(), nn.Linear(30, 3)
+        )
+        rows.append(collect(FunctionLoss(model, data, cross_entropy), comm))
+    assert torch.equal(*rows)
+    assert bool((rows[0][:, :45] == 0).any())
+    assert bool((rows[0][:, :45] != 0).any())
+
+
+def test_one_mini_batch_may_be_computed_by_another_module(comm: Communicator) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+    data = batches()
+    data[3][0][0, 0] = 100.0
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        layer = model[int(batch[0][0, 0] == 100.0)]
+        return F.cross_entropy(layer(batch[0]), batch[1])
+
+    rows = collect(FunctionLoss(model, data, loss), comm)
+    for row, one in zip(rows, data, strict=True):
+        model.zero_grad()
+        loss(model, one).backward()
+        expected = [
+            torch.zeros(18) if p.grad is None else p.grad.flatten()
+            for p in weights_of(model).values()
+        ]
+        torch.testing.assert_close(row, torch.cat(expected))
+
+
 def test_only_active_weights_have_columns(comm: Communicator) -> None:
     model = network()
     rows, _ = by_backward(model, batches())

@@ -1074,6 +1074,7 @@ def test_sparsity_outside_the_unit_interval_is_refused(target: float) -> None:
         ({"recompute_steps": -2}, "recompute_steps=-2"),
         ({"selection": SelectionConfig(only=["nope"])}, "'nope'"),
         ({"selection": SelectionConfig(exclude=["Linear"])}, "Linear"),
+        ({"selection": SelectionConfig(pattern="2:4"), "target_sparsity": 0.7}, "2:4"),
         # What a reconstruction layer by layer has no meaning for.
         *[
             ({"criterion": "layerwise", **option}, f"{name} cannot be combined")

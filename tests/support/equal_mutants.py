@@ -61,6 +61,37 @@ EQUAL = (
         "No name of an arithmetic sorts before 'float32'.",
     ),
     Equal(
+        "gradients/collect.py",
+        'ahead = int(comm.device.type == "cuda")',
+        'ahead = int(comm.device.type > "cuda")',
+        "Only whether a GPU computes while the host checks.",
+    ),
+    Equal(
+        "gradients/collect.py",
+        "if len(started) > 1:",
+        "if not len(started) > 1:",
+        "Only whether the next rows are computed while these are exchanged.",
+    ),
+    Equal(
+        "gradients/collect.py",
+        "if len(unchecked) > ahead:",
+        "if len(unchecked) is not ahead:",
+        "One was just added, so the number is never below ahead.",
+    ),
+    Equal(
+        "gradients/lockstep.py",
+        "args, kwargs = self._waiting[0].rebuild(leaves)",
+        "args, kwargs = self._waiting[ -1].rebuild(leaves)",
+        "Only the structure of the arguments is used, and all losses have the same.",
+    ),
+    Equal(
+        "gradients/lockstep.py",
+        "self, one: Any, other: Any, module: nn.Module, again: bool = False",
+        "self, one: Any, other: Any, module: nn.Module, again: bool = True",
+        "Compares a tensor with itself. Only one with NaNs differs, and then the losses are "
+        "computed one by one.",
+    ),
+    Equal(
         "pruning/schedule.py",
         'return getattr(schedule, "initial_sparsity", 0.0) > 0.0',
         'return getattr(schedule, "initial_sparsity", -1.0) > 0.0',

@@ -55,15 +55,14 @@ FOLDERS = (
     "criteria", "distributed", "fisher", "gradients", "pruning", "structured", "weights",
 )  # fmt: skip
 # Tests that mirror a folder or file of the package, but lie elsewhere: collectives and shards
-# need ranks; curvatures and patterns are compared with dense matrices through the criteria
-# that use them; only WoodTaylor has two update scales.
+# need ranks, and curvatures and patterns are compared with dense matrices through the
+# criteria that use them.
 ALSO = {
     "criteria/woodfisher.py": ("weights/test_patterns.py",),
     "distributed": ("integration/test_ranks.py", "integration/test_fsdp2.py"),
     "gradients/hessian_rows.py": ("criteria",),
     "gradients/kronecker_factors.py": ("criteria",),
     "gradients/sharded.py": ("integration/test_fsdp2.py",),
-    "pruning/stage_results.py": ("criteria/test_woodtaylor.py",),
     "weights/active.py": ("integration/test_ranks.py",),
 }
 
