@@ -59,7 +59,11 @@ FOLDERS = (
 # criteria that use them.
 ALSO = {
     "criteria/woodfisher.py": ("weights/test_patterns.py",),
-    "distributed": ("integration/test_ranks.py", "integration/test_fsdp2.py"),
+    "distributed": (
+        "integration/test_ranks.py",
+        "integration/test_quantiles_over_ranks.py",
+        "integration/test_fsdp2.py",
+    ),
     "gradients/hessian_rows.py": ("criteria",),
     "gradients/kronecker_factors.py": ("criteria",),
     "gradients/sharded.py": ("integration/test_fsdp2.py",),
