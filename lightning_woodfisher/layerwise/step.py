@@ -132,7 +132,6 @@ class LayerwiseStep:
 
     def survey(self, samples: StageSamples, competing: bool) -> list[Surveyed]:
         """Find the maps of the network; see :func:`~.survey.survey`."""
-        self._comm.broadcast(self._source.model.buffers())
         with eager():
             return survey(
                 self._source,

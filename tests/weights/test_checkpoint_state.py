@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from types import MappingProxyType
 from typing import Any
 
@@ -68,9 +67,7 @@ def test_a_sound_state_is_read(state: Any) -> None:
         ({"removal_plan": [0]}, "its plan of removed channels is not a dictionary"),
         ({"network": 0}, "its name of the network is not a string"),
     ],
-    ids=lambda value: (
-        None if isinstance(value, str) else re.sub(r"\W+", " ", str(value))
-    ),
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
 )
 def test_a_damaged_state_is_named(changed: dict[str, Any], fault: str) -> None:
     message = rf"the pruning state of last\.ckpt is damaged: {fault}"
