@@ -353,7 +353,7 @@ def test_weights_and_masks_that_disagree(capsys: pytest.CaptureFixture[str]) -> 
     assert "disagree in 4 of 5 layers" in message
     assert f"net.0.weight: 2 of {pruned} pruned weights are not zero" in message
     assert "net.1.weight: mask has shape (3,), not (32,)" in message
-    assert "gone.weight: no weight of this name; and 1 more" in message
+    assert "gone.weight: no weight of this name and 1 more" in message
     assert export("dense", "a.pt", "--from_zeros", checkpoint=path) == 0
 
 
