@@ -106,8 +106,8 @@ def _torchvision_builder(name: str, kind: str) -> Callable[[], nn.Module]:
         options |= {
             "rpn_pre_nms_top_n_train": 64,
             "rpn_post_nms_top_n_train": 16,
-            "box_batch_size_per_image": 8,
-            "box_positive_fraction": 0.125,
+            "box_batch_size_per_image": 2,
+            "box_positive_fraction": 0.5,
         }
 
     def build() -> nn.Module:
