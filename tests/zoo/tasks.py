@@ -156,7 +156,10 @@ class Detection(Task):
         return found
 
     def loss(self, network: nn.Module, batch: Any) -> Tensor:
-        losses: dict[str, Tensor] = network(*batch)
+        images, targets = batch
+        # torchvision accepts key points of float32 only, also in float64.
+        targets = [{**one, "keypoints": one["keypoints"].float()} for one in targets]
+        losses: dict[str, Tensor] = network(images, targets)
         return torch.stack([*losses.values()]).sum()
 
 
