@@ -10,7 +10,7 @@ __all__ = ["SURVEYED_BATCHES", "Surveyed", "survey"]
 
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,17 +170,21 @@ def survey(
                     scale += _add_gradient(surveyed, kept)
             scale -= _SMALLEST_GRADIENT * (1e-3 + abs(float(loss.detach())))
     _require_all(parameters, list(found.values()), number)
-    if output_weights and not scale > 0:
+    if not output_weights or not scale > 0:
+        _count_outputs_alike(found.values(), warn=output_weights)
+    return list(found.values())
+
+
+def _count_outputs_alike(maps: Iterable[Surveyed], warn: bool) -> None:
+    if warn:
         warnings.warn(
             "the loss has no gradient at the dense network (as with a loss that compares the "
             "network with itself), so all outputs of a layer count the same; draw labels "
             "with fisher.sample_labels=True, or set layerwise.output_weights=False.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    if not output_weights or not scale > 0:
-        for surveyed in found.values():
-            surveyed.output_weights.fill_(1.0)
-    return list(found.values())
+    for surveyed in maps:
+        surveyed.output_weights.fill_(1.0)
 
 
 @torch.no_grad()

@@ -385,6 +385,7 @@ def test_folded_samples_of_a_stream_are_refused() -> None:
 def test_samples_of_items_that_are_batches_are_told_apart() -> None:
     pixels, labels = images(SAMPLES).tensors
     items = [*zip(pixels.split(4), labels.split(4), strict=True)]
+    # A list is no Dataset for the types, but is one for the loader.
     loader = DataLoader(items, batch_size=None)  # type: ignore[arg-type]
     source = FunctionLoss(make_residual(), loader, cross_entropy)
     config = settings(num_samples=SAMPLES // 4, batch_size=1, labels="true")
