@@ -114,6 +114,14 @@ def make_ssdlite() -> nn.Module:
     )
 
 
+def make_retinanet() -> nn.Module:
+    detection = pytest.importorskip("torchvision.models.detection")
+    torch.manual_seed(0)
+    return detection.retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=3, min_size=64, max_size=64
+    )
+
+
 def make_googlenet() -> nn.Module:
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
@@ -130,9 +138,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, int]] = {
     "auxiliary": (make_auxiliary, auxiliary_loss, 48),
     "faster_rcnn": (make_faster_rcnn, detection_loss, 64),
     "ssdlite": (make_ssdlite, detection_loss, 320),
+    "retinanet": (make_retinanet, detection_loss, 64),
     "googlenet": (make_googlenet, googlenet_loss, 64),
 }
-SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("ssdlite", "googlenet")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("ssdlite", "retinanet", "googlenet")
+]
 
 
 def inputs_of(name: str, data: Images) -> Any:
@@ -167,6 +179,7 @@ def test_channels_go_and_training_goes_on(name: str) -> None:
         found = loss_fn(smaller, batch)
         one = torch.utils.data.default_collate([data[0]])
         assert report.macs == count_macs(lambda: loss_fn(smaller, one))
+    assert report.parameters == sum(p.numel() for p in smaller.parameters())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     loss_fn(smaller, batch).backward()
 
