@@ -351,11 +351,9 @@ class StructuredPruningCallback(PruningCallback):
         log_settings(trainer, settings, self.schedule, prefix="channel_")
 
     def _keep_zero_channels(self, module: nn.Module) -> None:
-        """Count channels that are zero as removed, unless a whole group is zero."""
+        """Count channels that are zero as removed."""
         groups = add_prefix(self._groups, self._prefix)
-        sizes = {group.name: group.size for group in groups}
-        found = zero_structures(module, groups)
-        removed = {n: s for n, s in found.items() if len(s) < sizes[n]}
+        removed = zero_structures(module, groups)
         self._get_masks().prune(channel_masks(module, groups, removed))
         self._zero_channels = {n: tuple(s.tolist()) for n, s in removed.items()}
 

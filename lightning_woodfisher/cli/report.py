@@ -150,7 +150,8 @@ def _read_json(path: Path) -> _Record:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(
-            f"{path} was not written by report_path ({first_line(error)})."
+            f"{path} was not written by report_path ({first_line(error)}); give the file "
+            "that report_path names, a checkpoint, or the folder of a run."
         ) from error
     return _Record(path, {"": _read_reports(path, plain)})
 

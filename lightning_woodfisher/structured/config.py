@@ -110,8 +110,10 @@ class StructureConfig:
         require_choice("search", self.search, get_args(Search))
         require_choice("trace", self.trace, get_args(Trace))
         require_choice("measure", self.measure, get_args(Measure))
-        for name in ("num_samples", "batch_size", "min_kept", "round_to"):
+        for name in ("num_samples", "batch_size", "round_to"):
             require_integer(name, getattr(self, name), least=1)
+        hint = "a layer without channels has no output"
+        require_integer("min_kept", self.min_kept, least=1, hint=hint)
         require_integer("probes", self.probes, least=2)
         meaning = "it is a share of the structures of a group"
         for name in ("min_kept_share", "max_ratio"):

@@ -26,7 +26,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_woodfisher.base.clock import PhaseClock
-from lightning_woodfisher.base.errors import ConfigurationError, require_number
+from lightning_woodfisher.base.errors import (
+    ConfigurationError,
+    PruningError,
+    require_number,
+)
 from lightning_woodfisher.base.keywords import explain_keywords
 from lightning_woodfisher.data.batches import known_length, require_rereadable
 from lightning_woodfisher.data.batchnorm import estimate_statistics
@@ -149,7 +153,7 @@ class StructurePruner:
                 size = self._size(source, seed)
             with clock("score"):
                 scores = score_structures(source, self.groups, config, self.comm)
-            self._warn_of_noise(scores)
+            self._check_ranking(scores)
             with clock("select"):
                 removed, implanted = self._choose(scores, size, target)
             with clock("measure"):
@@ -218,8 +222,15 @@ class StructurePruner:
             with source.session("eval"):
                 calibration_batches(source, self.config, self.config.seed)
 
-    def _warn_of_noise(self, scores: StructureScores) -> None:
-        """Warn of a ranking that depends on the random signs of the probes."""
+    def _check_ranking(self, scores: StructureScores) -> None:
+        """Refuse scores of zero; warn of a ranking that depends on random signs."""
+        # A rehearsal may have them: training changes a layer initialized with zeros.
+        if not any(bool(values.any()) for values in scores.values):
+            raise PruningError(
+                f"method={self.config.method!r} computed zero for all structures, so they "
+                "cannot be ranked: the loss does not depend on them, for example below a "
+                "layer initialized with zeros; train first, or use method='magnitude'"
+            )
         agreement = scores.notes.get("probe_agreement", 1.0)
         if agreement >= _LOW_AGREEMENT or self.comm.rank:
             return

@@ -95,8 +95,8 @@ def select_count(
     if count > most:
         raise ConfigurationError(
             f"the target asks for {count} of {sum(group.size for group in groups)} "
-            f"structures to be removed, but the limits of the groups allow {most}; lower "
-            "the target, min_kept or min_kept_share, or raise max_ratio."
+            f"structures to be removed, but the limits of the groups allow {most}; "
+            f"{_remedy(config)}"
         )
     return choices.removed(min(choices.counts, key=lambda k: (abs(k - count), -k)))
 
@@ -168,14 +168,20 @@ def select_for_size(
         raise ConfigurationError(
             f"target={target} of the {config.measure} cannot be reached: with all "
             f"{counts[-1]} structures removed that the limits of the groups allow, "
-            f"{share_left(counts[-1]):.4g} of them are left; lower the target, min_kept or "
-            "min_kept_share, or raise max_ratio."
+            f"{share_left(counts[-1]):.4g} of them are left; {_remedy(config)}"
         )
     if choices.is_nested:
         last = len(counts) - 1
         index = bisect.bisect_left(counts, True, hi=last, key=is_reached)
         return choices.removed(counts[index])
     return choices.removed(next(count for count in counts if is_reached(count)))
+
+
+def _remedy(config: StructureConfig) -> str:
+    rounding = "round_to, " if config.round_to > 1 else ""
+    return (
+        f"lower the target, {rounding}min_kept or min_kept_share, or raise max_ratio."
+    )
 
 
 class _Choices:

@@ -126,7 +126,7 @@ def trace_groups(
         raise ConfigurationError(
             f"{type(model).__name__} has no group of channels that can be pruned: "
             f"only={list(only)}, exclude={list(exclude)}. {_join(left_out)}"
-            f"{_name_others(model)}"
+            f"{_name_others(model)}. Use groups made by hand, or remove single weights."
         )
     return TraceResult(chosen, left_out)
 
@@ -186,7 +186,7 @@ def _choose(
             reasons = {name: left_out[name] for name in layers if name in left_out}
             raise ConfigurationError(
                 f"only={pattern!r} matches no layer that can be pruned: "
-                f"{_join(reasons)}."
+                f"{_join(reasons)}; name other layers."
             )
     unwanted = set().union(*excluded.values())
     wanted = set().union(*included.values()) if only else prunable

@@ -134,6 +134,11 @@ def test_two_callbacks_make_two_tables(capsys: pytest.CaptureFixture[str]) -> No
             "a.json",
             "not written by report_path",
         ),
+        (
+            lambda: Path("a.json").write_text('[{"groups": '),
+            "a.json",
+            "(Expecting value: line 1 column 13 (char 12)); give the file that report_path",
+        ),
         (lambda: Path("run").mkdir(), "run", "no checkpoint (*.ckpt) and no JSON"),
         (
             lambda: (Path("run").mkdir(), Path("run/pruning_steps.csv").touch()),

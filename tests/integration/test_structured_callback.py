@@ -474,6 +474,29 @@ def test_a_failing_step_leaves_everything() -> None:
     assert differences(after, before) == []
 
 
+class ZeroHead(Module):
+    """No gradient passes its head before the first optimizer step."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        nn.init.zeros_(self.net.fc.weight)
+
+
+@pytest.mark.parametrize("kind", [SOSPPruningCallback, HAPPruningCallback])
+def test_a_head_of_zeros_is_trained_before_channels_are_ranked(kind: Any) -> None:
+    # Nothing is known of the channels, so the first step is refused.
+    callback = structured(kind)
+    with pytest.raises(PruningError, match="zero for all structures"):
+        fit(callback, ZeroHead())
+    callback = structured(kind, schedule=OneShotSchedule(1), report_path="r.json")
+    module = fit(callback, ZeroHead(), max_epochs=2)
+    assert removed_of(callback) == CHANNELS // 2
+    assert_equals_removal(callback, module)
+    # JSON has no NaN.
+    (plain,) = json.loads(Path("r.json").read_text(), parse_constant=pytest.fail)
+    assert plain["notes"] == callback.reports[0].notes
+
+
 class TwoCalls(Module):
     """No module that is called holds all layers."""
 

@@ -440,7 +440,8 @@ def test_no_group_is_explained_once_for_each_reason() -> None:
         trace_groups(model, torch.randn(2, 4, dtype=torch.float64))
     assert str(caught.value).endswith(
         " 0, 2, 4 and 2 more: it passes a LayerNorm, whose statistics mix channels; "
-        "Scaled is no Conv, Linear or attention layer of torch"
+        "Scaled is no Conv, Linear or attention layer of torch. Use groups made by "
+        "hand, or remove single weights."
     )
 
 

@@ -12,7 +12,12 @@ import torch
 from hand_groups import cross_entropy, images, make_residual, residual_groups
 from torch import Tensor, nn
 
-from lightning_woodfisher import ConfigurationError, StructureConfig, prune_structures
+from lightning_woodfisher import (
+    ConfigurationError,
+    PruningError,
+    StructureConfig,
+    prune_structures,
+)
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.structured.graph.groups import add_prefix, zero_structures
@@ -138,6 +143,29 @@ def test_a_target_that_is_met_takes_nothing_more() -> None:
     ]
 
 
+def test_a_layer_of_zeros_keeps_a_channel() -> None:
+    model, pixels = make_residual().eval(), images(8).tensors[0]
+    for tensor in (*model.conv1.parameters(), *model.bn1.parameters()):
+        nn.init.zeros_(tensor)
+    report, groups = prune(model, 0.4)
+    assert [group.removed_before for group in report.groups] == [0, 0]
+    # Its scores are zero, so all go that may.
+    assert len(report.removed["conv1"]) == 3
+    smaller = copy.deepcopy(model)
+    shrink(smaller, groups, report.removed)
+    torch.testing.assert_close(smaller(pixels), model(pixels), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["diagonal", "sosp_i", "sosp_h", "hap"])
+def test_zeros_cannot_be_ranked(method: str) -> None:
+    model = make_residual()
+    nn.init.zeros_(model.fc.weight)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(PruningError, match=f"'{method}' computed zero .*; train first"):
+        prune(model, 0.3, config={"method": method, "probes": 4})
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
 def test_what_cannot_work_is_refused() -> None:
     model = make_residual()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -158,8 +186,15 @@ def test_what_cannot_work_is_refused() -> None:
     for count, message in ((-1, "must be at least 0"), (1.5, "not a whole number")):
         with pytest.raises(ConfigurationError, match=message):
             settings(batchnorm_recalibration_batches=count)
-    with pytest.raises(ConfigurationError, match="the limits of the groups allow"):
-        prune(model, 0.9)
+    with pytest.raises(ConfigurationError, match="min_kept=0 .* has no output"):
+        settings(min_kept=0)
+    for target, options, message in (
+        (0.9, {}, "for 8 of 9 structures .* allow 5; lower the target, min_kept or"),
+        (0.9, {"measure": "macs"}, "0.9 of the macs cannot be reached: with all 5 "),
+        (0.1, {"round_to": 64}, "allow 0; lower the target, round_to, min_kept or"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            prune(model, target, config=options)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
 

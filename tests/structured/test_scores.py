@@ -604,14 +604,6 @@ def test_the_number_of_probes_that_settles_the_ranking() -> None:
     assert count_probes(20, 0.995) == 20
 
 
-def test_zeros_cannot_be_ranked() -> None:
-    model = make_residual()
-    nn.init.zeros_(model.fc.weight)
-    for options in ({"method": "hap"}, {"method": "sosp_h"}, {"method": "diagonal"}):
-        with pytest.raises(PruningError, match="zero for all structures"):
-            score(model, residual_groups(), **options)
-
-
 # ---------------------------------------------------------------- baselines
 
 

@@ -232,7 +232,8 @@ def zero_structures(model: nn.Module, groups: Iterable[Group]) -> dict[str, Tens
 
     Returns:
         int64 ``[masked structures]``, ascending, on the CPU, by group name. Groups
-        without masked structures are left out.
+        without masked structures are left out, and so are groups that are zero as a
+        whole, because a layer keeps at least one channel.
     """
     found: dict[str, Tensor] = {}
     for group in groups:
@@ -242,7 +243,7 @@ def zero_structures(model: nn.Module, groups: Iterable[Group]) -> dict[str, Tens
             is_nonzero = slices.reshape(len(slices), -1).any(1).cpu()
             owner = member.structure_of
             is_masked[owner[(owner >= 0) & is_nonzero]] = False
-        if bool(is_masked.any()):
+        if bool(is_masked.any()) and not bool(is_masked.all()):
             found[group.name] = is_masked.nonzero().flatten()
     return found
 

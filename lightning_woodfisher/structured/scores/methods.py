@@ -77,7 +77,7 @@ def score_structures(
         The scores.
 
     Raises:
-        PruningError: if a score is not finite, all are zero, or the ranks differ.
+        PruningError: if a score is not finite, or the ranks differ.
     """
     comm = comm or Communicator()
     evaluation = Evaluation(source, groups, config, comm)
@@ -113,12 +113,6 @@ def score_structures(
     if not bool(values.isfinite().all()):
         raise PruningError(
             f"method={config.method!r} computed scores that are not finite"
-        )
-    if not bool(values.any()):
-        raise PruningError(
-            f"method={config.method!r} computed zero for all structures, so they cannot be "
-            "ranked: the loss does not depend on them, for example below a layer initialized "
-            "with zeros; train first, or use method='magnitude'"
         )
     comm.require_equal(values, "the scores of structures")
     notes["share_negative"] = float((values < 0).double().mean())

@@ -422,7 +422,8 @@ def plan_removal(
         number = int((order >= 0).sum())
         if not number:
             raise ConfigurationError(
-                f"nothing of {name} would be left on axis {axis}; keep a structure."
+                f"all {len(order)} slices of {name} on axis {axis} would be removed, and "
+                "a layer needs one; keep a structure of its group."
             )
         kept = order.argsort()[-number:].tolist()
         tensors[name][axis] = Cut(len(order), tuple(kept))
