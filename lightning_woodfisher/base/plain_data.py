@@ -24,7 +24,7 @@ def read_dataclass(cls: type[T], plain: object, where: str = "") -> T:
 
     Args:
         cls: dataclass whose fields are integers, numbers, strings, tuples of one type,
-            mappings from strings, dataclasses, or any of these or None.
+            mappings from strings or integers, dataclasses, or any of these or None.
         plain: its fields by name, with lists or tuples; fields with a default may be missing.
         where: name of the object, for the error.
 
@@ -70,10 +70,14 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigurationError(_explain(where, value, "a dictionary"))
         key, item = arguments
-        return {
-            _read(key, k, where): _read(item, v, f"{where}[{reprlib.repr(k)}]")
-            for k, v in value.items()
-        }
+        read = {}
+        for k, v in value.items():
+            # JSON writes the keys of an object as text.
+            number = int(k) if key is int and str(k).isdecimal() else k
+            read[_read(key, number, where)] = _read(
+                item, v, f"{where}[{reprlib.repr(k)}]"
+            )
+        return read
     if dataclasses.is_dataclass(kind):
         return read_dataclass(kind, value, where)  # type: ignore[arg-type]
     is_integer = isinstance(value, int) and not isinstance(value, bool)

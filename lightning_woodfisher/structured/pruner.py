@@ -73,10 +73,10 @@ from lightning_woodfisher.structured.selection import (
     select_for_size,
     structure_costs,
 )
-from lightning_woodfisher.structured.shrink.implanted_conv import implant_masks
 from lightning_woodfisher.structured.shrink.implants import (
     ImplantConfig,
     divide_structures,
+    implant_masks,
     initialize_implants,
 )
 from lightning_woodfisher.structured.tracing import trace_groups

@@ -95,7 +95,7 @@ def test_plan_leaves_the_model_and_is_plain_data() -> None:
     plan = plan_removal(model, chain_groups(), {"3": [2]})
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     assert RemovalPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    assert plan_removal(model, chain_groups(), {}) == RemovalPlan()
+    assert plan_removal(model, chain_groups(), {}) == RemovalPlan({}, {})
 
 
 def test_flags_and_gradients_survive() -> None:

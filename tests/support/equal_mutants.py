@@ -146,10 +146,4 @@ EQUAL = (
         "more = label < classes + 1",
         "Only keeps the graph in memory after its last use.",
     ),
-    Equal(
-        "structured/shrink/removal.py",
-        "order[member.slices(structures)] = -1",
-        "order[member.slices(structures)] = - 2",
-        "Any negative number marks what is removed.",
-    ),
 )

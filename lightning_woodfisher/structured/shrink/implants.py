@@ -3,7 +3,9 @@
 Yu et al., "Hessian-aware pruning and optimal neural implant", WACV 2022. Of K chosen
 structures, the lowest (1 - r)·K are removed and the other r·K become implants: their k×k
 filters lose all taps but the center, which saves C_in·(k² - 1) weights each. Biases and
-norms stay. During training an implant is a mask; the export makes it a smaller layer.
+norms stay. With an odd kernel and padding that keeps its center in place, such a filter is
+a 1×1 filter. So implants train as a mask, and become an :class:`ImplantedConv` in the
+smaller network.
 """
 
 from __future__ import annotations
@@ -11,16 +13,23 @@ from __future__ import annotations
 __all__ = [
     "ImplantConfig",
     "ImplantInit",
+    "ImplantedConv",
     "divide_structures",
+    "has_center",
+    "implant_masks",
+    "implantable_layers",
     "initialize_implants",
+    "parameter_names",
 ]
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_woodfisher.base.errors import require_choice, require_number
 from lightning_woodfisher.structured.graph.groups import (
@@ -29,10 +38,6 @@ from lightning_woodfisher.structured.graph.groups import (
     resolve_structures,
 )
 from lightning_woodfisher.structured.scores.evaluation import Evaluation
-from lightning_woodfisher.structured.shrink.implanted_conv import (
-    center_tap,
-    implantable_layers,
-)
 
 ImplantInit = Literal["zero", "center", "lstsq"]
 
@@ -57,6 +62,162 @@ class ImplantConfig:
         meaning = "it is the share of the chosen channels that become 1x1 filters"
         require_number("implant_ratio", self.ratio, "[0, 1)", meaning)
         require_choice("implant_init", self.init, get_args(ImplantInit))
+
+
+class ImplantedConv(nn.Module):
+    """A convolution some of whose filters are 1×1, in the order of the dense one.
+
+    Its parameters have no memory until they are replaced.
+
+    Args:
+        conv: a convolution that can have implants.
+        kept: the filters of it that are kept, int64.
+        implants: the filters that become 1×1, int64. All others are removed.
+
+    Attributes:
+        kept: convolution with the k×k filters.
+        implant: convolution with the 1×1 filters, of the same stride.
+    """
+
+    order: Tensor
+
+    def __init__(self, conv: _ConvNd, kept: Tensor, implants: Tensor) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = (
+            conv.in_channels,
+            len(kept) + len(implants),
+        )
+        self.stride, self.kernel_size = conv.stride, conv.kernel_size
+        kind: Any = type(conv)
+        # On the meta device no random numbers are drawn.
+        options: Any = {"bias": conv.bias is not None, "device": "meta"}
+        self.kept = kind(
+            conv.in_channels,
+            len(kept),
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            padding_mode=conv.padding_mode,
+            **options,
+        )
+        self.implant = kind(conv.in_channels, len(implants), 1, conv.stride, **options)
+        # Outputs are in the order of the filters.
+        order = torch.cat([kept, implants]).argsort().to(conv.weight.device)
+        self.register_buffer("order", order, persistent=False)
+        self.train(conv.training)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Apply both convolutions.
+
+        Args:
+            inputs: ``[n, in_channels, ...]``.
+
+        Returns:
+            ``[n, out_channels, ...]``, the channels in the order of the dense filters.
+        """
+        outputs = torch.cat([self.kept(inputs), self.implant(inputs)], dim=1)
+        return outputs.index_select(1, self.order)
+
+
+def parameter_names(model: nn.Module) -> dict[int, list[str]]:
+    """List the names of each parameter in the distinct modules of a model.
+
+    Args:
+        model: the network.
+
+    Returns:
+        Names by id of the parameter; more than one if layers share it.
+    """
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, False, False):
+            names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def implantable_layers(
+    model: nn.Module, groups: Iterable[Group]
+) -> dict[str, tuple[str, ...]]:
+    """Find the layers that can have implants.
+
+    Excluded are 1×1 filters, which would save nothing, grouped convolutions, and
+    convolutions whose kernel or padding has no center.
+
+    Args:
+        model: the network.
+        groups: its groups.
+
+    Returns:
+        Names of convolutions by group name. Groups without any are left out.
+    """
+    names = parameter_names(model)
+    found = {}
+    for group in groups:
+        layers = tuple(
+            member.module
+            for member in group.of_role("producer")
+            if member.module
+            and member.structure_of.tolist() == list(range(group.size))
+            and member.axis == 0
+            and has_center(model.get_submodule(member.module), names)
+        )
+        if layers:
+            found[group.name] = layers
+    return found
+
+
+def has_center(conv: nn.Module, names: Mapping[int, Sequence[str]]) -> bool:
+    """Check if the filters of a layer have a center tap, and are its own.
+
+    Args:
+        conv: the layer.
+        names: names of the model's parameters, as :func:`parameter_names` returns them.
+
+    Returns:
+        Whether it can have implants.
+    """
+    if type(conv) not in {nn.Conv1d, nn.Conv2d, nn.Conv3d} or conv.groups != 1:
+        return False
+    if any(len(names[id(parameter)]) > 1 for parameter in conv.parameters(False)):
+        return False
+    sizes: Any = conv.kernel_size
+    steps: Any = conv.dilation
+    centered = tuple(d * (k - 1) // 2 for d, k in zip(steps, sizes, strict=True))
+    is_odd = all(size % 2 for size in sizes)
+    return is_odd and math.prod(sizes) > 1 and conv.padding in {centered, "same"}
+
+
+def _center_tap(conv: Any) -> tuple[int, ...]:
+    return tuple(size // 2 for size in conv.kernel_size)
+
+
+def implant_masks(
+    model: nn.Module, groups: Iterable[Group], implanted: StructureIndices
+) -> dict[str, Tensor]:
+    """Find the entries to set to zero to make structures implants.
+
+    Args:
+        model: the network.
+        groups: its groups.
+        implanted: the structures.
+
+    Returns:
+        bool tensors of the parameters' shapes by name, True for all taps of their filters
+        but the center.
+    """
+    groups = tuple(groups)
+    layers = implantable_layers(model, groups)
+    masks: dict[str, Tensor] = {}
+    for group, structures in resolve_structures(groups, implanted):
+        for layer in layers[group.name]:
+            conv: Any = model.get_submodule(layer)
+            mask = torch.zeros_like(conv.weight, dtype=torch.bool)
+            mask[structures.to(mask.device)] = True
+            center: Any = (..., *_center_tap(conv))
+            mask[center] = False
+            masks[f"{layer}.weight"] = mask
+    return masks
 
 
 def divide_structures(
@@ -134,7 +295,7 @@ def initialize_implants(
             fitted.append((conv, structures, values))
     for conv, structures, values in fitted:
         rows = structures.to(conv.weight.device)
-        center = (rows, slice(None), *center_tap(conv).values())
+        center = (rows, slice(None), *_center_tap(conv))
         conv.weight[center] = values.to(conv.weight)
 
 

@@ -18,8 +18,8 @@ __all__ = [
 import copy
 import reprlib
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import LBFGS, Optimizer
 
 from lightning_woodfisher.base.errors import ConfigurationError
+from lightning_woodfisher.base.plain_data import read_dataclass
 from lightning_woodfisher.distributed.dtensor import is_sharded
 from lightning_woodfisher.structured.graph.attention import (
     PrunedAttention,
@@ -42,12 +43,11 @@ from lightning_woodfisher.structured.graph.groups import (
     resolve_structures,
 )
 from lightning_woodfisher.structured.graph.inputs import tensors_in
-from lightning_woodfisher.structured.shrink.implanted_conv import (
+from lightning_woodfisher.structured.shrink.implants import (
     ImplantedConv,
     has_center,
     implantable_layers,
     parameter_names,
-    sort_keys,
 )
 
 _VERSION = 1
@@ -60,33 +60,25 @@ class Cut:
 
     Args:
         size: number of slices before.
-        kept: positions of the kept slices, in their new order.
+        kept: positions of the kept slices, ascending.
     """
 
     size: int
     kept: tuple[int, ...]
 
-    def is_ascending(self) -> bool:
-        """Check if the kept slices stay in their order.
-
-        Returns:
-            Whether they do.
-        """
-        return [*self.kept] == sorted(self.kept)
-
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """A parameter of the dense model and its replacement in the shrunk model.
+    """A tensor of the dense model and its replacement in the shrunk model.
 
     Args:
-        old: the parameter before.
-        new: the parameter of the shrunk model.
+        old: the parameter or buffer before.
+        new: that of the shrunk model.
         kept: int64 positions of the kept slices, by axis.
     """
 
-    old: nn.Parameter
-    new: nn.Parameter
+    old: Tensor
+    new: Tensor
     kept: Mapping[int, Tensor]
 
 
@@ -97,43 +89,59 @@ class RemovalPlan:
     Args:
         tensors: what is kept of each axis that shrinks, by name of the tensor in
             ``state_dict``. A tensor shared by layers is listed under each of its names.
-        implants: number of filters of a convolution, the last ones, that are 1×1, by module
-            name. The convolution becomes an :class:`.ImplantedConv`.
+        implants: filters of a convolution that become 1×1, of those before, by module name.
+            The convolution becomes an :class:`.ImplantedConv`.
     """
 
-    tensors: Mapping[str, Mapping[int, Cut]] = field(default_factory=dict)
-    implants: Mapping[str, int] = field(default_factory=dict)
+    tensors: Mapping[str, Mapping[int, Cut]]
+    implants: Mapping[str, tuple[int, ...]]
 
     def apply(self, model: nn.Module) -> tuple[Replacement, ...]:
         """Shrink a model in place.
 
         Parameters are replaced by new ones with the same ``requires_grad`` and the kept
         slices of ``.grad``. Objects that hold the old ones, such as an optimizer, need the
-        replacements. Tensors shared by layers stay shared. If the plan does not fit the
-        model, a ConfigurationError is raised before anything changes.
+        replacements. Tensors shared by layers stay shared.
 
         Args:
             model: the dense model.
 
         Returns:
             The replaced parameters.
+
+        Raises:
+            ConfigurationError: if the plan does not fit, before anything changes.
         """
-        places = [self._find(model, name) for name in self.tensors]
+        found: dict[str, Tensor] = {}
+        parts: dict[str, dict[str, dict[int, Tensor]]] = {}
+        for name in self.tensors:
+            tensors, key = find_tensor(model, name)
+            found[name] = tensors[key]
+            if is_sharded(found[name]):
+                raise ConfigurationError(
+                    f"{name} is sharded over the ranks; gather the model before you shrink "
+                    "it."
+                )
+            parts[name] = self._parts(name, found[name])
         self._require_implantable(model)
-        done: dict[int, Tensor] = {}
-        replacements = []
-        for (tensors, key), cuts in zip(places, self.tensors.values(), strict=True):
-            old = tensors[key]
+        for name in self.implants:
+            conv: Any = model.get_submodule(name)
+            filters = (kept[0] for kept in parts[f"{name}.weight"].values())
+            implanted = ImplantedConv(conv, *filters)
+            for module in list(model.modules()):
+                for key, child in module._modules.items():
+                    if child is conv:
+                        module._modules[key] = implanted
+        done: dict[int, list[Replacement]] = {}
+        for name, old in found.items():
             if id(old) not in done:
-                kept = {axis: torch.tensor(cut.kept) for axis, cut in cuts.items()}
-                if isinstance(old, nn.Parameter):
-                    replacements.append(_replace(old, kept))
-                    done[id(old)] = replacements[-1].new
-                else:
-                    done[id(old)] = _cut(old, kept)
-            tensors[key] = done[id(old)]
-        paths = {name.rpartition(".")[0] for name in self.tensors}
-        for path in paths | {path.rpartition(".")[0] for path in paths}:
+                done[id(old)] = [_replace(old, kept) for kept in parts[name].values()]
+            for part, replacement in zip(parts[name], done[id(old)], strict=True):
+                tensors, key = find_tensor(model, part)
+                tensors[key] = replacement.new
+        paths = {name.rpartition(".")[0] for new in parts.values() for name in new}
+        paths |= {path.rpartition(".")[0] for path in paths}
+        for path in paths:
             update_heads(model.get_submodule(path))
         for path in paths:
             _update_sizes(model.get_submodule(path))
@@ -143,9 +151,8 @@ class RemovalPlan:
             ):
                 # Nested tensors are for the fused kernel, which wants all heads.
                 module.use_nested_tensor = False
-        for name, rows in self.implants.items():
-            replacements = _implant(model, name, rows, replacements)
-        return tuple(replacements)
+        made = (replacement for each in done.values() for replacement in each)
+        return tuple(each for each in made if isinstance(each.old, nn.Parameter))
 
     def apply_to_copy(self, model: nn.Module) -> nn.Module:
         """Build a smaller copy of a model.
@@ -186,14 +193,8 @@ class RemovalPlan:
                 raise ConfigurationError(f"there is no tensor {name!r}; {_MISFIT}.")
         found: dict[str, Any] = {}
         for name, tensor in state_dict.items():
-            kept = self._kept(name, tensor) if name in self.tensors else {}
-            module, _, key = name.rpartition(".")
-            if kept and module in self.implants:
-                parts = _divide(kept, self.implants[module], tensor.shape)
-                for part, positions in parts:
-                    found[f"{module}.{part}.{key}"] = _cut(tensor, positions)
-            else:
-                found[name] = _cut(tensor, kept)
+            parts = self._parts(name, tensor) if name in self.tensors else {name: {}}
+            found |= {part: _cut(tensor, kept) for part, kept in parts.items()}
         return found
 
     def without_prefix(self, prefix: str) -> RemovalPlan:
@@ -223,7 +224,7 @@ class RemovalPlan:
         """
         return RemovalPlan(
             {f"{prefix}{name}": cuts for name, cuts in self.tensors.items()},
-            {f"{prefix}{name}": rows for name, rows in self.implants.items()},
+            {f"{prefix}{name}": found for name, found in self.implants.items()},
         )
 
     @classmethod
@@ -235,25 +236,15 @@ class RemovalPlan:
 
         Returns:
             A plan that keeps what all of them keep.
-
-        Raises:
-            ConfigurationError: if two of them move slices of the same axis, for implants.
         """
         tensors: dict[str, dict[int, Cut]] = defaultdict(dict)
         for plan in plans:
             for name, cuts in plan.tensors.items():
                 for axis, cut in cuts.items():
                     before = tensors[name].get(axis, cut)
-                    # The one that moves slices last, if any, gives the order.
-                    one, other = sorted((cut, before), key=Cut.is_ascending)
-                    if one != other and not other.is_ascending():
-                        raise ConfigurationError(
-                            f"two plans change the order of {name} on axis {axis}, for "
-                            "1x1 filters; cut the channels of one callback at a time."
-                        )
-                    both = tuple(each for each in one.kept if each in {*other.kept})
-                    tensors[name][axis] = Cut(cut.size, both)
-        implants = {n: rows for plan in plans for n, rows in plan.implants.items()}
+                    both = sorted({*cut.kept} & {*before.kept})
+                    tensors[name][axis] = Cut(cut.size, tuple(both))
+        implants = {n: found for plan in plans for n, found in plan.implants.items()}
         return cls(dict(tensors), implants)
 
     def to_dict(self) -> dict[str, Any]:
@@ -285,87 +276,68 @@ class RemovalPlan:
                 f"a plan of version {reprlib.repr(version)} cannot be read, only version "
                 f"{_VERSION}."
             )
+        plain = {name: data[name] for name in data if name != "version"}
         try:
-            tensors = {
-                str(name): {
-                    # A key of a JSON object is a text.
-                    int(str(axis)): Cut(_integer(cut["size"]), _integers(cut["kept"]))
-                    for axis, cut in cuts.items()
-                }
-                for name, cuts in data["tensors"].items()
-            }
-            implants = {str(n): _integer(r) for n, r in data["implants"].items()}
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigurationError(f"not a removal plan: {error}.") from error
-        return cls(tensors, implants)
+            return read_dataclass(cls, plain)
+        # Also if an attribute hides a method.
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ConfigurationError(f"not a removal plan: {error}") from error
 
-    def _find(self, model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-        """Find a tensor in a model and check that its cuts are possible."""
-        tensors, key = find_tensor(model, name)
-        if is_sharded(tensors[key]):
-            raise ConfigurationError(
-                f"{name} is sharded over the ranks; gather the model before you shrink it."
-            )
-        self._kept(name, tensors[key])
-        return tensors, key
+    def _parts(self, name: str, tensor: Tensor) -> dict[str, dict[int, Tensor]]:
+        """Return what takes the place of a tensor, and the positions of its slices.
 
-    def _kept(self, name: str, tensor: Tensor) -> dict[int, Tensor]:
-        """Return the positions of the kept slices of a tensor, by axis."""
+        Returns:
+            int64 positions by axis, by name of the new tensor.
+        """
         cuts = self.tensors[name]
         sizes = {axis: cut.size for axis, cut in cuts.items()}
         require_sizes(name, tensor, sizes, _MISFIT)
         for axis, cut in cuts.items():
             _require_cut(name, axis, cut)
-        return {axis: torch.tensor(cut.kept) for axis, cut in cuts.items()}
+        kept = {axis: torch.tensor(cut.kept) for axis, cut in cuts.items()}
+        module, _, key = name.rpartition(".")
+        if module not in self.implants or 0 not in kept:
+            return {name: kept}
+        implants = torch.tensor(self.implants[module], dtype=torch.int64)
+        is_implant = torch.isin(kept[0], implants)
+        middle = {
+            a: torch.tensor([tensor.shape[a] // 2]) for a in range(2, tensor.dim())
+        }
+        return {
+            f"{module}.kept.{key}": {**kept, 0: kept[0][~is_implant]},
+            f"{module}.implant.{key}": {**kept, 0: kept[0][is_implant], **middle},
+        }
 
     def _require_implantable(self, model: nn.Module) -> None:
         names = parameter_names(model)
-        for name, rows in self.implants.items():
+        for name, implants in self.implants.items():
             try:
                 conv = model.get_submodule(name)
             except AttributeError:
                 conv = nn.Module()
-            filters = [
-                len(cuts[0].kept) if 0 in cuts else 0
-                for key, _ in conv.named_parameters()
-                for cuts in (self.tensors.get(f"{name}.{key}", {}),)
+            cuts = [
+                self.tensors.get(f"{name}.{k}", {}) for k, _ in conv.named_parameters()
             ]
+            filters = {cut[0].kept if 0 in cut else () for cut in cuts}
+            number = len({*implants}.intersection(*filters))
             if (
                 not has_center(conv, names)
-                or len({*filters}) != 1
-                or not 0 < rows < filters[0]
+                or len(filters) != 1
+                or not 0 < number < len(*filters)
             ):
                 raise ConfigurationError(
-                    f"the plan puts {rows} 1x1 filters into {name!r}, which is not a "
+                    f"the plan puts {number} 1x1 filters into {name!r}, which is not a "
                     "convolution with more filters; it was made for another model."
                 )
 
 
-def _integer(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{reprlib.repr(value)} is not a whole number")
-    return value
-
-
-def _integers(values: Any) -> tuple[int, ...]:
-    # A tensor may be larger than the file that it comes from.
-    if not isinstance(values, list | tuple):
-        raise TypeError(f"{type(values).__name__} is not a list of whole numbers")
-    return tuple(map(_integer, values))
-
-
 def _require_cut(name: str, axis: int, cut: Cut) -> None:
     """Check that a cut keeps some of its slices, each once."""
-    kept = cut.kept
-    if (
-        axis < 0
-        or not kept
-        or not 0 <= min(kept) <= max(kept) < cut.size
-        or len({*kept}) < len(kept)
-    ):
+    kept = [*cut.kept]
+    if not kept or kept != sorted({*kept}) or not 0 <= kept[0] <= kept[-1] < cut.size:
         raise ConfigurationError(
             f"the plan keeps {len(kept)} slices of {name} on axis {axis} that are not "
-            f"all different and in 0 to {cut.size - 1}."
+            f"ascending and in 0 to {cut.size - 1}."
         )
 
 
@@ -376,8 +348,6 @@ def plan_removal(
     implanted: StructureIndices | None = None,
 ) -> RemovalPlan:
     """Plan the removal of structures from a model, which stays unchanged.
-
-    Implanted structures move behind the others in every tensor of their group.
 
     Args:
         model: the network.
@@ -394,39 +364,32 @@ def plan_removal(
     """
     groups = tuple(groups)
     layers = implantable_layers(model, groups) if implanted else {}
-    implants: dict[str, int] = {}
-    # Slices in their new order have ascending keys; those to remove have -1.
-    keys: dict[tuple[str, int], Tensor] = {}
+    implants: dict[str, tuple[int, ...]] = {}
+    changed = resolve_structures(groups, removed)
     for group, structures in resolve_structures(groups, implanted or {}):
         if group.name not in layers:
             raise ConfigurationError(
                 f"the layers of group {group.name!r} cannot have implants."
             )
-        implants |= dict.fromkeys(layers[group.name], len(structures))
+        filters = tuple(structures.tolist())
+        implants |= dict.fromkeys(layers[group.name], filters)
+        # A plan lists all tensors of a convolution with implants.
+        changed.append((group, structures[:0]))
+    stays: dict[tuple[str, int], Tensor] = {}
+    for group, structures in changed:
         for member in group.members:
             member.find_in(model)
-            moved = sort_keys(member, group.size, structures)
-            key = member.name, member.axis
-            earlier = keys.setdefault(key, moved)
-            # Other groups have other slices of the axis.
-            is_moved = moved != torch.arange(len(moved))
-            keys[key] = torch.where(is_moved, moved, earlier)
-    for group, structures in resolve_structures(groups, removed):
-        for member in group.members:
-            member.find_in(model)
-            stays = torch.arange(len(member.structure_of))
-            order = keys.setdefault((member.name, member.axis), stays)
-            order[member.slices(structures)] = -1
+            everything = torch.ones(len(member.structure_of), dtype=torch.bool)
+            kept = stays.setdefault((member.name, member.axis), everything)
+            kept[member.slices(structures)] = False
     tensors: dict[str, dict[int, Cut]] = defaultdict(dict)
-    for (name, axis), order in sorted(keys.items()):
-        number = int((order >= 0).sum())
-        if not number:
+    for (name, axis), kept in sorted(stays.items()):
+        if not kept.any():
             raise ConfigurationError(
-                f"all {len(order)} slices of {name} on axis {axis} would be removed, and "
+                f"all {len(kept)} slices of {name} on axis {axis} would be removed, and "
                 "a layer needs one; keep a structure of its group."
             )
-        kept = order.argsort()[-number:].tolist()
-        tensors[name][axis] = Cut(len(order), tuple(kept))
+        tensors[name][axis] = Cut(len(kept), tuple(kept.nonzero().flatten().tolist()))
     _require_all_names(model, tensors)
     return RemovalPlan(dict(tensors), implants)
 
@@ -517,7 +480,9 @@ def _require_cuttable(optimizer: Optimizer, replaced: Collection[Tensor]) -> Non
 
 def _update_sizes(layer: Any) -> None:
     """Set the sizes that a layer stores to those of its tensors."""
-    if isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, ImplantedConv):
+        layer.in_channels = layer.kept.weight.shape[1]
+    elif isinstance(layer, _ConvTransposeNd):
         layer.in_channels, layer.out_channels = layer.weight.shape[:2]
     elif isinstance(layer, _ConvNd):
         filters, inputs = layer.weight.shape[:2]
@@ -546,48 +511,11 @@ def _require_all_names(model: nn.Module, tensors: Mapping[str, object]) -> None:
             )
 
 
-def _implant(
-    model: nn.Module, name: str, rows: int, replacements: list[Replacement]
-) -> list[Replacement]:
-    """Replace a cut convolution by an ImplantedConv everywhere in a model."""
-    conv: Any = model.get_submodule(name)
-    implanted = ImplantedConv(conv, rows)
-    by_new = {id(replacement.new): replacement for replacement in replacements}
-    for key, cut in conv.named_parameters():
-        replacement = by_new.pop(id(cut))
-        parts = _divide(replacement.kept, rows, replacement.old.shape)
-        for part, kept in parts:
-            made = _replace(replacement.old, kept)
-            setattr(getattr(implanted, part), key, made.new)
-            by_new[id(made.new)] = made
-    for module in list(model.modules()):
-        for key, child in module._modules.items():
-            if child is conv:
-                module._modules[key] = implanted
-    return list(by_new.values())
-
-
-def _divide(
-    kept: Mapping[int, Tensor], rows: int, shape: Sequence[int]
-) -> Iterator[tuple[str, dict[int, Tensor]]]:
-    """Divide what is kept of a weight or bias between the parts of an ImplantedConv.
-
-    Args:
-        kept: positions of the kept slices, by axis.
-        rows: number of 1×1 filters, the last ones.
-        shape: of the whole tensor; of an odd kernel the center tap is kept.
-
-    Yields:
-        The name of the part, and the positions of its slices, by axis.
-    """
-    yield "kept", {**kept, 0: kept[0][:-rows]}
-    center = {axis: torch.tensor([shape[axis] // 2]) for axis in range(2, len(shape))}
-    yield "implant", {**kept, 0: kept[0][-rows:], **center}
-
-
-def _replace(old: nn.Parameter, kept: Mapping[int, Tensor]) -> Replacement:
-    """Make the parameter that replaces an old one."""
-    new = nn.Parameter(_cut(old.detach(), kept), old.requires_grad)
+def _replace(old: Tensor, kept: Mapping[int, Tensor]) -> Replacement:
+    """Make the parameter or buffer that replaces an old one."""
+    new = _cut(old.detach(), kept)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, old.requires_grad)
     if old.grad is not None:
         new.grad = _cut(old.grad, kept)
     return Replacement(old, new, kept)

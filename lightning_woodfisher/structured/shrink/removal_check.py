@@ -23,7 +23,7 @@ from lightning_woodfisher.structured.graph.inputs import (
     run_model,
     tensors_in,
 )
-from lightning_woodfisher.structured.shrink.implanted_conv import (
+from lightning_woodfisher.structured.shrink.implants import (
     implant_masks,
     implantable_layers,
 )
