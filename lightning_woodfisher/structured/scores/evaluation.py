@@ -57,7 +57,6 @@ class Evaluation:
 
     Attributes:
         source: as given.
-        groups: as given.
         config: as given.
         vectors: the vectors θ_s of the structures.
     """
@@ -71,7 +70,6 @@ class Evaluation:
     ) -> None:
         self.source = source
         self.config = config
-        self.groups = groups
         self.vectors = StructureVectors(source.model, groups, config.structure)
         self._comm = comm
         self._seed = derive_seed(config.seed, "structures")

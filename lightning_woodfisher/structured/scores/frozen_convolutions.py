@@ -47,46 +47,37 @@ class FrozenConvolutions(TorchFunctionMode):
             [size] * dims if isinstance(size, int) else list(size) for size in sizes
         )
         settings = stride, padding, dilation, False, [0] * dims, groups
-        return _Convolution.apply(inputs, weight, bias, inputs.shape, settings)
+        return _Convolution.apply(inputs, weight, bias, inputs.shape, settings, False)
 
 
 class _Convolution(torch.autograd.Function):
-    """A, plus the bias."""
+    """A with the bias, or Aᵀ."""
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Any, shape: Any, settings: Any
+        ctx: Any,
+        tensor: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        shape: torch.Size,
+        settings: Any,
+        is_transposed: bool,
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.settings = shape, settings
-        found: Tensor = torch.ops.aten.convolution(inputs, weight, bias, *settings)
+        ctx.rest = shape, settings, not is_transposed
+        found: Tensor
+        if is_transposed:
+            # Of the inputs only the shape matters.
+            inputs = tensor.new_empty(1).expand(shape)
+            found = torch.ops.aten.convolution_backward(
+                tensor, inputs, weight, None, *settings, [True, False, False]
+            )[0]
+        else:
+            found = torch.ops.aten.convolution(tensor, weight, bias, *settings)
         return found
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        found = _Transposed.apply(gradient, weight, ctx.shape, ctx.settings)
-        return found, None, None, None, None
-
-
-class _Transposed(torch.autograd.Function):
-    """Aᵀ."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, gradient: Tensor, weight: Tensor, shape: Any, settings: Any
-    ) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.settings = shape, settings
-        # Of the inputs only the shape matters.
-        inputs = gradient.new_empty(1).expand(shape)
-        found: Tensor = torch.ops.aten.convolution_backward(
-            gradient, inputs, weight, None, *settings, [True, False, False]
-        )[0]
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        found = _Convolution.apply(gradient, weight, None, ctx.shape, ctx.settings)
-        return found, None, None, None
+        found = _Convolution.apply(gradient, weight, None, *ctx.rest)
+        return found, *(None,) * 5

@@ -16,7 +16,8 @@ from __future__ import annotations
 __all__ = ["Gates"]
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,10 +27,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.losses import differentiate, refuse_checkpoints
-from lightning_woodfisher.structured.config import StructureKind
 from lightning_woodfisher.structured.graph.attention import separate_heads
-from lightning_woodfisher.structured.graph.groups import Group
-from lightning_woodfisher.structured.scores.vectors import scored_members
+from lightning_woodfisher.structured.scores.vectors import StructureVectors
 
 _CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm)
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
@@ -39,9 +38,7 @@ class Gates:
     """One gate for each structure, or one for each structure and sample.
 
     Args:
-        model: the network.
-        groups: its groups.
-        kind: the entries of a structure: the layers that get gates.
+        vectors: the entries of the structures, whose layers get gates.
         per_sample: whether every sample has gates of its own.
 
     Attributes:
@@ -53,18 +50,11 @@ class Gates:
             weights, channel by channel.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        groups: Sequence[Group],
-        kind: StructureKind,
-        *,
-        per_sample: bool = False,
-    ) -> None:
-        self._model = model
+    def __init__(self, vectors: StructureVectors, *, per_sample: bool = False) -> None:
+        self._model = vectors.model
         self._per_sample = per_sample
-        self.size = sum(group.size for group in groups)
-        self._owners = _find_owners(model, groups, kind, self.size)
+        self.size = vectors.size
+        self._owners = _find_owners(vectors)
         self.lengths: set[int] = set()
         self._factors: Tensor | None = None
 
@@ -164,28 +154,19 @@ class Gates:
         return hook
 
 
-def _find_owners(
-    model: nn.Module, groups: Sequence[Group], kind: StructureKind, size: int
-) -> dict[str, Tensor]:
+def _find_owners(vectors: StructureVectors) -> dict[str, Tensor]:
     """Find the structure of every output channel of the layers.
 
     Returns:
         int64 ``[C]`` by name of the layer; S for channels without a structure.
     """
-    tensors: dict[str, dict[str, Tensor]] = {}
-    first = 0
-    for group in groups:
-        for member in scored_members(group, kind):
-            parameter = member.find_in(model)
-            owners = member.structure_of.to(parameter.device)
-            by_tensor = tensors.setdefault(member.module, {})
-            free = torch.full_like(owners, size)
-            known = by_tensor.get(member.tensor, free)
-            by_tensor[member.tensor] = torch.where(owners >= 0, owners + first, known)
-        first += group.size
+    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for one in vectors.slices:
+        known = tensors[one.module].get(one.tensor, one.owners)
+        tensors[one.module][one.tensor] = torch.minimum(known, one.owners)
     owners_of = {}
     for name, by_tensor in tensors.items():
-        module = model.get_submodule(name)
+        module = vectors.model.get_submodule(name)
         owners_of[name] = next(iter(by_tensor.values()))
         if isinstance(module, nn.MultiheadAttention):
             # Queries and keys come before the values.

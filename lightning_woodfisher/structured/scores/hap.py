@@ -11,7 +11,6 @@ from __future__ import annotations
 
 __all__ = ["count_probes", "score_hap", "spearman"]
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -52,29 +51,24 @@ def score_hap(evaluation: Evaluation, seed: int) -> tuple[Tensor, dict[str, floa
     vectors, config = evaluation.vectors, evaluation.config
     # HAP neither probes nor counts the bias of a filter.
     slices = [s for s in vectors.slices if s.role in {"producer", "norm"}]
-    layers = list(dict.fromkeys(s.module for s in slices))
-    # One block of the Hessian for each structure in each layer: [L, S] in one row.
-    count = len(layers) * vectors.size
-    masks = vectors.masks(slices)
-    for place, one in enumerate(slices):
-        shifted = one.structure_of + layers.index(one.module) * vectors.size
-        shifted = torch.where(one.structure_of >= 0, shifted, -1)
-        slices[place] = dataclasses.replace(one, structure_of=shifted)
-    ones = [torch.ones_like(p) for p in vectors.parameters]
-    sizes = sum_products(slices, ones, ones, count).clamp(min=1).cpu()
-    norms = sum_products(slices, vectors.parameters, vectors.parameters, count).cpu()
+    weights = vectors.parameters
+    ones = [torch.ones_like(weight) for weight in weights]
+    # One block of the Hessian for each structure in each layer: [L, S].
+    sizes = sum_products(slices, ones, ones, vectors.size).clamp(min=1).cpu()
+    norms = sum_products(slices, weights, weights, vectors.size).cpu()
 
     def scores(traces: Tensor) -> Tensor:
-        return (traces / sizes * norms).view(-1, vectors.size).sum(dim=0)
+        return (traces.view_as(norms) / sizes * norms).sum(dim=0)
 
     if config.trace == "gauss_newton":
-        return scores(_gauss_newton_traces(evaluation, slices, count)), {}
-    halves = torch.zeros(2, count, dtype=torch.float64)
+        return scores(_gauss_newton_traces(evaluation, slices, norms.numel())), {}
+    halves = torch.zeros(2, norms.numel(), dtype=torch.float64)
     done, agreement, probes = 0, math.nan, config.probes - config.probes % 2
     while done < probes:
         numbers = range(done, min(done + _PROBES_PER_GRAPH, probes))
         seeds = [derive_seed(seed, "probe", number) for number in numbers]
-        halves += _probe(evaluation, slices, masks, count, _draw_signs(masks, seeds))
+        signs = _draw_signs(vectors, slices, seeds)
+        halves += _probe(evaluation, slices, signs, norms.numel())
         done = numbers.stop
         agreement = spearman(*(scores(2 * half / done) for half in halves))
         if agreement > _STABLE_CORRELATION:
@@ -145,8 +139,8 @@ def _gauss_newton_traces(
     def compute(loss: Callable[[], Tensor], scale: float, labels: int) -> Tensor:
         found = differentiate(loss() * scale, vectors.parameters)
         gradients = [None if g is None else g.double() / scale for g in found]
-        squares = sum_products(slices, gradients, gradients, count)
-        return squares[None] * (labels * scale)
+        squares = sum_products(slices, gradients, gradients, vectors.size)
+        return squares.reshape(1, count) * (labels * scale)
 
     rows = evaluation.compute_rows(
         compute, count, draw_labels=True, batch_size=_SAMPLES_PER_GRADIENT
@@ -157,63 +151,60 @@ def _gauss_newton_traces(
 def _probe(
     evaluation: Evaluation,
     slices: Sequence[ParameterSlices],
-    masks: Sequence[Tensor],
+    signs: Sequence[Tensor],
     count: int,
-    drawn: Tensor,
 ) -> Tensor:
     """Sum zᵀHz over the even and over the odd probes, by block: ``[2, L·S]``."""
     vectors = evaluation.vectors
+    weights, probes = vectors.parameters, len(signs[0])
 
     def compute(loss: Callable[[], Tensor], scale: float, labels: int) -> Tensor:
-        result = torch.zeros(2, count, dtype=torch.float64, device=drawn.device)
+        result = torch.zeros(2, count, dtype=torch.float64, device=signs[0].device)
         with second_derivatives():
-            found = differentiate(loss() * scale, vectors.parameters, create_graph=True)
-            for place, row in enumerate(drawn):
-                signs = _signs(row, masks, vectors)
+            found = differentiate(loss() * scale, weights, create_graph=True)
+            for probe in range(probes):
+                z = [s[probe].to(w) for s, w in zip(signs, weights, strict=True)]
                 # A gradient without a graph is constant, so it adds nothing.
                 pairs = [
-                    (g, z)
-                    for g, z in zip(found, signs, strict=True)
-                    if g is not None and g.requires_grad
+                    pair
+                    for pair in zip(found, z, strict=True)
+                    if pair[0] is not None and pair[0].requires_grad
                 ]
                 if not pairs:
                     break
+                gradients, directions = zip(*pairs, strict=True)
                 products = differentiate(
-                    [gradient for gradient, _ in pairs],
-                    vectors.parameters,
-                    [sign for _, sign in pairs],
-                    retain_graph=place + 1 < len(drawn),
+                    gradients, weights, directions, retain_graph=probe + 1 < probes
                 )
                 # The first number is even, as the number of probes of a graph.
-                result[place % 2] += sum_products(slices, signs, products, count)
+                blocks = sum_products(slices, z, products, vectors.size)
+                result[probe % 2] += blocks.flatten()
         return result
 
     rows = evaluation.compute_rows(compute, count)
     return rows.view(-1, 2, count).mean(dim=0)
 
 
-def _draw_signs(masks: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
-    """Draw -1 or 1 for every entry, once for all batches.
+def _draw_signs(
+    vectors: StructureVectors, slices: Sequence[ParameterSlices], seeds: Sequence[int]
+) -> list[Tensor]:
+    """Draw -1 or 1 for every entry of the slices, once for all batches.
 
     Returns:
-        int8 ``[P, entries]``, on the device of the masks: one copy for all probes.
+        int8 ``[P, *shape]`` for each parameter, on its device; 0 outside of the slices.
     """
     # On the CPU, because the numbers of a GPU depend on its model.
-    sizes = [mask.numel() for mask in masks]
-    bits = torch.empty(len(seeds), sum(sizes), dtype=torch.int8)
-    for row, seed in zip(bits, seeds, strict=True):
-        generator = torch.Generator().manual_seed(seed)
-        for part in torch.split(row, sizes):
-            part.copy_(torch.randint(0, 2, part.shape, generator=generator))
-    return bits.to(masks[0].device).mul_(2).sub_(1)
-
-
-def _signs(
-    drawn: Tensor, masks: Sequence[Tensor], vectors: StructureVectors
-) -> list[Tensor]:
-    """Return the drawn signs of a probe where a mask is True, and 0 elsewhere."""
-    parts = torch.split(drawn, [mask.numel() for mask in masks])
-    return [
-        (part.view(mask.shape) * mask).to(parameter)
-        for part, mask, parameter in zip(parts, masks, vectors.parameters, strict=True)
-    ]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    signs = []
+    for place, weight in enumerate(vectors.parameters):
+        drawn = [
+            torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8)
+            for generator in generators
+        ]
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        for one in slices:
+            if one.parameter == place:
+                inside = (one.owners < vectors.size).nonzero().flatten()
+                mask.index_fill_(one.axis, inside, True)
+        signs.append(torch.stack(drawn).to(weight.device).mul_(2).sub_(1).mul_(mask))
+    return signs

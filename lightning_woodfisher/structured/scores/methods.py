@@ -39,7 +39,7 @@ from lightning_woodfisher.structured.scores.sosp import (
     score_pairs,
     score_sosp_h,
 )
-from lightning_woodfisher.structured.scores.vectors import scored_members, sum_products
+from lightning_woodfisher.structured.scores.vectors import sum_products
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,15 +89,13 @@ def score_structures(
         generator = torch.Generator().manual_seed(seed)
         values = torch.rand(vectors.size, generator=generator, dtype=torch.float64)
     elif config.method == "magnitude":
-        layers = [
-            len({m.module for m in scored_members(group, config.structure)})
-            for group in groups
-        ]
         weights = vectors.parameters
-        squares = sum_products(vectors.slices, weights, weights, vectors.size).cpu()
-        values = (
-            squares / torch.tensor(layers).repeat_interleave(torch.tensor(sizes))
-        ).sqrt()
+        ones = [torch.ones_like(weight) for weight in weights]
+        squares, entries = (
+            sum_products(vectors.slices, factors, factors, vectors.size).cpu()
+            for factors in (weights, ones)
+        )
+        values = (squares.sum(dim=0) / entries.count_nonzero(dim=0)).sqrt()
     else:
         with evaluation.session():
             if config.method == "diagonal":

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 __all__ = ["PairScores", "score_pairs", "score_sosp_h"]
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -164,7 +163,7 @@ def score_sosp_h(evaluation: Evaluation) -> Tensor:
     Returns:
         float64 ``[S]``.
     """
-    gates = _make_gates(evaluation, per_sample=False)
+    gates = Gates(evaluation.vectors)
 
     def compute(loss: Callable[[], Tensor], scale: float, labels: int) -> Tensor:
         value = gates.run(loss) * scale
@@ -195,12 +194,16 @@ def score_pairs(evaluation: Evaluation) -> PairScores:
     # Where samples share the first axis with something else (frames, proposals, tokens),
     # they are run one by one.
     apart = _are_samples_apart(evaluation)
-    gates = _make_gates(evaluation, per_sample=apart)
+    gates = Gates(evaluation.vectors, per_sample=apart)
     compute = functools.partial(
         evaluation.compute_rows, width=gates.size, batch_size=None if apart else 1
     )
     kind = evaluation.config.labels
     logits: list[Tensor] = []
+
+    def record(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            logits.append(output)
 
     def differentiate_loss(
         loss: Callable[[], Tensor], scale: float, labels: int
@@ -240,7 +243,8 @@ def score_pairs(evaluation: Evaluation) -> PairScores:
             )
         return torch.cat(rows)
 
-    with gates.attached(), _recording(evaluation.source.predictor, logits):
+    predictor = evaluation.source.predictor
+    with gates.attached(), predictor.register_forward_hook(record):
         rows = first_order = compute(differentiate_loss)
         if kind == "logits":
             rows = compute(differentiate_logits)
@@ -256,7 +260,7 @@ def _are_samples_apart(evaluation: Evaluation) -> bool:
     few = min(2, evaluation.config.num_samples)
     probe = copy.copy(evaluation)
     probe.config = dataclasses.replace(probe.config, num_samples=few, batch_size=few)
-    gates = _make_gates(probe, per_sample=False)
+    gates = Gates(evaluation.vectors)
 
     def find_lengths(loss: Callable[[], Tensor], scale: float, labels: int) -> Tensor:
         gates.run(loss)
@@ -265,21 +269,3 @@ def _are_samples_apart(evaluation: Evaluation) -> bool:
     with gates.attached():
         lengths = probe.compute_rows(find_lengths, 1)
     return bool((lengths == few).all())
-
-
-def _make_gates(evaluation: Evaluation, *, per_sample: bool) -> Gates:
-    kind = evaluation.config.structure
-    model = evaluation.source.model
-    return Gates(model, evaluation.groups, kind, per_sample=per_sample)
-
-
-@contextlib.contextmanager
-def _recording(predictor: nn.Module, logits: list[Tensor]) -> Iterator[None]:
-    """Append the outputs of a module to a list."""
-
-    def record(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
-            logits.append(output)
-
-    with predictor.register_forward_hook(record):
-        yield

@@ -2,23 +2,22 @@
 
 Only the tensors that produce a channel count (filter, bias, norm), not the input slices of
 the layers that read it: setting either to zero changes the network in the same way.
-Shapes: S structures of all groups, in order of the groups; P parameters.
+Shapes: S structures of all groups, in order of the groups; L layers.
 """
 
 from __future__ import annotations
 
-__all__ = ["ParameterSlices", "StructureVectors", "scored_members", "sum_products"]
+__all__ = ["ParameterSlices", "StructureVectors", "sum_products"]
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.structured.config import StructureKind
-from lightning_woodfisher.structured.graph.groups import Group, Member, Role
+from lightning_woodfisher.structured.graph.groups import Group, Role
 
 _ROLES: dict[StructureKind, tuple[Role, ...]] = {
     "conv": ("producer", "bias"),
@@ -27,41 +26,25 @@ _ROLES: dict[StructureKind, tuple[Role, ...]] = {
 }
 
 
-def scored_members(group: Group, kind: StructureKind) -> tuple[Member, ...]:
-    """Find the entries that make up the structures of a group.
-
-    Args:
-        group: the group.
-        kind: which entries are wanted.
-
-    Returns:
-        Its members of these roles; the filters of a group without norms for ``"bn"``.
-    """
-    return group.of_role(*_ROLES[kind]) or group.of_role(*_ROLES["conv"])
-
-
-@dataclass(frozen=True, eq=False)
-class ParameterSlices(Member):
+class ParameterSlices(NamedTuple):
     """The slices of one parameter that belong to the structures of one group.
 
-    As :class:`.Member`, but ``structure_of`` holds indices among all S structures, on the
-    device of the parameter.
-
-    Args:
+    Attributes:
+        module: name of the layer.
+        tensor: name of the parameter in the layer.
+        axis: the axis of the slices.
+        role: what they are to the structures.
+        owners: int64 ``[size of the axis]``, the structure of each slice among all S, or S
+            for none; on the device of the parameter.
         parameter: index of the parameter in :attr:`StructureVectors.parameters`.
     """
 
+    module: str
+    tensor: str
+    axis: int
+    role: Role
+    owners: Tensor
     parameter: int
-
-    @cached_property
-    def where(self) -> Tensor:
-        """Indices on the axis that belong to a structure, in order."""
-        return (self.structure_of >= 0).nonzero().flatten()
-
-    @cached_property
-    def owners(self) -> Tensor:
-        """Structures of the indices :attr:`where`."""
-        return self.structure_of[self.where]
 
 
 class StructureVectors:
@@ -70,9 +53,11 @@ class StructureVectors:
     Args:
         model: the network.
         groups: its groups.
-        kind: which entries make up a structure.
+        kind: which entries make up a structure; the filters of a group without norms for
+            ``"bn"``.
 
     Attributes:
+        model: as given.
         slices: where the entries are.
         parameters: the parameters with such entries, each once.
         size: S.
@@ -90,57 +75,54 @@ class StructureVectors:
                 "structures cannot be scored without groups, or with two groups of the "
                 "same name; pass the groups that trace_groups returns."
             )
+        self.model = model
+        self.size = sum(group.size for group in groups)
         self.slices: list[ParameterSlices] = []
-        self.size = 0
-        unique: dict[int, Tensor] = {}
+        places: dict[Tensor, int] = {}
+        first = 0
         for group in groups:
-            for member in scored_members(group, kind):
-                owners = member.structure_of.cpu()
+            for member in group.of_role(*_ROLES[kind]) or group.of_role(
+                *_ROLES["conv"]
+            ):
                 parameter = member.find_in(model)
-                unique[id(parameter)] = parameter
-                shifted = torch.where(owners >= 0, owners + self.size, owners)
-                shifted = shifted.to(parameter.device)
-                settings = {**vars(member), "structure_of": shifted}
-                index = list(unique).index(id(parameter))
-                self.slices.append(ParameterSlices(**settings, parameter=index))
-            self.size += group.size
-        self.parameters = list(unique.values())
-
-    def masks(self, slices: Iterable[ParameterSlices]) -> list[Tensor]:
-        """Mark the entries of some slices.
-
-        Args:
-            slices: some of ``slices``.
-
-        Returns:
-            One bool tensor for each of ``parameters``, of its shape.
-        """
-        masks = [torch.zeros_like(p, dtype=torch.bool) for p in self.parameters]
-        for one in slices:
-            mask = masks[one.parameter]
-            mask.index_fill_(one.axis, one.where, True)
-        return masks
+                owners = member.structure_of.to(parameter.device)
+                owners = torch.where(owners >= 0, owners + first, self.size)
+                place = places.setdefault(parameter, len(places))
+                self.slices.append(
+                    ParameterSlices(
+                        member.module,
+                        member.tensor,
+                        member.axis,
+                        member.role,
+                        owners,
+                        place,
+                    )
+                )
+            first += group.size
+        self.parameters = list(places)
 
 
 def sum_products(
-    slices: Iterable[ParameterSlices],
+    slices: Sequence[ParameterSlices],
     left: Sequence[Tensor | None],
     right: Sequence[Tensor | None],
     size: int,
 ) -> Tensor:
-    """Multiply two vectors and sum the products over each structure.
+    """Multiply two vectors and sum the products over each structure in each layer.
 
     Args:
         slices: where the entries of the structures are.
         left: one tensor for each parameter; None for zeros.
         right: the same.
-        size: length of the result.
+        size: S.
 
     Returns:
-        float64 ``[size]``, on the device of the vectors, by ``structure_of`` of the slices.
+        float64 ``[L, S]``, layers in order of the slices, on the device of the vectors.
     """
+    layers = list(dict.fromkeys(one.module for one in slices))
     device = next((t.device for t in left if t is not None), torch.device("cpu"))
-    result = torch.zeros(size, dtype=torch.float64, device=device)
+    # The last column is for slices without a structure.
+    result = torch.zeros(len(layers), size + 1, dtype=torch.float64, device=device)
     for one in slices:
         first, second = left[one.parameter], right[one.parameter]
         if first is not None and second is not None:
@@ -148,5 +130,5 @@ def sum_products(
             values = first.detach().double() * second.detach().double()
             rest = [dim for dim in range(values.dim()) if dim != one.axis]
             sums = values.sum(rest) if rest else values
-            result.index_add_(0, one.owners, sums[one.where])
-    return result
+            result[layers.index(one.module)].index_add_(0, one.owners, sums)
+    return result[:, :-1]
