@@ -20,7 +20,7 @@ from lightning_woodfisher.structured.graph.coupling import Coupling, find_groups
 from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.graph.torch_pruning import trace_coupling
 from lightning_woodfisher.structured.shrink.removal_check import check_removal
-from lightning_woodfisher.weights.layers import matches_pattern
+from lightning_woodfisher.weights.layers import is_linear, matches_pattern
 
 _NOT_REACHED = "example_inputs do not reach it in evaluation mode"
 
@@ -135,7 +135,7 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (_ConvNd, nn.Linear, nn.MultiheadAttention))
+        if isinstance(module, (_ConvNd, nn.MultiheadAttention)) or is_linear(module)
     }
 
 
@@ -158,11 +158,11 @@ def _join(reasons: Mapping[str, str]) -> str:
 
 def _name_others(model: nn.Module) -> str:
     """Name layers with matrices that are never pruned."""
-    known = (_ConvNd, nn.Linear, nn.MultiheadAttention, nn.Embedding)
+    known = (_ConvNd, nn.MultiheadAttention, nn.Embedding)
     others = {
         type(module).__name__: None
         for module in model.modules()
-        if not isinstance(module, known)
+        if not (isinstance(module, known) or is_linear(module))
         and any(p is not None and p.dim() > 1 for p in module._parameters.values())
     }
     if not others:

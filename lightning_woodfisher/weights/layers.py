@@ -5,11 +5,13 @@ from __future__ import annotations
 __all__ = [
     "LAYER_KINDS",
     "LayerKind",
+    "axis_of_outputs",
     "class_paths",
     "count_zeros",
     "describe_selection",
     "find_inputs_first",
     "find_kind",
+    "is_linear",
     "matches_pattern",
     "prunable_parameters",
 ]
@@ -70,9 +72,12 @@ class LayerKind:
             any(cls.__name__ == self.layer for cls in type(module).__mro__)
             and isinstance(weight, Tensor)
             and weight.dim() == 2
-            and weight.shape[1] == getattr(module, "nf", None)
+            and isinstance(getattr(module, "nf", None), int)
         )
 
+
+# Of Hugging Face's transformers, in GPT-2: y = x·W + b with nf outputs.
+_CONV1D = LayerKind("Conv1D", inputs=0)
 
 #: The kinds of layers; the first that fits counts.
 LAYER_KINDS = (
@@ -81,8 +86,7 @@ LAYER_KINDS = (
     LayerKind(_ConvNd),
     LayerKind(nn.MultiheadAttention, "(in|q|k|v)_proj_weight"),
     LayerKind((nn.RNNBase, nn.RNNCellBase), r"weight_(ih|hh|hr)(_l\d+(_reverse)?)?"),
-    # Of Hugging Face's transformers, in GPT-2: y = x·W + b.
-    LayerKind("Conv1D", inputs=0),
+    _CONV1D,
 )
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -117,6 +121,31 @@ def find_kind(module: nn.Module) -> LayerKind | None:
     return next((kind for kind in LAYER_KINDS if kind.is_kind_of(module)), None)
 
 
+def axis_of_outputs(module: nn.Module) -> int:
+    """Find the axis of a layer's weight that its outputs are on.
+
+    Args:
+        module: any module.
+
+    Returns:
+        1 for transposed convolutions and ``Conv1D``, whose inputs come first; else 0.
+    """
+    kind = find_kind(module)
+    return 0 if kind is None else 1 - kind.inputs
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Check if a layer is a linear layer, whose channels are on the last axis.
+
+    Args:
+        module: any module.
+
+    Returns:
+        Whether it is an ``nn.Linear`` or a ``Conv1D`` of transformers.
+    """
+    return isinstance(module, nn.Linear) or _CONV1D.is_kind_of(module)
+
+
 def find_inputs_first(model: nn.Module, names: Sequence[str]) -> frozenset[str]:
     """Find the weights that have their inputs in the first dimension.
 
@@ -127,12 +156,8 @@ def find_inputs_first(model: nn.Module, names: Sequence[str]) -> frozenset[str]:
     Returns:
         Those of transposed convolutions and of ``Conv1D``.
     """
-    found = set()
-    for name in names:
-        kind = find_kind(model.get_submodule(name.rpartition(".")[0]))
-        if kind is not None and kind.inputs == 0:
-            found.add(name)
-    return frozenset(found)
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    return frozenset(name for name in names if axis_of_outputs(owners[name]) == 1)
 
 
 def prunable_parameters(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conv1d import Conv1D
 from hand_groups import cross_entropy
 from torch import Tensor, nn
 from torch.autograd.functional import hessian, jacobian
@@ -122,14 +123,33 @@ class Vit(nn.Module):
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
+class Gpt2(nn.Module):
+    """Queries, keys and values in one layer [inputs, outputs], as GPT-2 has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.split_size, self.head_dim = 4, 16, 4
+        self.c_attn, self.c_proj = Conv1D(48, 16), Conv1D(16, 16)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in self.c_attn(hidden).split(self.split_size, dim=2)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(mixed.transpose(1, 2).flatten(2))
+
+
 class Block(nn.Module):
     """One attention and one MLP, with sums and norms."""
 
-    def __init__(self, attention: nn.Module, output: nn.Module) -> None:
+    def __init__(
+        self, attention: nn.Module, output: nn.Module, *mlp: nn.Module
+    ) -> None:
         super().__init__()
         self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
         self.norm, self.attention, self.output = nn.LayerNorm(16), attention, output
-        self.fc1, self.fc2 = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.fc1, self.fc2 = mlp or (nn.Linear(16, 24), nn.Linear(24, 16))
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embed(tokens)
@@ -180,6 +200,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "vit": (
         lambda: Block(Vit(), nn.Identity()),
         {"attention.v_proj": 4, "fc1": 24},
+    ),
+    "gpt2": (
+        lambda: Block(Gpt2(), nn.Identity(), Conv1D(24, 16), Conv1D(16, 24)),
+        {"attention.c_attn": 4, "fc1": 24},
     ),
     "torchvision": (
         torchvision_vit,
@@ -251,7 +275,7 @@ def test_heads_are_removed_exactly_and_cost_what_they_cost(name: str) -> None:
         assert all(p.grad is not None for p in smaller.parameters())
 
 
-@pytest.mark.parametrize("name", ["encoder", "bert"])
+@pytest.mark.parametrize("name", ["encoder", "bert", "gpt2"])
 def test_a_smaller_network_is_saved_loaded_and_pruned_again(
     name: str, tmp_path: Path
 ) -> None:
@@ -270,15 +294,17 @@ def test_a_smaller_network_is_saved_loaded_and_pruned_again(
 
 
 def scaled_loss(
-    model: nn.Module, values: dict[str, slice], factors: Tensor, batch: Any
+    model: nn.Module, values: dict[str, tuple[Any, ...]], factors: Tensor, batch: Any
 ) -> Tensor:
-    """The loss with the values of each head of 4 rows times a factor."""
+    """The loss with the values of each head of 4 channels times a factor."""
     changed = {}
-    for name, rows in values.items():
+    for name, places in values.items():
         weight = model.get_parameter(name).detach()
-        scale = factors.repeat_interleave(4).view(-1, *[1] * (weight.dim() - 1))
+        scale = factors.repeat_interleave(4)
+        if weight.dim() == 2 and len(places) == 1:  # The channels are rows.
+            scale = scale[:, None]
         changed[name] = weight.clone()
-        changed[name][rows] = weight[rows] * scale
+        changed[name][places] = weight[places] * scale
     with twice_differentiable():
         return F.cross_entropy(functional_call(model, changed, batch[0]), batch[1])
 
@@ -287,14 +313,21 @@ VALUES = {
     "encoder": (
         r"layers\.1.self_attn",
         {
-            f"encoder.layers.1.self_attn.in_proj_{name}": slice(32, 48)
+            f"encoder.layers.1.self_attn.in_proj_{name}": (slice(32, 48),)
             for name in ("weight", "bias")
         },
     ),
-    "cross": ("attend", {"attend.v_proj_weight": slice(0, 16)}),
+    "cross": ("attend", {"attend.v_proj_weight": (slice(0, 16),)}),
     "bert": (
         "value",
-        {f"attention.value.{name}": slice(0, 16) for name in ("weight", "bias")},
+        {f"attention.value.{name}": (slice(0, 16),) for name in ("weight", "bias")},
+    ),
+    "gpt2": (
+        "c_attn",
+        {
+            "attention.c_attn.weight": (slice(None), slice(32, 48)),
+            "attention.c_attn.bias": (slice(32, 48),),
+        },
     ),
 }
 
@@ -333,9 +366,14 @@ def test_scores_of_heads_are_derivatives_along_their_values(name: str) -> None:
     expected = 0.5 * rows.square().mean(0) + rows.mean(0).abs()
     torch.testing.assert_close(score("diagonal"), expected, rtol=1e-9, atol=1e-12)
     squares = sum(
-        model.get_parameter(key)[rows].detach().unflatten(0, (4, 4)).square().flatten(1)
-        @ torch.ones(model.get_parameter(key)[0].numel() * 4, dtype=torch.float64)
-        for key, rows in values.items()
+        model.get_parameter(key)[places]
+        .detach()
+        .movedim(len(places) - 1, 0)
+        .unflatten(0, (4, 4))
+        .square()
+        .flatten(1)
+        .sum(1)
+        for key, places in values.items()
     )
     torch.testing.assert_close(score("magnitude"), squares.sqrt())
     assert type(model.get_submodule(groups[0].members[0].module)) is not PrunedAttention

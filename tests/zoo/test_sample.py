@@ -19,7 +19,7 @@ from tests.zoo.results import read_results
 from tests.zoo.tasks import Task
 
 NETWORKS = {network.name: network for network in catalogue()}
-REFUSED = {("gpt2", "sosp"): "Conv1D is no Conv, Linear or attention layer"}
+REFUSED = {("mamba", "sosp"): "MambaMixer is no Conv, Linear or attention layer"}
 SAMPLE = [
     ("squeezenet1_1", "unstructured"),
     ("squeezenet1_1", "sosp"),
@@ -35,6 +35,7 @@ SAMPLE = [
     ("vit_tiny_patch16_224", "unstructured"),
     ("efficientvit_b0", "sosp"),
     ("gpt2", "sosp"),
+    ("mamba", "sosp"),
     ("llama", "unstructured"),
     ("llama", "sosp"),
     ("bert", "unstructured"),

@@ -30,9 +30,11 @@ from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.gradients.hessian_rows import twice_differentiable
 from lightning_woodfisher.structured.graph.groups import Group, Member, Role
 from lightning_woodfisher.structured.graph.inputs import run_model
+from lightning_woodfisher.weights.layers import axis_of_outputs, is_linear
 
-# Layers of queries, keys and values in BERT, ViT and many other networks of transformers.
-_PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"))
+# Layers of queries, keys and values in BERT, ViT and many other networks of transformers;
+# in GPT-2 they are one layer.
+_PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("c_attn",))
 _HEADS = ("num_attention_heads", "num_heads")
 
 
@@ -132,9 +134,10 @@ def find_heads(
 ) -> tuple[list[Group], dict[str, str]]:
     """Find the attention heads of a model: one group for each attention.
 
-    Known are ``nn.MultiheadAttention``, and modules with Linear layers ``query``, ``key``
-    and ``value`` (or ``q_proj``, ``k_proj``, ``v_proj``) and a number of heads. The output
-    projection of the latter is the Linear layer that is called next.
+    Known are ``nn.MultiheadAttention``, and modules with linear layers ``query``, ``key``
+    and ``value`` (or ``q_proj``, ``k_proj``, ``v_proj``, or ``c_attn`` for all three) and a
+    number of heads. The output projection of the latter is the linear layer that is called
+    next.
 
     Args:
         model: the network; unchanged afterwards.
@@ -157,7 +160,7 @@ def find_heads(
         elif names:
             layers = [f"{name}.{key}".lstrip(".") for key in names]
             found = _heads_of_layers(model, module, layers, called)
-            name = layers[2]
+            name = layers[-1]
         else:
             continue
         if isinstance(found, Group):
@@ -182,7 +185,7 @@ def attention_modules(
     found = {}
     for group in groups:
         for member in group.of_role("query_key"):
-            is_layer = isinstance(model.get_submodule(member.module), nn.Linear)
+            is_layer = is_linear(model.get_submodule(member.module))
             path = member.module.rpartition(".")[0] if is_layer else member.module
             found[group.name] = model.get_submodule(path)
     return found
@@ -201,9 +204,10 @@ def update_heads(module: Any) -> None:
             _separate_heads(module)
             module.num_heads = heads
     elif names := _projections(module):
-        layer = getattr(module, names[2])
-        before, after = layer.out_features, len(layer.weight)
-        for key in (*_HEADS, "all_head_size"):
+        layer = getattr(module, names[-1])
+        before = getattr(layer, "nf", None) or layer.out_features
+        after = layer.weight.shape[axis_of_outputs(layer)]
+        for key in (*_HEADS, "all_head_size", "split_size"):
             size = getattr(module, key, None)
             if isinstance(size, int):
                 setattr(module, key, size * after // before)
@@ -233,12 +237,13 @@ def _separate_heads(module: nn.MultiheadAttention) -> None:
     module._qkv_same_embed_dim = False
 
 
-def _projections(module: nn.Module) -> tuple[str, str, str] | None:
+def _projections(module: nn.Module) -> tuple[str, ...] | None:
     """Return the names of the layers of queries, keys and values of an attention."""
     if not any(isinstance(getattr(module, key, None), int) for key in _HEADS):
         return None
     for names in _PROJECTIONS:
-        if all(isinstance(getattr(module, key, None), nn.Linear) for key in names):
+        layers = [getattr(module, key, None) for key in names]
+        if all(layer is not None and is_linear(layer) for layer in layers):
             return names
     return None
 
@@ -246,14 +251,13 @@ def _projections(module: nn.Module) -> tuple[str, str, str] | None:
 def _record_calls(model: nn.Module, example_inputs: Any) -> list[str]:
     """List the attentions and Linear layers in the order of their calls."""
     called: list[str] = []
-    kinds = (nn.Linear, nn.MultiheadAttention)
     with (
         isolated(model, "eval"),
         twice_differentiable(),
         contextlib.ExitStack() as hooks,
     ):
         for name, module in model.named_modules():
-            if isinstance(module, kinds):
+            if isinstance(module, nn.MultiheadAttention) or is_linear(module):
                 hook = module.register_forward_pre_hook(
                     lambda *_, name=name: called.append(name)
                 )
@@ -298,30 +302,36 @@ def _heads_of_layers(
     if not {*layers} <= {*called}:
         return None
     number = next(n for n in (getattr(module, key, None) for key in _HEADS) if n)
-    sizes = [len(model.get_parameter(f"{layer}.weight")) for layer in layers]
+    # One layer may have the queries, the keys and the values, in this order.
+    parts = 3 // len(layers)
+    places = [(layer, place) for layer in layers for place in range(parts)]
+    rows = {layer: axis_of_outputs(model.get_submodule(layer)) for layer in layers}
+    outputs = {n: model.get_parameter(f"{n}.weight").shape[rows[n]] for n in layers}
+    sizes = [outputs[layer] // parts for layer, _ in places]
+    last = max(called.index(layer) for layer in layers)
+    output = next(iter(called[last + 1 :]), "")
+    reader: Any = model.get_submodule(output)
+    columns = 1 - axis_of_outputs(reader)
+    if not is_linear(reader) or reader.weight.shape[columns] != sizes[2]:
+        return "no Linear layer reads all heads of its attention"
     if any(size % number for size in sizes):
         return (
             f"its {sizes[2]} channels of values do not divide into {number} heads; "
             f"projections of queries, keys and values have {sizes} rows"
         )
-    last = max(called.index(layer) for layer in layers)
-    output = next((name for name in called[last + 1 :]), None)
-    reader: Any = None if output is None else model.get_submodule(output)
-    if getattr(reader, "in_features", None) != sizes[2]:
-        return "no Linear layer reads all heads of its attention"
+    heads = [torch.arange(number).repeat_interleave(size // number) for size in sizes]
     members: list[Member] = []
-    roles: tuple[tuple[str, Role, Role], ...] = (
-        (layers[2], "producer", "bias"),
-        (layers[0], "query_key", "query_key"),
-        (layers[1], "query_key", "query_key"),
+    roles: tuple[tuple[int, Role, Role], ...] = (
+        (2, "producer", "bias"),
+        (0, "query_key", "query_key"),
+        (1, "query_key", "query_key"),
     )
-    for layer, of_weight, of_bias in roles:
-        weight = model.get_parameter(f"{layer}.weight")
-        head = torch.arange(number).repeat_interleave(len(weight) // number)
-        members.append(Member(layer, "weight", 0, of_weight, head))
+    for index, of_weight, of_bias in roles:
+        (layer, place), size = places[index], sizes[index]
+        owners = torch.full((outputs[layer],), -1)
+        owners[place * size : (place + 1) * size] = heads[index]
+        members.append(Member(layer, "weight", rows[layer], of_weight, owners))
         if model.get_submodule(layer).bias is not None:
-            members.append(Member(layer, "bias", 0, of_bias, head))
-    members.append(
-        Member(str(output), "weight", 1, "consumer", members[0].structure_of)
-    )
-    return Group(layers[2], number, tuple(members))
+            members.append(Member(layer, "bias", 0, of_bias, owners))
+    members.append(Member(output, "weight", columns, "consumer", heads[2]))
+    return Group(layers[-1], number, tuple(members))

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_woodfisher.structured.graph.groups import Group, Member, Role
+from lightning_woodfisher.weights.layers import axis_of_outputs, is_linear
 
 Side = Literal["out", "in"]
 
@@ -53,7 +54,7 @@ def ports_of(layer: nn.Module) -> tuple[Port, ...] | str:
     """List the ports of a layer.
 
     Args:
-        layer: a convolution, Linear, BatchNorm, InstanceNorm or PReLU layer.
+        layer: a convolution, Linear, Conv1D, BatchNorm, InstanceNorm or PReLU layer.
 
     Returns:
         Its ports, or the reason why its channels cannot be pruned.
@@ -77,17 +78,17 @@ def ports_of(layer: nn.Module) -> tuple[Port, ...] | str:
         return f"the weight of a {kind} is computed from other tensors"
     if others := tensors - {"weight", "bias"}:
         return f"it passes a {kind} with the parameter {min(others)!r} of its own"
-    rows, columns = 0, 1
-    if isinstance(layer, nn.Linear):
-        outputs, inputs, groups = layer.out_features, layer.in_features, 1
+    rows = axis_of_outputs(layer)
+    columns = 1 - rows
+    if is_linear(layer):
+        shape = layer.get_parameter("weight").shape
+        outputs, inputs, groups = shape[rows], shape[columns], 1
     elif isinstance(layer, _ConvNd):
         outputs, inputs, groups = layer.out_channels, layer.in_channels, layer.groups
     else:
         return f"it passes a {kind}"
-    if isinstance(layer, _ConvTransposeNd):
-        if groups > 1:
-            return "it passes a transposed convolution with groups"
-        rows, columns = 1, 0
+    if isinstance(layer, _ConvTransposeNd) and groups > 1:
+        return "it passes a transposed convolution with groups"
     is_depthwise = groups == inputs > 1
     if groups == outputs > 1 and not is_depthwise:
         return "it passes a convolution whose groups have several inputs and one output"

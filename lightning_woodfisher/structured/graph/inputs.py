@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.data.isolation import derive_seed, seeded
 from lightning_woodfisher.data.losses import LossSource, choose_evaluation
+from lightning_woodfisher.weights.layers import is_linear
 
 
 def capture_inputs(
@@ -49,7 +50,7 @@ def capture_inputs(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         calls.append((names[module], args, kwargs))
-        if isinstance(module, (_ConvNd, nn.Linear)):
+        if isinstance(module, _ConvNd) or is_linear(module):
             layers.append(names[module])
 
     seed = derive_seed(seed, "inputs")

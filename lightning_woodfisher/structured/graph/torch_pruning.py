@@ -22,6 +22,7 @@ from lightning_woodfisher.base.optional_imports import import_optional
 from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.structured.graph.coupling import Coupling, Side
 from lightning_woodfisher.structured.graph.inputs import run_model, tensors_in
+from lightning_woodfisher.weights.layers import is_linear
 
 # Channels that pass one of these are never pruned, whatever the numerical check finds.
 _MIXES_CHANNELS = {
@@ -69,14 +70,14 @@ def trace_coupling(
         name: module
         for module, name in names.items()
         if module in graph.module2node
-        and isinstance(module, (_ConvNd, nn.Linear, _NormBase, nn.PReLU))
+        and (isinstance(module, (_ConvNd, _NormBase, nn.PReLU)) or is_linear(module))
         and not (isinstance(module, nn.PReLU) and module.num_parameters == 1)
     }
     coupling = Coupling(layers)
     suspects = {
         name: _unite_dependents(graph, coupling, name, layer, names)
         for name, layer in layers.items()
-        if isinstance(layer, (_ConvNd, nn.Linear)) and name not in coupling.reasons
+        if (name, "in") in coupling.channels
     }
     return coupling, suspects
 
@@ -95,6 +96,7 @@ def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
             graph.build_dependency(
                 model,
                 example_inputs,
+                customized_pruners=_describe_layers(tp, model),
                 forward_fn=run_model,
                 output_transform=_require_graph,
                 verbose=False,
@@ -117,6 +119,18 @@ def _build_graph(model: nn.Module, example_inputs: Any) -> Any:
                 "keyword arguments), or groups made by hand."
             ) from error
     return graph
+
+
+def _describe_layers(tp: Any, model: nn.Module) -> dict[type[nn.Module], Any]:
+    """Describe linear layers that torch-pruning does not know."""
+    description = tp.pruner.function.LinearPruner()
+    description.get_out_channels = lambda layer: layer.weight.shape[1]
+    description.get_in_channels = lambda layer: layer.weight.shape[0]
+    return {
+        type(module): description
+        for module in model.modules()
+        if is_linear(module) and not isinstance(module, nn.Linear)
+    }
 
 
 def _map_indices(graph: Any) -> None:

@@ -29,9 +29,9 @@ from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.losses import differentiate, refuse_checkpoints
 from lightning_woodfisher.structured.graph.attention import separate_heads
 from lightning_woodfisher.structured.scores.vectors import StructureVectors
+from lightning_woodfisher.weights.layers import is_linear
 
 _CHANNELS_SECOND = (_ConvNd, _NormBase, nn.GroupNorm)
-_CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 
 
 class Gates:
@@ -141,10 +141,11 @@ class Gates:
                     "one by one"
                 )
             channel = output.dim() - 1
-            if not isinstance(module, _CHANNELS_LAST):
-                # A convolution may be called with one sample without a batch.
-                is_conv = isinstance(module, _ConvNd)
-                channel = output.dim() - len(module.kernel_size) - 1 if is_conv else 1
+            if isinstance(module, _ConvNd):
+                # It may be called with one sample without a batch.
+                channel -= len(module.kernel_size)
+            elif isinstance(module, _CHANNELS_SECOND):
+                channel = 1
             sizes = [1] * output.dim()
             sizes[0], sizes[channel] = samples, len(owners)
             dtype = torch.promote_types(output.dtype, torch.float32)
@@ -180,7 +181,8 @@ def _require_linear(name: str, module: nn.Module, by_tensor: dict[str, Tensor]) 
     own = {key for key, value in module._parameters.items() if value is not None}
     maps = list(by_tensor.values())
     channels = getattr(module, "out_channels", len(maps[0]))
-    is_known = isinstance(module, (*_CHANNELS_SECOND, *_CHANNELS_LAST))
+    is_known = isinstance(module, (*_CHANNELS_SECOND, nn.LayerNorm))
+    is_known |= is_linear(module)
     is_known &= not (
         isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1
     )

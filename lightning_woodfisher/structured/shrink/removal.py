@@ -49,6 +49,7 @@ from lightning_woodfisher.structured.shrink.implants import (
     implantable_layers,
     parameter_names,
 )
+from lightning_woodfisher.weights.layers import is_linear
 
 _VERSION = 1
 _MISFIT = "the plan was made for another model, or has been applied already"
@@ -492,6 +493,10 @@ def _update_sizes(layer: Any) -> None:
         layer.out_channels, layer.in_channels = filters, inputs * layer.groups
     elif isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
+    elif is_linear(layer):
+        layer.nf = layer.weight.shape[1]
+        if hasattr(layer, "nx"):
+            layer.nx = len(layer.weight)
     elif isinstance(layer, _NormBase):
         known = layer.running_mean if layer.weight is None else layer.weight
         layer.num_features = len(known)
