@@ -7,7 +7,7 @@ gradient rows.
 
 from __future__ import annotations
 
-__all__ = ["make_hessian_derivative", "twice_differentiable"]
+__all__ = ["make_hessian_derivative", "second_derivatives", "twice_differentiable"]
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -43,7 +43,8 @@ def make_hessian_derivative(
     def products(loss: Tensor, index: int) -> list[Tensor]:
         signs = _signs(parameters, positions, derive_seed(seed, "probe", index))
         weights = list(parameters.values())
-        try:
+        which = f"the loss of gradient {index}"
+        with second_derivatives(which, "criterion 'hessian_diagonal' needs"):
             gradients = differentiate(loss, weights, create_graph=True)
             # A gradient without graph is constant and adds nothing to the Hessian.
             sums = [
@@ -54,19 +55,37 @@ def make_hessian_derivative(
             if not sums:
                 return [torch.zeros_like(sign) for sign in signs]
             second = differentiate(sum(sums[1:], sums[0]), weights)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise PruningError(
-                f"the loss of gradient {index} cannot be differentiated twice, which "
-                f"criterion 'hessian_diagonal' needs: {error}"
-            ) from error
         return [
             torch.zeros_like(sign) if row is None else sign * row
             for row, sign in zip(second, signs, strict=True)
         ]
 
     return products
+
+
+@contextlib.contextmanager
+def second_derivatives(which: str, needs: str) -> Iterator[None]:
+    """Explain why a loss cannot be differentiated twice.
+
+    Args:
+        which: names the loss.
+        needs: says what needs the derivatives, and what to use instead.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        PruningError: in place of the error of autograd.
+        OutOfMemoryError: as it is.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, PruningError):
+        raise
+    except RuntimeError as error:
+        raise PruningError(
+            f"{which} cannot be differentiated twice, which {needs}: {error}"
+        ) from error
 
 
 class _ComposedHardsigmoid(TorchFunctionMode):

@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_woodfisher.gradients.hessian_rows import twice_differentiable
+from lightning_woodfisher.base.errors import PruningError
+from lightning_woodfisher.gradients.hessian_rows import (
+    second_derivatives,
+    twice_differentiable,
+)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -27,3 +31,13 @@ def test_hardsigmoid(in_place: bool) -> None:
     torch.testing.assert_close(outputs, layer(values * 1.0))
     with pytest.raises(RuntimeError, match="hardsigmoid_backward"):
         differentiate()
+
+
+def test_only_errors_of_autograd_are_explained() -> None:
+    own = PruningError("no labels")
+    with pytest.raises(PruningError) as caught, second_derivatives("a", "b needs"):
+        raise own
+    assert caught.value is own
+    explained = pytest.raises(PruningError, match="twice, which b needs: no derivative")
+    with explained, second_derivatives("a", "b needs"):
+        raise RuntimeError("no derivative")

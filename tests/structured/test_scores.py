@@ -35,7 +35,6 @@ from lightning_woodfisher.structured.graph.groups import Group, Member
 from lightning_woodfisher.structured.scores.evaluation import (
     Evaluation,
     enough_samples,
-    second_derivatives,
 )
 from lightning_woodfisher.structured.scores.hap import (
     count_probes,
@@ -733,14 +732,16 @@ def test_a_stream_of_batches_serves_every_round() -> None:
         assert torch.equal(torch.cat(known.values), torch.cat(once.values))
 
 
-def test_only_errors_of_autograd_are_explained() -> None:
-    own = PruningError("no labels")
-    with pytest.raises(PruningError) as caught, second_derivatives():
-        raise own
-    assert caught.value is own
-    explained = pytest.raises(PruningError, match="twice.*sosp_i.*: no derivative")
-    with explained, second_derivatives():
-        raise RuntimeError("no derivative")
+@pytest.mark.parametrize(
+    ("method", "remedy"), [("sosp_h", "sosp_i"), ("hap", "gauss_newton")]
+)
+def test_losses_without_second_derivatives(method: str, remedy: str) -> None:
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        return F.multi_margin_loss(net(batch[0]), batch[1])
+
+    source = FunctionLoss(make_residual(), images(), loss)
+    with pytest.raises(PruningError, match=f"twice, which .*{method}.*use.*{remedy}"):
+        score_structures(source, residual_groups(), settings(method=method, probes=2))
 
 
 def test_bad_settings_are_named() -> None:

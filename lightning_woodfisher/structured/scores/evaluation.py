@@ -10,7 +10,6 @@ __all__ = [
     "Evaluation",
     "calibration_batches",
     "enough_samples",
-    "second_derivatives",
 ]
 
 import contextlib
@@ -226,29 +225,6 @@ def enough_samples(config: StructureConfig) -> Iterator[None]:
         raise ConfigurationError(
             f"{needs} is more than the {error.available:,} {error.unit} that the data has; "
             f"lower num_samples to at most {fits}, or give more data."
-        ) from error
-
-
-@contextlib.contextmanager
-def second_derivatives() -> Iterator[None]:
-    """Explain why a loss cannot be differentiated twice.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        PruningError: in place of the error of autograd.
-        OutOfMemoryError: as it is.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, PruningError):
-        raise
-    except RuntimeError as error:
-        raise PruningError(
-            "the loss cannot be differentiated twice, which methods 'sosp_h' and 'hap' "
-            "with trace='hutchinson' need; use method='sosp_i' or trace='gauss_newton': "
-            f"{error}"
         ) from error
 
 

@@ -19,10 +19,8 @@ from torch import Tensor
 
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import differentiate
-from lightning_woodfisher.structured.scores.evaluation import (
-    Evaluation,
-    second_derivatives,
-)
+from lightning_woodfisher.gradients.hessian_rows import second_derivatives
+from lightning_woodfisher.structured.scores.evaluation import Evaluation
 from lightning_woodfisher.structured.scores.vectors import (
     ParameterSlices,
     StructureVectors,
@@ -34,6 +32,7 @@ _PROBES_PER_GRAPH = 20
 # Drawn labels give one estimate of the trace for each batch, so batches are small.
 _SAMPLES_PER_GRADIENT = 4
 _STABLE_CORRELATION = 0.99
+_NEEDS = "method='hap' with trace='hutchinson' needs; use trace='gauss_newton'"
 
 
 def score_hap(evaluation: Evaluation, seed: int) -> tuple[Tensor, dict[str, float]]:
@@ -109,18 +108,13 @@ def spearman(first: Tensor, second: Tensor) -> float:
         A number in [-1, 1]; NaN if one list is constant.
     """
     ranks = torch.stack([_ranks(first), _ranks(second)])
-    ranks = ranks - ranks.mean(dim=1, keepdim=True)
-    norms = ranks.norm(dim=1)
-    return float(ranks[0] @ ranks[1] / norms.prod())
+    return float(torch.corrcoef(ranks)[0, 1])
 
 
 def _ranks(values: Tensor) -> Tensor:
-    ordered, order = values.double().sort()
-    # Equal numbers are neighbors: their run begins and ends at the same places.
-    starts = torch.searchsorted(ordered, ordered)
-    ends = torch.searchsorted(ordered, ordered, right=True)
-    ranks = torch.empty_like(ordered)
-    ranks[order] = (starts + ends).double() / 2
+    _, places, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    # The mean rank of equal numbers, plus a half.
+    ranks: Tensor = (counts.cumsum(0) - counts / 2).double()[places]
     return ranks
 
 
@@ -160,7 +154,7 @@ def _probe(
 
     def compute(loss: Callable[[], Tensor], scale: float, labels: int) -> Tensor:
         result = torch.zeros(2, count, dtype=torch.float64, device=signs[0].device)
-        with second_derivatives():
+        with second_derivatives("the loss", _NEEDS):
             found = differentiate(loss() * scale, weights, create_graph=True)
             for probe in range(probes):
                 z = [s[probe].to(w) for s, w in zip(signs, weights, strict=True)]

@@ -25,16 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import PruningError
-from lightning_woodfisher.structured.scores.evaluation import (
-    Evaluation,
-    second_derivatives,
-)
+from lightning_woodfisher.gradients.hessian_rows import second_derivatives
+from lightning_woodfisher.structured.scores.evaluation import Evaluation
 from lightning_woodfisher.structured.scores.frozen_convolutions import (
     FrozenConvolutions,
 )
 from lightning_woodfisher.structured.scores.gates import Gates
 
 _ROWS_PER_PRODUCT = 256
+_NEEDS = "method='sosp_h' needs; use method='sosp_i'"
 
 
 class PairScores:
@@ -167,7 +166,7 @@ def score_sosp_h(evaluation: Evaluation) -> Tensor:
 
     def compute(loss: Callable[[], Tensor], scale: float, labels: int) -> Tensor:
         value = gates.run(loss) * scale
-        with second_derivatives():
+        with second_derivatives("the loss", _NEEDS):
             gradient = gates.derivatives(value, create_graph=True)
             product = gates.derivatives(gradient.sum())
         return torch.cat([gradient.detach(), product])
