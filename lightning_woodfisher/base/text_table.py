@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-__all__ = ["format_table"]
+__all__ = ["format_number", "format_table"]
 
 from collections.abc import Sequence
 
 from lightning_woodfisher.base.printable import printable
+
+
+def format_number(value: float | None, spec: str = ".3g") -> str:
+    """Format a number for a table.
+
+    Args:
+        value: the number, or None if it is not known.
+        spec: as for ``format``.
+
+    Returns:
+        The number, or a dash.
+    """
+    return "–" if value is None else format(value, spec)
 
 
 def format_table(

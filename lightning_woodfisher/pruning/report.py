@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_woodfisher.base.plain_data import read_dataclass
-from lightning_woodfisher.base.text_table import format_table
+from lightning_woodfisher.base.text_table import format_number, format_table
 
 # Quantiles of the saliencies in the report of a layer.
 SALIENCY_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -343,8 +343,8 @@ class PruningReport:
             last = ("", "", "")
         else:
             head += ["predicted rise"]
-            more = [(_number(layer.predicted_increase),) for layer in self.layers]
-            last = (_number(self.predicted_increase),)
+            more = [(format_number(layer.predicted_increase),) for layer in self.layers]
+            last = (format_number(self.predicted_increase),)
         rows = [
             (
                 layer.name,
@@ -372,8 +372,8 @@ class PruningReport:
 
 def _reconstruction_cells(found: Reconstruction | None) -> tuple[str, str, str]:
     if found is None:
-        return _number(None), _number(None), "–"
-    return _number(found.error_masked), _number(found.error), found.target
+        return format_number(None), format_number(None), "–"
+    return format_number(found.error_masked), format_number(found.error), found.target
 
 
 def format_steps(reports: Sequence[PruningReport]) -> str:
@@ -392,15 +392,15 @@ def format_steps(reports: Sequence[PruningReport]) -> str:
     rows = [
         (
             f"{number}",
-            "–" if report.epoch is None else f"{report.epoch}",
-            "–" if report.step is None else f"{report.step:,}",
+            format_number(report.epoch, ""),
+            format_number(report.step, ","),
             f"{report.target_sparsity:.2%}",
             f"{report.sparsity:.2%}",
-            _number(report.predicted_increase),
-            _number(report.measured_increase),
-            _number(report.loss_before),
-            _number(report.loss_after),
-            *(_number(report.loss_recalibrated),) * recalibrated,
+            format_number(report.predicted_increase),
+            format_number(report.measured_increase),
+            format_number(report.loss_before),
+            format_number(report.loss_after),
+            *(format_number(report.loss_recalibrated),) * recalibrated,
             f"{sum(report.seconds.values()):.1f}",
         )
         for number, report in enumerate(reports, start=1)
@@ -413,7 +413,3 @@ def _with_lists(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _with_lists(item) for key, item in value.items()}
     return [*map(_with_lists, value)] if isinstance(value, list | tuple) else value
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"

@@ -50,6 +50,7 @@ from lightning_woodfisher.resources.budget import require_supported_device
 from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import (
     Group,
+    StructureIndices,
     channel_masks,
     masked_parameters,
     zero_structures,
@@ -67,7 +68,6 @@ from lightning_woodfisher.structured.scores.methods import (
     score_structures,
 )
 from lightning_woodfisher.structured.selection import (
-    GroupIndices,
     additive_scores,
     select_count,
     select_for_size,
@@ -118,8 +118,8 @@ class StructurePruner:
     comm: Communicator
     implants: ImplantConfig = field(default_factory=ImplantConfig)
     implantable: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    removed: GroupIndices = field(default_factory=dict)
-    implanted: GroupIndices = field(default_factory=dict)
+    removed: StructureIndices = field(default_factory=dict)
+    implanted: StructureIndices = field(default_factory=dict)
 
     def step(
         self, source: LossSource, target: float, position: int = 0

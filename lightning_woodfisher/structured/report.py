@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_woodfisher.base.plain_data import read_dataclass
-from lightning_woodfisher.base.text_table import format_table
+from lightning_woodfisher.base.text_table import format_number, format_table
 
 #: What a target is a share of, in words, by ``StructureConfig.measure``.
 MEASURES = {"macs": "MACs", "parameters": "parameters", "structures": "channels"}
@@ -230,22 +230,18 @@ def format_structure_steps(reports: Sequence[StructureReport]) -> str:
     rows = [
         (
             f"{number}",
-            _format(report.epoch, ""),
-            _format(report.step, ","),
+            format_number(report.epoch, ""),
+            format_number(report.step, ","),
             f"{report.target:.1%} of {MEASURES.get(report.measure, report.measure)}",
             f"{report.kept:,}",
             f"{report.macs_left:.1%}",
             f"{report.parameters_left:.1%}",
-            _format(report.latency_left, ".0%"),
-            _format(report.loss_before, ".3g"),
-            _format(report.loss_after, ".3g"),
+            format_number(report.latency_left, ".0%"),
+            format_number(report.loss_before),
+            format_number(report.loss_after),
             f"{sum(report.seconds.values()):.1f}",
         )
         for number, report in enumerate(reports, start=1)
     ]
     head = ("", "epoch", "step", "to remove", "channels left", "MACs", "parameters")
     return format_table((*head, "time", "loss before", "after", "seconds"), rows)
-
-
-def _format(value: float | None, spec: str) -> str:
-    return "–" if value is None else format(value, spec)

@@ -9,7 +9,6 @@ and structures.
 from __future__ import annotations
 
 __all__ = [
-    "GroupIndices",
     "additive_scores",
     "select_count",
     "select_for_size",
@@ -18,19 +17,16 @@ __all__ = [
 
 import bisect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.structured.config import StructureConfig
-from lightning_woodfisher.structured.graph.groups import Group
+from lightning_woodfisher.structured.graph.groups import Group, StructureIndices
 from lightning_woodfisher.structured.network_cost import IndexTensors, NetworkSize
 from lightning_woodfisher.structured.scores.methods import StructureScores
-
-#: Indices of structures within their group, by the name of the group.
-GroupIndices = Mapping[str, Sequence[int]]
 
 
 def additive_scores(
@@ -72,7 +68,7 @@ def select_count(
     scores: Sequence[Tensor],
     count: int,
     config: StructureConfig = StructureConfig(),
-    removed_before: GroupIndices | None = None,
+    removed_before: StructureIndices | None = None,
 ) -> dict[str, Tensor]:
     """Choose a number of structures.
 
@@ -129,7 +125,7 @@ def select_for_size(
     size: NetworkSize,
     target: float,
     config: StructureConfig = StructureConfig(),
-    removed_before: GroupIndices | None = None,
+    removed_before: StructureIndices | None = None,
     divide: Callable[[IndexTensors], tuple[IndexTensors, IndexTensors]] | None = None,
 ) -> dict[str, Tensor]:
     """Choose the fewest structures whose removal makes the network small enough.
@@ -197,7 +193,7 @@ class _Choices:
         groups: Sequence[Group],
         scores: Sequence[Tensor],
         config: StructureConfig,
-        removed_before: GroupIndices,
+        removed_before: StructureIndices,
     ) -> None:
         self._names = [group.name for group in groups]
         self._values: list[Tensor] = []
@@ -231,8 +227,8 @@ class _Choices:
         """Return the removed structures by group, for one of ``counts``."""
         taken = [0] * len(self._names)
         if self.is_nested:
-            for place in self._sequence[:count].tolist():
-                taken[place] += 1
+            first = self._sequence[:count]
+            taken = torch.bincount(first, minlength=len(taken)).tolist()
         else:
             for place in reversed(range(len(taken))):
                 taken[place] = int(self._taken[place][count])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_woodfisher.base.errors import ConfigurationError, nearest
-from lightning_woodfisher.base.text_table import format_table
+from lightning_woodfisher.base.text_table import format_number, format_table
 
 #: Name of the target sparsity in a setting.
 TARGET = "target_sparsity"
@@ -122,16 +122,19 @@ class SweepReport:
         best = self.best(metric, larger_is_better)
         names = list(dict.fromkeys([TARGET, *self.varying()]))
         head = ("", *names, *self.before, "measured rise", "predicted rise", "seconds")
-        metrics = map(_format_number, self.before.values())
+        metrics = (format_number(value, ".4g") for value in self.before.values())
         rows = [("before", *[""] * len(names), *metrics, *["–"] * 3)]
         rows += [
             (
                 "best" if any(result is one for one in best) else "",
                 *(str(result.setting.get(name, "–")) for name in names),
-                *(_format_number(result.metrics.get(name)) for name in self.before),
-                _format_number(result.measured_increase),
-                _format_number(result.predicted_increase),
-                "–" if result.seconds is None else f"{result.seconds:.1f}",
+                *(
+                    format_number(result.metrics.get(name), ".4g")
+                    for name in self.before
+                ),
+                format_number(result.measured_increase, ".4g"),
+                format_number(result.predicted_increase, ".4g"),
+                format_number(result.seconds, ".1f"),
             )
             for result in self.results
         ]
@@ -165,7 +168,3 @@ class SweepReport:
 
 def _format_setting(setting: Mapping[str, Any], names: Sequence[str]) -> str:
     return ", ".join(f"{name}={setting[name]}" for name in names if name in setting)
-
-
-def _format_number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"

@@ -225,7 +225,7 @@ def divide_structures(
     scores: Mapping[str, Tensor],
     ratio: float,
     implantable: Collection[str],
-    removed_before: Mapping[str, Sequence[int]],
+    removed_before: StructureIndices,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Divide the chosen structures into removed and implanted ones.
 
