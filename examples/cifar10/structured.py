@@ -48,7 +48,6 @@ from lightning_woodfisher.structured.scores.methods import score_structures
 from lightning_woodfisher.structured.selection import (
     additive_scores,
     select_for_size,
-    structure_costs,
 )
 from lightning_woodfisher.structured.shrink.removal import shrink
 from lightning_woodfisher.structured.tracing import trace_groups
@@ -136,8 +135,7 @@ def compare(options: argparse.Namespace, data: CIFAR10, test: TensorDataset) -> 
             ):
                 divide = {"no": False, "yes": True, "default": None}[per_cost]
                 config = dataclasses.replace(config, measure=measure, per_cost=divide)
-                costs = structure_costs(groups, size, config)
-                values = additive_scores(scores, groups, config, costs=costs)
+                values = additive_scores(scores, groups, config, size)
                 chosen = select_for_size(groups, values, size, removed, config)
                 model = copy.deepcopy(dense)
                 shrink(model, groups, chosen)

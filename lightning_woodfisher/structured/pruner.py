@@ -71,7 +71,6 @@ from lightning_woodfisher.structured.selection import (
     additive_scores,
     select_count,
     select_for_size,
-    structure_costs,
 )
 from lightning_woodfisher.structured.shrink.implants import (
     ImplantConfig,
@@ -262,12 +261,12 @@ class StructurePruner:
             ratio = self.implants.ratio
             return divide_structures(chosen, by_name, ratio, self.implantable, removed)
 
+        count = None
         if config.measure == "structures":
             count = round(target * sum(group.size for group in groups))
-            values = additive_scores(scores, groups, config, count)
+        values = additive_scores(scores, groups, config, size, count)
+        if count is not None:
             return divide(select_count(groups, values, count, config, earlier))
-        costs = structure_costs(groups, size, config)
-        values = additive_scores(scores, groups, config, costs=costs)
         return divide(
             select_for_size(groups, values, size, target, config, earlier, divide)
         )

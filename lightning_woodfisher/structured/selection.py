@@ -12,7 +12,6 @@ __all__ = [
     "additive_scores",
     "select_count",
     "select_for_size",
-    "structure_costs",
 ]
 
 import bisect
@@ -33,33 +32,38 @@ def additive_scores(
     scores: StructureScores,
     groups: Sequence[Group],
     config: StructureConfig,
+    size: NetworkSize | None = None,
     count: int | None = None,
-    costs: Sequence[int] | None = None,
 ) -> tuple[Tensor, ...]:
     """Turn scores of pairs into scores of structures that add up, and divide by costs.
 
     Args:
         scores: from any method.
         groups: the groups of structures.
-        config: search and limits. ``search="greedy"`` and ``"signed"`` score a structure by
-            what it adds to those removed before, ``"rowsum"`` by its row of A.
+        config: search, measure and limits. ``search="greedy"`` and ``"signed"`` score a
+            structure by what it adds to those removed before, ``"rowsum"`` by its row of A.
+            With ``per_cost``, scores are divided by what a structure costs in the dense
+            network: the greedy solution of a knapsack problem.
+        size: counts the costs; None for equal costs.
         count: largest number of structures that will be removed, if it is known.
-        costs: what one structure of each group costs: the greedy solution of a knapsack
-            problem. None for equal costs.
 
     Returns:
         float64 ``[group.size]`` for each group; infinite for structures that the greedy
         search has not removed.
     """
+    costs = [1] * len(groups)
+    if config.is_per_cost and size is not None:
+        count_left = size.parameters if config.measure == "parameters" else size.macs
+        left = [count_left({group.name: torch.tensor([0])}) for group in groups]
+        costs = [max(1, count_left({}) - number) for number in left]
     if scores.pairs is None or config.search == "rowsum":
-        weights = [1] * len(groups) if costs is None else costs
-        return tuple(v / w for v, w in zip(scores.values, weights, strict=True))
+        return tuple(v / cost for v, cost in zip(scores.values, costs, strict=True))
     sizes = [group.size for group in groups]
     # With round_to the choice may need more structures than the first ones.
     steps = count if config.round_to == 1 else None
     most = [config.max_removable(size) for size in sizes]
     is_signed = config.search == "signed"
-    added = scores.pairs.greedy(sizes, most, steps, costs=costs, signed=is_signed)
+    added = scores.pairs.greedy(sizes, most, costs, steps, signed=is_signed)
     return torch.split(added, sizes)
 
 
@@ -95,28 +99,6 @@ def select_count(
             f"{_remedy(config)}"
         )
     return choices.removed(min(choices.counts, key=lambda k: (abs(k - count), -k)))
-
-
-def structure_costs(
-    groups: Sequence[Group], size: NetworkSize, config: StructureConfig
-) -> list[int] | None:
-    """Compute what one structure of each group costs in the dense network.
-
-    Args:
-        groups: the groups of structures.
-        size: counts what is left of the network.
-        config: the measure.
-
-    Returns:
-        At least 1 for each group; None if scores are not divided by costs.
-    """
-    if not config.is_per_cost:
-        return None
-    count_left = size.parameters if config.measure == "parameters" else size.macs
-    first = torch.tensor([0])
-    return [
-        max(1, count_left({}) - count_left({group.name: first})) for group in groups
-    ]
 
 
 def select_for_size(

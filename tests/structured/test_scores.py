@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from devices import DEVICE
 from hand_groups import (
     cross_entropy,
+    dense_matrix,
     images,
     layer,
     make_plain,
     make_residual,
     member,
+    objective,
     plain_groups,
     residual_groups,
     trained,
@@ -180,12 +182,6 @@ def test_rows_are_derivatives_of_samples(dense: Any, name: str, kind: str) -> No
     torch.testing.assert_close(pairs.first_order, first, rtol=1e-8, atol=1e-10)
 
 
-def objective(pairs: PairScores, chosen: Sequence[int] | Tensor) -> float:
-    """Cost of a set of structures, πᵀAπ."""
-    members = torch.as_tensor(chosen)
-    return float(sum(pairs.row(int(s))[members].sum() for s in members))
-
-
 def match(rows: Tensor, expected: Tensor) -> Tensor:
     order = torch.cdist(rows, expected).argmin(dim=1)
     assert sorted(order.tolist()) == list(range(len(expected)))
@@ -254,8 +250,7 @@ def test_logits_give_the_gauss_newton_matrix(dense: Any, name: str, kind: str) -
     )
     first = exact.forward(exact.losses).mean(1).abs()
     matrix = 0.5 * expected.abs() + torch.diag(first)
-    rows = torch.stack([pairs.row(s) for s in everything])
-    torch.testing.assert_close(rows, matrix, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(dense_matrix(pairs), matrix, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(pairs.diagonal(), matrix.diagonal())
     torch.testing.assert_close(torch.cat(scores.values), matrix.sum(1))
     chosen = torch.tensor([0, 3, 4])

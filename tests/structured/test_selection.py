@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from hand_groups import (
     Plain,
     Residual,
     cross_entropy,
+    dense_matrix,
     images,
     network_size,
+    objective,
     plain_groups,
     residual_groups,
     trained,
@@ -37,7 +40,6 @@ from lightning_woodfisher.structured.selection import (
     additive_scores,
     select_count,
     select_for_size,
-    structure_costs,
 )
 
 NO_FLOOR = StructureConfig(min_kept=1, min_kept_share=0.0)
@@ -194,17 +196,6 @@ def pairs_of(seed: int, size: int = 12, samples: int = 9) -> PairScores:
     return PairScores(rows, samples, first)
 
 
-def dense_matrix(pairs: PairScores) -> Tensor:
-    matrix = 0.5 * (pairs.rows.T @ pairs.rows / pairs.samples).abs()
-    return matrix + torch.diag(pairs.first_order)
-
-
-def objective(pairs: PairScores, chosen: Sequence[int] | Tensor) -> float:
-    """Cost of a set of structures, πᵀAπ."""
-    members = torch.as_tensor(chosen)
-    return float(dense_matrix(pairs)[members][:, members].sum())
-
-
 def slow_greedy(
     matrix: Tensor,
     sizes: Sequence[int],
@@ -238,7 +229,7 @@ def test_greedy_adds_the_least_each_time(seed: int) -> None:
     order = slow_greedy(dense_matrix(pairs), sizes, [1, 2, 3])
     scores = StructureScores(torch.split(pairs.row_sums(), sizes), pairs)
     for count in range(7):
-        additive = additive_scores(scores, groups, StructureConfig(), count)
+        additive = additive_scores(scores, groups, StructureConfig(), count=count)
         removed = select_count(groups, additive, count)
         assert chosen(groups, removed) == sorted(order[:count])
     # What each has added sums up to the objective.
@@ -262,7 +253,9 @@ def test_searches_take_what_adds_the_least_per_cost(
         matrix = signed + torch.diag(pairs.first_order)
     order = slow_greedy(matrix, sizes, [1, 2, 3], costs)
     scores = StructureScores(torch.split(pairs.row_sums(), sizes), pairs)
-    additive = additive_scores(scores, groups, config, costs=costs)
+    saved = {group.name: cost for group, cost in zip(groups, costs, strict=True)}
+    size: Any = SimpleNamespace(macs=lambda removed: -sum(map(saved.get, removed)))
+    additive = additive_scores(scores, groups, config, size)
     for count in range(7):
         removed = select_count(groups, additive, count)
         assert chosen(groups, removed) == sorted(order[:count])
@@ -436,10 +429,8 @@ def test_scores_per_cost_take_what_saves_most() -> None:
 
     def numbers(**options: Any) -> list[int]:
         config = StructureConfig(**options)
-        costs = structure_costs(groups, size, config)
-        values = additive_scores(
-            StructureScores(tuple(scores)), groups, config, 1, costs
-        )
+        known = StructureScores(tuple(scores))
+        values = additive_scores(known, groups, config, size)
         removed = select_for_size(groups, values, size, 0.1, config)
         return [len(removed[name]) for name in "01"]
 

@@ -14,6 +14,7 @@ from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.graph.groups import Group, Member, Role
 from lightning_woodfisher.structured.network_cost import NetworkSize
+from lightning_woodfisher.structured.scores.sosp import PairScores
 
 
 class Residual(nn.Module):
@@ -149,3 +150,15 @@ def network_size(
     batch = torch.zeros(samples)
     source = FunctionLoss(model, [batch], lambda _, batch: forward().sum())
     return NetworkSize(source, groups, Communicator())
+
+
+def dense_matrix(pairs: PairScores) -> Tensor:
+    """The matrix A of SOSP-I."""
+    matrix = 0.5 * (pairs.rows.T @ pairs.rows / pairs.samples).abs()
+    return matrix + torch.diag(pairs.first_order)
+
+
+def objective(pairs: PairScores, chosen: Sequence[int] | Tensor) -> float:
+    """Cost of a set of structures, πᵀAπ."""
+    members = torch.as_tensor(chosen)
+    return float(dense_matrix(pairs)[members][:, members].sum())

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.gradients.hessian_rows import twice_differentiable
 from lightning_woodfisher.structured.graph.groups import Group, Member, Role
-from lightning_woodfisher.structured.graph.inputs import run_model
+from lightning_woodfisher.structured.graph.inputs import recorded_calls, run_model
 from lightning_woodfisher.weights.layers import axis_of_outputs, is_linear
 
 # Layers of queries, keys and values in BERT, ViT and many other networks of transformers;
@@ -146,7 +146,18 @@ def find_heads(
     Returns:
         The groups, and why other attentions have none, by the name of the layer.
     """
-    called = _record_calls(model, example_inputs)
+    with (
+        isolated(model, "eval"),
+        twice_differentiable(),
+        torch.no_grad(),
+        recorded_calls(model) as calls,
+    ):
+        run_model(model, example_inputs)
+    called = [
+        name
+        for name, module, *_ in calls
+        if isinstance(module, nn.MultiheadAttention) or is_linear(module)
+    ]
     groups, reasons = [], {}
     found: Group | str | None
     for name, module in model.named_modules():
@@ -246,25 +257,6 @@ def _projections(module: nn.Module) -> tuple[str, ...] | None:
         if all(layer is not None and is_linear(layer) for layer in layers):
             return names
     return None
-
-
-def _record_calls(model: nn.Module, example_inputs: Any) -> list[str]:
-    """List the attentions and Linear layers in the order of their calls."""
-    called: list[str] = []
-    with (
-        isolated(model, "eval"),
-        twice_differentiable(),
-        contextlib.ExitStack() as hooks,
-    ):
-        for name, module in model.named_modules():
-            if isinstance(module, nn.MultiheadAttention) or is_linear(module):
-                hook = module.register_forward_pre_hook(
-                    lambda *_, name=name: called.append(name)
-                )
-                hooks.enter_context(hook)
-        with torch.no_grad():
-            run_model(model, example_inputs)
-    return called
 
 
 def _heads_of_torch(name: str, module: nn.MultiheadAttention) -> Group | str:

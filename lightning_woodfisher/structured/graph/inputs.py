@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "capture_inputs",
+    "recorded_calls",
     "run_model",
     "tensors_in",
 ]
@@ -42,26 +43,16 @@ def capture_inputs(
             cannot be traced.
     """
     model = source.model
-    names = {module: name for name, module in model.named_modules()}
-    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-    layers: list[str] = []
-
-    def record(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        calls.append((names[module], args, kwargs))
-        if isinstance(module, _ConvNd) or is_linear(module):
-            layers.append(names[module])
-
     seed = derive_seed(seed, "inputs")
     choose_evaluation(source, seed)
-    with contextlib.ExitStack() as hooks:
-        for module in names:
-            hook = module.register_forward_pre_hook(record, with_kwargs=True)
-            hooks.enter_context(hook)
-        with source.session("eval"), seeded(seed):
-            source.loss(source.batches(1, 1, seed).fetch(0), 0)
-    for name, args, kwargs in calls:
+    with recorded_calls(model) as calls, source.session("eval"), seeded(seed):
+        source.loss(source.batches(1, 1, seed).fetch(0), 0)
+    layers = [
+        name
+        for name, module, _, _ in calls
+        if isinstance(module, _ConvNd) or is_linear(module)
+    ]
+    for name, _, args, kwargs in calls:
         has_all = all(layer.startswith(f"{name}.") or not name for layer in layers)
         if name == network or (network is None and has_all):
             if args and kwargs:
@@ -70,7 +61,7 @@ def capture_inputs(
                     "keyword arguments together, which cannot be traced; use one kind."
                 )
             return name, tree_map_only(Tensor, Tensor.detach, kwargs or args)
-    known = ", ".join(sorted({name for name, _, _ in calls if name})[:8])
+    known = ", ".join(sorted({name for name, *_ in calls if name})[:8])
     raise ConfigurationError(
         f"network={network!r} is not called when the loss is computed; use one of {known}."
         if network is not None
@@ -78,6 +69,28 @@ def capture_inputs(
         "layers, so the network cannot be traced; compute the loss through one module, or "
         f"name one of {known} with network=."
     )
+
+
+@contextlib.contextmanager
+def recorded_calls(
+    model: nn.Module,
+) -> Iterator[list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]]]:
+    """Record the calls of the modules of a model.
+
+    Args:
+        model: the network.
+
+    Yields:
+        A list that grows with the calls: name and module, positional and keyword arguments.
+    """
+    calls: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
+    with contextlib.ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hook = module.register_forward_pre_hook(
+                lambda *call, name=name: calls.append((name, *call)), with_kwargs=True
+            )
+            hooks.enter_context(hook)
+        yield calls
 
 
 def run_model(model: nn.Module, inputs: Any) -> Any:

@@ -69,19 +69,6 @@ class PairScores:
         chosen = torch.as_tensor(structures, dtype=torch.int64)
         return self.rows[:, chosen].T @ self.rows / self.samples
 
-    def row(self, structure: int) -> Tensor:
-        """Compute a row of A.
-
-        Args:
-            structure: index of the structure.
-
-        Returns:
-            float64 ``[S]``.
-        """
-        row = 0.5 * self.curvature([structure])[0].abs()
-        row[structure] += self.first_order[structure]
-        return row
-
     def diagonal(self) -> Tensor:
         """Compute the cost of removing each structure alone.
 
@@ -106,9 +93,9 @@ class PairScores:
         self,
         sizes: Sequence[int],
         most: Sequence[int],
+        costs: Sequence[int],
         count: int | None = None,
         *,
-        costs: Sequence[int] | None = None,
         signed: bool = False,
     ) -> Tensor:
         """Remove structures one by one, each time the one that adds the least cost.
@@ -120,8 +107,8 @@ class PairScores:
         Args:
             sizes: number of structures of each group, S in total.
             most: largest number that each group may lose.
-            count: number of removals; None for all that are allowed.
             costs: what a structure of each group saves; the added costs are divided by it.
+            count: number of removals; None for all that are allowed.
             signed: add ½Q_ss' in place of its magnitude, so that errors may cancel.
 
         Returns:
@@ -132,10 +119,7 @@ class PairScores:
         group_of = torch.repeat_interleave(
             torch.arange(len(sizes)), torch.tensor(sizes)
         )
-        weight = torch.ones(len(sizes), dtype=torch.float64)
-        if costs is not None:
-            weight /= torch.tensor(costs, dtype=torch.float64)
-        weight = weight[group_of]
+        weight = 1.0 / torch.tensor(costs, dtype=torch.float64)[group_of]
         added = torch.full((self.size,), math.inf, dtype=torch.float64)
         marginal = self.diagonal()
         removable = torch.tensor(left)[group_of] > 0
