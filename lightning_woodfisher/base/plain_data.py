@@ -1,8 +1,8 @@
-"""Rebuild dataclasses from plain data that nobody has vouched for, such as JSON."""
+"""Turn dataclasses into plain data, and back, also where nobody has vouched for it."""
 
 from __future__ import annotations
 
-__all__ = ["read_dataclass"]
+__all__ = ["PlainData", "read_dataclass"]
 
 import dataclasses
 import reprlib
@@ -11,12 +11,47 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from typing_extensions import Self
+
 from lightning_woodfisher.base.errors import ConfigurationError
 
 T = TypeVar("T")
 # Larger numbers could not have been counted.
 _LARGEST = 2**63
 _NAMES = {int: "a count below 2**63", float: "a number below 2**63", str: "a string"}
+
+
+class PlainData:
+    """A dataclass that is saved as plain data."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to plain types, for JSON and checkpoints.
+
+        Returns:
+            Nested dicts, lists, numbers, strings and None.
+        """
+        plain: dict[str, Any] = _with_lists(dataclasses.asdict(self))  # type: ignore[call-overload]
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        """Rebuild an object.
+
+        Args:
+            plain: result of :meth:`to_dict`, also after a round trip through JSON, or of an
+                older version with fewer fields; other data raises a ConfigurationError.
+
+        Returns:
+            An equal object.
+        """
+        return read_dataclass(cls, plain)
+
+
+def _with_lists(value: Any) -> Any:
+    """Convert all tuples inside mappings and sequences to lists."""
+    if isinstance(value, Mapping):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return [*map(_with_lists, value)] if isinstance(value, list | tuple) else value
 
 
 def read_dataclass(cls: type[T], plain: object, where: str = "") -> T:

@@ -12,10 +12,9 @@ __all__ = [
 ]
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
-from lightning_woodfisher.base.plain_data import read_dataclass
+from lightning_woodfisher.base.plain_data import PlainData
 from lightning_woodfisher.base.text_table import format_number, format_table
 
 # Quantiles of the saliencies in the report of a layer.
@@ -96,7 +95,7 @@ class LocalModelPoint:
 
 
 @dataclass(frozen=True)
-class PruningReport:
+class PruningReport(PlainData):
     """Result of one pruning step.
 
     Attributes:
@@ -250,28 +249,6 @@ class PruningReport:
         ]
         return max(raised) if raised else self.damping
 
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to plain types, for JSON and checkpoints.
-
-        Returns:
-            Nested dicts, lists, numbers, strings and None.
-        """
-        plain: dict[str, Any] = _with_lists(asdict(self))
-        return plain
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> PruningReport:
-        """Rebuild a report.
-
-        Args:
-            plain: result of :meth:`to_dict`, also of an older version with fewer fields; other
-                data raises a ConfigurationError.
-
-        Returns:
-            An equal report.
-        """
-        return read_dataclass(cls, plain)
-
     def metrics(self) -> dict[str, float]:
         """Return the scalars for a logger.
 
@@ -406,10 +383,3 @@ def format_steps(reports: Sequence[PruningReport]) -> str:
         for number, report in enumerate(reports, start=1)
     ]
     return format_table([*head, "seconds"], rows)
-
-
-def _with_lists(value: Any) -> Any:
-    """Convert all tuples inside mappings and sequences to lists."""
-    if isinstance(value, Mapping):
-        return {key: _with_lists(item) for key, item in value.items()}
-    return [*map(_with_lists, value)] if isinstance(value, list | tuple) else value

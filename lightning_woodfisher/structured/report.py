@@ -5,10 +5,9 @@ from __future__ import annotations
 __all__ = ["MEASURES", "GroupReport", "StructureReport", "format_structure_steps"]
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
-from lightning_woodfisher.base.plain_data import read_dataclass
+from lightning_woodfisher.base.plain_data import PlainData
 from lightning_woodfisher.base.text_table import format_number, format_table
 
 #: What a target is a share of, in words, by ``StructureConfig.measure``.
@@ -42,7 +41,7 @@ class GroupReport:
 
 
 @dataclass(frozen=True)
-class StructureReport:
+class StructureReport(PlainData):
     """Result of a step that removes channels.
 
     Attributes:
@@ -160,26 +159,6 @@ class StructureReport:
             found[f"channels/{group.name}"] = group.kept
         found |= {"loss_before": self.loss_before, "loss_after": self.loss_after}
         return {f"pruning/{n}": v for n, v in found.items() if v is not None}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all numbers as plain types.
-
-        Returns:
-            A dict that :meth:`from_dict` reads.
-        """
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> StructureReport:
-        """Read the result of :meth:`to_dict`, also after a round trip through JSON.
-
-        Args:
-            plain: the numbers; other data raises a ConfigurationError.
-
-        Returns:
-            The report.
-        """
-        return read_dataclass(cls, plain)
 
     def to_table(self) -> str:
         """Format a table of the groups.
