@@ -84,10 +84,8 @@ def trace_groups(
     pruned = {
         m.module for group in heads for m in group.members if m.role != "consumer"
     }
-    groups = (
-        *(group for group in find_groups(coupling) if pruned.isdisjoint(group.layers)),
-        *heads,
-    )
+    groups = [g for g in find_groups(coupling) if pruned.isdisjoint(g.layers)]
+    groups += heads
     pruned |= {layer for group in groups for layer in group.layers}
     left_out = {
         name: no_heads.get(name) or _reason(name, coupling)
@@ -102,25 +100,20 @@ def trace_groups(
         other_mode=_NOT_REACHED in left_out.values(),
         seed=seed,
     )
-    for group in (group for group in groups if group.name in failed):
-        for layer in group.layers:
-            left_out[layer] = failed[group.name]
-            if suspects.get(layer):
-                left_out[layer] += (
-                    f" (it passes {suspects[layer]}, which is not zero at zero)"
-                )
-    groups = tuple(group for group in groups if group.name not in failed)
     for group in groups:
         producers = (member.find_in(model) for member in group.of_role("producer"))
-        if any(weight.is_complex() for weight in producers):
+        if group.name in failed:
+            for layer in group.layers:
+                left_out[layer] = failed[group.name]
+                if passed := suspects.get(layer):
+                    left_out[layer] += (
+                        f" (it passes {passed}, which is not zero at zero)"
+                    )
+        elif any(weight.is_complex() for weight in producers):
             left_out |= dict.fromkeys(group.layers, "its weights are complex")
     order = [name for name, _ in model.named_modules()]
-    groups = tuple(
-        sorted(
-            (g for g in groups if left_out.keys().isdisjoint(g.layers)),
-            key=lambda group: order.index(group.layers[0]),
-        )
-    )
+    groups = [group for group in groups if left_out.keys().isdisjoint(group.layers)]
+    groups.sort(key=lambda group: order.index(group.layers[0]))
     chosen = _choose(model, groups, left_out, only, exclude)
     if not chosen:
         raise ConfigurationError(

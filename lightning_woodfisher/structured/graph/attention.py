@@ -267,22 +267,22 @@ def _heads_of_torch(name: str, module: nn.MultiheadAttention) -> Group | str:
     head = torch.arange(module.num_heads).repeat_interleave(module.head_dim)
     none = torch.full_like(head, -1)
     values, queries = torch.cat([none, none, head]), torch.cat([head, head, none])
-    members: list[Member] = []
-
-    def add(tensor: str, role: Role, structure_of: Tensor) -> None:
-        members.append(Member(name, tensor, 0, role, structure_of))
-
+    rows: list[tuple[str, Role, Tensor]]
     packed: Tensor | None = module.in_proj_weight
     if packed is not None:
-        add("in_proj_weight", "producer", values)
-        add("in_proj_weight", "query_key", queries)
+        rows = [
+            ("in_proj_weight", "producer", values),
+            ("in_proj_weight", "query_key", queries),
+        ]
     else:
-        add("v_proj_weight", "producer", head)
-        add("q_proj_weight", "query_key", head)
-        add("k_proj_weight", "query_key", head)
+        rows = [("v_proj_weight", "producer", head)]
+        rows += [(f"{key}_proj_weight", "query_key", head) for key in "qk"]
     if module.in_proj_bias is not None:
-        add("in_proj_bias", "bias", values)
-        add("in_proj_bias", "query_key", queries)
+        rows += [
+            ("in_proj_bias", "bias", values),
+            ("in_proj_bias", "query_key", queries),
+        ]
+    members = [Member(name, tensor, 0, role, heads) for tensor, role, heads in rows]
     output = f"{name}.out_proj".lstrip(".")
     members.append(Member(output, "weight", 1, "consumer", head))
     return Group(name, module.num_heads, tuple(members))

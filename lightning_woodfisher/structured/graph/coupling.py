@@ -6,20 +6,19 @@ together are united. Each set of united channels is one structure.
 
 from __future__ import annotations
 
-__all__ = ["Axis", "Coupling", "Port", "Side", "find_groups", "ports_of"]
+__all__ = ["Axis", "Coupling", "Side", "find_groups"]
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_woodfisher.structured.graph.groups import Group, Member, Role
-from lightning_woodfisher.weights.layers import axis_of_outputs, is_linear
+from lightning_woodfisher.weights.layers import axis_of_outputs
 
 Side = Literal["out", "in"]
 
@@ -33,16 +32,11 @@ class Axis(NamedTuple):
     role: Role
 
 
-@dataclass(frozen=True)
-class Port:
+class _Port(NamedTuple):
     """The outputs or the inputs of a layer.
 
-    Args:
-        side: outputs or inputs. A layer that treats each channel separately, such as a
-            norm, has outputs only.
-        channels: number of channels.
-        axes: tensors whose axis has slices of these channels, as (tensor, axis, role).
-            Slice i belongs to channel i, and there may be fewer slices than channels.
+    A layer that treats each channel separately, such as a norm, has outputs only. Slice i
+    of the axes (tensor, axis, role) belongs to channel i; there may be fewer slices.
     """
 
     side: Side
@@ -50,19 +44,12 @@ class Port:
     axes: tuple[tuple[str, int, Role], ...]
 
 
-def ports_of(layer: nn.Module) -> tuple[Port, ...] | str:
-    """List the ports of a layer.
-
-    Args:
-        layer: a convolution, Linear, Conv1D, BatchNorm, InstanceNorm or PReLU layer.
-
-    Returns:
-        Its ports, or the reason why its channels cannot be pruned.
-    """
+def _ports_of(layer: nn.Module) -> tuple[_Port, ...] | str:
+    """List the ports of a layer, or return why its channels cannot be pruned."""
     kind = type(layer).__name__
     tensors = {key for key, value in layer._parameters.items() if value is not None}
     if isinstance(layer, nn.PReLU):
-        return (Port("out", layer.num_parameters, (("weight", 0, "consumer"),)),)
+        return (_Port("out", layer.num_parameters, (("weight", 0, "consumer"),)),)
     if isinstance(layer, _NormBase):
         if not {"weight", "bias"} <= tensors:
             return (
@@ -73,22 +60,17 @@ def ports_of(layer: nn.Module) -> tuple[Port, ...] | str:
         if layer.running_mean is not None:
             statistics = ("running_mean", "running_var")
             axes += [(name, 0, "statistics") for name in statistics]
-        return (Port("out", layer.num_features, tuple(axes)),)
+        return (_Port("out", layer.num_features, tuple(axes)),)
     if "weight" not in tensors:
         return f"the weight of a {kind} is computed from other tensors"
     if others := tensors - {"weight", "bias"}:
         return f"it passes a {kind} with the parameter {min(others)!r} of its own"
-    rows = axis_of_outputs(layer)
-    columns = 1 - rows
-    if is_linear(layer):
-        shape = layer.get_parameter("weight").shape
-        outputs, inputs, groups = shape[rows], shape[columns], 1
-    elif isinstance(layer, _ConvNd):
-        outputs, inputs, groups = layer.out_channels, layer.in_channels, layer.groups
-    else:
-        return f"it passes a {kind}"
+    groups = int(getattr(layer, "groups", 1))
     if isinstance(layer, _ConvTransposeNd) and groups > 1:
         return "it passes a transposed convolution with groups"
+    rows = axis_of_outputs(layer)
+    shape, columns = layer.get_parameter("weight").shape, 1 - rows
+    outputs, inputs = shape[rows], shape[columns] * groups
     is_depthwise = groups == inputs > 1
     if groups == outputs > 1 and not is_depthwise:
         return "it passes a convolution whose groups have several inputs and one output"
@@ -97,16 +79,17 @@ def ports_of(layer: nn.Module) -> tuple[Port, ...] | str:
     if "bias" in tensors:
         writes += (("bias", 0, "bias"),)
     # The filters of a depthwise convolution are removed with its inputs.
-    return Port("out", outputs, writes), Port(
-        "in", inputs, () if is_depthwise else reads
-    )
+    if is_depthwise:
+        reads = ()
+    return _Port("out", outputs, writes), _Port("in", inputs, reads)
 
 
 class Coupling:
     """A partition of the channels of a model's layers.
 
     Args:
-        layers: those with channels, by name; see :func:`ports_of`.
+        layers: convolutions, Linear, Conv1D, BatchNorm, InstanceNorm and PReLU layers, by
+            name.
 
     Attributes:
         channels: numbers of the channels, by name of the layer and side.
@@ -123,7 +106,7 @@ class Coupling:
         self._left_out: dict[int, str] = {}
         shared: dict[tuple[int, int], range] = {}
         for name, layer in layers.items():
-            ports = ports_of(layer)
+            ports = _ports_of(layer)
             if isinstance(ports, str):
                 self.reasons[name] = ports
                 continue
