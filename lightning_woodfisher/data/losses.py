@@ -424,28 +424,25 @@ def loss_with_graph(source: LossSource, batch: Any, index: int) -> Tensor:
 def compute_losses(
     source: LossSource,
     batches: Batches,
-    count: int,
+    indices: Sequence[int],
     comm: Communicator,
     seed: int,
     *,
     finite: bool = True,
-    skip: Sequence[int] = (),
 ) -> list[float]:
-    """Compute the losses of the mini-batches without gradients, shared by the ranks.
+    """Compute the losses of some mini-batches without gradients, shared by the ranks.
 
     Args:
         source: source of losses, inside its session.
         batches: the mini-batches.
-        count: N.
+        indices: indices of the mini-batches, ascending.
         comm: the ranks.
         seed: the one given to :func:`.collect_gradients`.
         finite: whether a loss that is not finite is a :class:`.PruningError`.
-        skip: indices of the mini-batches to leave out.
 
     Returns:
         The losses in order, the same on every rank.
     """
-    indices = [index for index in range(count) if index not in skip]
     own: dict[int, Tensor] = {}
     for first in range(0, len(indices), comm.world_size):
         # A rank without a mini-batch of its own runs the last one.

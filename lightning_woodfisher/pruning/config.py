@@ -133,13 +133,14 @@ class StepConfig:
             ``"joint"`` in ``prune()``; in both ``"joint"`` for a criterion that needs it.
         update_scale: share of the update that is applied, in [0, 1]; with ``line_search``
             the largest share. 0 is Optimal Brain Damage, like ``update="none"``.
-        line_search: choose the share of each update by the loss measured on the samples, so
-            that no update raises the loss; also replace the joint update by the independent
-            one where that gives a smaller loss. None searches, except in the callback for
+        line_search: choose the share of each update by the loss measured on the samples,
+            where 0 is a choice; also replace the joint update by the independent one where
+            that gives a smaller loss. None searches, except in the callback for
             the independent update that it has chosen.
         search_samples: number of samples on which the line search measures losses, and
             those before and after the step: the first of the gradients' samples, in whole
-            mini-batches and at least one.
+            mini-batches and at least one. The first 256 of them decide which two trials of
+            the search are measured on all.
         recompute_steps: number of stages that a step is divided into. Each stage has fresh
             gradients and a fresh inverse.
         recompute_spacing: how sparsity grows over the stages: ``"geometric"`` in the kept

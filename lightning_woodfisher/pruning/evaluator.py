@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CollectionRecord", "Evaluator"]
+__all__ = ["CollectionRecord", "Evaluator", "SearchPart"]
 
 import contextlib
 import dataclasses
@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ from lightning_woodfisher.gradients.nonfinite import SkippedGradients
 from lightning_woodfisher.gradients.sharded import collect_sharded_gradients
 from lightning_woodfisher.gradients.task import GradientTask
 from lightning_woodfisher.pruning.flops import LayerFlops, count_flops
+from lightning_woodfisher.pruning.line_search import screening_batches
 from lightning_woodfisher.weights.active import ActiveWeights
 from lightning_woodfisher.weights.masks import Masks
 from lightning_woodfisher.weights.patterns import Pattern
@@ -57,6 +59,8 @@ _SAME_LOSS = 1e-3
 # Samples are kept in memory up to this size, because losses on them are measured several
 # times: before the step, for every trial of the line search and after the step.
 _BYTES_OF_SAMPLES_KEPT = 2**28
+
+SearchPart = Literal["all", "first", "rest"]
 
 
 @dataclass
@@ -229,7 +233,7 @@ class Evaluator:
         count, size = self._groups(seed)
         batches = self._batches(count, size, seed)
         (loss,) = compute_losses(
-            self._source, batches, 1, self._comm, seed, finite=False
+            self._source, batches, [0], self._comm, seed, finite=False
         )
         mean = math.fsum(losses) / len(losses)
         return math.isclose(loss, mean, rel_tol=_SAME_LOSS)
@@ -464,7 +468,7 @@ class Evaluator:
         with self.clock("measure"):
             return self._losses(seed)
 
-    def measure_trial(self, seed: int) -> list[float]:
+    def measure_trial(self, seed: int, part: SearchPart = "all") -> list[float]:
         """Measure the losses on the same samples at trial weights.
 
         Not on those of ``first_order_samples``: on these, a step along their own mean
@@ -472,25 +476,30 @@ class Evaluator:
 
         Args:
             seed: seed of the samples.
+            part: the samples: ``"all"``, the ``"first"`` 256 (in whole batches), or the
+                ``"rest"``, of which there may be none.
 
         Returns:
             Losses, which may be infinite or NaN.
         """
-        return self._losses(seed, finite=False)
+        return self._losses(seed, part, finite=False)
 
-    def _losses(self, seed: int, finite: bool = True) -> list[float]:
+    def _losses(
+        self, seed: int, part: SearchPart = "all", finite: bool = True
+    ) -> list[float]:
         most, size, group = self._groups_measured(seed)
         count = self._fisher.num_gradients // group
         left_out = self._left_out(seed, count, size)
         measured = [i for i in range(count) if i not in left_out][:most]
+        first = screening_batches(size)
+        parts = {"all": measured, "first": measured[:first], "rest": measured[first:]}
         return compute_losses(
             self._source,
             self._batches(count, size, seed),
-            measured[-1] + 1,
+            parts[part],
             self._comm,
             seed,
             finite=finite,
-            skip=left_out,
         )
 
     def _left_out(self, seed: int, count: int, size: int) -> list[int]:

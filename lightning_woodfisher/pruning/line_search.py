@@ -6,12 +6,23 @@ minimizer are still good but their length is not, so the length is chosen by mea
 
 from __future__ import annotations
 
-__all__ = ["count_trials", "search_first_order", "search_scales"]
+__all__ = [
+    "FINALISTS",
+    "count_trials",
+    "screening_batches",
+    "search_first_order",
+    "search_scales",
+]
 
 import math
 from collections.abc import Callable
 
 Scales = tuple[float, ...]
+
+#: Number of trials that are measured on all samples: those that were best on the first.
+FINALISTS = 2
+# Samples on which every trial is measured.
+_SCREENING_SAMPLES = 256
 
 # Shares of the compensation that are tried.
 _COMPENSATIONS = (0.0, 0.5, 1.0)
@@ -106,6 +117,18 @@ def count_trials(first_order: bool) -> tuple[int, int]:
     # Each search measures its start and 0, and searches in two directions.
     fixed = 2 + 1 + compensations
     return fixed + 2 * 2, fixed + 2 * 2 * _MOST_RATIOS
+
+
+def screening_batches(size: int) -> int:
+    """Return the number of batches that every trial is measured on.
+
+    Args:
+        size: samples in a batch.
+
+    Returns:
+        The batches that have 256 samples.
+    """
+    return -(-_SCREENING_SAMPLES // size)
 
 
 class _Measured:

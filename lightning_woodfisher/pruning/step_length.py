@@ -5,16 +5,20 @@ from __future__ import annotations
 __all__ = ["ChosenStep", "StepLength"]
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_woodfisher.criteria import Criterion
 from lightning_woodfisher.criteria.obs import Update
-from lightning_woodfisher.pruning.evaluator import Evaluator
-from lightning_woodfisher.pruning.line_search import search_first_order, search_scales
+from lightning_woodfisher.pruning.evaluator import Evaluator, SearchPart
+from lightning_woodfisher.pruning.line_search import (
+    FINALISTS,
+    search_first_order,
+    search_scales,
+)
 from lightning_woodfisher.weights.active import ActiveWeights
 
 
@@ -34,6 +38,20 @@ class ChosenStep:
     scales: tuple[float, ...]
     update: Update
     losses: list[float] | None
+
+
+@dataclass
+class _Trial:
+    """An update, and its losses as far as they have been measured."""
+
+    scales: tuple[float, ...]
+    directions: Sequence[Tensor]
+    update: Update
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float:
+        return _mean(self.losses)
 
 
 class StepLength:
@@ -83,7 +101,7 @@ class StepLength:
             return
         nothing = torch.zeros_like(weights, dtype=torch.bool)
         self._first_order = search_first_order(
-            lambda scale: _mean(self._losses(scale * descent, nothing)),
+            lambda scale: _mean(self._losses(scale * descent, nothing, "first")),
             criterion.damping or 0.0,
             self._largest,
         )
@@ -109,44 +127,65 @@ class StepLength:
         """
         zeroing = torch.where(removed, -self._weights, 0.0)
 
-        def change_at(scales: Sequence[float], directions: Sequence[Tensor]) -> Tensor:
-            moves = [s * d for s, d in zip(scales, directions, strict=True)]
-            return sum(moves, zeroing)
+        def change_of(trial: _Trial) -> Tensor:
+            pairs = zip(trial.scales, trial.directions, strict=True)
+            return sum((s * d for s, d in pairs), zeroing)
 
-        scales = (self._largest,) * len(directions)
-        update, losses = self._criterion.update, None
+        def measure(trial: _Trial, part: SearchPart) -> float:
+            trial.losses += self._losses(change_of(trial), removed, part)
+            return trial.loss
+
+        best = _Trial(
+            (self._largest,) * len(directions), directions, self._criterion.update
+        )
         if self._search and directions and self._largest > 0.0:
-            measured: dict[tuple[float, ...], list[float]] = {}
-
-            def loss(trial: tuple[float, ...]) -> float:
-                measured[trial] = self._losses(change_at(trial, directions), removed)
-                return _mean(measured[trial])
-
-            scales = search_scales(
-                loss, len(directions), self._largest, self._first_order
-            )
-            losses = measured[scales]
-            for name, other in alternatives.items():
-                if self._active.is_close(directions[0], other):
-                    continue
-                trial = (self._largest, *scales[1:])
-                instead = (other, *directions[1:])
-                found = self._losses(change_at(trial, instead), removed)
-                if _mean(found) < _mean(losses):
-                    update, losses = name, found
-                    scales, directions = trial, instead
+            best = self._search_trials(directions, alternatives, measure)
         return ChosenStep(
-            change_at(scales, directions),
-            scales,
-            update if any(scales) else "none",
-            losses if losses and math.isfinite(_mean(losses)) else None,
+            change_of(best),
+            best.scales,
+            best.update if any(best.scales) else "none",
+            best.losses if math.isfinite(best.loss) else None,
         )
 
-    def _losses(self, change: Tensor, removed: Tensor) -> list[float]:
+    def _search_trials(
+        self,
+        directions: Sequence[Tensor],
+        alternatives: Mapping[Update, Tensor],
+        measure: Callable[[_Trial, SearchPart], float],
+    ) -> _Trial:
+        """Measure all trials on few samples, and the two best ones on all of them."""
+        trials: list[_Trial] = []
+
+        def screen(trial: _Trial) -> float:
+            trials.append(trial)
+            return measure(trial, "first")
+
+        update = self._criterion.update
+        scales = search_scales(
+            lambda scales: screen(_Trial(scales, directions, update)),
+            len(directions),
+            self._largest,
+            self._first_order,
+        )
+        for name, other in alternatives.items():
+            if not self._active.is_close(directions[0], other):
+                instead = (other, *directions[1:])
+                screen(_Trial((self._largest, *scales[1:]), instead, name))
+        finalists: list[_Trial] = []
+        # Of equal losses the first one, which is the smaller step.
+        for trial in sorted(trials, key=lambda trial: trial.loss):
+            if math.isfinite(measure(trial, "rest")):
+                finalists.append(trial)
+            if len(finalists) == FINALISTS:
+                break
+        # The first trial is no update.
+        return min(finalists or trials[:1], key=lambda trial: trial.loss)
+
+    def _losses(self, change: Tensor, removed: Tensor, part: SearchPart) -> list[float]:
         """Return the losses at trial weights; none if the weights are not finite."""
         if not self._active.write_trial(self._weights + change, removed):
             return []
-        return self._evaluator.measure_trial(self._seed)
+        return self._evaluator.measure_trial(self._seed, part)
 
 
 def _mean(losses: Sequence[float]) -> float:

@@ -18,7 +18,11 @@ from lightning_woodfisher.fisher.config import (
 from lightning_woodfisher.gradients.row_computer import micro_batch_size
 from lightning_woodfisher.layerwise.survey import SURVEYED_BATCHES
 from lightning_woodfisher.pruning.config import PruningConfig
-from lightning_woodfisher.pruning.line_search import count_trials
+from lightning_woodfisher.pruning.line_search import (
+    FINALISTS,
+    count_trials,
+    screening_batches,
+)
 from lightning_woodfisher.weights.partition import Partition
 from lightning_woodfisher.weights.patterns import Pattern, parse_pattern
 
@@ -198,21 +202,26 @@ class Workload:
     def loss_passes(self) -> int:
         """Mini-batches whose loss a rank computes without a gradient (map-style data)."""
         step, fisher = self.config.step, self.fisher
-        passes = self.expected_trials + max(0, step.local_model_points - 2)
+        # How often all samples are measured, and how often only the first ones.
+        trials, passes = self.expected_trials, max(0, step.local_model_points - 2)
         group = mini_batches_in_group(fisher)
         size = fisher.gradient_batch_size * group
         groups = min(fisher.num_gradients // group, max(1, step.search_samples // size))
         checked = 0
         if step.measure_loss:
             # The last measurement of the line search is the loss of the new weights.
-            passes += not self.expected_trials
+            passes += not trials
             # The loss before the step is known from the gradients if these are computed
             # with the labels of the data; one group shows whether the loss is a mean.
             known = self.uses_gradients and not fisher.sample_labels
             passes += not known
             if known and group > 1 and self.criterion.needs != "factors":
                 checked = group
-        passes *= -(-groups // self.exchange_ranks) * group
+        first = min(groups, screening_batches(size))
+        finalists = min(trials, FINALISTS)
+        times = (passes, groups), (trials, first), (finalists, groups - first)
+        ranks = self.exchange_ranks
+        passes = group * sum(often * -(-count // ranks) for often, count in times)
         if self.engine == "layers":
             # The dense and the pruned network.
             passes += 2 * -(-self.mini_batches // self.exchange_ranks) * group

@@ -307,8 +307,8 @@ class StructurePruner:
             # BatchNorm statistics differ between ranks in the middle of training.
             self.comm.broadcast(source.model.buffers())
             batches = calibration_batches(source, self.config, seed)
-            count = self.config.num_batches
-            losses = compute_losses(source, batches, count, self.comm, seed)
+            indices = range(self.config.num_batches)
+            losses = compute_losses(source, batches, indices, self.comm, seed)
         return sum(losses) / len(losses)
 
 

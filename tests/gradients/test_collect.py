@@ -188,7 +188,7 @@ def test_dropout_draws_its_own_seed_for_each_gradient(comm: Communicator) -> Non
     assert torch.equal(first, rows())
     assert not torch.equal(first[0], first[1])
     with source.session("train"):
-        measured = compute_losses(source, source.batches(5, 4, 0), 5, comm, 8)
+        measured = compute_losses(source, source.batches(5, 4, 0), range(5), comm, 8)
     assert len(set(measured)) == 5
 
 
@@ -359,7 +359,7 @@ def test_a_loss_that_is_no_scalar(result: Any, comm: Communicator) -> None:
         pytest.raises(PruningError, match=expected),
         source.session("eval"),
     ):
-        compute_losses(source, source.batches(7, 4, seed=3), 7, comm, 3)
+        compute_losses(source, source.batches(7, 4, seed=3), range(7), comm, 3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -371,7 +371,7 @@ def test_a_measured_loss_that_is_not_finite_names_its_batch(
         pytest.raises(PruningError, match=rf"batch 4 of the stream\) is {value}"),
         source.session("eval"),
     ):
-        compute_losses(source, source.batches(7, 4, seed=3), 7, comm, 3)
+        compute_losses(source, source.batches(7, 4, seed=3), range(7), comm, 3)
 
 
 def test_frozen_weights_have_no_gradient(comm: Communicator) -> None:
@@ -577,7 +577,7 @@ def test_a_loss_that_differentiates_inside_is_measured(comm: Communicator) -> No
         active = everything_active(parameters)
         task = GradientTask(source, parameters, active, 7, 3, comm, losses)
         list(collect_gradients(task, chosen, [45]))
-        assert compute_losses(source, chosen, 7, comm, 3) == losses
+        assert compute_losses(source, chosen, range(7), comm, 3) == losses
     assert len(set(losses)) == 7
 
 
@@ -606,7 +606,7 @@ def test_mean_loss_gives_the_losses_in_order_without_a_graph(
     source = FunctionLoss(model, batches(), cross_entropy)
     with source.session("eval"):
         chosen = source.batches(7, 4, seed=3)
-        assert compute_losses(source, chosen, 7, comm, 3) == expected
+        assert compute_losses(source, chosen, range(7), comm, 3) == expected
 
 
 @pytest.mark.parametrize("pieces", [(10,), (1,) * 10, (3, 3, 4), (0, 9, 0, 1), (7, 3)])

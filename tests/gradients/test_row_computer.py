@@ -43,7 +43,7 @@ def count_waits(count: int, layers: int, collection: Any, pruned: bool) -> int:
                 task, batches, [width], collection=collection, note=notes.append
             )
             number = sum(len(chunk) for chunk in rows)
-            compute_losses(source, batches, count, comm, 4)
+            compute_losses(source, batches, range(count), comm, 4)
     assert number == count
     assert notes == ["loop: requested" if collection == "loop" else "per-sample"]
     return waits.total()

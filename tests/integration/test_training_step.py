@@ -76,7 +76,7 @@ class Rows(pl.Callback):
             task = GradientTask(source, parameters, active, COUNT, 1, comm, self.losses)
             rows = collect_gradients(task, batches, sizes, collection="loop")
             self.rows = torch.cat(list(rows)).cpu()
-            self.measured = compute_losses(source, batches, COUNT, comm, 1)
+            self.measured = compute_losses(source, batches, range(COUNT), comm, 1)
         assert [p.requires_grad for p in module.parameters()] == before
 
 

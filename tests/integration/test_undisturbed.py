@@ -75,7 +75,7 @@ class Collect(pl.Callback):
             rows = collect_gradients(task, batches, partition.shard_sizes())
             self.rows.append(torch.cat([row.clone() for row in rows]))
             again = compute_losses(
-                source, source.batches(COUNT, SIZE, seed=1), COUNT, comm, 1
+                source, source.batches(COUNT, SIZE, seed=1), range(COUNT), comm, 1
             )
         self.losses += [losses, again]
 

@@ -71,6 +71,28 @@ def test_losses_are_measured_on_some_samples_of_the_gradients(
     assert report.loss_after == pytest.approx(after, rel=1e-5)
 
 
+def test_only_the_two_best_trials_are_measured_on_all_samples() -> None:
+    data, recorder, model, dense = samples(640), Recorder(), network(), network()
+    report = prune(
+        model,
+        data,
+        recorder,
+        target_sparsity=0.5,
+        fisher=FisherConfig(80, 8, 64),
+        step=StepConfig(search_samples=600),
+    )
+    inputs = torch.cat(recorder.measured)[64:]
+    assert len(inputs) == 4 * 256 + 2 * (576 - 256)
+    *first, rest = inputs.split([256] * 4 + [2 * 320])
+    assert all(torch.equal(part, first[0]) for part in first)
+    assert torch.equal(*rest.split(320))
+    whole = torch.cat([first[0], rest[:320]])
+    assert len(whole.unique(dim=0)) == 576
+    before, after = (mean_loss(m, whole) for m in (dense, model))
+    assert report.loss_before == pytest.approx(before, rel=1e-5)
+    assert report.loss_after == pytest.approx(after, rel=1e-5)
+
+
 def test_a_loss_that_is_no_mean_is_measured_in_the_same_batches_before_and_after() -> (
     None
 ):

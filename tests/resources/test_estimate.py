@@ -186,6 +186,22 @@ def test_passes_are_those_of_a_real_step(
     }
 
 
+def test_passes_of_a_search_on_many_samples_are_those_of_a_real_step() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+    inputs = torch.randn(400, 8)
+    data = TensorDataset(inputs, inputs[:, :3].argmax(dim=1))
+    settings = fisher(48, 10, gradient_batch_size=8)
+    cost, loss = estimate(model, fisher=settings), Counted()
+    prune(model, data, loss, target_sparsity=0.6, fisher=settings)
+    assert loss.samples == {
+        True: 8 * cost.gradient_passes,
+        False: 8 * cost.loss_passes,
+    }
+    # One that shows whether the loss is a mean, four trials and two finalists.
+    assert loss.samples[False] == 64 + 4 * 256 + 2 * 128
+
+
 def test_passes_of_the_first_order_are_within_those_of_a_search() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
