@@ -276,10 +276,9 @@ class ActiveWeights:
         Returns:
             The same on all ranks.
         """
-        pairs = torch.stack([one, one - other]).abs()
         # A rank may have no weights.
-        largest = torch.cat([pairs, pairs.new_zeros(2, 1)], dim=1).amax(dim=1)
-        size, gap = self._comm.maximum(largest).tolist()
+        sizes = [x.abs().amax() if len(x) else x.sum() for x in (one, one - other)]
+        size, gap = self._comm.maximum(torch.stack(sizes)).tolist()
         return bool(gap <= _ROUNDING * size)
 
     def _gather(self, weights: Tensor, removed: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 _UNITS_WANTED = 96
 # It holds at most this number of weights, unless a block is larger. Its matrices then fit
 # into the cache of a core, and their memory is used again instead of being mapped anew.
-_LARGEST_UNIT = 2**14
+_LARGEST_UNIT = 2**13
 # Units of networks with more weights are larger, so that there are not many more than this:
 # an estimate tries many settings, and goes through all units of each.
 _MOST_UNITS = 2**10
