@@ -11,7 +11,6 @@ __all__ = [
     "differentiable_loss",
     "differentiate",
     "loss_with_graph",
-    "lower_loss_scale",
     "map_tensors",
     "refuse_checkpoints",
     "run_loss",
@@ -120,6 +119,20 @@ class LossSource(ABC):
         Returns:
             Scalar tensor with a graph: the mean loss of the batch.
         """
+
+    def loss_scales(self) -> Iterator[float]:
+        """Iterate over the loss scale and smaller ones, to try after an overflow.
+
+        Derivatives in float16 may overflow under the scale of the GradScaler.
+
+        Yields:
+            Scales in decreasing order.
+        """
+        scale = self.loss_scale
+        yield scale
+        while scale > _SMALLEST_LOSS_SCALE:
+            scale = max(scale / _LOSS_SCALE_STEP, _SMALLEST_LOSS_SCALE)
+            yield scale
 
     @contextlib.contextmanager
     def session(self, mode: ModelMode) -> Iterator[None]:
@@ -570,20 +583,6 @@ def _works(source: LossSource, batch: Any, index: int, mode: IsolationMode) -> b
     except Exception:
         return False
     return True
-
-
-def lower_loss_scale(scale: float) -> float | None:
-    """Choose the loss scale to try after gradients have overflowed.
-
-    Args:
-        scale: the one with which they overflowed.
-
-    Returns:
-        A smaller one; None if the scale cannot be the cause.
-    """
-    if scale <= _SMALLEST_LOSS_SCALE:
-        return None
-    return max(scale / _LOSS_SCALE_STEP, _SMALLEST_LOSS_SCALE)
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], batch: Any) -> Any:

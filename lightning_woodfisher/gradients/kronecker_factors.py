@@ -163,7 +163,7 @@ def _fill(
 ) -> float:
     """Write the sums of one micro-batch into ``row`` and return its loss."""
     batch = batches.fetch(index)
-    for scale in task.loss_scales():
+    for scale in task.source.loss_scales():
         with record_calls(task.source.model, parameters) as calls:
             loss = differentiable_loss(task.source, batches, index, batch)
         gradients: tuple[Tensor | None, ...] = ()

@@ -184,7 +184,7 @@ class RowComputer:
             for index, row in enumerate(rows, start=first):
                 with self._task.seeded(index):
                     batch = self._batches.fetch(index)
-                    scale = next(self._task.loss_scales())
+                    scale = next(self._task.source.loss_scales())
                     loss = self._write(index, batch, row, scale)
                 singles.append(_Single(index, row, batch, loss))
         except Exception as error:
@@ -231,7 +231,7 @@ class RowComputer:
         """Compute a gradient that has overflowed under smaller loss scales."""
         task, row = self._task, single.row
         with task.seeded(single.index):
-            for scale in [*task.loss_scales()][1:]:
+            for scale in [*task.source.loss_scales()][1:]:
                 self._write(single.index, single.batch, row, scale)
                 if bool(row.isfinite().all()):
                     return
@@ -289,7 +289,7 @@ class RowComputer:
             A function that returns the problem found, or ``""``; or the problem, if it is
             known already.
         """
-        scales = [*self._task.loss_scales()] if scales is None else scales
+        scales = [*self._task.source.loss_scales()] if scales is None else scales
         try:
             found, dtype = self._together(first, rows, scales[0])
             numbers = HostCopy(self._measure(found, first, rows, scales[0]))

@@ -70,7 +70,7 @@ def _gradient(task: GradientTask, batches: Batches, index: int) -> tuple[Tensor,
     comm = task.comm
     with task.seeded(index):
         batch = comm.run_together(lambda: batches.fetch(index))
-        for scale in task.loss_scales():
+        for scale in task.source.loss_scales():
             loss = comm.run_together(
                 lambda: differentiable_loss(task.source, batches, index, batch)
             )

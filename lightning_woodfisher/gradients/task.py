@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["GradientTask"]
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_woodfisher.base.types import common_dtype
 from lightning_woodfisher.data.isolation import derive_seed, seeded
-from lightning_woodfisher.data.losses import LossSource, lower_loss_scale
+from lightning_woodfisher.data.losses import LossSource
 from lightning_woodfisher.distributed.communicator import Communicator
 
 
@@ -57,16 +57,3 @@ class GradientTask:
             A context manager.
         """
         return seeded(derive_seed(self.seed, index))
-
-    def loss_scales(self) -> Iterator[float]:
-        """Iterate over the loss scale and smaller ones, to try after an overflow.
-
-        Gradients in float16 may overflow under the scale of the GradScaler.
-
-        Yields:
-            Scales in decreasing order.
-        """
-        scale: float | None = self.source.loss_scale
-        while scale is not None:
-            yield scale
-            scale = lower_loss_scale(scale)

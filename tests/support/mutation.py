@@ -150,7 +150,7 @@ MUTANTS = (
     ),
     Mutant(
         "data/losses.py",
-        "return max(scale / _LOSS_SCALE_STEP, _SMALLEST_LOSS_SCALE)",
+        "scale = max(scale / _LOSS_SCALE_STEP, _SMALLEST_LOSS_SCALE)",
         "return None",
         ("gradients/test_collect.py",),
     ),

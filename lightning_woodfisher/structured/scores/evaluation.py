@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from lightning_woodfisher.base.errors import ConfigurationError, PruningError
 from lightning_woodfisher.data.batches import Batches, TooFewSamplesError
@@ -27,7 +26,7 @@ from lightning_woodfisher.data.isolation import depends_on_mode, derive_seed, se
 from lightning_woodfisher.data.losses import (
     LossSource,
     differentiable_loss,
-    lower_loss_scale,
+    map_tensors,
 )
 from lightning_woodfisher.data.sampled_labels import (
     UnlabeledBatch,
@@ -139,13 +138,12 @@ class Evaluation:
     def _rows_of_batch(
         self, batches: Batches, index: int, compute: ComputeRows
     ) -> Tensor:
-        scale = self.source.loss_scale
         with seeded(derive_seed(self._seed, index)):
             batch = batches.fetch(index)
 
         def loss() -> Tensor:
             # A loss may change its batch in place.
-            copy = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, batch)
+            copy = map_tensors(Tensor.clone, batch)
             value = differentiable_loss(self.source, batches, index, copy)
             _require_evaluation_mode(self.source.model)
             return value
@@ -153,19 +151,15 @@ class Evaluation:
         labels = count_labels(
             batch.batch if isinstance(batch, UnlabeledBatch) else batch
         )
-        while True:
+        for scale in self.source.loss_scales():
             with seeded(derive_seed(self._seed, "loss", index)):
                 rows = compute(loss, scale, labels) / scale
             if bool(rows.isfinite().all()):
                 return rows.cpu()
-            # float16 has overflowed under the scale of the GradScaler.
-            lower = lower_loss_scale(scale)
-            if lower is None:
-                raise PruningError(
-                    f"derivatives of the loss of batch {index} "
-                    f"({batches.describe(index)}) are not finite"
-                )
-            scale = lower
+        raise PruningError(
+            f"derivatives of the loss of batch {index} ({batches.describe(index)}) are not "
+            "finite"
+        )
 
     @torch.no_grad()
     def _gather(self, own: dict[int, Tensor], count: int, width: int) -> Tensor:

@@ -27,10 +27,7 @@ from torch import Tensor, nn
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.gradients.hessian_rows import second_derivatives
 from lightning_woodfisher.structured.scores.evaluation import Evaluation
-from lightning_woodfisher.structured.scores.frozen_convolutions import (
-    FrozenConvolutions,
-)
-from lightning_woodfisher.structured.scores.gates import Gates
+from lightning_woodfisher.structured.scores.gates import FrozenConvolutions, Gates
 
 _ROWS_PER_PRODUCT = 256
 _NEEDS = "method='sosp_h' needs; use method='sosp_i'"

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_woodfisher.structured.scores import frozen_convolutions
-from lightning_woodfisher.structured.scores.frozen_convolutions import (
-    FrozenConvolutions,
-)
+from lightning_woodfisher.structured.scores import gates
+from lightning_woodfisher.structured.scores.gates import FrozenConvolutions
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "plain": (nn.Conv2d(4, 6, 3), (3, 4, 9, 9)),
@@ -66,6 +64,6 @@ def test_nothing_is_computed_for_the_weights(monkeypatch: pytest.MonkeyPatch) ->
     with FrozenConvolutions():
         # Forward, gradient of the inputs, and both of them once more.
         assert count(lambda: derivatives(layer, inputs)) == 4 * forward
-    monkeypatch.setattr(frozen_convolutions, "_CONVOLUTIONS", {})
+    monkeypatch.setattr(gates, "_CONVOLUTIONS", {})
     with FrozenConvolutions():
         assert count(lambda: derivatives(layer, inputs)) == 5 * forward
