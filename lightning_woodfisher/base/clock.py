@@ -1,12 +1,14 @@
-"""Time the phases of a pruning step, and report its progress."""
+"""Time actions and the phases of a pruning step, and report its progress."""
 
 from __future__ import annotations
 
-__all__ = ["PhaseClock", "Progress", "no_progress"]
+__all__ = ["PhaseClock", "Progress", "no_progress", "time_action"]
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+
+import torch
 
 Progress = Callable[
     [str, int], "contextlib.AbstractContextManager[Callable[[int], object]]"
@@ -46,6 +48,28 @@ class PhaseClock:
             spent = time.perf_counter() - start
             self.seconds[phase] = self.seconds.get(phase, 0.0) + spent - self._inner
             self._inner = outer_inner + spent
+
+
+def time_action(action: Callable[[], object], device: torch.device) -> float:
+    """Measure the time of an action.
+
+    Args:
+        action: the action.
+        device: device of the action; its work is included.
+
+    Returns:
+        Seconds.
+    """
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    start = time.perf_counter()
+    action()
+    wait()
+    return time.perf_counter() - start
 
 
 @contextlib.contextmanager

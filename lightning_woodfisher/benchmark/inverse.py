@@ -29,6 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_woodfisher.base.clock import time_action
 from lightning_woodfisher.benchmark.cases import Case
 from lightning_woodfisher.benchmark.recursion import (
     Plan,
@@ -41,7 +42,6 @@ from lightning_woodfisher.benchmark.timing import (
     CPU,
     Timing,
     measure_alternately,
-    time_action,
 )
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.fisher.config import (

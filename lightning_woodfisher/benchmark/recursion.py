@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_woodfisher.benchmark.timing import time_action
+from lightning_woodfisher.base.clock import time_action
 from lightning_woodfisher.weights.partition import Partition, Unit
 
 # Range of the batch sizes to try; all caches lie within it.

@@ -8,8 +8,6 @@ __all__ = [
     "describe_memory_measure",
     "measure_alternately",
     "require_device",
-    "time_action",
-    "wait_for",
 ]
 
 import contextlib
@@ -24,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from lightning_woodfisher.base.clock import time_action
 from lightning_woodfisher.base.errors import ConfigurationError
 
 CPU = torch.device("cpu")
@@ -104,23 +103,6 @@ def measure_alternately(
     return timings
 
 
-def time_action(action: Callable[[], object], device: torch.device) -> float:
-    """Measure the time of an action.
-
-    Args:
-        action: the action.
-        device: device of the action; its work is included.
-
-    Returns:
-        Seconds.
-    """
-    wait_for(device)
-    start = time.perf_counter()
-    action()
-    wait_for(device)
-    return time.perf_counter() - start
-
-
 def require_device(name: str) -> torch.device:
     """Check that a device can be measured.
 
@@ -155,16 +137,6 @@ def describe_memory_measure(device: torch.device) -> str:
     if _reset_resident_peak():
         return "peak resident memory (VmHWM) above the start"
     return "not measured on this system"
-
-
-def wait_for(device: torch.device) -> None:
-    """Wait until a device has finished its work.
-
-    Args:
-        device: the device; a CPU needs no waiting.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _start_peak(device: torch.device) -> int | None:

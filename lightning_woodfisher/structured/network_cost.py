@@ -4,9 +4,9 @@ from __future__ import annotations
 
 __all__ = ["IndexTensors", "NetworkSize", "measure_latency"]
 
+import functools
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lightning_woodfisher.base.clock import time_action
 from lightning_woodfisher.data.isolation import derive_seed, isolated, seeded
 from lightning_woodfisher.data.losses import LossSource, run_loss
 from lightning_woodfisher.distributed.communicator import Communicator
@@ -180,21 +181,10 @@ def measure_latency(
 
     inputs = tree_map_only(Tensor, repeat, inputs)
     device = next(tensors_in(inputs)).device
-    seconds: tuple[list[float], list[float]] = ([], [])
+    passes = [functools.partial(run_model, model, inputs) for model in (dense, shrunk)]
     with isolated(dense, "eval"), isolated(shrunk, "eval"):
-        for _ in range(runs + 3):
-            seconds[0].append(_time_forward(dense, inputs, device))
-            seconds[1].append(_time_forward(shrunk, inputs, device))
-    return statistics.median(seconds[0][3:]), statistics.median(seconds[1][3:])
-
-
-def _time_forward(model: nn.Module, inputs: Any, device: torch.device) -> float:
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    synchronize()
-    start = time.perf_counter()
-    run_model(model, inputs)
-    synchronize()
-    return time.perf_counter() - start
+        seconds = [
+            [time_action(run, device) for run in passes] for _ in range(runs + 3)
+        ]
+    of_dense, of_shrunk = map(statistics.median, zip(*seconds[3:], strict=True))
+    return of_dense, of_shrunk
