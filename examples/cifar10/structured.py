@@ -7,8 +7,6 @@ Each method scores the channels of a trained network once for each seed. For eve
 are removed, BatchNorm statistics are estimated anew, and the smaller network is fine-tuned
 on the same images in the same order. Prints the accuracies on test images before and after
 fine-tuning, and the mean over seeds. ``dense`` is the dense network, trained on for as long.
-``--latency-runs`` adds the time of a forward pass of 64 images as a share of that of the dense
-network, measured in turns.
 ``--rank-correlation`` prints the rank correlation between the scores of 64 random channels
 and the loss without each of them, with new BatchNorm statistics.
 """
@@ -42,9 +40,12 @@ from lightning_woodfisher.data.isolation import isolated
 from lightning_woodfisher.data.losses import FunctionLoss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.structured.graph.groups import Group, channel_masks
-from lightning_woodfisher.structured.network_cost import NetworkSize, measure_latency
+from lightning_woodfisher.structured.network_cost import IndexTensors, NetworkSize
 from lightning_woodfisher.structured.scores.hap import spearman
-from lightning_woodfisher.structured.scores.methods import score_structures
+from lightning_woodfisher.structured.scores.methods import (
+    StructureScores,
+    score_structures,
+)
 from lightning_woodfisher.structured.selection import (
     additive_scores,
     select_for_size,
@@ -135,26 +136,22 @@ def compare(options: argparse.Namespace, data: CIFAR10, test: TensorDataset) -> 
             ):
                 divide = {"no": False, "yes": True, "default": None}[per_cost]
                 config = dataclasses.replace(config, measure=measure, per_cost=divide)
-                values = additive_scores(scores, groups, config, size)
-                chosen = select_for_size(groups, values, size, removed, config)
-                model = copy.deepcopy(dense)
-                shrink(model, groups, chosen)
+                model, chosen = remove_channels(
+                    dense, groups, size, scores, removed, config
+                )
                 recalibrate(model, data.train, options.batches)
                 label = f"{name} per cost" if config.is_per_cost else name
                 key = (label, measure, f"{removed:.0%}")
                 shares[key] = (
                     size.macs(chosen) / size.dense_macs,
                     size.parameters(chosen) / size.dense_parameters,
-                    *time_forward(dense, model, options.latency_runs),
                 )
                 test_network(key, model, seed)
-    head = ["method", "measure", "removed", "FLOPs", "parameters", "time"]
-    head = [*head[: 5 + bool(options.latency_runs)], "before", "after"]
-    whole = (1.0,) * (len(head) - 5)
+    head = ("method", "measure", "removed", "FLOPs", "parameters", "before", "after")
     rows = [
         (
             *key,
-            *(f"{share:.0%}" for share in shares.get(key, whole)),
+            *(f"{share:.0%}" for share in shares.get(key, (1.0, 1.0))),
             *map(_format, zip(*results, strict=True)),
         )
         for key, results in found.items()
@@ -162,16 +159,20 @@ def compare(options: argparse.Namespace, data: CIFAR10, test: TensorDataset) -> 
     print(format_table(head, rows))
 
 
-def time_forward(dense: nn.Module, smaller: nn.Module, runs: int) -> tuple[float, ...]:
-    """Return the time of the smaller network as a share of the dense one's, if asked."""
-    if not runs:
-        return ()
-    models = [
-        copy.deepcopy(model).to(memory_format=torch.channels_last)
-        for model in (dense, smaller)
-    ]
-    before, after = measure_latency(models[0], models[1], IMAGE, runs, batch_size=64)
-    return (after / before,)
+def remove_channels(
+    dense: nn.Module,
+    groups: Sequence[Group],
+    size: NetworkSize,
+    scores: StructureScores,
+    share: float,
+    config: StructureConfig,
+) -> tuple[nn.Module, IndexTensors]:
+    """Return a copy without a share of the measure, and the removed structures."""
+    values = additive_scores(scores, groups, config, size)
+    chosen = select_for_size(groups, values, size, share, config)
+    model = copy.deepcopy(dense)
+    shrink(model, groups, chosen)
+    return model, chosen
 
 
 def _format(values: Sequence[float]) -> str:
@@ -267,7 +268,6 @@ def main() -> None:
         "--per-cost", nargs="+", default=["no", "yes"], metavar="no|yes|default"
     )
     parser.add_argument("--round-to", type=int, default=1)
-    parser.add_argument("--latency-runs", type=int, default=0)
     parser.add_argument("--steps", type=int, default=350, help="of fine-tuning")
     parser.add_argument("--batches", type=int, default=30, help="for BatchNorm")
     parser.add_argument("--test-images", type=int, default=10_000)

@@ -77,7 +77,8 @@ class StructureConfig:
         min_kept_share: smallest share of its structures that every group keeps.
         max_ratio: largest share of its structures that a group loses.
         round_to: layers of a group that loses any structure keep a multiple of this number
-            of channels; 8 fits the vectors of CPUs with AVX and the products of GPUs.
+            of channels; 8 fits the vectors of CPUs with AVX and the products of GPUs, 16
+            the vectors of AVX-512.
         batchnorm_recalibration_batches: re-estimate the running statistics of BatchNorm on
             this number of batches after each step (of 64 or ``batch_size`` samples,
             whichever is larger); 0 leaves them unchanged.

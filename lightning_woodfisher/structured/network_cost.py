@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lightning_woodfisher.base.clock import time_action
 from lightning_woodfisher.data.isolation import derive_seed, isolated, seeded
@@ -160,26 +159,20 @@ def _count_macs(
 
 @torch.no_grad()
 def measure_latency(
-    dense: nn.Module, shrunk: nn.Module, inputs: Any, runs: int, batch_size: int = 1
+    dense: nn.Module, shrunk: nn.Module, inputs: Any, runs: int
 ) -> tuple[float, float]:
     """Time two networks in turns, so that other load slows both.
 
     Args:
         dense: the network.
         shrunk: the smaller network, on the same device.
-        inputs: of one sample, repeated along the first axis.
+        inputs: see :func:`.run_model`.
         runs: number of timed passes of each network.
-        batch_size: samples in a pass.
 
     Returns:
         Median seconds of a forward pass of the dense and of the smaller network, after
         three passes to warm up.
     """
-
-    def repeat(value: Tensor) -> Tensor:
-        return value.repeat(batch_size, *(1,) * (value.dim() - 1))
-
-    inputs = tree_map_only(Tensor, repeat, inputs)
     device = next(tensors_in(inputs)).device
     passes = [functools.partial(run_model, model, inputs) for model in (dense, shrunk)]
     with isolated(dense, "eval"), isolated(shrunk, "eval"):
