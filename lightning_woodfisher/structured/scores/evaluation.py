@@ -7,6 +7,7 @@ batches into order before anything is added, so that no sum depends on R.
 from __future__ import annotations
 
 __all__ = [
+    "ComputeLoss",
     "Evaluation",
     "calibration_batches",
     "enough_samples",
@@ -39,9 +40,11 @@ from lightning_woodfisher.structured.config import StructureConfig
 from lightning_woodfisher.structured.graph.groups import Group
 from lightning_woodfisher.structured.scores.vectors import StructureVectors
 
-# Takes the function that computes the loss, its scale and the number of labels of the
-# batch; returns rows [r, width].
-ComputeRows = Callable[[Callable[[], Tensor], float, int], Tensor]
+#: Runs the model on a batch, and returns its mean loss.
+ComputeLoss = Callable[[], Tensor]
+# Takes this function, a scale of the loss and the number of labels of the batch; returns
+# rows [r, width].
+_ComputeRows = Callable[[ComputeLoss, float, int], Tensor]
 
 
 class Evaluation:
@@ -97,7 +100,7 @@ class Evaluation:
 
     def compute_rows(
         self,
-        compute: ComputeRows,
+        compute: _ComputeRows,
         width: int,
         *,
         draw_labels: bool = False,
@@ -136,7 +139,7 @@ class Evaluation:
         return self._gather(own, count, width)
 
     def _rows_of_batch(
-        self, batches: Batches, index: int, compute: ComputeRows
+        self, batches: Batches, index: int, compute: _ComputeRows
     ) -> Tensor:
         with seeded(derive_seed(self._seed, index)):
             batch = batches.fetch(index)

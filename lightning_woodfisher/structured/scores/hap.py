@@ -12,7 +12,7 @@ from __future__ import annotations
 __all__ = ["count_probes", "score_hap", "spearman"]
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_woodfisher.data.isolation import derive_seed
 from lightning_woodfisher.data.losses import differentiate
 from lightning_woodfisher.gradients.hessian_rows import second_derivatives
-from lightning_woodfisher.structured.scores.evaluation import Evaluation
+from lightning_woodfisher.structured.scores.evaluation import ComputeLoss, Evaluation
 from lightning_woodfisher.structured.scores.vectors import (
     ParameterSlices,
     StructureVectors,
@@ -130,7 +130,7 @@ def _gauss_newton_traces(
     """
     vectors = evaluation.vectors
 
-    def compute(loss: Callable[[], Tensor], scale: float, labels: int) -> Tensor:
+    def compute(loss: ComputeLoss, scale: float, labels: int) -> Tensor:
         found = differentiate(loss() * scale, vectors.parameters)
         gradients = [None if g is None else g.double() / scale for g in found]
         squares = sum_products(slices, gradients, gradients, vectors.size)
@@ -152,7 +152,7 @@ def _probe(
     vectors = evaluation.vectors
     weights, probes = vectors.parameters, len(signs[0])
 
-    def compute(loss: Callable[[], Tensor], scale: float, labels: int) -> Tensor:
+    def compute(loss: ComputeLoss, scale: float, labels: int) -> Tensor:
         result = torch.zeros(2, count, dtype=torch.float64, device=signs[0].device)
         with second_derivatives("the loss", _NEEDS):
             found = differentiate(loss() * scale, weights, create_graph=True)

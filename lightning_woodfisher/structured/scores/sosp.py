@@ -18,7 +18,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.gradients.hessian_rows import second_derivatives
-from lightning_woodfisher.structured.scores.evaluation import Evaluation
+from lightning_woodfisher.structured.scores.evaluation import ComputeLoss, Evaluation
 from lightning_woodfisher.structured.scores.gates import FrozenConvolutions, Gates
 
 _ROWS_PER_PRODUCT = 256
@@ -145,7 +145,7 @@ def score_sosp_h(evaluation: Evaluation) -> Tensor:
     """
     gates = Gates(evaluation.vectors)
 
-    def compute(loss: Callable[[], Tensor], scale: float, labels: int) -> Tensor:
+    def compute(loss: ComputeLoss, scale: float, labels: int) -> Tensor:
         value = gates.run(loss) * scale
         with second_derivatives("the loss", _NEEDS):
             gradient = gates.derivatives(value, create_graph=True)
@@ -185,22 +185,16 @@ def score_pairs(evaluation: Evaluation) -> PairScores:
         if isinstance(output, Tensor) and output.requires_grad:
             logits.append(output)
 
-    def differentiate_loss(
-        loss: Callable[[], Tensor], scale: float, labels: int
-    ) -> Tensor:
+    def differentiate_loss(loss: ComputeLoss, scale: float, labels: int) -> Tensor:
         # The loss is a mean, and a row belongs to one sample.
         rows = gates.derivatives(gates.run(loss) * scale)
         return rows * len(rows)
 
-    def differentiate_drawn(
-        loss: Callable[[], Tensor], scale: float, labels: int
-    ) -> Tensor:
+    def differentiate_drawn(loss: ComputeLoss, scale: float, labels: int) -> Tensor:
         rows = differentiate_loss(loss, scale, labels)
         return rows * math.sqrt(labels / len(rows))
 
-    def differentiate_logits(
-        loss: Callable[[], Tensor], scale: float, labels: int
-    ) -> Tensor:
+    def differentiate_logits(loss: ComputeLoss, scale: float, labels: int) -> Tensor:
         logits.clear()
         gates.run(loss)
         shapes = [tuple(one.shape) for one in logits]
@@ -242,7 +236,7 @@ def _are_samples_apart(evaluation: Evaluation) -> bool:
     probe.config = dataclasses.replace(probe.config, num_samples=few, batch_size=few)
     gates = Gates(evaluation.vectors)
 
-    def find_lengths(loss: Callable[[], Tensor], scale: float, labels: int) -> Tensor:
+    def find_lengths(loss: ComputeLoss, scale: float, labels: int) -> Tensor:
         gates.run(loss)
         return torch.tensor([[float(length)] for length in gates.lengths]) * scale
 

@@ -141,9 +141,9 @@ def _find_prefix(
         is_part = owner in plan.implants and part in {"kept", "implant"}
         dense.add(f"{owner}.{key}" if is_part else name)
     names = {*model.state_dict()}
+    some = next(iter(names), "")
     ends = {
-        "",
-        *(name[: i + 1] for name in dense for i, c in enumerate(name) if c == "."),
+        name.removesuffix(some) for name in dense if f".{name}".endswith(f".{some}")
     }
     for prefix in sorted(ends, key=len):
         found = {n.removeprefix(prefix) for n in dense if n.startswith(prefix)}

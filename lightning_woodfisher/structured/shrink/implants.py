@@ -37,7 +37,7 @@ from lightning_woodfisher.structured.graph.groups import (
     StructureIndices,
     resolve_structures,
 )
-from lightning_woodfisher.structured.scores.evaluation import Evaluation
+from lightning_woodfisher.structured.scores.evaluation import ComputeLoss, Evaluation
 
 ImplantInit = Literal["zero", "center", "lstsq"]
 
@@ -331,7 +331,7 @@ def _fit_least_squares(
             products = torch.cat([x.T @ x, x.T @ y], dim=1)
             sums.add_(products.flatten().cpu())
 
-    def compute(loss: Any, scale: float, labels: int) -> Tensor:
+    def compute(loss: ComputeLoss, scale: float, labels: int) -> Tensor:
         sums.zero_()
         loss()
         return sums.unsqueeze(0) * scale
