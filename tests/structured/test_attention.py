@@ -140,6 +140,21 @@ class Gpt2(nn.Module):
         return self.c_proj(mixed.transpose(1, 2).flatten(2))
 
 
+class Timm(nn.Module):
+    """Queries, keys and values in one layer, as ViT of timm has them."""
+
+    def __init__(self, heads: int = 4) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = heads, 4, 16
+        self.qkv, self.proj = nn.Linear(16, 48, bias=False), nn.Linear(16, 16)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        heads = self.qkv(hidden).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.proj(mixed.reshape(*hidden.shape[:2], self.attn_dim))
+
+
 class Block(nn.Module):
     """One attention and one MLP, with sums and norms."""
 
@@ -204,6 +219,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
     "gpt2": (
         lambda: Block(Gpt2(), nn.Identity(), Conv1D(24, 16), Conv1D(16, 24)),
         {"attention.c_attn": 4, "fc1": 24},
+    ),
+    "timm": (
+        lambda: Block(Timm(), nn.Identity()),
+        {"attention.qkv": 4, "fc1": 24},
     ),
     "torchvision": (
         torchvision_vit,
@@ -275,7 +294,7 @@ def test_heads_are_removed_exactly_and_cost_what_they_cost(name: str) -> None:
         assert all(p.grad is not None for p in smaller.parameters())
 
 
-@pytest.mark.parametrize("name", ["encoder", "bert", "gpt2"])
+@pytest.mark.parametrize("name", ["encoder", "bert", "gpt2", "timm"])
 def test_a_smaller_network_is_saved_loaded_and_pruned_again(
     name: str, tmp_path: Path
 ) -> None:
@@ -322,6 +341,7 @@ VALUES = {
         "value",
         {f"attention.value.{name}": (slice(0, 16),) for name in ("weight", "bias")},
     ),
+    "timm": ("qkv", {"attention.qkv.weight": (slice(32, 48),)}),
     "gpt2": (
         "c_attn",
         {

@@ -33,8 +33,13 @@ from lightning_woodfisher.structured.graph.inputs import recorded_calls, run_mod
 from lightning_woodfisher.weights.layers import axis_of_outputs, is_linear
 
 # Layers of queries, keys and values in BERT, ViT and many other networks of transformers;
-# in GPT-2 they are one layer.
-_PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("c_attn",))
+# one layer of all three in GPT-2 and in timm.
+_PROJECTIONS = (
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("c_attn",),
+    ("qkv",),
+)
 _HEADS = ("num_attention_heads", "num_heads")
 
 
@@ -135,9 +140,9 @@ def find_heads(
     """Find the attention heads of a model: one group for each attention.
 
     Known are ``nn.MultiheadAttention``, and modules with linear layers ``query``, ``key``
-    and ``value`` (or ``q_proj``, ``k_proj``, ``v_proj``, or ``c_attn`` for all three) and a
-    number of heads. The output projection of the latter is the linear layer that is called
-    next.
+    and ``value`` (or ``q_proj``, ``k_proj``, ``v_proj``; or ``c_attn`` or ``qkv`` for all
+    three) and a number of heads. The output projection of the latter is the linear layer
+    that is called next.
 
     Args:
         model: the network; unchanged afterwards.
@@ -218,7 +223,7 @@ def update_heads(module: Any) -> None:
         layer = getattr(module, names[-1])
         before = getattr(layer, "nf", None) or layer.out_features
         after = layer.weight.shape[axis_of_outputs(layer)]
-        for key in (*_HEADS, "all_head_size", "split_size"):
+        for key in (*_HEADS, "all_head_size", "split_size", "attn_dim"):
             size = getattr(module, key, None)
             if isinstance(size, int):
                 setattr(module, key, size * after // before)
@@ -248,9 +253,14 @@ def _separate_heads(module: nn.MultiheadAttention) -> None:
     module._qkv_same_embed_dim = False
 
 
+def _number_of_heads(module: nn.Module) -> int:
+    numbers = (getattr(module, key, None) for key in _HEADS)
+    return next((n for n in numbers if isinstance(n, int) and n > 0), 0)
+
+
 def _projections(module: nn.Module) -> tuple[str, ...] | None:
     """Return the names of the layers of queries, keys and values of an attention."""
-    if not any(isinstance(getattr(module, key, None), int) for key in _HEADS):
+    if not _number_of_heads(module):
         return None
     for names in _PROJECTIONS:
         layers = [getattr(module, key, None) for key in names]
@@ -293,7 +303,7 @@ def _heads_of_layers(
 ) -> Group | str | None:
     if not {*layers} <= {*called}:
         return None
-    number = next(n for n in (getattr(module, key, None) for key in _HEADS) if n)
+    number = _number_of_heads(module)
     # One layer may have the queries, the keys and the values, in this order.
     parts = 3 // len(layers)
     places = [(layer, place) for layer in layers for place in range(parts)]
