@@ -14,6 +14,7 @@ __all__ = [
 ]
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
@@ -92,6 +93,13 @@ class Evaluation:
             for parameter in self.vectors.parameters:
                 parameter.requires_grad_(True)
             yield
+
+    def probe(self) -> Evaluation:
+        """Return the same evaluation on one batch of two samples."""
+        probe = copy.copy(self)
+        few = min(2, self.config.num_samples)
+        probe.config = dataclasses.replace(self.config, num_samples=few, batch_size=few)
+        return probe
 
     @property
     def regroupable(self) -> bool:

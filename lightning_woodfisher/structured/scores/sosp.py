@@ -14,8 +14,6 @@ from __future__ import annotations
 
 __all__ = ["PairScores", "score_pairs", "score_sosp_h"]
 
-import copy
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -28,6 +26,7 @@ from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.gradients.hessian_rows import second_derivatives
 from lightning_woodfisher.structured.scores.evaluation import ComputeLoss, Evaluation
 from lightning_woodfisher.structured.scores.gates import FrozenConvolutions, Gates
+from lightning_woodfisher.structured.scores.series import keep_ends_of_series
 
 _ROWS_PER_PRODUCT = 256
 _NEEDS = "method='sosp_h' needs; use method='sosp_i'"
@@ -143,6 +142,7 @@ def score_sosp_h(evaluation: Evaluation) -> Tensor:
     Returns:
         float64 ``[S]``.
     """
+    keep_ends_of_series(evaluation)
     gates = Gates(evaluation.vectors)
 
     def compute(loss: ComputeLoss, scale: float, labels: int) -> Tensor:
@@ -171,6 +171,7 @@ def score_pairs(evaluation: Evaluation) -> PairScores:
     Returns:
         The scores of all pairs of structures.
     """
+    keep_ends_of_series(evaluation)
     # Where samples share the first axis with something else (frames, proposals, tokens),
     # they are run one by one.
     apart = _are_samples_apart(evaluation)
@@ -231,9 +232,7 @@ def _are_samples_apart(evaluation: Evaluation) -> bool:
     """Check that gated outputs have a row for each sample; assume it of a stream."""
     if not evaluation.regroupable:
         return True
-    few = min(2, evaluation.config.num_samples)
-    probe = copy.copy(evaluation)
-    probe.config = dataclasses.replace(probe.config, num_samples=few, batch_size=few)
+    probe = evaluation.probe()
     gates = Gates(evaluation.vectors)
 
     def find_lengths(loss: ComputeLoss, scale: float, labels: int) -> Tensor:
@@ -242,4 +241,4 @@ def _are_samples_apart(evaluation: Evaluation) -> bool:
 
     with gates.attached():
         lengths = probe.compute_rows(find_lengths, 1)
-    return bool((lengths == few).all())
+    return bool((lengths == probe.config.num_samples).all())

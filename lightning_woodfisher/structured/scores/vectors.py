@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_woodfisher.base.errors import ConfigurationError
 from lightning_woodfisher.structured.config import StructureKind
@@ -37,6 +38,7 @@ class ParameterSlices(NamedTuple):
         owners: int64 ``[size of the axis]``, the structure of each slice among all S, or S
             for none; on the device of the parameter.
         parameter: index of the parameter in :attr:`StructureVectors.parameters`.
+        group: index of the group.
     """
 
     module: str
@@ -45,6 +47,7 @@ class ParameterSlices(NamedTuple):
     role: Role
     owners: Tensor
     parameter: int
+    group: int
 
 
 class StructureVectors:
@@ -60,6 +63,7 @@ class StructureVectors:
         model: as given.
         slices: where the entries are.
         parameters: the parameters with such entries, each once.
+        depthwise: the depthwise convolutions of groups that have any, by their indices.
         size: S.
 
     Raises:
@@ -79,8 +83,16 @@ class StructureVectors:
         self.size = sum(group.size for group in groups)
         self.slices: list[ParameterSlices] = []
         places: dict[Tensor, int] = {}
+        self.depthwise: dict[int, set[str]] = {}
         first = 0
-        for group in groups:
+        for index, group in enumerate(groups):
+            convolutions = {
+                member.module
+                for member in group.of_role("producer")
+                if _is_depthwise(model.get_submodule(member.module))
+            }
+            if convolutions:
+                self.depthwise[index] = convolutions
             for member in group.of_role(*_ROLES[kind]) or group.of_role(
                 *_ROLES["conv"]
             ):
@@ -96,10 +108,15 @@ class StructureVectors:
                         member.role,
                         owners,
                         place,
+                        index,
                     )
                 )
             first += group.size
         self.parameters = list(places)
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels
 
 
 def sum_products(
