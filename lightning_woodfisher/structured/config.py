@@ -57,9 +57,9 @@ class StructureConfig:
             is the mean over all labels); ``"true"`` gives the empirical Fisher;
             ``"logits"`` gives the exact Gauss-Newton matrix of the softmax cross-entropy,
             with one backward pass for each class. Other methods use the labels of the data.
-        search: search for SOSP-I: ``"greedy"`` removes one structure after the other,
-            ``"signed"`` does so with the signs of the correlations, which may cancel;
-            ``"rowsum"`` ranks all structures once.
+        search: search for SOSP-I: ``"signed"`` removes one structure after the other, with
+            the signs of the correlations, so that errors may cancel; ``"greedy"`` does so
+            with their magnitudes, as published; ``"rowsum"`` ranks all structures once.
         trace: HAP's trace: ``"hutchinson"`` is that of the Hessian by random signs, as
             published; ``"gauss_newton"`` is that of the Gauss-Newton matrix by labels that
             are drawn from the model, with less noise and a fraction of the time.
@@ -69,7 +69,8 @@ class StructureConfig:
             FLOPs), ``"parameters"`` or ``"structures"`` (channels).
         per_cost: divide the score of a structure by what it costs in the dense network, in
             units of ``measure``. The target is then reached at a smaller sum of scores.
-            None does so for ``measure="macs"`` and methods that estimate the loss.
+            None does so for methods that estimate the loss, if ``measure="macs"``; for
+            ``measure="parameters"`` only for ``"diagonal"`` and the signed search.
         only: class paths of layers, or regular expressions on their names, that may be
             pruned; empty for all layers. Used when the network is traced.
         exclude: class paths or regular expressions of layers that are not pruned.
@@ -90,7 +91,7 @@ class StructureConfig:
     num_samples: int = 1000
     batch_size: int = 128
     labels: ScoreLabels = "sampled"
-    search: Search = "greedy"
+    search: Search = "signed"
     trace: Trace = "hutchinson"
     probes: int = 300
     measure: Measure = "macs"
@@ -139,7 +140,10 @@ class StructureConfig:
         """Whether scores are divided by costs."""
         if self.per_cost is not None:
             return self.per_cost
-        return self.measure == "macs" and self.method not in {"magnitude", "random"}
+        if self.measure == "macs":
+            return self.method not in {"magnitude", "random"}
+        is_signed = self.method == "sosp_i" and self.search == "signed"
+        return self.measure == "parameters" and (is_signed or self.method == "diagonal")
 
     @property
     def num_batches(self) -> int:

@@ -269,6 +269,7 @@ def test_statistics_are_those_of_the_network_without_the_channels(
     config = settings(
         batch_size=batch_size,
         measure="structures",
+        search="greedy",
         batchnorm_recalibration_batches=3,
     )
     report, groups = prune_structures(

@@ -225,15 +225,15 @@ def slow_greedy(
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_adds_the_least_each_time(seed: int) -> None:
     pairs, sizes = pairs_of(seed), [3, 4, 5]
-    groups = bare(sizes)
+    groups, config = bare(sizes), StructureConfig(search="greedy")
     order = slow_greedy(dense_matrix(pairs), sizes, [1, 2, 3])
     scores = StructureScores(torch.split(pairs.row_sums(), sizes), pairs)
     for count in range(7):
-        additive = additive_scores(scores, groups, StructureConfig(), count=count)
+        additive = additive_scores(scores, groups, config, count=count)
         removed = select_count(groups, additive, count)
         assert chosen(groups, removed) == sorted(order[:count])
     # What each has added sums up to the objective.
-    whole = torch.cat(additive_scores(scores, groups, StructureConfig()))
+    whole = torch.cat(additive_scores(scores, groups, config))
     assert float(whole[order].sum()) == pytest.approx(objective(pairs, order))
     assert torch.equal(whole[order].sort().values, whole[order])
     assert whole.isinf().sum() == 6
@@ -263,7 +263,7 @@ def test_searches_take_what_adds_the_least_per_cost(
 
 def test_greedy_with_multiples_keeps_them() -> None:
     pairs, sizes = pairs_of(7, size=20), [8, 12]
-    groups, limits = bare(sizes), StructureConfig(round_to=4)
+    groups, limits = bare(sizes), StructureConfig(round_to=4, search="greedy")
     scores = StructureScores(torch.split(pairs.row_sums(), sizes), pairs)
     additive = additive_scores(scores, groups, limits)
     removed = select_count(groups, additive, 8, limits)
@@ -274,7 +274,7 @@ def test_greedy_with_multiples_keeps_them() -> None:
 
 def test_greedy_beats_the_sums_of_rows() -> None:
     greedy, rowsum, hits, pairs_hit = [], [], 0, 0
-    groups = bare([14])
+    groups, greedily = bare([14]), dataclasses.replace(NO_FLOOR, search="greedy")
     for seed in range(60):
         pairs = pairs_of(seed, size=14, samples=4)
         matrix = dense_matrix(pairs)
@@ -287,7 +287,7 @@ def test_greedy_beats_the_sums_of_rows() -> None:
             cost[search] = objective(pairs, removed["layer0"])
         greedy.append(cost["greedy"])
         rowsum.append(cost["rowsum"])
-        additive = additive_scores(scores, groups, NO_FLOOR)
+        additive = additive_scores(scores, groups, greedily)
         one = select_count(groups, additive, 1, NO_FLOOR)["layer0"].tolist()
         hits += one == [int(matrix.diagonal().argmin())]
         two = select_count(groups, additive, 2, NO_FLOOR)["layer0"].tolist()
@@ -442,6 +442,29 @@ def test_scores_per_cost_take_what_saves_most() -> None:
     assert numbers(measure="parameters") == [0, 1]
     # 1 / 63 > 0.8 / 54, so by parameters the order is that of the scores.
     assert numbers(per_cost=True, measure="parameters") == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "macs", "parameters"),
+    [
+        ({}, True, True),
+        ({"method": "diagonal"}, True, True),
+        ({"search": "greedy"}, True, False),
+        ({"method": "sosp_h"}, True, False),
+        ({"method": "hap"}, True, False),
+        ({"method": "magnitude"}, False, False),
+        ({"method": "random"}, False, False),
+        ({"per_cost": False}, False, False),
+    ],
+)
+def test_scores_are_divided_by_costs_where_that_was_better(
+    options: Any, macs: bool, parameters: bool
+) -> None:
+    found = [
+        StructureConfig(measure=measure, **options).is_per_cost
+        for measure in ("macs", "parameters", "structures")
+    ]
+    assert found == [macs, parameters, False]
 
 
 def test_sizes_below_the_floors_are_named() -> None:
