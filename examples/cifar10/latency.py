@@ -159,7 +159,9 @@ def main() -> None:
     parser.add_argument("--network", default="resnet20", help="or mobilenet")
     parser.add_argument("--width", type=int, help="of a new ResNet-20; see above")
     parser.add_argument("--removed", type=float, default=0.5, help="share of the FLOPs")
-    parser.add_argument("--methods", nargs="+", default=["SOSP-I"], choices=METHODS)
+    parser.add_argument(
+        "--methods", nargs="+", default=["SOSP-I, signed"], choices=METHODS
+    )
     parser.add_argument("--round-to", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--compile", action="store_true", help="also torch.compile")

@@ -58,8 +58,8 @@ from lightning_woodfisher.structured.tracing import trace_groups
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude", "structure": "conv"},
     "diagonal": {"method": "diagonal", "structure": "bn"},
-    "SOSP-I": {"method": "sosp_i", "structure": "bn"},
     "SOSP-I, signed": {"method": "sosp_i", "structure": "bn", "search": "signed"},
+    "SOSP-I, greedy": {"method": "sosp_i", "structure": "bn", "search": "greedy"},
     "SOSP-H": {"method": "sosp_h", "structure": "bn"},
     "HAP, Gauss-Newton": {
         "method": "hap",
@@ -244,7 +244,7 @@ def correlate(options: argparse.Namespace, data: CIFAR10) -> None:
     rows = []
     for name, settings in METHODS.items():
         if name == "SOSP-I, signed":
-            continue  # A search; the row sums are those of SOSP-I.
+            continue  # The row sums are the same for both searches.
         cells = []
         for structure in ("conv", "bn", "conv+bn"):
             config = StructureConfig(**{**settings, "structure": structure})
