@@ -32,6 +32,8 @@ from lightning_woodfisher.fisher.linalg import (
 # is smaller than this share of its diagonal entry, a float32 factor changes F⁻¹ by less than
 # 7e-4. Otherwise the unit is factorized in float64.
 _SMALLEST_IN_FLOAT32 = 2.0**-8
+# If at most this share of every block is kept, its rows and columns are gathered.
+_LARGEST_SHARE_GATHERED = 0.75
 # Cholesky may succeed by chance on a block that is singular in float64. A pivot must not be
 # smaller than this share of the diagonal entry that it is computed from.
 _SMALLEST_PIVOT = 1e-12
@@ -184,21 +186,38 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
     ) -> tuple[Tensor, Tensor]:
         # −F δ_S on the rows of R; λI does not couple R with S.
         target = -self._times(index, blocks) * kept.unsqueeze(-1)
-        factor, verdicts = self._factor(index, kept)
-        solved = torch.cholesky_solve(target.to(factor.dtype), factor)
-        return solved.double(), verdicts
+        places = _places_of_kept(kept)
+        if places is None:
+            factor, verdicts = self._factor(index, kept)
+            solved = torch.cholesky_solve(target.to(factor.dtype), factor)
+            return solved.double(), verdicts
+        factor, verdicts = self._factor(index, kept.gather(1, places), places)
+        places = places.unsqueeze(-1).expand(-1, -1, target.shape[-1])
+        right = target.gather(1, places).to(factor.dtype)
+        solved = torch.cholesky_solve(right, factor).double()
+        return target.zero_().scatter_(1, places, solved), verdicts
 
-    def _factor(self, index: int, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _factor(
+        self, index: int, kept: Tensor | None = None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Factorize F, or F_RR, of one unit.
 
+        Args:
+            index: index of the unit.
+            kept: which rows and columns are in R, bool ``[K, m]``; None for F.
+            places: the rows and columns to factorize, ``[K, m]``; None for all, m = B.
+
         Returns:
-            L, ``[K, B, B]``, and the verdicts.
+            L, ``[K, m, m]``, and the verdicts.
         """
         # With precision="float32" only products are float32, because λ would be raised.
         final = self._fisher.precision == "float32"
         single = not final and self._arithmetic(index) == "float32"
         dtype = torch.float32 if single else torch.float64
-        matrix = self._gram[index].to(dtype, copy=True)
+        matrix = self._gram[index]
+        if places is not None:
+            matrix = _gather(matrix, places)
+        matrix = matrix.to(dtype, copy=places is None)
         _diagonal(matrix).add_(self._dampings[index].unsqueeze(-1))
         if kept is not None:
             # Rows and columns of removed weights become those of the identity.
@@ -213,6 +232,32 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
             bad | ~(share > _SMALLEST_PIVOT),
             ~(share > (_SMALLEST_IN_FLOAT32 if single else 0.0)),
         )
+
+
+def _places_of_kept(kept: Tensor) -> Tensor | None:
+    """Find the places of kept weights, if a smaller matrix is faster to factorize.
+
+    Returns:
+        int64 ``[K, m]``, with m the largest number of kept weights in a block; blocks with
+        fewer have places of others, too. None to factorize whole matrices.
+    """
+    if kept.device.type != "cpu":
+        # A GPU would wait for m.
+        return None
+    most = int(kept.sum(dim=1).max())
+    if most > _LARGEST_SHARE_GATHERED * kept.shape[1]:
+        return None
+    order = kept.byte().argsort(dim=1, descending=True, stable=True)
+    return order[:, : max(1, most)]
+
+
+def _gather(matrices: Tensor, places: Tensor) -> Tensor:
+    """Gather rows and columns ``[K, m]`` of matrices ``[K, B, B]``."""
+    count, size, _ = matrices.shape
+    first = size * torch.arange(count, device=places.device).unsqueeze(1)
+    rows = matrices.flatten(0, 1).index_select(0, (places + first).flatten())
+    columns = places.unsqueeze(1).expand(-1, places.shape[1], -1)
+    return rows.view(count, -1, size).gather(2, columns)
 
 
 def _diagonal(matrices: Tensor) -> Tensor:

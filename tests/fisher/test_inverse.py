@@ -448,6 +448,24 @@ def test_constrained_solve_of_nothing_and_of_everything(form: Form, every: int) 
     assert torch.equal(change, -case.weights * every)
 
 
+@pytest.mark.parametrize("form", ["primal", "dual"])
+@pytest.mark.parametrize("share", [0.1, 0.6, 0.95])
+def test_blocks_of_a_unit_keep_different_weights(form: Form, share: float) -> None:
+    """Some blocks keep all or none, and where few are kept, they are gathered."""
+    size, segments = 8, [8 * 400]
+    case = problem(segments[0], 12, "normal")
+    inverse = filled(form, case.rows, segments, size, 1e-2)
+    assert any(unit.count > 2 for unit in inverse.units)
+    removed = torch.rand(segments, generator=torch.Generator().manual_seed(1)) < share
+    removed[: 3 * size] = True
+    removed[-size:] = share > 0.5
+    change = inverse.constrained_solve(case.weights, removed)
+    for block in block_slices(form, segments, size):
+        oracle = Oracle(case.rows[:, block], 1e-2)
+        expected = oracle.constrained(case.weights[block], removed[block])
+        assert error(change[block], expected) < 1e-4
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_several_vectors_are_solved_as_each_alone(form: Form) -> None:
     """However different their sizes."""
