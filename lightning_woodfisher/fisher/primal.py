@@ -181,16 +181,26 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
         gram = self._gram[index]
         return multiply(gram, blocks.to(gram.dtype)).double()
 
+    @override
+    def constrained_solve(self, weights: Tensor, removed: Tensor) -> Tensor:
+        counts = [self._blocks(~removed, unit).sum(dim=1).amax() for unit in self.units]
+        # One wait for all units.
+        self._most_kept = torch.stack(counts).tolist() if counts else []
+        return super().constrained_solve(weights, removed)
+
     def _solve_kept(
         self, index: int, blocks: Tensor, kept: Tensor
     ) -> tuple[Tensor, Tensor]:
         # −F δ_S on the rows of R; λI does not couple R with S.
         target = -self._times(index, blocks) * kept.unsqueeze(-1)
-        places = _places_of_kept(kept)
-        if places is None:
+        most = self._most_kept[index]
+        if most > _LARGEST_SHARE_GATHERED * kept.shape[1]:
             factor, verdicts = self._factor(index, kept)
             solved = torch.cholesky_solve(target.to(factor.dtype), factor)
             return solved.double(), verdicts
+        # Blocks that keep fewer weights have places of others, too.
+        order = kept.byte().argsort(dim=1, descending=True, stable=True)
+        places = order[:, : max(1, most)]
         factor, verdicts = self._factor(index, kept.gather(1, places), places)
         places = places.unsqueeze(-1).expand(-1, -1, target.shape[-1])
         right = target.gather(1, places).to(factor.dtype)
@@ -232,23 +242,6 @@ class PrimalInverseFisher(BlockwiseInverseFisher):
             bad | ~(share > _SMALLEST_PIVOT),
             ~(share > (_SMALLEST_IN_FLOAT32 if single else 0.0)),
         )
-
-
-def _places_of_kept(kept: Tensor) -> Tensor | None:
-    """Find the places of kept weights, if a smaller matrix is faster to factorize.
-
-    Returns:
-        int64 ``[K, m]``, with m the largest number of kept weights in a block; blocks with
-        fewer have places of others, too. None to factorize whole matrices.
-    """
-    if kept.device.type != "cpu":
-        # A GPU would wait for m.
-        return None
-    most = int(kept.sum(dim=1).max())
-    if most > _LARGEST_SHARE_GATHERED * kept.shape[1]:
-        return None
-    order = kept.byte().argsort(dim=1, descending=True, stable=True)
-    return order[:, : max(1, most)]
 
 
 def _gather(matrices: Tensor, places: Tensor) -> Tensor:

@@ -468,6 +468,11 @@ class Evaluator:
         with self.clock("measure"):
             return self._losses(seed)
 
+    def screens(self, seed: int) -> bool:
+        """Return whether there are more samples than the first ones of a trial."""
+        count, size, _ = self._groups_measured(seed)
+        return count > screening_batches(size)
+
     def measure_trial(self, seed: int, part: SearchPart = "all") -> list[float]:
         """Measure the losses on the same samples at trial weights.
 

@@ -171,9 +171,12 @@ class StepLength:
             if not self._active.is_close(directions[0], other):
                 instead = (other, *directions[1:])
                 screen(_Trial((self._largest, *scales[1:]), instead, name))
-        finalists: list[_Trial] = []
         # Of equal losses the first one, which is the smaller step.
-        for trial in sorted(trials, key=lambda trial: trial.loss):
+        ranked = sorted(trials, key=lambda trial: trial.loss)
+        if not self._evaluator.screens(self._seed):
+            return ranked[0]
+        finalists: list[_Trial] = []
+        for trial in ranked:
             if math.isfinite(measure(trial, "rest")):
                 finalists.append(trial)
             if len(finalists) == FINALISTS:

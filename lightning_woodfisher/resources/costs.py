@@ -399,10 +399,11 @@ def count_traffic(workload: Workload, rank: int) -> dict[str, int]:
         exchange += rows * others * workload.value_bytes
     sums = (1 + (workload.config.update == "joint")) * (workload.engine == "full")
     gathered = (ranks - 1) * max(sizes)
+    written = workload.expected_trials + workload.finalists
     return {
         "exchange": exchange,
         "gather": gathered * (workload.value_bytes + 1),
-        "search": gathered * workload.value_bytes * workload.expected_trials,
+        "search": gathered * workload.value_bytes * written,
         "reduce": 2 * (ranks - 1) * 8 * count**2 * sums // ranks,
     }
 

@@ -199,14 +199,27 @@ class Workload:
         return -(-self.first_order_batches[0] // self.exchange_ranks)
 
     @property
+    def _groups_measured(self) -> tuple[int, int, int]:
+        """Mini-batches in a group, groups whose loss is measured, and for all trials."""
+        step, fisher = self.config.step, self.fisher
+        group = mini_batches_in_group(fisher)
+        size = fisher.gradient_batch_size * group
+        groups = min(fisher.num_gradients // group, max(1, step.search_samples // size))
+        return group, groups, min(groups, screening_batches(size))
+
+    @property
+    def finalists(self) -> int:
+        """Number of trials that are measured on more samples than the others."""
+        _, groups, first = self._groups_measured
+        return min(self.expected_trials, FINALISTS) * (groups > first)
+
+    @property
     def loss_passes(self) -> int:
         """Mini-batches whose loss a rank computes without a gradient (map-style data)."""
         step, fisher = self.config.step, self.fisher
         # How often all samples are measured, and how often only the first ones.
         trials, passes = self.expected_trials, max(0, step.local_model_points - 2)
-        group = mini_batches_in_group(fisher)
-        size = fisher.gradient_batch_size * group
-        groups = min(fisher.num_gradients // group, max(1, step.search_samples // size))
+        group, groups, first = self._groups_measured
         checked = 0
         if step.measure_loss:
             # The last measurement of the line search is the loss of the new weights.
@@ -217,9 +230,7 @@ class Workload:
             passes += not known
             if known and group > 1 and self.criterion.needs != "factors":
                 checked = group
-        first = min(groups, screening_batches(size))
-        finalists = min(trials, FINALISTS)
-        times = (passes, groups), (trials, first), (finalists, groups - first)
+        times = (passes, groups), (trials, first), (self.finalists, groups - first)
         ranks = self.exchange_ranks
         passes = group * sum(often * -(-count // ranks) for often, count in times)
         if self.engine == "layers":

@@ -16,7 +16,9 @@ from lightning_woodfisher.pruning.step_length import ChosenStep, StepLength
 Losses = dict[float, tuple[float, float]]
 
 
-def choose(losses: Losses, alternative: bool = False) -> tuple[ChosenStep, list[Any]]:
+def choose(
+    losses: Losses, alternative: bool = False, screens: bool = True
+) -> tuple[ChosenStep, list[Any]]:
     """Choose a step; a trial is known by its change, 2 for the alternative."""
     asked: list[tuple[float, str]] = []
     written: list[float] = []
@@ -29,11 +31,12 @@ def choose(losses: Losses, alternative: bool = False) -> tuple[ChosenStep, list[
         asked.append((written[-1], part))
         return [losses[written[-1]][part == "rest"]]
 
+    evaluator: Any = SimpleNamespace(measure_trial=measure, screens=lambda _: screens)
     active: Any = SimpleNamespace(write_trial=write, is_close=torch.equal)
     length = StepLength(
         SimpleNamespace(update="joint"),  # type: ignore[arg-type]  # no more is used
         active,
-        SimpleNamespace(measure_trial=measure),  # type: ignore[arg-type]  # likewise
+        evaluator,
         torch.zeros(2, dtype=torch.float64),
         0,
         largest=1.0,
@@ -74,3 +77,10 @@ def test_without_any_finite_loss_there_is_no_update() -> None:
     step, _ = choose({0.0: (math.nan, 1.0), 0.5: nothing, 1.0: nothing})
     assert (step.scales, step.losses, step.update) == ((0.0,), None, "none")
     assert torch.equal(step.change, torch.zeros(2, dtype=torch.float64))
+
+
+def test_without_more_samples_nothing_is_measured_again() -> None:
+    losses = {0.0: (9.0, 0.0), 0.5: (2.0, 0.0), 1.0: (3.0, 0.0)}
+    step, asked = choose(losses, screens=False)
+    assert (step.scales, step.losses) == ((0.5,), [2.0])
+    assert asked == [(0.0, "first"), (0.5, "first"), (1.0, "first")]

@@ -287,11 +287,11 @@ def test_sums_of_one_layer_by_hand() -> None:
     )
     assert (one.blocks, one.state_bytes, two.state_bytes) == (10, 8000, 4000)
     # Ten of twenty rows, 50 numbers of 4 bytes to the other rank.
-    # Three lengths and another update are tried.
+    # Three lengths and another update are tried, and two of them on more than 256 samples.
     assert two.bytes_sent == {
         "exchange": 10 * 50 * 4,
         "gather": 50 * 5,
-        "search": 4 * 50 * 4,
+        "search": (4 + 2) * 50 * 4,
         "reduce": 0,
     }
     assert not any(one.bytes_sent.values())
