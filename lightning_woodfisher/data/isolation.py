@@ -12,6 +12,7 @@ __all__ = [
     "RandomStates",
     "depends_on_mode",
     "derive_seed",
+    "eager",
     "isolated",
     "preserve_random_states",
     "reseed",
@@ -98,6 +99,17 @@ def isolated(model: nn.Module, mode: IsolationMode) -> Iterator[None]:
             # The same tensor, because DDP keeps views of it.
             parameter.grad = gradient
             parameter.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Run compiled models as they are written, because compiled code hides its calls.
+
+    Yields:
+        Nothing.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def depends_on_mode(module: nn.Module) -> bool:

@@ -7,13 +7,12 @@ them. The mode is active in one thread.
 
 from __future__ import annotations
 
-__all__ = ["Interception", "eager"]
+__all__ = ["Interception"]
 
-import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -156,14 +155,3 @@ def _undispatched(func: Callable[..., Any]) -> Callable[..., Any] | None:
     )
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
-
-
-@contextlib.contextmanager
-def eager() -> Iterator[None]:
-    """Run compiled models as they are written, because compiled code hides its calls.
-
-    Yields:
-        Nothing.
-    """
-    with torch.compiler.set_stance("force_eager"):
-        yield

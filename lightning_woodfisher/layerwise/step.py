@@ -13,7 +13,12 @@ from torch import Tensor
 
 from lightning_woodfisher.base.errors import PruningError
 from lightning_woodfisher.data.batches import Batches
-from lightning_woodfisher.data.isolation import RandomStates, derive_seed, seeded
+from lightning_woodfisher.data.isolation import (
+    RandomStates,
+    derive_seed,
+    eager,
+    seeded,
+)
 from lightning_woodfisher.data.losses import LossSource, map_tensors, run_loss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.layerwise.allocation import (
@@ -24,7 +29,7 @@ from lightning_woodfisher.layerwise.allocation import (
     propose,
 )
 from lightning_woodfisher.layerwise.config import LayerwiseConfig
-from lightning_woodfisher.layerwise.interception import Interception, eager
+from lightning_woodfisher.layerwise.interception import Interception
 from lightning_woodfisher.layerwise.maps import (
     LinearCall,
     LinearMap,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_woodfisher.base.clock import time_action
-from lightning_woodfisher.data.isolation import derive_seed, isolated, seeded
+from lightning_woodfisher.data.isolation import derive_seed, eager, isolated, seeded
 from lightning_woodfisher.data.losses import LossSource, run_loss
 from lightning_woodfisher.distributed.communicator import Communicator
 from lightning_woodfisher.pruning.flops import flops_by_tensor
@@ -158,6 +158,7 @@ def _count_macs(
 
 
 @torch.no_grad()
+@eager()
 def measure_latency(
     dense: nn.Module, shrunk: nn.Module, inputs: Any, runs: int
 ) -> tuple[float, float]:

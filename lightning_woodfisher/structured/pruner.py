@@ -34,7 +34,7 @@ from lightning_woodfisher.base.errors import (
 from lightning_woodfisher.base.keywords import explain_keywords
 from lightning_woodfisher.data.batches import known_length, require_rereadable
 from lightning_woodfisher.data.batchnorm import estimate_statistics
-from lightning_woodfisher.data.isolation import derive_seed
+from lightning_woodfisher.data.isolation import derive_seed, eager
 from lightning_woodfisher.data.losses import (
     FunctionLoss,
     LossSource,
@@ -120,6 +120,7 @@ class StructurePruner:
     removed: StructureIndices = field(default_factory=dict)
     implanted: StructureIndices = field(default_factory=dict)
 
+    @eager()
     def step(
         self, source: LossSource, target: float, position: int = 0
     ) -> StructureReport:
@@ -201,6 +202,7 @@ class StructurePruner:
         self.removed, self.implanted = report.removed, report.implanted
         return report
 
+    @eager()
     def rehearse(self, source: LossSource, target: float) -> None:
         """Check early that targets, model and data provide what a step needs.
 

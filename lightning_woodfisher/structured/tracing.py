@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_woodfisher.base.errors import ConfigurationError, name_first, nearest
 from lightning_woodfisher.base.types import IsolationMode
+from lightning_woodfisher.data.isolation import eager
 from lightning_woodfisher.structured.graph.attention import find_heads
 from lightning_woodfisher.structured.graph.coupling import Coupling, find_groups
 from lightning_woodfisher.structured.graph.groups import Group
@@ -39,6 +40,7 @@ class TraceResult:
     left_out: Mapping[str, str]
 
 
+@eager()
 def trace_groups(
     model: nn.Module,
     example_inputs: Any,

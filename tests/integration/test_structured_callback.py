@@ -594,6 +594,32 @@ def test_mixed_precision_is_off_while_scoring() -> None:
     assert differences(*found) == []
 
 
+# Dynamo reads .grad of tensors that are no leaves when it compiles self.log().
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("where", ["a part", "in place", "the module"])
+def test_compiled_networks_lose_the_same_channels(where: str) -> None:
+    found, pixels = [], images(16).tensors[0]
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        callback = structured(SOSPPruningCallback, latency_runs=1)
+        seed_all(1)
+        module: Any = Module()
+        if compiles and where == "a part":
+            module.net = torch.compile(module.net, backend="eager")
+        elif compiles and where == "in place":
+            module.net.compile(backend="eager")
+        whole = compiles and where == "the module"
+        given = torch.compile(module, backend="eager") if whole else module
+        trainer(callback).fit(given, loader())
+        smaller = callback.shrunk_model(module).eval()(pixels)
+        torch.testing.assert_close(
+            smaller, module.eval().net(pixels), rtol=0, atol=1e-5
+        )
+        (report,) = callback.reports
+        found.append([*report.removed.values(), report.loss_before, report.loss_after])
+    assert found[0] == found[1]
+
+
 IN_A_FRESH_PROCESS = """
 import sys, torch
 sys.path[:0] = [{support!r}]

@@ -18,11 +18,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
 
 from lightning_woodfisher.base.errors import ConfigurationError
-from lightning_woodfisher.data.isolation import derive_seed, seeded
+from lightning_woodfisher.data.isolation import derive_seed, eager, seeded
 from lightning_woodfisher.data.losses import LossSource, choose_evaluation
 from lightning_woodfisher.weights.layers import is_linear
 
 
+@eager()
 def capture_inputs(
     source: LossSource, network: str | None = None, seed: int = 0
 ) -> tuple[str, Any]:

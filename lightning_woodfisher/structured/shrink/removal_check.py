@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_woodfisher.base.errors import first_line
 from lightning_woodfisher.base.types import IsolationMode
-from lightning_woodfisher.data.isolation import isolated, seeded
+from lightning_woodfisher.data.isolation import eager, isolated, seeded
 from lightning_woodfisher.gradients.hessian_rows import twice_differentiable
 from lightning_woodfisher.structured.graph.groups import Group, channel_masks
 from lightning_woodfisher.structured.graph.inputs import (
@@ -121,6 +121,7 @@ def _check(
     return failed
 
 
+@eager()
 def check_implants(
     model: nn.Module, groups: Sequence[Group], example_inputs: Any
 ) -> dict[str, tuple[str, ...]]:
