@@ -185,7 +185,7 @@ def test_units_of_a_shard_belong_to_the_rank_that_holds_it() -> None:
 
 
 def test_units_are_small_but_not_many_for_a_large_network() -> None:
-    small = make_partition([10_000_000], 256, 1)
-    assert max(unit.size * unit.count for unit in small.units) <= 2**14
+    small = make_partition([8_000_000], 256, 1)
+    assert max(unit.size * unit.count for unit in small.units) <= 2**13
     large = make_partition([4_000_000_000, 100], 50, 1)
     assert len(large.units) <= 1100

@@ -5,8 +5,8 @@ structured pruning", ICLR 2022. All derivatives are those of :mod:`.gates`.
 
 SOSP-H uses one product with the Hessian, ``|θ_s·g| + ½|θ_s·(H Σ_s' θ_s')|``. SOSP-I uses
 rows u of θ_s·∂ℓ_n/∂θ with ``Q = UᵀU / N'``: removing a set π of structures costs ``πᵀAπ``
-with ``A_ss' = ½|Q_ss'| + δ_ss'|θ_s·g|``. A is never formed: a row of it takes one product
-with U.
+with ``A_ss' = ½|Q_ss'| + δ_ss'|θ_s·g|``, and in the signed search without the magnitude of
+``Q_ss'``. A is never formed: a row of it takes one product with U.
 Shapes: n samples of a batch, S structures, D classes, M rows of U.
 """
 
