@@ -279,12 +279,14 @@ class _SavedBuffers:
     @torch.no_grad()
     def restore(self) -> None:
         module = self._module
-        # User code may have registered other tensors, or only changed the content.
-        module._buffers.clear()
-        for name, (buffer, content) in self._buffers.items():
+        for buffer, content in self._buffers.values():
             if buffer is not None and content is not None:
                 _restore_content(buffer, content)
-            module._buffers[name] = buffer
+        # User code may have registered other tensors, but not in a scripted module.
+        if isinstance(module._buffers, dict):
+            module._buffers.clear()
+            for name, (buffer, _) in self._buffers.items():
+                module._buffers[name] = buffer
         module._non_persistent_buffers_set.clear()
         module._non_persistent_buffers_set.update(self._not_persistent)
 

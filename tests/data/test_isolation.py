@@ -209,6 +209,17 @@ def test_a_sparse_buffer_is_put_back() -> None:
     assert torch.equal(model.get_buffer("rare").to_dense(), torch.eye(3))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_the_buffers_of_a_scripted_module_are_put_back() -> None:
+    norm = torch.jit.script(nn.BatchNorm1d(2))
+    model = nn.Sequential(nn.Linear(2, 2), norm)
+    with isolated(model, "train"):
+        model(torch.rand(3, 2) + 1)
+        assert norm.num_batches_tracked == 1
+    assert norm.num_batches_tracked == 0
+    assert torch.equal(norm.running_var, torch.ones(2))
+
+
 def test_gradients_of_the_user_are_out_of_reach() -> None:
     model = used_model()
     gradients = [torch.full_like(p, 3.0) for p in model.parameters()]

@@ -429,6 +429,15 @@ class Scaled(nn.Module):
         return values @ self.matrix
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_scripted_modules_are_refused() -> None:
+    parts = nn.Conv2d(1, 4, 3), torch.jit.script(nn.ReLU()), nn.Conv2d(4, 2, 3)
+    with pytest.raises(
+        ConfigurationError, match="scripted modules, such as '1'; build"
+    ):
+        trace_groups(nn.Sequential(*parts), torch.zeros(1, 1, 8, 8))
+
+
 def test_no_group_is_explained_once_for_each_reason() -> None:
     norms = [
         part

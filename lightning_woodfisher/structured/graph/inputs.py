@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map_only
@@ -83,10 +84,18 @@ def recorded_calls(
 
     Yields:
         A list that grows with the calls: name and module, positional and keyword arguments.
+
+    Raises:
+        ConfigurationError: if a module is scripted, which takes no hooks.
     """
     calls: list[tuple[str, nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise ConfigurationError(
+                    f"channels cannot be traced in a network with scripted modules, such "
+                    f"as {name!r}; build it without torch.jit.script."
+                )
             hook = module.register_forward_pre_hook(
                 lambda *call, name=name: calls.append((name, *call)), with_kwargs=True
             )
