@@ -30,7 +30,8 @@ class PlainData:
         Returns:
             Nested dicts, lists, numbers, strings and None.
         """
-        plain: dict[str, Any] = _with_lists(dataclasses.asdict(self))  # type: ignore[call-overload]
+        fields: Any = self
+        plain: dict[str, Any] = _with_lists(dataclasses.asdict(fields))
         return plain
 
     @classmethod

@@ -10,6 +10,7 @@ __all__ = [
     "compute_losses",
     "differentiable_loss",
     "differentiate",
+    "graph_nodes",
     "loss_with_graph",
     "map_tensors",
     "refuse_checkpoints",
@@ -20,7 +21,7 @@ __all__ = [
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -375,16 +376,31 @@ def refuse_checkpoints(outputs: Tensor | Sequence[Tensor]) -> None:
         PruningError: if their graph has a node of it.
     """
     tensors = [outputs] if isinstance(outputs, Tensor) else outputs
-    nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
+    for node in graph_nodes(tensor.grad_fn for tensor in tensors):
+        if node.name() == "CheckpointFunctionBackward":
+            raise PruningError(_REENTRANT)
+
+
+def graph_nodes(begins: Iterable[Any], ends: Container[Any] = ()) -> set[Any]:
+    """Find the nodes of a graph that a backward pass visits.
+
+    Args:
+        begins: nodes at which it begins; None for tensors without a graph.
+        ends: nodes that it does not pass.
+
+    Returns:
+        The nodes, with the ends that are reached.
+    """
     seen: set[Any] = set()
+    nodes = [*begins]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
             continue
-        if node.name() == "CheckpointFunctionBackward":
-            raise PruningError(_REENTRANT)
         seen.add(node)
-        nodes += [function for function, _ in node.next_functions]
+        if node not in ends:
+            nodes += [inputs for inputs, _ in node.next_functions]
+    return seen
 
 
 def differentiable_loss(

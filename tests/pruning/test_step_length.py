@@ -32,9 +32,10 @@ def choose(
         return [losses[written[-1]][part == "rest"]]
 
     evaluator: Any = SimpleNamespace(measure_trial=measure, screens=lambda _: screens)
+    criterion: Any = SimpleNamespace(update="joint")
     active: Any = SimpleNamespace(write_trial=write, is_close=torch.equal)
     length = StepLength(
-        SimpleNamespace(update="joint"),  # type: ignore[arg-type]  # no more is used
+        criterion,
         active,
         evaluator,
         torch.zeros(2, dtype=torch.float64),

@@ -12,12 +12,13 @@ __all__ = ["keep_ends_of_series"]
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_woodfisher.data.losses import graph_nodes
 from lightning_woodfisher.structured.scores.evaluation import Evaluation
 
 
@@ -79,28 +80,15 @@ def _find_inner(
         own = {node for name in names for node in outputs[name]}
         between = set().union(*(convolved[name] for name in depthwise[group]))
         # Scored layers that receive what a depthwise convolution has carried on.
-        ends = {node for node in own if _reach(_inputs_of(node), own) & between}
-        seen = _reach([value.grad_fn], ends)
+        ends = {
+            node
+            for node in own
+            if graph_nodes((inputs for inputs, _ in node.next_functions), own) & between
+        }
+        seen = graph_nodes([value.grad_fn], ends)
         found |= {
             (group, name)
             for name in names
             if outputs[name] and seen.isdisjoint(outputs[name])
         }
     return found
-
-
-def _inputs_of(node: Any) -> list[Any]:
-    return [inputs for inputs, _ in node.next_functions]
-
-
-def _reach(begins: Iterable[Any], ends: set[Any]) -> set[Any]:
-    """Find the nodes of a graph that lead to its beginning without passing an end."""
-    seen, nodes = set(), [*begins]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node not in ends:
-            nodes += _inputs_of(node)
-    return seen
