@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_woodfisher import FisherConfig, StepConfig, prune
+from lightning_woodfisher import FisherConfig, PruningReport, StepConfig, prune
 from tests.support.small_task import samples
 
 
@@ -28,6 +28,17 @@ class Recorder:
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def measure(
+    fisher: FisherConfig, step: StepConfig
+) -> tuple[Tensor, PruningReport, nn.Module]:
+    """Prune a network; return the samples of all measured losses, and the result."""
+    recorder, model = Recorder(), network()
+    report = prune(
+        model, samples(640), recorder, target_sparsity=0.5, fisher=fisher, step=step
+    )
+    return torch.cat(recorder.measured), report, model
 
 
 def mean_loss(model: nn.Module, inputs: Tensor) -> float:
@@ -49,46 +60,34 @@ def mean_loss(model: nn.Module, inputs: Tensor) -> float:
 def test_losses_are_measured_on_some_samples_of_the_gradients(
     count: int, size: int, collection: Any, checked: int, line_search: bool
 ) -> None:
-    data, recorder, model, dense = samples(640), Recorder(), network(), network()
-    report = prune(
-        model,
-        data,
-        recorder,
-        target_sparsity=0.5,
-        fisher=FisherConfig(count, size, 64, collection=collection),
-        step=StepConfig(search_samples=200, line_search=line_search),
-    )
+    fisher = FisherConfig(count, size, 64, collection=collection)
+    step = StepConfig(search_samples=200, line_search=line_search)
+    measured, report, model = measure(fisher, step)
     number = 192
-    inputs = torch.cat(recorder.measured)[checked:]
+    inputs = measured[checked:]
     # Three scales and the independent update; the loss of the last weights is known.
     trials = 4 if line_search else 1
     assert len(inputs) == trials * number
     parts = inputs.split(number)
     assert all(torch.equal(part, parts[0]) for part in parts)
     assert len(parts[0].unique(dim=0)) == number
-    before, after = (mean_loss(m, parts[0]) for m in (dense, model))
+    before, after = (mean_loss(m, parts[0]) for m in (network(), model))
     assert report.loss_before == pytest.approx(before, rel=1e-5)
     assert report.loss_after == pytest.approx(after, rel=1e-5)
 
 
 def test_only_the_two_best_trials_are_measured_on_all_samples() -> None:
-    data, recorder, model, dense = samples(640), Recorder(), network(), network()
-    report = prune(
-        model,
-        data,
-        recorder,
-        target_sparsity=0.5,
-        fisher=FisherConfig(80, 8, 64),
-        step=StepConfig(search_samples=600),
+    measured, report, model = measure(
+        FisherConfig(80, 8, 64), StepConfig(search_samples=600)
     )
-    inputs = torch.cat(recorder.measured)[64:]
+    inputs = measured[64:]
     assert len(inputs) == 4 * 256 + 2 * (576 - 256)
     *first, rest = inputs.split([256] * 4 + [2 * 320])
     assert all(torch.equal(part, first[0]) for part in first)
     assert torch.equal(*rest.split(320))
     whole = torch.cat([first[0], rest[:320]])
     assert len(whole.unique(dim=0)) == 576
-    before, after = (mean_loss(m, whole) for m in (dense, model))
+    before, after = (mean_loss(m, whole) for m in (network(), model))
     assert report.loss_before == pytest.approx(before, rel=1e-5)
     assert report.loss_after == pytest.approx(after, rel=1e-5)
 
